@@ -1,0 +1,132 @@
+#include "filters.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <vector>
+
+#include "../checks.h"
+#include "maps.h"
+
+namespace resnet_fast {
+namespace {
+
+std::vector<double> to_doubles(const Tensor& t) {
+  std::vector<double> values(static_cast<size_t>(t.numel()));
+  const int64_t stride = t.stride(0);
+  visit(t.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    const S* data = static_cast<const S*>(t.data_ptr());
+    for (int64_t i = 0; i < t.numel(); ++i) values[static_cast<size_t>(i)] = static_cast<double>(widen(data[i * stride]));
+  });
+  return values;
+}
+
+// batch_norm(z) = scale * z + shift, with z = conv + bias: the bias moves into the shift.
+struct Affine {
+  std::vector<double> scale, shift;
+};
+
+Affine fold(int64_t out_channels, const OptionalTensor& bias, const BatchNorm& bn) {
+  const size_t n = static_cast<size_t>(out_channels);
+  Affine a{std::vector<double>(n, 1.0), bias ? to_doubles(*bias) : std::vector<double>(n, 0.0)};
+  if (!bn.running_mean) return a;
+  const std::vector<double> mean = to_doubles(*bn.running_mean), var = to_doubles(*bn.running_var);
+  const std::vector<double> gamma = bn.weight ? to_doubles(*bn.weight) : std::vector<double>(n, 1.0);
+  const std::vector<double> beta = bn.bias ? to_doubles(*bn.bias) : std::vector<double>(n, 0.0);
+  for (size_t k = 0; k < n; ++k) {
+    a.scale[k] = gamma[k] / std::sqrt(var[k] + bn.eps);
+    a.shift[k] = (a.shift[k] - mean[k]) * a.scale[k] + beta[k];
+  }
+  return a;
+}
+
+template <typename S, typename T>
+void pack_panel(const Tensor& weight, const FilterLayout<T>& layout, const Affine& affine, int64_t k0, T* to) {
+  const S* from = static_cast<const S*>(weight.data_ptr());
+  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  const int64_t width = std::min(layout.panel, layout.padded_out() - k0);
+  for (int64_t begin = 0; begin < layout.channels; begin += layout.block()) {
+    const int64_t length = std::min(layout.block(), layout.channels - begin);
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t k = k0 + j;
+      const bool real = k < layout.out_channels;
+      const double scale = real ? affine.scale[static_cast<size_t>(k)] : 0.0;
+      const S* row = from + (real ? k : 0) * sk + begin * sc;
+      for (int64_t c = 0; c < length; ++c) {
+        for (int64_t r = 0; r < layout.kernel_h; ++r) {
+          for (int64_t s = 0; s < layout.kernel_w; ++s) {
+            const double value = real ? static_cast<double>(widen(row[c * sc + r * sr + s * ss])) * scale : 0.0;
+            to[((r * layout.kernel_w + s) * length + c) * width + j] = static_cast<T>(value);
+          }
+        }
+      }
+    }
+    to += layout.taps() * length * width;
+  }
+}
+
+template <typename T>
+Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn) {
+  const FilterLayout<T> layout{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+  const Affine affine = fold(layout.out_channels, bias, bn);
+  const int64_t size[] = {layout.numel()};
+  Tensor packed = torch::stable::empty({size, 1}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double,
+                                       std::nullopt, weight.device());
+  T* data = static_cast<T*>(packed.data_ptr());
+  for (int64_t k = 0; k < layout.bias_numel(); ++k) {
+    data[k] = k < layout.out_channels ? static_cast<T>(affine.shift[static_cast<size_t>(k)]) : T(0);
+  }
+  T* panels = data + layout.bias_numel();
+  visit(weight.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        pack_panel<S, T>(weight, layout, affine, i * layout.panel, panels + i * layout.panel_stride());
+      }
+    });
+  });
+  return packed;
+}
+
+Tensor pack_conv_bn(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+                    const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
+                    const OptionalTensor& running_var, double eps) {
+  const BatchNorm bn{bn_weight, bn_bias, running_mean, running_var, eps};
+  check_conv_bn("pack_conv_bn", weight, bias, bn);
+  return pack_filters(weight, bias, bn);
+}
+
+}  // namespace
+
+void check_conv_bn(const char* op, const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn) {
+  check_rank(op, "weight", weight, 4, "[out_channels, in_channels, kernel_h, kernel_w]");
+  check_dtype(op, "weight", weight);
+  RESNET_FAST_CHECK(weight.numel() > 0 && weight.size(2) * weight.size(3) <= kMaxRuns, op, ": weight has shape ",
+                    shape(weight), ", want sizes of at least 1 and at most ", kMaxRuns, " taps");
+  const auto check_vector = [&](const char* name, const OptionalTensor& t) {
+    if (!t) return;
+    RESNET_FAST_CHECK(t->dim() == 1 && t->size(0) == weight.size(0), op, ": ", name, " has shape ", shape(*t),
+                      ", want [", weight.size(0), "], the out_channels of weight");
+    RESNET_FAST_CHECK(t->is_cpu(), op, ": ", name, " is not on the CPU, as weight is");
+    check_dtype(op, name, *t);
+  };
+  check_vector("bias", bias);
+  check_vector("bn_weight", bn.weight);
+  check_vector("bn_bias", bn.bias);
+  check_vector("running_mean", bn.running_mean);
+  check_vector("running_var", bn.running_var);
+  RESNET_FAST_CHECK(bn.running_mean.has_value() == bn.running_var.has_value(), op,
+                    ": running_mean and running_var must be given together");
+  RESNET_FAST_CHECK(bn.running_mean || (!bn.weight && !bn.bias), op,
+                    ": bn_weight and bn_bias need running_mean and running_var");
+}
+
+Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn) {
+  return weight.scalar_type() == ScalarType::Double ? pack<double>(weight, bias, bn) : pack<float>(weight, bias, bn);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("pack_conv_bn", TORCH_BOX(&pack_conv_bn)); }
+
+}  // namespace resnet_fast

@@ -1,0 +1,60 @@
+#include "isa.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace resnet_fast {
+namespace {
+
+// __builtin_cpu_supports asks CPUID and XCR0: the registers must be saved by the operating system, too.
+Isa detect() {
+  Isa best = Isa::baseline;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+    best = Isa::avx512;
+  }
+#endif
+  const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
+  if (cap == nullptr) return best;
+  if (std::strcmp(cap, "default") == 0) return Isa::baseline;
+  if (std::strcmp(cap, "avx2") == 0 && best == Isa::avx512) return Isa::avx2;
+  return best;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+template <>
+const ConvKernels<float>& kernels_in_use<float>() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return kConvFloatAvx512;
+  if (isa() == Isa::avx2) return kConvFloatAvx2;
+#endif
+  return kConvFloatBaseline;
+}
+
+template <>
+const ConvKernels<double>& kernels_in_use<double>() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return kConvDoubleAvx512;
+  if (isa() == Isa::avx2) return kConvDoubleAvx2;
+#endif
+  return kConvDoubleBaseline;
+}
+
+namespace {
+int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+}  // namespace resnet_fast

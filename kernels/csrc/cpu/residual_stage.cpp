@@ -1,0 +1,24 @@
+// residual_stage: a chain of convolutions with their filters packed beforehand.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+
+#include "../checks.h"
+#include "stage.h"
+
+namespace resnet_fast {
+namespace {
+
+Tensor residual_stage(const Tensor& x, const std::vector<Tensor>& filters, const std::vector<int64_t>& layers) {
+  RESNET_FAST_CHECK(layers.size() % kLayerFields == 0, "residual_stage: layers has ", layers.size(),
+                    " integers, want ", kLayerFields, " for each layer");
+  std::vector<Layer> parsed(layers.size() / kLayerFields);
+  std::memcpy(parsed.data(), layers.data(), layers.size() * sizeof(int64_t));
+  return run_stage("residual_stage", {x}, filters, parsed);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("residual_stage", TORCH_BOX(&residual_stage)); }
+
+}  // namespace resnet_fast

@@ -1,0 +1,24 @@
+// A chain of convolutions, run as one.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace resnet_fast {
+
+// One convolution of a chain. Values are numbered: the inputs first, then each layer's output in turn.
+struct Layer {
+  int64_t input;  // value it reads
+  int64_t residual;  // value it adds, or -1
+  int64_t relu;  // 0 or 1
+  int64_t out_channels, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+constexpr int64_t kLayerFields = 10;
+static_assert(sizeof(Layer) == kLayerFields * sizeof(int64_t), "a layer is read from a list of integers");
+
+// The last layer's output, channels_last, in the dtype of the inputs. Checks everything before it touches memory.
+torch::stable::Tensor run_stage(const char* op, const std::vector<torch::stable::Tensor>& inputs,
+                                const std::vector<torch::stable::Tensor>& filters, const std::vector<Layer>& layers);
+
+}  // namespace resnet_fast

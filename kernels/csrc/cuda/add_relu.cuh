@@ -1,0 +1,64 @@
+// y = relu(a + b) over n elements, 16 bytes a thread and access.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace resnet_fast::cuda {
+
+constexpr int kAddReluThreads = 256;
+
+// Launch geometry, shared with whoever launches the kernel without this library.
+template <typename T>
+constexpr int64_t add_relu_blocks(int64_t n) {
+  constexpr int64_t per_block = kAddReluThreads * (16 / static_cast<int64_t>(sizeof(T)));
+  return (n + per_block - 1) / per_block;
+}
+
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+// The 16-bit types are added in float32: one rounding, at the end.
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline void narrow(double v, double& out) { out = v; }
+__device__ inline void narrow(float v, float& out) { out = v; }
+__device__ inline void narrow(float v, __half& out) { out = __float2half_rn(v); }
+__device__ inline void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+
+// Keeps NaN: fmax would drop it.
+template <typename T>
+__device__ T add_relu_element(T a, T b) {
+  const auto sum = widen(a) + widen(b);
+  T out;
+  narrow(sum < 0 ? 0 : sum, out);
+  return out;
+}
+
+// a, b and out are aligned to 16 bytes where `vectorized` says so.
+template <typename T>
+__global__ void __launch_bounds__(kAddReluThreads)
+    add_relu_fwd_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, int64_t n,
+                        bool vectorized) {
+  constexpr int kSize = Pack<T>::kSize;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kAddReluThreads + threadIdx.x) * kSize;
+  if (vectorized && first + kSize <= n) {
+    const Pack<T> pa = *reinterpret_cast<const Pack<T>*>(a + first);
+    const Pack<T> pb = *reinterpret_cast<const Pack<T>*>(b + first);
+    Pack<T> po;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) po.value[i] = add_relu_element(pa.value[i], pb.value[i]);
+    *reinterpret_cast<Pack<T>*>(out + first) = po;
+    return;
+  }
+  for (int64_t i = first; i < first + kSize && i < n; ++i) out[i] = add_relu_element(a[i], b[i]);
+}
+
+}  // namespace resnet_fast::cuda

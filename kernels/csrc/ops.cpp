@@ -1,0 +1,36 @@
+// Every schema of the library, once. Kernels register themselves under their dispatch key in cpu/ and cuda/.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(resnet_fast, m) {
+  // y = relu(a + b)
+  m.def("add_relu(Tensor a, Tensor b) -> Tensor");
+
+  // y = [relu](batch_norm(conv2d(x, weight, bias)) [+ residual]), batch norm by the running statistics
+  m.def(
+      "conv_bn(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+      "Tensor? running_var, float eps, int[2] stride, int[2] padding) -> Tensor");
+  m.def(
+      "conv_bn_relu(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+      "Tensor? running_var, float eps, int[2] stride, int[2] padding) -> Tensor");
+  m.def(
+      "conv_bn_add_relu(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? running_mean, Tensor? running_var, float eps, int[2] stride, int[2] padding) -> Tensor");
+
+  // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
+  m.def(
+      "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+      "Tensor? running_var, float eps) -> Tensor");
+  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
+  m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
+
+  // Name of the instruction set in use, as bytes: the stable ABI returns no strings.
+  m.def("cpu_isa() -> int");
+}
+
+// Importing the module runs the registrations; there is nothing else in it.
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

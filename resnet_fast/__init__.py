@@ -1,0 +1,37 @@
+"""Residual networks for PyTorch with convolution, batch norm, ReLU and residual add fused into one kernel."""
+
+from . import backends, ops, reference
+from .models import (
+    CifarResNet,
+    ResNet,
+    ResNet32,
+    cifar_resnet20,
+    cifar_resnet32,
+    cifar_resnet44,
+    cifar_resnet56,
+    cifar_resnet110,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CifarResNet",
+    "ResNet",
+    "ResNet32",
+    "backends",
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_resnet44",
+    "cifar_resnet56",
+    "cifar_resnet110",
+    "ops",
+    "reference",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+]

@@ -1,0 +1,115 @@
+"""What can run the fused operators here, what was chosen, and why not more.
+
+    >>> resnet_fast.backends.status()
+    {'cpu': 'loaded, avx2', 'cuda': 'compiled, but no CUDA device is visible', 'triton': 'no Triton kernels yet'}
+    >>> with resnet_fast.backends.use("eager"):
+    ...     model(x)
+    >>> resnet_fast.backends.fallbacks()
+    {'Block: training mode': 16}
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Literal
+
+import torch
+
+__all__ = ["fallbacks", "isa", "status", "use"]
+
+Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
+NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
+
+_missing: str | None = None
+try:
+    from . import _C as _C
+except ImportError as error:
+    _missing = f"resnet_fast._C is not there or does not load ({error}): build it with a C++ compiler, pip install -e ."
+    warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
+
+# Process-wide, as torch.backends' switches are: a plain global, so that torch.compile can guard on it.
+_selected: Name = "auto"
+_fallbacks: Counter[str] = Counter()
+
+
+def loaded() -> bool:
+    """Whether the extension, and with it every operator of ``torch.ops.resnet_fast``, is there."""
+    return _missing is None
+
+
+def selected() -> Name:
+    """The name given to :func:`use`, ``"auto"`` outside of it."""
+    return _selected
+
+
+def isa() -> str:
+    """Instruction set of the CPU kernels: ``"avx512"``, ``"avx2"`` or ``"baseline"``, as ``ATEN_CPU_CAPABILITY`` caps it."""
+    if _missing is not None:
+        raise RuntimeError(_missing)
+    return ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa()]
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether ``torch.ops.resnet_fast.<op>`` has a kernel of ours for tensors on ``device`` (``"cpu"``, ``"cuda"``)."""
+    return _missing is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", device.upper())
+
+
+def status() -> dict[str, str]:
+    """For each backend ``"loaded, ..."``, or why it is not in use."""
+    return {"cpu": _cpu_status(), "cuda": _cuda_status(), "triton": "no Triton kernels yet"}
+
+
+def _cpu_status() -> str:
+    return _missing if _missing is not None else f"loaded, {isa()}"
+
+
+def _cuda_status() -> str:
+    if _missing is not None:
+        return _missing
+    if not has_kernel("add_relu", "cuda"):
+        return "not compiled: no nvcc was found when resnet_fast was built"
+    if not torch.cuda.is_available():
+        return "compiled, but no CUDA device is visible"
+    return "loaded, add_relu only: convolutions run on the library"
+
+
+@contextmanager
+def use(name: Name) -> Iterator[None]:
+    """Within the block, run ``"eager"`` PyTorch or insist on one backend; ``"auto"`` takes the best that can run.
+
+    Where a backend was named, what it cannot run raises and says why, instead of falling back. The choice is
+    process-wide: threads started outside see it, too.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        RuntimeError: that backend is not in use here, with the reason.
+    """
+    global _selected
+    if name not in NAMES:
+        raise ValueError(f"name is {name!r}, want one of {', '.join(NAMES)}")
+    if name not in ("auto", "eager") and not status()[name].startswith("loaded"):
+        raise RuntimeError(f"backend {name!r} cannot run: {status()[name]}")
+    before, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+def decline(what: str, reason: str) -> None:
+    """Notes that ``what`` runs on PyTorch's own operators for ``reason``; raises where a backend was asked for by name."""
+    if _selected not in ("auto", "eager"):
+        raise RuntimeError(f"backends.use({_selected!r}): {what} cannot run fused: {reason}")
+    if not torch.compiler.is_compiling():
+        _fallbacks[f"{what}: {reason}"] += 1
+
+
+def fallbacks(*, clear: bool = False) -> dict[str, int]:
+    """How often something ran unfused, by ``"what: reason"``; calls inside compiled programs are not counted."""
+    counts = dict(_fallbacks)
+    if clear:
+        _fallbacks.clear()
+    return counts

@@ -1,0 +1,121 @@
+"""The networks of :mod:`resnet_fast.reference`, fused: same constructors, same ``state_dict``, same results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import reference
+from .blocks import BasicBlock, Block, Bottleneck, Stage
+from .chain import Build, Fused
+
+__all__ = [
+    "CifarResNet",
+    "ResNet",
+    "ResNet32",
+    "cifar_resnet20",
+    "cifar_resnet32",
+    "cifar_resnet44",
+    "cifar_resnet56",
+    "cifar_resnet110",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+]
+
+
+class ResNet32(Fused, reference.ResNet32):
+    __doc__ = reference.ResNet32.__doc__
+    block = Block
+    stage = Stage
+
+    def parts(self) -> list[nn.Module]:
+        return [self, self.conv1]
+
+    def flow(self, build: Build, x: Any) -> Any:
+        return build.conv(self.conv1, None, x)
+
+    def stem(self, x: Tensor) -> Tensor:
+        y = self.fused(x)
+        return super().stem(x) if y is None else y
+
+
+class _ConvBnReluStem(Fused):
+    """The stem of both families below."""
+
+    def parts(self) -> list[nn.Module]:
+        return [self, self.conv1, self.bn1, self.relu]
+
+    def flow(self, build: Build, x: Any) -> Any:
+        return build.conv(self.conv1, self.bn1, x, relu=True)
+
+
+class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
+    __doc__ = reference.CifarResNet.__doc__
+    block = BasicBlock
+    stage = Stage
+
+    def stem(self, x: Tensor) -> Tensor:
+        y = self.fused(x)
+        return super().stem(x) if y is None else y
+
+
+class ResNet(_ConvBnReluStem, reference.ResNet):
+    __doc__ = reference.ResNet.__doc__
+    block = BasicBlock
+    stage = Stage
+
+    def stem(self, x: Tensor) -> Tensor:
+        y = self.fused(x)
+        return super().stem(x) if y is None else y
+
+
+class _BottleneckResNet(ResNet):
+    block = Bottleneck
+
+
+def cifar_resnet20(num_classes: int = 10) -> CifarResNet:
+    """20 layers: 3 stages of 3 blocks, 0.27 M parameters."""
+    return CifarResNet(3, num_classes)
+
+
+def cifar_resnet32(num_classes: int = 10) -> CifarResNet:
+    """32 layers: 3 stages of 5 blocks, 0.47 M parameters."""
+    return CifarResNet(5, num_classes)
+
+
+def cifar_resnet44(num_classes: int = 10) -> CifarResNet:
+    """44 layers: 3 stages of 7 blocks, 0.66 M parameters."""
+    return CifarResNet(7, num_classes)
+
+
+def cifar_resnet56(num_classes: int = 10) -> CifarResNet:
+    """56 layers: 3 stages of 9 blocks, 0.86 M parameters."""
+    return CifarResNet(9, num_classes)
+
+
+def cifar_resnet110(num_classes: int = 10) -> CifarResNet:
+    """110 layers: 3 stages of 18 blocks, 1.73 M parameters."""
+    return CifarResNet(18, num_classes)
+
+
+def resnet18(num_classes: int = 1000) -> ResNet:
+    """[2, 2, 2, 2] basic blocks, 11.69 M parameters."""
+    return ResNet([2, 2, 2, 2], num_classes)
+
+
+def resnet34(num_classes: int = 1000) -> ResNet:
+    """[3, 4, 6, 3] basic blocks, 21.80 M parameters."""
+    return ResNet([3, 4, 6, 3], num_classes)
+
+
+def resnet50(num_classes: int = 1000) -> ResNet:
+    """[3, 4, 6, 3] bottleneck blocks, 25.56 M parameters."""
+    return _BottleneckResNet([3, 4, 6, 3], num_classes)
+
+
+def resnet101(num_classes: int = 1000) -> ResNet:
+    """[3, 4, 23, 3] bottleneck blocks, 44.55 M parameters."""
+    return _BottleneckResNet([3, 4, 23, 3], num_classes)

@@ -1,0 +1,388 @@
+"""The fused operators as functions, and what PyTorch needs to know of them: shapes, gradients, autocast.
+
+Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. The
+kernels compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without a kernel,
+dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
+
+Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
+into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias`` with ``s = bn_weight / sqrt(var + eps)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+
+__all__ = ["add_relu", "conv_bn", "conv_bn_add_relu", "conv_bn_relu"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+IntPair = int | tuple[int, int]
+
+
+def _pair(name: str, value: IntPair) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise ValueError(f"{name} is {value!r}, want an int or two of them")
+    return pair
+
+
+def _unfused_reason(op: str, x: Tensor) -> str | None:
+    """Why the kernel cannot run, or None. Autocast is the operator's own affair."""
+    if backends.selected() == "eager":
+        return "backends.use('eager')"
+    if not backends.has_kernel(op, x.device.type):
+        return f"no kernel for {x.device.type} tensors"
+    if x.device.type == "cpu" and x.dtype not in DTYPES:
+        return f"no kernel for {x.dtype}"
+    return None
+
+
+def add_relu(a: Tensor, b: Tensor) -> Tensor:
+    """``relu(a + b)`` in one pass over memory. Equivalent to ``F.relu(a + b)``.
+
+    Args:
+        a: any shape and layout; float32, float64 or bfloat16 (on CUDA devices float16, too).
+        b: shape, dtype and device of ``a``: there is no broadcasting.
+
+    Returns:
+        A new tensor with the layout of ``a``. NaN and the sign of zero are kept, as ``F.relu`` keeps them.
+
+    Raises:
+        RuntimeError: ``b`` differs from ``a`` in shape, dtype or device.
+    """
+    reason = _unfused_reason("add_relu", a)
+    if reason is None:
+        return torch.ops.resnet_fast.add_relu(a, b)
+    backends.decline("add_relu", reason)
+    return F.relu(a + b)
+
+
+def conv_bn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``batch_norm(conv2d(x, weight, bias))`` by the running statistics; arguments as for :func:`conv_bn_relu`."""
+    return _conv(
+        "conv_bn", [x], weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups
+    )
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(batch_norm(conv2d(x, weight, bias)))`` by the running statistics.
+
+    Equivalent to ``F.relu(F.batch_norm(F.conv2d(x, weight, bias, stride, padding), running_mean, running_var,
+    bn_weight, bn_bias, training=False, eps=eps))``; without statistics the batch norm is left out.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, float64 or bfloat16, any memory format.
+        weight: ``[K, C, R, S]``, dtype of ``x``.
+        bias, bn_weight, bn_bias, running_mean, running_var: ``[K]``, any of these dtypes. The statistics come
+            together or not at all, and ``bn_weight`` and ``bn_bias`` only with them.
+        eps: added to the variance.
+        stride, padding, dilation: an int or ``(height, width)``; ``groups``: as in ``F.conv2d``.
+
+    Returns:
+        ``[N, K, (H + 2 padding - R) // stride + 1, ...]``, dtype of ``x``, channels_last. NaN is kept by the ReLU.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
+        ValueError: a pair is not a pair.
+    """
+    return _conv(
+        "conv_bn_relu", [x], weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups
+    )
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(batch_norm(conv2d(x, weight, bias)) + residual)``; arguments as for :func:`conv_bn_relu`.
+
+    Args:
+        residual: shape of the result, dtype of ``x``, any memory format; it may be ``x`` itself.
+    """
+    return _conv(
+        "conv_bn_add_relu",
+        [x, residual],
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+
+
+def _conv(
+    op: str,
+    inputs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+    groups: int,
+) -> Tensor:
+    pairs = [_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)]
+    reason = _unfused_reason(op, inputs[0])
+    if reason is None and pairs[2] != [1, 1]:
+        reason = f"dilation {dilation}"
+    if reason is None and groups != 1:
+        reason = f"{groups} groups"
+    bn = (bn_weight, bn_bias, running_mean, running_var, eps)
+    if reason is None:
+        return getattr(torch.ops.resnet_fast, op)(*inputs, weight, bias, *bn, pairs[0], pairs[1])
+    backends.decline(op, reason)
+    return unfused_conv(op, inputs, weight, bias, bn, *pairs, groups)
+
+
+BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
+
+
+def unfused_conv(
+    op: str,
+    inputs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    bn: BatchNorm,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The same on PyTorch's own operators."""
+    bn_weight, bn_bias, running_mean, running_var, eps = bn
+    y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
+    if running_mean is not None:
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
+    if len(inputs) > 1:
+        y = y + inputs[1]
+    return y if op == "conv_bn" else F.relu(y)
+
+
+# What follows registers shapes, gradients and autocast with the operators that the extension defines.
+
+
+def conv_size(size: Any, padding: int, kernel: int, stride: int) -> Any:
+    """Height or width of a convolution's output."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _empty_image(x: Tensor, channels: Any, height: Any, width: Any) -> Tensor:
+    return torch.empty(
+        (x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _fake_conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    torch._check(x.dim() == 4, lambda: f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
+    torch._check(weight.dim() == 4, lambda: f"weight has {weight.dim()} dimensions, want 4")
+    torch._check(
+        x.shape[1] == weight.shape[1], lambda: f"x has {x.shape[1]} channels, want {weight.shape[1]} as weight has"
+    )
+    torch._check(x.dtype == weight.dtype, lambda: f"weight has dtype {weight.dtype}, want {x.dtype} as x has")
+    height = conv_size(x.shape[2], padding[0], weight.shape[2], stride[0])
+    width = conv_size(x.shape[3], padding[1], weight.shape[3], stride[1])
+    return _empty_image(x, weight.shape[0], height, width)
+
+
+def _fake_layer(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _fake_conv(x, weight, rest[-2], rest[-1])
+
+
+def _fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _fake_conv(x, weight, rest[-2], rest[-1])
+
+
+def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
+    torch._check(a.shape == b.shape, lambda: f"b has shape {tuple(b.shape)}, want {tuple(a.shape)} as a has")
+    torch._check(a.dtype == b.dtype, lambda: f"b has dtype {b.dtype}, want {a.dtype} as a has")
+    return torch.empty_like(a)
+
+
+def _fake_pack(weight: Tensor, *rest: Any) -> Tensor:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    line = 64 // dtype.itemsize  # elements of a cache line
+    k, c, r, s = weight.shape
+    return weight.new_empty((k + line - 1) // line * line * (1 + c * r * s), dtype=dtype)
+
+
+LAYER_FIELDS = 10
+
+
+def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
+    maps = [x.shape[1:]]
+    for i in range(0, len(layers), LAYER_FIELDS):
+        source, _, _, k, r, s, stride_h, stride_w, pad_h, pad_w = layers[i : i + LAYER_FIELDS]
+        _, h, w = maps[source]
+        maps.append((k, conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)))
+    return _empty_image(x, *maps[-1])
+
+
+def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *ctx.others, ctx.eps, ctx.stride, ctx.padding = inputs
+    tensors = ctx.others
+    ctx.has_residual = len(inputs) == 11
+    ctx.others = None
+    ctx.save_for_backward(*tensors, output)
+
+
+def _channel(t: Tensor) -> Tensor:
+    return t[None, :, None, None]
+
+
+def _conv_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Any, ...]:
+    """Gradients of conv -> batch norm by fixed statistics -> [+ residual] -> [ReLU], each in its plain form."""
+    if ctx.has_residual:
+        x, _, weight, bias, gamma, beta, mean, var, output = ctx.saved_tensors
+    else:
+        x, weight, bias, gamma, beta, mean, var, output = ctx.saved_tensors
+    need_x, *need_residual, need_w, need_b, need_gamma, need_beta, need_mean, need_var = ctx.needs_input_grad[:-3]
+    if relu:
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    grad_residual = [grad if needed else None for needed in need_residual]
+    grad_z = grad  # of the convolution's output
+    grad_gamma = grad_beta = grad_mean = grad_var = None
+    if mean is not None:
+        inv_std = torch.rsqrt(var + ctx.eps)
+        scale = inv_std if gamma is None else inv_std * gamma
+        grad_z = (grad * _channel(scale)).to(grad.dtype)
+        if need_gamma or need_var:
+            z = F.conv2d(x, weight, bias, ctx.stride, ctx.padding)
+            normalized = (z - _channel(mean)) * _channel(inv_std)
+            grad_scaled = (grad * normalized).sum((0, 2, 3))
+            grad_gamma = grad_scaled.to(gamma.dtype) if need_gamma else None
+            if need_var:
+                grad_var = (-0.5 * grad_scaled * scale * inv_std).to(var.dtype)
+        if need_beta:
+            grad_beta = grad.sum((0, 2, 3)).to(beta.dtype)
+        if need_mean:
+            grad_mean = -grad_z.sum((0, 2, 3)).to(mean.dtype)
+    mask = [need_x, need_w, need_b]
+    grad_x, grad_w, grad_b = (
+        torch.ops.aten.convolution_backward(
+            grad_z, x, weight, [weight.shape[0]], ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, mask
+        )
+        if any(mask)
+        else (None, None, None)
+    )
+    if grad_b is not None:
+        grad_b = grad_b.to(bias.dtype)
+    return (grad_x, *grad_residual, grad_w, grad_b, grad_gamma, grad_beta, grad_mean, grad_var, None, None, None)
+
+
+def _add_relu_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _add_relu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    (output,) = ctx.saved_tensors
+    grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    return grad, grad
+
+
+def _inference_only(op: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"resnet_fast::{op} is for inference and has no gradient: use conv_bn_relu and its kin")
+
+    return backward
+
+
+def _autocast_conv(op: str, inputs: int) -> Any:
+    """Images and filters in autocast's dtype; the statistics stay as they are."""
+
+    def kernel(*args: Any) -> Tensor:
+        device = args[0].device.type
+        dtype = torch.get_autocast_dtype(device)
+        images, (weight, bias), rest = args[:inputs], args[inputs : inputs + 2], args[inputs + 2 :]
+        if not backends.has_kernel(op, device) or (device == "cpu" and dtype not in DTYPES):
+            *bn, stride, padding = rest
+            return unfused_conv(op, list(images), weight, bias, tuple(bn), stride, padding, [1, 1], 1)
+        with torch.autocast(device, enabled=False):
+            cast = [_autocast_to(t, dtype) for t in (*images, weight)]
+            return getattr(torch.ops.resnet_fast, op)(*cast, bias, *rest)
+
+    return kernel
+
+
+def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
+def _register() -> None:
+    library = torch.library.Library("resnet_fast", "IMPL")
+    for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
+        name = f"resnet_fast::{op}"
+        torch.library.register_fake(name, _fake_layer if inputs == 1 else _fake_add_layer, lib=library)
+
+        def backward(ctx: Any, grad: Tensor, relu: bool = op != "conv_bn") -> tuple[Any, ...]:
+            return _conv_backward(ctx, grad, relu)
+
+        torch.library.register_autograd(name, backward, setup_context=_setup_conv, lib=library)
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(op, _autocast_conv(op, inputs), key)
+    torch.library.register_fake("resnet_fast::add_relu", _fake_add_relu, lib=library)
+    torch.library.register_autograd("resnet_fast::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=library)
+    torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
+    torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
+    for op in ("pack_conv_bn", "residual_stage"):
+        torch.library.register_autograd(f"resnet_fast::{op}", _inference_only(op), lib=library)
+    # Registrations live as long as their library object.
+    globals()["_library"] = library
+
+
+if backends.loaded():
+    _register()

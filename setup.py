@@ -1,0 +1,99 @@
+"""Build of resnet_fast._C: one extension on the LibTorch Stable ABI, CPU kernels always, CUDA kernels where nvcc is.
+
+Environment: USE_CUDA=0|1 (default: a CUDA toolkit is found), TORCH_CUDA_ARCH_LIST, DEBUG=1, MAX_JOBS, CXX, CUDA_HOME.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = Path("kernels/csrc")
+# The stable ABI is used as of this release: the build loads into it and into every later one.
+ABI_FLOOR = (2, 13)
+CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+
+
+def flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value not in ("", "0", "1"):
+        sys.exit(f"setup.py: {name} is {value!r}, want 0 or 1")
+    return default if value == "" else value == "1"
+
+
+def cuda_home() -> str | None:
+    """The toolkit's folder, or None. Whether a GPU is visible is no matter: builds happen elsewhere."""
+    nvcc = shutil.which("nvcc")
+    on_path = str(Path(nvcc).resolve().parent.parent) if nvcc else None
+    candidates = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), on_path, "/usr/local/cuda")
+    # A wrapper script on PATH may lie outside the toolkit: the headers tell.
+    found = (c for c in candidates if c and Path(c, "bin/nvcc").exists() and Path(c, "include/cuda_runtime.h").exists())
+    return next(found, None)
+
+
+def compiler() -> str | None:
+    name = shlex.split(os.environ.get("CXX", "c++"))[0]
+    return shutil.which(name) or shutil.which("g++")
+
+
+def extension():
+    from torch import __version__ as torch_version
+    from torch.utils import cpp_extension
+
+    built_for = min(ABI_FLOOR, tuple(int(part) for part in torch_version.split(".")[:2]))
+    target = f"-DTORCH_TARGET_VERSION=0x{built_for[0]:02x}{built_for[1]:02x}000000000000ull"
+    debug = flag("DEBUG", False)
+    optimize = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    # Fused multiply-adds wherever the kernels say a * b + c; no other liberty with floating point.
+    cxx = [*optimize, target, "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", "-fopenmp"]
+    nvcc = [*optimize[:1], target, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+    sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
+    link: dict[str, list[str]] = {"extra_link_args": ["-fopenmp"]}
+
+    home = cuda_home()
+    if flag("USE_CUDA", home is not None):
+        if home is None:
+            sys.exit("setup.py: USE_CUDA=1, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda")
+        # torch leaves this unset where it was itself built without CUDA.
+        cpp_extension.CUDA_HOME = home
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        sources += sorted(CSRC.glob("cuda/*.cu"))
+        # Static: the module loads on machines without a driver or a toolkit.
+        link["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
+        link["library_dirs"] = [str(Path(home, part)) for part in ("lib64", "lib") if Path(home, part).exists()]
+        cxx.append("-DRESNET_FAST_CUDA")
+    return cpp_extension.CppExtension(
+        "resnet_fast._C",
+        [str(source) for source in sources],
+        include_dirs=[str(ROOT / CSRC)] + ([str(Path(home, "include"))] if "libraries" in link else []),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        py_limited_api=True,
+        **link,
+    )
+
+
+def build_arguments() -> dict:
+    if compiler() is None:
+        warnings.warn(
+            "resnet_fast: no C++ compiler found (set CXX or install g++): installing without kernels. Everything runs "
+            "on PyTorch's own operators; resnet_fast.backends.status() says so.",
+            stacklevel=1,
+        )
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    tag = "cp310" if platform.python_implementation() == "CPython" else None
+    return {
+        "ext_modules": [extension()],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": tag}} if tag else {},
+    }
+
+
+setup(packages=["resnet_fast"], **build_arguments())
