@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 import torch
 
-__all__ = ["fallbacks", "isa", "status", "use"]
+__all__ = ["cpu", "fallbacks", "isa", "status", "use"]
 
 Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
@@ -33,6 +33,17 @@ except ImportError as error:
 # Process-wide, as torch.backends' switches are: a plain global, so that torch.compile can guard on it.
 _selected: Name = "auto"
 _fallbacks: Counter[str] = Counter()
+
+
+class _Cpu:
+    """Switches of the CPU kernels."""
+
+    allow_winograd: bool = True
+    """Winograd convolutions for float32 and bfloat16 blocks, as ``torch.backends.cudnn.allow_tf32`` allows TF32: a
+    convolution stays within 3 x the rms error of PyTorch's own. ``False`` keeps to direct convolutions."""
+
+
+cpu = _Cpu()
 
 
 def loaded() -> bool:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops
+from .choose import tile_sizes
 from .watch import Watch, hooks_reason
 
 __all__ = ["Build", "Chain", "Fused"]
@@ -100,9 +101,10 @@ class Recorder:
         """Why the chain cannot run as one, or None."""
         return next((r for r in (_layer_reason(*pair) for pair in self.pairs) if r is not None), None)
 
-    def pack(self) -> list[Tensor]:
-        pack = torch.ops.resnet_fast.pack_conv_bn
-        return [pack(*_sources(conv, bn), bn.eps if bn is not None else 0.0) for conv, bn in self.pairs]
+
+def _pack(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, tile: int) -> Tensor:
+    eps = bn.eps if bn is not None else 0.0
+    return torch.ops.resnet_fast.pack_conv_bn(*_sources(conv, bn), eps, tile)
 
 
 class Layers:
@@ -138,7 +140,8 @@ class Chain:
         self.dtype = recorder.pairs[0][0].weight.dtype
         # Watched before the weights are read: a change in between is seen at the next call.
         self._watch = Watch(owner.parts())
-        self.filters = recorder.pack()
+        self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and tile size
+        self._filters: dict[tuple[torch.Size, bool], list[Tensor]] = {}  # by shape of the input
 
     def fresh(self) -> bool:
         return self._watch.unchanged()
@@ -150,8 +153,26 @@ class Chain:
     def parameters(self) -> list[nn.Parameter]:
         return self._watch.parameters
 
+    def tiles(self, shape: torch.Size) -> list[int]:
+        """The algorithm of each layer for inputs of ``shape``, as :mod:`resnet_fast.choose` names them."""
+        return tile_sizes(self.layers, shape, self.dtype)
+
+    def filters(self, shape: torch.Size) -> list[Tensor]:
+        """Packed filters for inputs of ``shape``. Threads that come here at once may pack the same filter twice."""
+        key = (shape, backends.cpu.allow_winograd)
+        filters = self._filters.get(key)
+        if filters is None:
+            filters = []
+            for i, tile in enumerate(self.tiles(shape)):
+                packed = self._packed.get((i, tile))
+                if packed is None:
+                    packed = self._packed[i, tile] = _pack(*self.pairs[i], tile)
+                filters.append(packed)
+            self._filters[key] = filters
+        return filters
+
     def run(self, x: Tensor) -> Tensor:
-        return torch.ops.resnet_fast.residual_stage(x, self.filters, self.layers)
+        return torch.ops.resnet_fast.residual_stage(x, self.filters(x.shape), self.layers)
 
 
 class _Run(torch.autograd.Function):
@@ -254,7 +275,9 @@ class Fused(nn.Module):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.flow(Layers(), x)
-        return torch.ops.resnet_fast.residual_stage(x, recorder.pack(), recorder.layers)
+        tiles = tile_sizes(recorder.layers, x.shape, x.dtype)
+        filters = [_pack(conv, bn, tile) for (conv, bn), tile in zip(recorder.pairs, tiles, strict=True)]
+        return torch.ops.resnet_fast.residual_stage(x, filters, recorder.layers)
 
     def train(self, mode: bool = True) -> Fused:
         if mode != self.training:

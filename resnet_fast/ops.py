@@ -253,11 +253,21 @@ def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
     return torch.empty_like(a)
 
 
-def _fake_pack(weight: Tensor, *rest: Any) -> Tensor:
+def _fake_pack(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    tile: int = 0,
+) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     line = 64 // dtype.itemsize  # elements of a cache line
     k, c, r, s = weight.shape
-    return weight.new_empty((k + line - 1) // line * line * (1 + c * r * s), dtype=dtype)
+    points = (tile + 2) ** 2 if tile else r * s
+    return weight.new_empty((k + line - 1) // line * line * (1 + c * points), dtype=dtype)
 
 
 LAYER_FIELDS = 10

@@ -67,9 +67,55 @@ void pack_panel(const Tensor& weight, const FilterLayout<T>& layout, const Affin
   }
 }
 
+// G of y = A^T [(G g G^T) . (B^T d B)] A: the powers of each point over the product of its distances to the others.
+constexpr double kRoot = 0.70710678118654752440;  // sqrt(1/2), half of sqrt(2)
+constexpr double kFilterTransform[kTileIn][3] = {
+    {1, 0, 0},
+    {1 / -1.5, kRoot / -1.5, 0.5 / -1.5},
+    {1 / -1.5, -kRoot / -1.5, 0.5 / -1.5},
+    {1 / 6.0, 2 * kRoot / 6.0, 2 / 6.0},
+    {1 / 6.0, -2 * kRoot / 6.0, 2 / 6.0},
+    {0, 0, 1},
+};
+
+// G g G^T in float64, rounded once.
+template <typename S, typename T>
+void pack_winograd_panel(const Tensor& weight, const FilterLayout<T>& layout, const Affine& affine, int64_t k0, T* to) {
+  const S* from = static_cast<const S*>(weight.data_ptr());
+  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  const int64_t width = std::min(layout.panel, layout.padded_out() - k0);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t k = k0 + j;
+      double g[3][3] = {}, half[kTileIn][3];
+      if (k < layout.out_channels) {
+        for (int64_t r = 0; r < 3; ++r) {
+          for (int64_t s = 0; s < 3; ++s) {
+            g[r][s] = static_cast<double>(widen(from[k * sk + c * sc + r * sr + s * ss])) *
+                      affine.scale[static_cast<size_t>(k)];
+          }
+        }
+      }
+      for (int i = 0; i < kTileIn; ++i) {
+        for (int s = 0; s < 3; ++s) {
+          const double* t = kFilterTransform[i];
+          half[i][s] = t[0] * g[0][s] + t[1] * g[1][s] + t[2] * g[2][s];
+        }
+      }
+      for (int i = 0; i < kTileIn; ++i) {
+        for (int l = 0; l < kTileIn; ++l) {
+          const double* t = kFilterTransform[l];
+          const double u = t[0] * half[i][0] + t[1] * half[i][1] + t[2] * half[i][2];
+          to[((i * kTileIn + l) * layout.channels + c) * width + j] = static_cast<T>(u);
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
-Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn) {
-  const FilterLayout<T> layout{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, int64_t tile) {
+  const FilterLayout<T> layout{weight.size(0), weight.size(1), weight.size(2), weight.size(3), tile};
   const Affine affine = fold(layout.out_channels, bias, bn);
   const int64_t size[] = {layout.numel()};
   Tensor packed = torch::stable::empty({size, 1}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double,
@@ -83,7 +129,12 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
     using S = decltype(tag);
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        pack_panel<S, T>(weight, layout, affine, i * layout.panel, panels + i * layout.panel_stride());
+        T* to = panels + i * layout.panel_stride();
+        if (tile != 0) {
+          pack_winograd_panel<S, T>(weight, layout, affine, i * layout.panel, to);
+        } else {
+          pack_panel<S, T>(weight, layout, affine, i * layout.panel, to);
+        }
       }
     });
   });
@@ -92,10 +143,13 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
 
 Tensor pack_conv_bn(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
                     const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
-                    const OptionalTensor& running_var, double eps) {
+                    const OptionalTensor& running_var, double eps, int64_t tile) {
   const BatchNorm bn{bn_weight, bn_bias, running_mean, running_var, eps};
   check_conv_bn("pack_conv_bn", weight, bias, bn);
-  return pack_filters(weight, bias, bn);
+  RESNET_FAST_CHECK(tile == 0 || (tile == kTileOut && weight.size(2) == 3 && weight.size(3) == 3),
+                    "pack_conv_bn: tile is ", tile, ", want 0, or ", kTileOut, " for a 3x3 filter; weight has shape ",
+                    shape(weight));
+  return pack_filters(weight, bias, bn, tile);
 }
 
 }  // namespace
@@ -123,8 +177,9 @@ void check_conv_bn(const char* op, const Tensor& weight, const OptionalTensor& b
                     ": bn_weight and bn_bias need running_mean and running_var");
 }
 
-Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn) {
-  return weight.scalar_type() == ScalarType::Double ? pack<double>(weight, bias, bn) : pack<float>(weight, bias, bn);
+Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, int64_t tile) {
+  return weight.scalar_type() == ScalarType::Double ? pack<double>(weight, bias, bn, tile)
+                                                    : pack<float>(weight, bias, bn, tile);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("pack_conv_bn", TORCH_BOX(&pack_conv_bn)); }

@@ -34,21 +34,21 @@ Isa isa() {
 }
 
 template <>
-const ConvKernels<float>& kernels_in_use<float>() {
+const Kernels<float>& kernels_in_use<float>() {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) return kConvFloatAvx512;
-  if (isa() == Isa::avx2) return kConvFloatAvx2;
+  if (isa() == Isa::avx512) return kFloatAvx512;
+  if (isa() == Isa::avx2) return kFloatAvx2;
 #endif
-  return kConvFloatBaseline;
+  return kFloatBaseline;
 }
 
 template <>
-const ConvKernels<double>& kernels_in_use<double>() {
+const Kernels<double>& kernels_in_use<double>() {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) return kConvDoubleAvx512;
-  if (isa() == Isa::avx2) return kConvDoubleAvx2;
+  if (isa() == Isa::avx512) return kDoubleAvx512;
+  if (isa() == Isa::avx2) return kDoubleAvx2;
 #endif
-  return kConvDoubleBaseline;
+  return kDoubleBaseline;
 }
 
 namespace {

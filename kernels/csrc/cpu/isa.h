@@ -2,7 +2,7 @@
 // (default, avx2 or avx512; the variable PyTorch itself reads). Chosen once, at first use.
 #pragma once
 
-#include "conv.h"
+#include "kernels.h"
 
 namespace resnet_fast {
 
@@ -11,6 +11,6 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();
 
 template <typename T>
-const ConvKernels<T>& kernels_in_use();
+const Kernels<T>& kernels_in_use();
 
 }  // namespace resnet_fast

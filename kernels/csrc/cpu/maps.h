@@ -65,30 +65,40 @@ struct Map {
   T* at(int64_t n, int64_t h, int64_t w) const { return origin + n * image + h * row + w * pixel; }
 };
 
+// Zeros around a map: the padding, and what the last Winograd tiles read beyond it.
+struct Halo {
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+
+  bool operator==(const Halo&) const = default;
+  bool empty() const { return top == 0 && bottom == 0 && left == 0 && right == 0; }
+  void cover(const Halo& o) {
+    top = std::max(top, o.top), bottom = std::max(bottom, o.bottom);
+    left = std::max(left, o.left), right = std::max(right, o.right);
+  }
+};
+
 // A slot of scratch memory for maps of one shape. `pixel` may exceed the channels, to whole vectors.
 struct MapShape {
-  int64_t channels, height, width, pixel, halo_h, halo_w;
+  int64_t channels, height, width, pixel;
+  Halo halo;
 
-  bool operator==(const MapShape& o) const {
-    return channels == o.channels && height == o.height && width == o.width && pixel == o.pixel &&
-           halo_h == o.halo_h && halo_w == o.halo_w;
-  }
-  int64_t row() const { return (width + 2 * halo_w) * pixel; }
-  int64_t image() const { return (height + 2 * halo_h) * row(); }
+  bool operator==(const MapShape&) const = default;
+  int64_t row() const { return (halo.left + width + halo.right) * pixel; }
+  int64_t image() const { return (halo.top + height + halo.bottom) * row(); }
 
   template <typename T>
   Map<T> map(T* data) const {
-    return {data + halo_h * row() + halo_w * pixel, image(), row(), pixel};
+    return {data + halo.top * row() + halo.left * pixel, image(), row(), pixel};
   }
 
   template <typename T>
   void clear_halo(T* data, int64_t images) const {
     for (int64_t n = 0; n < images; ++n, data += image()) {
-      std::fill_n(data, halo_h * row(), T(0));
-      std::fill_n(data + (halo_h + height) * row(), halo_h * row(), T(0));
-      for (int64_t h = halo_h; h < halo_h + height; ++h) {
-        std::fill_n(data + h * row(), halo_w * pixel, T(0));
-        std::fill_n(data + h * row() + (halo_w + width) * pixel, halo_w * pixel, T(0));
+      std::fill_n(data, halo.top * row(), T(0));
+      std::fill_n(data + (halo.top + height) * row(), halo.bottom * row(), T(0));
+      for (int64_t h = halo.top; h < halo.top + height; ++h) {
+        std::fill_n(data + h * row(), halo.left * pixel, T(0));
+        std::fill_n(data + h * row() + (halo.left + width) * pixel, halo.right * pixel, T(0));
       }
     }
   }

@@ -1,0 +1,111 @@
+// The interface between the scheduler of a stage and the kernels.
+//
+// Plain structs and function pointers only: the kernel files behind it are compiled for instruction sets that
+// the rest of the library may not use, so they share no inline function with anyone (no STL, no torch header).
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace resnet_fast {
+
+// Pixels that one call of a convolution kernel handles: 42 tiles of 6 or 21 of 12, and partial sums that stay in L1/L2.
+constexpr int kMaxPixels = 252;
+// Filter bytes that stay in L1 while the pixels of a call pass by; the rest of L1 is for the input rows.
+constexpr int kFilterBlockBytes = 18 * 1024;
+constexpr int kMaxRuns = 1024;
+
+// One convolution over a list of output pixels and a range of output channels:
+//
+//   output[p][k] = act(bias[k] + sum_{run, i} input[p][run_offset[run] + i] * filter[run][i][k] (+ residual[p][k]))
+//
+// A run is a stretch of input that is contiguous in memory: all channels of a filter row where the pixels of the input
+// follow each other without a gap, else a block of the channels of one tap.
+template <typename T>
+struct ConvCall {
+  const T* input;  // pixel (0, 0) of the first image; a halo of zeros surrounds every image
+  const T* residual;  // or nullptr
+  T* output;
+  const int64_t* input_offset;  // of each output pixel's top-left tap, in elements
+  const int64_t* residual_offset;
+  const int64_t* output_offset;
+  int pixels;  // <= kMaxPixels
+
+  const T* filter;  // panels [panel_begin, panel_end) are read
+  const T* bias;
+  int panel_begin, panel_end;
+  int out_vectors;  // output channels in vectors; the last panel may be half full
+  int64_t panel_stride;  // elements of a full panel
+
+  const int64_t* run_offset;  // of a run from the top-left tap, without its channel block
+  int runs;
+  int channels;  // length of a run if it is one block, else channels of a tap
+  int block;  // channels of one block
+  bool relu;
+};
+
+// Winograd's F(4x4, 3x3): an output tile of 4 x 4 pixels from an input tile of 6 x 6 with 36 multiplications a channel.
+constexpr int kTileOut = 4;
+constexpr int kTileIn = 6;
+constexpr int kTilePoints = kTileIn * kTileIn;
+
+// A 3x3 convolution with stride 1 over output tiles [tile_begin, tile_end), counted through image, tile row and tile
+// column, and a range of output channels. The input's halo reaches to the end of the last tiles.
+template <typename T>
+struct WinogradCall {
+  const T* input;  // the first tap of pixel (0, 0) of the first image
+  int64_t input_image, input_row, input_pixel;
+  const T* residual;  // or nullptr
+  int64_t residual_image, residual_row, residual_pixel;
+  T* output;
+  int64_t output_image, output_row, output_pixel;
+  int height, width;  // of the output
+  int tile_begin, tile_end;
+
+  const T* filter;  // panels of [point][channel][output channel of the panel]
+  const T* bias;
+  int channels;
+  int panel_begin, panel_end;
+  int panel_group;  // panels whose products are stored before they are transformed back
+  int out_vectors;
+  int64_t panel_stride;
+  bool relu;
+  T* scratch;  // WinogradScratch::numel() elements
+};
+
+// Unnamed, so that every file has its own: see above.
+namespace {
+// Elements of scratch memory for a call of so many tiles: the transformed input, the products, a strip of half
+// transformed rows.
+struct WinogradScratch {
+  int64_t row;  // of the transformed input: the channels of a tile, in whole vectors
+  int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
+  int64_t input, products, strip;
+
+  WinogradScratch(int channels, int tiles, int tiles_w, int lanes, int panel_group, int panel)
+      : row((channels + lanes - 1) / lanes * lanes),
+        input_point(tiles * row + 16),
+        product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16),
+        input(kTilePoints * input_point),
+        products(kTilePoints * product_point),
+        strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16) {}
+  int64_t numel() const { return input + products + strip; }
+};
+}  // namespace
+
+// What one instruction set offers for one type of arithmetic.
+template <typename T>
+struct Kernels {
+  const char* isa;
+  int lanes;  // elements of a vector
+  int panel_vectors;  // vectors of output channels that a tile covers
+  int tile_pixels;  // output pixels that a tile covers
+  void (*conv)(const ConvCall<T>&);
+  void (*winograd)(const WinogradCall<T>&);
+  void (*add_relu)(const T* a, const T* b, T* out, int64_t n);
+};
+
+extern const Kernels<float> kFloatBaseline, kFloatAvx2, kFloatAvx512;
+extern const Kernels<double> kDoubleBaseline, kDoubleAvx2, kDoubleAvx512;
+
+}  // namespace resnet_fast

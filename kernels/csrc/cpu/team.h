@@ -1,0 +1,99 @@
+// Threads that work on one job together, with a barrier between its steps.
+//
+// A parallel region a step would cost more than a small layer takes. The pool's own parallel_for starts the members;
+// they meet before the work starts, and whoever came is the team: a pool that runs its chunks one after the other, or
+// a machine too busy to run them all, gives a team of one instead of a deadlock.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+namespace resnet_fast {
+
+inline void spin_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+class Team {
+ public:
+  int64_t size() const { return size_; }
+
+  // Returns once every member has come here.
+  void wait() {
+    if (size_ == 1) return;
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      waiting_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins < kSpins) {
+        spin_pause();
+      } else {
+        std::this_thread::yield();  // someone has lost its core: let it have this one
+      }
+    }
+  }
+
+  // Calls body(rank, team) on up to `threads` threads at once.
+  template <typename Body>
+  static void run(int64_t threads, const Body& body) {
+    if (threads == 1) {
+      Team alone;
+      body(0, alone);
+      return;
+    }
+    Team team;
+    team.expected_ = threads;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const int64_t rank = team.join(end - begin);
+      if (rank >= 0) body(rank, team);
+    });
+  }
+
+ private:
+  enum State { kGathering, kCounting, kComplete, kAlone };
+  static constexpr int64_t kSpins = 1 << 14;
+  static constexpr std::chrono::milliseconds kPatience{20};
+
+  // The caller's rank once all shares of the region have come, or -1 where the work is done by another member alone.
+  int64_t join(int64_t shares) {
+    const int64_t rank = members_.fetch_add(1, std::memory_order_acq_rel);
+    const auto start = std::chrono::steady_clock::now();
+    if (arrived_.fetch_add(shares, std::memory_order_acq_rel) + shares == expected_) {
+      // The size is written between two states: a member that went ahead alone must keep its team of one.
+      int gathering = kGathering;
+      if (!state_.compare_exchange_strong(gathering, kCounting, std::memory_order_acq_rel)) return -1;
+      size_ = members_.load(std::memory_order_acquire);
+      state_.store(kComplete, std::memory_order_release);
+      return rank;
+    }
+    for (int64_t spins = 1;; ++spins) {
+      const int state = state_.load(std::memory_order_acquire);
+      if (state == kComplete) return rank;
+      if (state == kAlone) return -1;
+      spin_pause();
+      if (spins % 1024 == 0) {
+        std::this_thread::yield();
+        int gathering = kGathering;
+        if (std::chrono::steady_clock::now() - start > kPatience &&
+            state_.compare_exchange_strong(gathering, kAlone, std::memory_order_acq_rel)) {
+          return 0;
+        }
+      }
+    }
+  }
+
+  int64_t expected_ = 1;
+  int64_t size_ = 1;
+  std::atomic<int> state_{kGathering};
+  std::atomic<int64_t> members_{0}, arrived_{0}, waiting_{0}, round_{0};
+};
+
+}  // namespace resnet_fast
