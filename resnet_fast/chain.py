@@ -17,7 +17,7 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, ops
 from .choose import tile_sizes
-from .watch import Watch, hooks_reason
+from .watch import Watch, hooks_reason, uncounted_reason
 
 __all__ = ["Build", "Chain", "Fused"]
 
@@ -68,8 +68,6 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
             return f"no kernel for {t.device.type} tensors"
         if t.dtype not in ops.DTYPES:
             return f"no kernel for {t.dtype}"
-        if t.is_inference():
-            return "weights made in inference mode, whose changes cannot be seen"
     return None
 
 
@@ -223,7 +221,7 @@ class Fused(nn.Module):
         if reason is None and (chain is None or not chain.fresh()):
             recorder = Recorder()
             self.flow(recorder, 0)
-            reason = recorder.reason() or hooks_reason(self.parts())
+            reason = recorder.reason() or hooks_reason(self.parts()) or uncounted_reason(self.parts())
             chain = self._chain = Chain(self, recorder) if reason is None else None
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         if chain is not None:

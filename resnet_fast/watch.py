@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-__all__ = ["Watch", "hooks_reason"]
+__all__ = ["Watch", "hooks_reason", "uncounted_reason"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SETTINGS = {
@@ -26,6 +26,14 @@ def hooks_reason(parts: list[nn.Module]) -> str | None:
             return f"a hook on a {type(module).__name__}"
         if "forward" in module.__dict__:
             return f"a {type(module).__name__} with a forward of its own"
+    return None
+
+
+def uncounted_reason(parts: list[nn.Module]) -> str | None:
+    """Why changes of the modules' tensors could not be seen, or None."""
+    stores = (store for module in parts for store in (module._parameters, module._buffers))
+    if any(t is not None and t.is_inference() for store in stores for t in store.values()):
+        return "weights made in inference mode, whose changes are not counted"
     return None
 
 

@@ -125,6 +125,8 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
     data[k] = k < layout.out_channels ? static_cast<T>(affine.shift[static_cast<size_t>(k)]) : T(0);
   }
   T* panels = data + layout.bias_numel();
+  const int64_t used = layout.points() * layout.channels * layout.padded_out();
+  std::fill(panels + used, data + layout.numel(), T(0));  // the same bits at every call
   visit(weight.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
