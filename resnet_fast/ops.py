@@ -5,7 +5,7 @@ kernels compute in float32 for float32 and bfloat16, in float64 for float64; oth
 dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
-into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias`` with ``s = bn_weight / sqrt(var + eps)``.
+into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,19 @@ def conv_bn(
 ) -> Tensor:
     """``batch_norm(conv2d(x, weight, bias))`` by the running statistics; arguments as for :func:`conv_bn_relu`."""
     return _conv(
-        "conv_bn", [x], weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups
+        "conv_bn",
+        [x],
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
 
 
@@ -119,7 +131,19 @@ def conv_bn_relu(
         ValueError: a pair is not a pair.
     """
     return _conv(
-        "conv_bn_relu", [x], weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups
+        "conv_bn_relu",
+        [x],
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
 
 
@@ -186,7 +210,7 @@ def _conv(
     if reason is None:
         return getattr(torch.ops.resnet_fast, op)(*inputs, weight, bias, *bn, pairs[0], pairs[1])
     backends.decline(op, reason)
-    return unfused_conv(op, inputs, weight, bias, bn, *pairs, groups)
+    return unfused_conv(op, inputs, weight, bias, bn, pairs[0], pairs[1], pairs[2], groups)
 
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
@@ -264,7 +288,7 @@ LAYER_FIELDS = 10
 
 
 def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
-    maps = [x.shape[1:]]
+    maps: list[Any] = [x.shape[1:]]
     for i in range(0, len(layers), LAYER_FIELDS):
         source, _, _, k, r, s, stride_h, stride_w, pad_h, pad_w = layers[i : i + LAYER_FIELDS]
         _, h, w = maps[source]
@@ -375,7 +399,9 @@ def _register() -> None:
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(op, _autocast_conv(op, inputs), key)
     torch.library.register_fake("resnet_fast::add_relu", _fake_add_relu, lib=library)
-    torch.library.register_autograd("resnet_fast::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=library)
+    torch.library.register_autograd(
+        "resnet_fast::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=library
+    )
     torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
     torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
     for op in ("pack_conv_bn", "residual_stage"):
