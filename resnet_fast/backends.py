@@ -64,8 +64,13 @@ def isa() -> str:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether ``torch.ops.resnet_fast.<op>`` has a kernel of ours for tensors on ``device`` (``"cpu"``, ``"cuda"``)."""
-    return _missing is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", device.upper())
+    """Whether ``torch.ops.resnet_fast.<op>`` runs on ``device``: ``"cpu"``, ``"cuda"`` or, for shapes, ``"meta"``."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device)
+    return (
+        _missing is None
+        and key is not None
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", key)
+    )
 
 
 def status() -> dict[str, str]:

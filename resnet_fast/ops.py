@@ -25,7 +25,7 @@ IntPair = int | tuple[int, int]
 
 
 def _pair(name: str, value: IntPair) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{name} is {value!r}, want an int or two of them")
     return pair
@@ -227,27 +227,45 @@ def _empty_image(x: Tensor, channels: Any, height: Any, width: Any) -> Tensor:
     )
 
 
-def _fake_conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def _check_device(name: str, t: Tensor | None, other_name: str, other: Tensor) -> None:
+    torch._check(
+        t is None or t.device == other.device,
+        lambda: f"{name} is on {t.device if t is not None else None}, want {other.device} as {other_name} is",
+    )
+
+
+VECTORS = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    *vectors, _, stride, padding = rest
+    for name, t in (("weight", weight), *zip(VECTORS, vectors, strict=True)):
+        _check_device(name, t, "x", x)
     torch._check(x.dim() == 4, lambda: f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
     torch._check(weight.dim() == 4, lambda: f"weight has {weight.dim()} dimensions, want 4")
     torch._check(
         x.shape[1] == weight.shape[1], lambda: f"x has {x.shape[1]} channels, want {weight.shape[1]} as weight has"
     )
     torch._check(x.dtype == weight.dtype, lambda: f"weight has dtype {weight.dtype}, want {x.dtype} as x has")
+    torch._check(min(stride) > 0, lambda: f"stride is {stride}, want at least 1")
+    torch._check(min(padding) >= 0, lambda: f"padding is {padding}, want at least 0")
     height = conv_size(x.shape[2], padding[0], weight.shape[2], stride[0])
     width = conv_size(x.shape[3], padding[1], weight.shape[3], stride[1])
     return _empty_image(x, weight.shape[0], height, width)
 
 
-def _fake_layer(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _fake_conv(x, weight, rest[-2], rest[-1])
-
-
 def _fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _fake_conv(x, weight, rest[-2], rest[-1])
+    _check_device("residual", residual, "x", x)
+    out = _fake_conv(x, weight, *rest)
+    torch._check(
+        residual.shape == out.shape,
+        lambda: f"residual has shape {tuple(residual.shape)}, want {tuple(out.shape)} as the convolution gives",
+    )
+    return out
 
 
 def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
+    _check_device("b", b, "a", a)
     torch._check(a.shape == b.shape, lambda: f"b has shape {tuple(b.shape)}, want {tuple(a.shape)} as a has")
     torch._check(a.dtype == b.dtype, lambda: f"b has dtype {b.dtype}, want {a.dtype} as a has")
     return torch.empty_like(a)
@@ -376,7 +394,7 @@ def _register() -> None:
     library = torch.library.Library("resnet_fast", "IMPL")
     for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
         name = f"resnet_fast::{op}"
-        torch.library.register_fake(name, _fake_layer if inputs == 1 else _fake_add_layer, lib=library)
+        torch.library.register_fake(name, _fake_conv if inputs == 1 else _fake_add_layer, lib=library)
 
         def backward(ctx: Any, grad: Tensor, relu: bool = op != "conv_bn") -> tuple[Any, ...]:
             return _conv_backward(ctx, grad, relu)
