@@ -1,11 +1,11 @@
 """What can run the fused operators here, what was chosen, and why not more.
 
-    >>> resnet_fast.backends.status()
-    {'cpu': 'loaded, avx2', 'cuda': 'compiled, but no CUDA device is visible', 'triton': 'no Triton kernels yet'}
-    >>> with resnet_fast.backends.use("eager"):
-    ...     model(x)
-    >>> resnet_fast.backends.fallbacks()
-    {'Block: training mode': 16}
+>>> resnet_fast.backends.status()
+{'cpu': 'loaded, avx2', 'cuda': 'compiled, but no CUDA device is visible', 'triton': 'no Triton kernels yet'}
+>>> with resnet_fast.backends.use("eager"):
+...     model(x)
+>>> resnet_fast.backends.fallbacks()
+{'Block: training mode': 16}
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 
 _missing: str | None = None
 try:
-    from . import _C as _C
+    from . import _C as _C  # type: ignore[attr-defined]
 except ImportError as error:
     _missing = f"resnet_fast._C is not there or does not load ({error}): build it with a C++ compiler, pip install -e ."
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
@@ -57,15 +57,20 @@ def selected() -> Name:
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels: ``"avx512"``, ``"avx2"`` or ``"baseline"``, as ``ATEN_CPU_CAPABILITY`` caps it."""
+    """Instruction set of the CPU kernels under ``ATEN_CPU_CAPABILITY``: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
     if _missing is not None:
         raise RuntimeError(_missing)
     return ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa()]
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether ``torch.ops.resnet_fast.<op>`` has a kernel of ours for tensors on ``device`` (``"cpu"``, ``"cuda"``)."""
-    return _missing is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", device.upper())
+    """Whether ``torch.ops.resnet_fast.<op>`` runs on ``device``: ``"cpu"``, ``"cuda"`` or, for shapes, ``"meta"``."""
+    key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device)
+    return (
+        _missing is None
+        and key is not None
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", key)
+    )
 
 
 def status() -> dict[str, str]:
@@ -111,7 +116,7 @@ def use(name: Name) -> Iterator[None]:
 
 
 def decline(what: str, reason: str) -> None:
-    """Notes that ``what`` runs on PyTorch's own operators for ``reason``; raises where a backend was asked for by name."""
+    """Notes that ``what`` runs on PyTorch's own operators for ``reason``; raises where a backend was named."""
     if _selected not in ("auto", "eager"):
         raise RuntimeError(f"backends.use({_selected!r}): {what} cannot run fused: {reason}")
     if not torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ from .chain import Build, Fused
 __all__ = ["BasicBlock", "Block", "Bottleneck", "Stage"]
 
 
-def _shortcut(build: Build, downsample: nn.Sequential | None, x: Any) -> Any:
+def _shortcut(build: Build, downsample: Any, x: Any) -> Any:
     return x if downsample is None else build.conv(downsample[0], downsample[1], x)
 
 
@@ -64,6 +64,7 @@ class Stage(Fused, nn.Sequential):
     """A sequence of residual blocks that runs as one operator; its blocks run apart where that is not possible."""
 
     def flow(self, build: Build, x: Any) -> Any:
+        block: Any  # of this module, so it has a flow
         for block in self:
             x = block.flow(build, x)
         return x

@@ -109,7 +109,13 @@ class Layers:
     """Runs each convolution on its own fused operator, which autograd and the compiler can look into."""
 
     def conv(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, *, relu: bool = False, residual: Tensor | None = None
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        x: Tensor,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         inputs = [x] if residual is None else [x, residual]
         name = "conv_bn_add_relu" if residual is not None else "conv_bn_relu" if relu else "conv_bn"
@@ -121,7 +127,13 @@ class Unfused:
     """Runs each convolution on PyTorch's own operators."""
 
     def conv(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Tensor, *, relu: bool = False, residual: Tensor | None = None
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        x: Tensor,
+        *,
+        relu: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         y = conv(x) if bn is None else bn(conv(x))
         if residual is not None:
@@ -180,7 +192,9 @@ class _Run(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, owner: Fused, chain: Chain, x: Tensor, autocast: torch.dtype | None, *params: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, owner: Fused, chain: Chain, x: Tensor, autocast: torch.dtype | None, *params: Tensor
+    ) -> Tensor:
         ctx.owner, ctx.autocast = owner, autocast
         ctx.save_for_backward(x, *params)
         return chain.run(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -45,6 +45,10 @@ class ResNet32(Fused, reference.ResNet32):
 class _ConvBnReluStem(Fused):
     """The stem of both families below."""
 
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    relu: nn.ReLU
+
     def parts(self) -> list[nn.Module]:
         return [self, self.conv1, self.bn1, self.relu]
 
@@ -64,7 +68,7 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
 
 class ResNet(_ConvBnReluStem, reference.ResNet):
     __doc__ = reference.ResNet.__doc__
-    block = BasicBlock
+    block: ClassVar[type[BasicBlock] | type[Bottleneck]] = BasicBlock
     stage = Stage
 
     def stem(self, x: Tensor) -> Tensor:

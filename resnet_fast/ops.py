@@ -5,7 +5,7 @@ kernels compute in float32 for float32 and bfloat16, in float64 for float64; oth
 dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
-into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias`` with ``s = bn_weight / sqrt(var + eps)``.
+into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ IntPair = int | tuple[int, int]
 
 
 def _pair(name: str, value: IntPair) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{name} is {value!r}, want an int or two of them")
     return pair
@@ -79,7 +79,19 @@ def conv_bn(
 ) -> Tensor:
     """``batch_norm(conv2d(x, weight, bias))`` by the running statistics; arguments as for :func:`conv_bn_relu`."""
     return _conv(
-        "conv_bn", [x], weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups
+        "conv_bn",
+        [x],
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
 
 
@@ -119,7 +131,19 @@ def conv_bn_relu(
         ValueError: a pair is not a pair.
     """
     return _conv(
-        "conv_bn_relu", [x], weight, bias, bn_weight, bn_bias, running_mean, running_var, eps, stride, padding, dilation, groups
+        "conv_bn_relu",
+        [x],
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        eps,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
 
 
@@ -186,7 +210,7 @@ def _conv(
     if reason is None:
         return getattr(torch.ops.resnet_fast, op)(*inputs, weight, bias, *bn, pairs[0], pairs[1])
     backends.decline(op, reason)
-    return unfused_conv(op, inputs, weight, bias, bn, *pairs, groups)
+    return unfused_conv(op, inputs, weight, bias, bn, pairs[0], pairs[1], pairs[2], groups)
 
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
@@ -227,27 +251,45 @@ def _empty_image(x: Tensor, channels: Any, height: Any, width: Any) -> Tensor:
     )
 
 
-def _fake_conv(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def _check_device(name: str, t: Tensor | None, other_name: str, other: Tensor) -> None:
+    torch._check(
+        t is None or t.device == other.device,
+        lambda: f"{name} is on {t.device if t is not None else None}, want {other.device} as {other_name} is",
+    )
+
+
+VECTORS = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    *vectors, _, stride, padding = rest
+    for name, t in (("weight", weight), *zip(VECTORS, vectors, strict=True)):
+        _check_device(name, t, "x", x)
     torch._check(x.dim() == 4, lambda: f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
     torch._check(weight.dim() == 4, lambda: f"weight has {weight.dim()} dimensions, want 4")
     torch._check(
         x.shape[1] == weight.shape[1], lambda: f"x has {x.shape[1]} channels, want {weight.shape[1]} as weight has"
     )
     torch._check(x.dtype == weight.dtype, lambda: f"weight has dtype {weight.dtype}, want {x.dtype} as x has")
+    torch._check(min(stride) > 0, lambda: f"stride is {stride}, want at least 1")
+    torch._check(min(padding) >= 0, lambda: f"padding is {padding}, want at least 0")
     height = conv_size(x.shape[2], padding[0], weight.shape[2], stride[0])
     width = conv_size(x.shape[3], padding[1], weight.shape[3], stride[1])
     return _empty_image(x, weight.shape[0], height, width)
 
 
-def _fake_layer(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _fake_conv(x, weight, rest[-2], rest[-1])
-
-
 def _fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _fake_conv(x, weight, rest[-2], rest[-1])
+    _check_device("residual", residual, "x", x)
+    out = _fake_conv(x, weight, *rest)
+    torch._check(
+        residual.shape == out.shape,
+        lambda: f"residual has shape {tuple(residual.shape)}, want {tuple(out.shape)} as the convolution gives",
+    )
+    return out
 
 
 def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
+    _check_device("b", b, "a", a)
     torch._check(a.shape == b.shape, lambda: f"b has shape {tuple(b.shape)}, want {tuple(a.shape)} as a has")
     torch._check(a.dtype == b.dtype, lambda: f"b has dtype {b.dtype}, want {a.dtype} as a has")
     return torch.empty_like(a)
@@ -274,7 +316,7 @@ LAYER_FIELDS = 10
 
 
 def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
-    maps = [x.shape[1:]]
+    maps: list[Any] = [x.shape[1:]]
     for i in range(0, len(layers), LAYER_FIELDS):
         source, _, _, k, r, s, stride_h, stride_w, pad_h, pad_w = layers[i : i + LAYER_FIELDS]
         _, h, w = maps[source]
@@ -376,7 +418,7 @@ def _register() -> None:
     library = torch.library.Library("resnet_fast", "IMPL")
     for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
         name = f"resnet_fast::{op}"
-        torch.library.register_fake(name, _fake_layer if inputs == 1 else _fake_add_layer, lib=library)
+        torch.library.register_fake(name, _fake_conv if inputs == 1 else _fake_add_layer, lib=library)
 
         def backward(ctx: Any, grad: Tensor, relu: bool = op != "conv_bn") -> tuple[Any, ...]:
             return _conv_backward(ctx, grad, relu)
@@ -385,7 +427,9 @@ def _register() -> None:
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(op, _autocast_conv(op, inputs), key)
     torch.library.register_fake("resnet_fast::add_relu", _fake_add_relu, lib=library)
-    torch.library.register_autograd("resnet_fast::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=library)
+    torch.library.register_autograd(
+        "resnet_fast::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=library
+    )
     torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
     torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
     for op in ("pack_conv_bn", "residual_stage"):

@@ -135,7 +135,7 @@ class ResNet32(nn.Module):
         image_size: height and width of the images, which fixes the classifier's input (4608 features at 224).
         dropout: probability of dropping an element of a block's output, in training.
 
-    Shape: ``[N, 3, image_size, image_size] -> [N, num_classes]``, probabilities; :meth:`logits` gives what a loss wants.
+    Shape: ``[N, 3, image_size, image_size] -> [N, num_classes]``, probabilities; a loss wants :meth:`logits`.
 
     Raises:
         ValueError: ``image_size`` is too small for the five halvings, or the images have another size.
@@ -186,7 +186,8 @@ class ResNet32(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Class scores before the softmax, ``[N, num_classes]``."""
-        if x.dim() == 4 and tuple(self._feature_side(s) for s in x.shape[2:]) != (self._feature_side(self.image_size),) * 2:
+        side = self._feature_side(self.image_size)
+        if x.dim() == 4 and [self._feature_side(s) for s in x.shape[2:]] != [side, side]:
             raise ValueError(
                 f"x is {x.shape[2]} x {x.shape[3]}, but the classifier expects images of {self.image_size} x "
                 f"{self.image_size} ({self.classifier.in_features} features): build the model with image_size="
@@ -198,7 +199,7 @@ class ResNet32(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR-10 network of He et al.: a 3x3 stem, three stages of n blocks at 16, 32 and 64 channels, a mean, a layer.
+    """The CIFAR-10 network of He et al.: 3x3 stem, three stages of n blocks at 16, 32 and 64 channels, linear layer.
 
     Shape: ``[N, 3, H, W] -> [N, num_classes]``, logits; images of 32 x 32 in the paper, any size here.
     """

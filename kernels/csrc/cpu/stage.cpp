@@ -187,7 +187,8 @@ Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::v
   }
   RESNET_FAST_CHECK(!layers.empty() && layers.size() == filters.size(), op, ": ", layers.size(), " layers and ",
                     filters.size(), " filters, want as many of both and at least one");
-  RESNET_FAST_CHECK(x.size(1) > 0, op, ": x has shape ", shape(x), ", want at least 1 channel");
+  RESNET_FAST_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ", shape(x),
+                    ", want at least 1 channel and 1 pixel");
   return x.scalar_type() == ScalarType::Double ? run<double>(op, inputs, filters, layers)
                                                : run<float>(op, inputs, filters, layers);
 }

@@ -1,0 +1,47 @@
+# make bench | test | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+#
+#   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+# pip and the build look for ninja on PATH.
+export PATH := $(BIN):$(PATH)
+
+CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PY_FILES := resnet_fast benchmarks tests setup.py
+
+.PHONY: bench test lint build format clean
+
+bench: build
+	$(BIN)/python -m benchmarks $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(PY_FILES)
+	$(BIN)/ruff format --check $(PY_FILES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix-only $(PY_FILES)
+	$(BIN)/ruff format $(PY_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.built
+
+# Stamps: nothing is installed or built again until the files on the right change.
+$(VENV)/.installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CXX_FILES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info resnet_fast/*.so
