@@ -139,8 +139,9 @@ void winograd(const Convolution<T>& conv, const Part& part, T* scratch) {
 }
 
 // Filters larger than this are split over the members of a team; smaller ones are read by every member, unless it would
-// have too few tiles to keep its FMA units busy.
+// have too few tiles to keep its FMA units busy. Members that split Winograd filters each transform the whole input.
 constexpr int64_t kSplitFilterBytes = 1 << 20;
+constexpr int64_t kSplitWinogradBytes = 4 << 20;
 constexpr int64_t kMinTilesOfMember = 12;
 
 // The part of member `rank` of `size`.
@@ -148,7 +149,8 @@ template <typename T>
 Part part_of(const Convolution<T>& conv, int64_t rank, int64_t size) {
   const int64_t panels = conv.layout.panels(), units = conv.units();
   const bool even = panels % size == 0 || panels >= 4 * size;
-  const bool large = conv.layout.numel() * static_cast<int64_t>(sizeof(T)) >= kSplitFilterBytes;
+  const bool large = conv.layout.numel() * static_cast<int64_t>(sizeof(T)) >=
+                     (conv.layout.tile != 0 ? kSplitWinogradBytes : kSplitFilterBytes);
   const bool few = conv.layout.tile != 0 && units < size * kMinTilesOfMember;
   if (size > 1 && even && (large || few)) return {0, units, panels * rank / size, panels * (rank + 1) / size};
   const int64_t step = conv.layout.tile != 0 ? 1 : kernels_in_use<T>().tile_pixels, steps = ceil_div(units, step);

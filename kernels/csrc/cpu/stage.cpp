@@ -1,8 +1,9 @@
 // How a chain of convolutions is spread over memory and threads.
 //
-// Depth first: where there are enough images, each thread carries a few of them through the whole chain, so that the
-// maps stay in its own cache. The images that are left over go layer by layer, every thread taking a part of each
-// layer. Both orders do the same arithmetic for each output, so results do not depend on the number of threads.
+// Depth first, where filters are small: each thread carries a few images through the whole chain, so that the maps stay
+// in its own cache. Layer by layer, where filters are large, or images fewer than threads: a team takes a part of each
+// layer each, so that every filter is read once for many images. Both orders do the same arithmetic for each output, so
+// results do not depend on the number of threads.
 #include "stage.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -21,6 +22,10 @@ using torch::stable::parallel_for;
 
 // Pixels that a thread should have at hand in a layer, lest it wait for filters: enough images are carried together.
 constexpr int64_t kMinPixels = 192;
+// Filters of a chain that may be read again for each group of images: they stay in the last-level cache.
+constexpr int64_t kCarriedFilterBytes = 8 << 20;
+// Maps of the images that a team has at hand: they should stay in the last-level cache, too.
+constexpr int64_t kTeamMapBytes = 16 << 20;
 
 // The chain on `images` images from `first` on. `maps` and `work` are scratch memory: the maps of all images, and room
 // for each member's transforms.
@@ -142,30 +147,39 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
 
   const Chain<T> chain{inputs, filters, layers, geometry, output};
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t each = images / threads, rest = images % threads, carried = images - rest;
+  const int64_t map_numel = geometry.image_numel, each = images / threads;
+  int64_t filter_bytes = 0;
+  for (const Tensor& filter : filters) filter_bytes += filter.numel() * static_cast<int64_t>(sizeof(T));
+
+  const int64_t carried = filter_bytes <= kCarriedFilterBytes ? each * threads : 0;
   const int64_t group = std::clamp<int64_t>(ceil_div(kMinPixels, min_pixels), 1, std::max<int64_t>(each, 1));
-  const int64_t map_numel = geometry.image_numel;
-  const int64_t carry_work = each > 0 ? chain.work_numel(group) : 0;
-  const int64_t rest_work = rest > 0 ? chain.work_numel(rest) : 0;
-  const int64_t scratch_size[] = {std::max(each > 0 ? threads * (group * map_numel + carry_work) : 0,
-                                           rest > 0 ? rest * map_numel + threads * rest_work : 0)};
+  const int64_t group_work = carried > 0 ? chain.work_numel(group) : 0;
+  const int64_t team_fit = std::max<int64_t>(kTeamMapBytes / (map_numel * static_cast<int64_t>(sizeof(T)) + 1), 1);
+  const int64_t team_images = std::min(images - carried, team_fit);
+  const int64_t team_work = team_images > 0 ? chain.work_numel(team_images) : 0;
+  const int64_t scratch_size[] = {std::max(carried > 0 ? threads * (group * map_numel + group_work) : 0,
+                                           team_images * map_numel + threads * team_work)};
   Tensor scratch = torch::stable::empty({scratch_size, 1}, filters[0].scalar_type(), std::nullopt, x.device());
   T* data = static_cast<T*>(scratch.data_ptr());
 
-  if (each > 0) {
+  if (carried > 0) {
     // Whoever is free takes the next group: cores need not be equally fast.
     std::atomic<int64_t> next{0};
     parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-      T* maps = data + begin * (group * map_numel + carry_work);
+      T* maps = data + begin * (group * map_numel + group_work);
       Team alone;
       for (int64_t first; (first = next.fetch_add(group)) < carried;) {
         chain.run(first, std::min(group, carried - first), maps, maps + group * map_numel, 0, alone);
       }
     });
   }
-  if (rest > 0) {
+  if (carried < images) {
     Team::run(threads, [&](int64_t rank, Team& team) {
-      chain.run(carried, rest, data, data + rest * map_numel + rank * rest_work, rank, team);
+      T* work = data + team_images * map_numel + rank * team_work;
+      for (int64_t first = carried; first < images; first += team_images) {
+        chain.run(first, std::min(team_images, images - first), data, work, rank, team);
+        team.wait();
+      }
     });
   }
   return output;
