@@ -122,7 +122,7 @@ class Case:
             nn.init.normal_(bn.bias, std=0.1)
             bn.momentum = None  # a plain mean over the batches below
         with torch.no_grad():
-            for kind in self.kinds:
+            for kind in self.kinds if norms else ():
                 module(self._input(kind, max(8, min(self.shape[0], 32))))
         for bn in norms:
             bn.momentum = 0.1
