@@ -1,6 +1,7 @@
 """Residual networks for PyTorch with convolution, batch norm, ReLU and residual add fused into one kernel."""
 
 from . import backends, ops, reference
+from .explain import explain
 from .models import (
     CifarResNet,
     ResNet,
@@ -28,6 +29,7 @@ __all__ = [
     "cifar_resnet44",
     "cifar_resnet56",
     "cifar_resnet110",
+    "explain",
     "ops",
     "reference",
     "resnet18",

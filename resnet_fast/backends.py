@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Final, Literal
 
 import torch
@@ -25,9 +26,10 @@ NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 
 _missing: str | None = None
 try:
-    from . import _C as _C  # type: ignore[attr-defined]
+    import_module("._C", __package__)
 except ImportError as error:
-    _missing = f"resnet_fast._C is not there or does not load ({error}): build it with a C++ compiler, pip install -e ."
+    fault = "was not built" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+    _missing = f"resnet_fast._C {fault}: build it with a C++ compiler, pip install -e ."
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
 
 # Process-wide, as torch.backends' switches are: a plain global, so that torch.compile can guard on it.

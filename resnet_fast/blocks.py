@@ -16,17 +16,18 @@ from .chain import Build, Fused
 __all__ = ["BasicBlock", "Block", "Bottleneck", "Stage"]
 
 
-def _shortcut(build: Build, downsample: Any, x: Any) -> Any:
-    return x if downsample is None else build.conv(downsample[0], downsample[1], x)
+def _shortcut(build: Build, downsample: nn.Module | None, x: Any) -> Any:
+    parts = [] if downsample is None else list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
+    return build.conv(parts[0], parts[1] if len(parts) > 1 else None, x) if parts else x
 
 
 class Block(Fused, reference.Block):
     __doc__ = reference.Block.__doc__
 
     def flow(self, build: Build, x: Any) -> Any:
-        y = build.conv(self.conv1, self.bn1, x, relu=True)
+        y = build.conv(self.conv1, self.bn1, x, relu=self.relu1)
         shortcut = _shortcut(build, self.downsample, x)
-        return build.conv(self.conv2, self.bn2, y, relu=True, residual=shortcut)
+        return build.conv(self.conv2, self.bn2, y, relu=self.relu2, residual=shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)
@@ -37,9 +38,9 @@ class BasicBlock(Fused, reference.BasicBlock):
     __doc__ = reference.BasicBlock.__doc__
 
     def flow(self, build: Build, x: Any) -> Any:
-        y = build.conv(self.conv1, self.bn1, x, relu=True)
+        y = build.conv(self.conv1, self.bn1, x, relu=self.relu)
         shortcut = _shortcut(build, self.downsample, x)
-        return build.conv(self.conv2, self.bn2, y, relu=True, residual=shortcut)
+        return build.conv(self.conv2, self.bn2, y, relu=self.relu, residual=shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)
@@ -50,10 +51,10 @@ class Bottleneck(Fused, reference.Bottleneck):
     __doc__ = reference.Bottleneck.__doc__
 
     def flow(self, build: Build, x: Any) -> Any:
-        y = build.conv(self.conv1, self.bn1, x, relu=True)
-        y = build.conv(self.conv2, self.bn2, y, relu=True)
+        y = build.conv(self.conv1, self.bn1, x, relu=self.relu)
+        y = build.conv(self.conv2, self.bn2, y, relu=self.relu)
         shortcut = _shortcut(build, self.downsample, x)
-        return build.conv(self.conv3, self.bn3, y, relu=True, residual=shortcut)
+        return build.conv(self.conv3, self.bn3, y, relu=self.relu, residual=shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)
@@ -64,9 +65,8 @@ class Stage(Fused, nn.Sequential):
     """A sequence of residual blocks that runs as one operator; its blocks run apart where that is not possible."""
 
     def flow(self, build: Build, x: Any) -> Any:
-        block: Any  # of this module, so it has a flow
         for block in self:
-            x = block.flow(build, x)
+            x = build.block(block, x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:

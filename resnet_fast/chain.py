@@ -2,15 +2,14 @@
 
 A fused module states its dataflow once, in ``flow(build, x)``, by calls of ``build.conv``. What ``build`` is decides
 what happens: :class:`Recorder` writes the chain down, :class:`Layers` runs it convolution by convolution on the fused
-operators (where gradients are traced), :class:`Unfused` on PyTorch's own (where a gradient is asked for afterwards).
+operators (where gradients are traced).
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
@@ -25,10 +24,11 @@ __all__ = ["Build", "Chain", "Fused"]
 class Build(Protocol):
     """What ``flow`` is given; ``x`` and what ``conv`` returns are opaque to it."""
 
-    def conv(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: Any, *, relu: bool = False, residual: Any = None
-    ) -> Any:
-        """``[relu](bn(conv(x)) [+ residual])``"""
+    def conv(self, conv: Any, bn: Any, x: Any, *, relu: nn.Module | None = None, residual: Any = None) -> Any:
+        """``[relu](bn(conv(x)) [+ residual])``, if the modules are what they are called."""
+
+    def block(self, block: nn.Module, x: Any) -> Any:
+        """``block(x)``"""
 
 
 def _padding(conv: nn.Conv2d) -> list[int] | None:
@@ -59,6 +59,10 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
         return "batch norm in training mode"
     if bn is not None and bn.running_mean is None:
         return "batch norm without running statistics"
+    for part in (conv, bn):
+        # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
+        if part is not None and ("weight" in part.__dict__ or "bias" in part.__dict__):
+            return f"a {type(part).__name__} whose weight or bias is not a parameter"
     for t in _sources(conv, bn):
         if t is None:
             continue
@@ -84,61 +88,62 @@ class Recorder:
     def __init__(self) -> None:
         self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
         self.layers: list[int] = []
+        self._stands_for: set[nn.Module] = set()
+        self._reasons: list[str] = []
 
-    def conv(
-        self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, x: int, *, relu: bool = False, residual: int | None = None
-    ) -> int:
+    def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
+        self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
+        reason = _layer_reason(conv, bn)
+        if reason is None and relu is not None and type(relu) is not nn.ReLU:
+            reason = f"{type(relu).__name__} where a ReLU was"
+        if reason is not None:
+            self._reasons.append(reason)
+            return 0
         self.pairs.append((conv, bn))
-        pad = _padding(conv) if isinstance(conv, nn.Conv2d) else None
-        if pad is not None:
-            added = -1 if residual is None else residual
-            self.layers += [x, added, int(relu), conv.out_channels, *conv.kernel_size, *conv.stride, *pad]
+        added = -1 if residual is None else residual
+        # The weight's own shape counts, as in F.conv2d: who prunes channels may leave the attributes as they were.
+        out_channels, _, *kernel = conv.weight.shape
+        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *_padding(conv)]
         return len(self.pairs)
 
-    def reason(self) -> str | None:
-        """Why the chain cannot run as one, or None."""
-        return next((r for r in (_layer_reason(*pair) for pair in self.pairs) if r is not None), None)
+    def block(self, block: nn.Module, x: int) -> int:
+        if not isinstance(block, Fused) or not block.flow_is_forward:
+            self._reasons.append(f"{type(block).__name__}, whose dataflow is not known")
+            return x
+        return block.flow(self, x)
+
+    def reason(self, parts: list[nn.Module]) -> str | None:
+        """Why the chain cannot stand for all of ``parts``, or None."""
+        if self._reasons:
+            return self._reasons[0]
+        if not self.pairs:
+            return "no convolutions"
+        for module in parts[1:]:
+            if type(module) is nn.Dropout:
+                if module.training and module.p > 0:
+                    return "a Dropout in training mode"
+            elif module not in self._stands_for and type(module) is not nn.Sequential and not isinstance(module, Fused):
+                return f"a {type(module).__name__} that is not part of the pattern"
+        return hooks_reason(parts)
 
 
-def _pack(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, tile: int) -> Tensor:
-    eps = bn.eps if bn is not None else 0.0
-    return torch.ops.resnet_fast.pack_conv_bn(*_sources(conv, bn), eps, tile)
+def _eps(bn: nn.BatchNorm2d | None) -> float:
+    return bn.eps if bn is not None else 0.0
 
 
 class Layers:
     """Runs each convolution on its own fused operator, which autograd and the compiler can look into."""
 
     def conv(
-        self,
-        conv: nn.Conv2d,
-        bn: nn.BatchNorm2d | None,
-        x: Tensor,
-        *,
-        relu: bool = False,
-        residual: Tensor | None = None,
+        self, conv: Any, bn: Any, x: Tensor, *, relu: nn.Module | None = None, residual: Tensor | None = None
     ) -> Tensor:
         inputs = [x] if residual is None else [x, residual]
-        name = "conv_bn_add_relu" if residual is not None else "conv_bn_relu" if relu else "conv_bn"
+        name = "conv_bn_add_relu" if residual is not None else "conv_bn_relu" if relu is not None else "conv_bn"
         op = getattr(torch.ops.resnet_fast, name)
-        return op(*inputs, *_sources(conv, bn), bn.eps if bn is not None else 0.0, list(conv.stride), _padding(conv))
+        return op(*inputs, *_sources(conv, bn), _eps(bn), list(conv.stride), _padding(conv))
 
-
-class Unfused:
-    """Runs each convolution on PyTorch's own operators."""
-
-    def conv(
-        self,
-        conv: nn.Conv2d,
-        bn: nn.BatchNorm2d | None,
-        x: Tensor,
-        *,
-        relu: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        y = conv(x) if bn is None else bn(conv(x))
-        if residual is not None:
-            y = y + residual
-        return F.relu(y) if relu else y
+    def block(self, block: Any, x: Tensor) -> Tensor:
+        return block.flow(self, x)
 
 
 class Chain:
@@ -146,10 +151,11 @@ class Chain:
 
     def __init__(self, owner: Fused, recorder: Recorder) -> None:
         self.layers = recorder.layers
-        self.pairs = recorder.pairs
         self.dtype = recorder.pairs[0][0].weight.dtype
         # Watched before the weights are read: a change in between is seen at the next call.
         self._watch = Watch(owner.parts())
+        self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
+        self.eps = [_eps(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and tile size
         self._filters: dict[tuple[torch.Size, bool], list[Tensor]] = {}  # by shape of the input
 
@@ -157,11 +163,7 @@ class Chain:
         return self._watch.unchanged()
 
     def requires_grad(self) -> bool:
-        return any(p.requires_grad for p in self._watch.parameters)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return self._watch.parameters
+        return any(t is not None and t.requires_grad for sources in self.sources for t in sources)
 
     def tiles(self, shape: torch.Size) -> list[int]:
         """The algorithm of each layer for inputs of ``shape``, as :mod:`resnet_fast.choose` names them."""
@@ -176,7 +178,9 @@ class Chain:
             for i, tile in enumerate(self.tiles(shape)):
                 packed = self._packed.get((i, tile))
                 if packed is None:
-                    packed = self._packed[i, tile] = _pack(*self.pairs[i], tile)
+                    with torch.no_grad():
+                        packed = torch.ops.resnet_fast.pack_conv_bn(*self.sources[i], self.eps[i], tile)
+                    self._packed[i, tile] = packed
                 filters.append(packed)
             self._filters[key] = filters
         return filters
@@ -188,38 +192,62 @@ class Chain:
 class _Run(torch.autograd.Function):
     """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
 
-    Nothing but the input is kept. Eval mode keeps no statistics, so running it again gives the same values.
+    Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
+    changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, owner: Fused, chain: Chain, x: Tensor, autocast: torch.dtype | None, *params: Tensor
-    ) -> Tensor:
-        ctx.owner, ctx.autocast = owner, autocast
-        ctx.save_for_backward(x, *params)
+    def forward(ctx: Any, chain: Chain, x: Tensor, autocast: torch.dtype | None, *sources: Tensor | None) -> Tensor:
+        ctx.layers, ctx.eps, ctx.autocast = chain.layers, chain.eps, autocast
+        ctx.save_for_backward(x, *sources)
         return chain.run(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *params = ctx.saved_tensors
-        _, _, need_x, _, *need_params = ctx.needs_input_grad
+        _, need_x, _, *need_sources = ctx.needs_input_grad
+        needed = [need_x, *need_sources]
         with torch.enable_grad(), torch.autocast("cpu", ctx.autocast, enabled=ctx.autocast is not None):
-            x = x.detach().requires_grad_(need_x)
-            y = ctx.owner.flow(Unfused(), x)
-        wanted = [t for t, need in zip([x, *params], [need_x, *need_params], strict=True) if need]
-        grads = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
-        grad_x, *grad_params = (next(grads) if need else None for need in [need_x, *need_params])
-        return None, None, grad_x, None, *grad_params
+            leaves: list[Any] = [
+                None if t is None else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            y = _unfused(ctx.layers, ctx.eps, *leaves)
+        wanted = [t for t, need in zip(leaves, needed, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wanted, grad))
+        grad_x, *grad_sources = (next(grads) if need else None for need in needed)
+        return None, grad_x, None, *grad_sources
+
+
+def _unfused(layers: list[int], eps: list[float], x: Tensor, *sources: Any) -> Tensor:
+    """The chain on PyTorch's own operators; ``sources`` are those of all layers in a row."""
+    values = [x]
+    for i, epsilon in enumerate(eps):
+        source, residual, relu, _, _, _, *sizes = layers[i * ops.LAYER_FIELDS : (i + 1) * ops.LAYER_FIELDS]
+        weight, bias, gamma, beta, mean, var = sources[i * 6 : (i + 1) * 6]
+        inputs = [values[source]] if residual < 0 else [values[source], values[residual]]
+        name = "conv_bn_relu" if relu else "conv_bn"
+        values.append(
+            ops.unfused_conv(
+                name, inputs, weight, bias, (gamma, beta, mean, var, epsilon), sizes[:2], sizes[2:], [1, 1], groups=1
+            )
+        )
+    return values[-1]
 
 
 class Fused(nn.Module):
     """Mixin: in eval mode, runs what :meth:`flow` states as one operator; otherwise, what the class behind it does."""
 
     _chain: Chain | None = None
+    flow_is_forward: ClassVar[bool] = False  # the class that defines forward also says what it does
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "flow" in vars(cls) or "forward" in vars(cls):
+            cls.flow_is_forward = "flow" in vars(cls) and "forward" in vars(cls)
 
     def flow(self, build: Build, x: Any) -> Any:
-        """The dataflow from ``x`` to the result, by calls of ``build.conv`` alone."""
+        """The dataflow from ``x`` to the result, by calls of ``build`` alone."""
         raise NotImplementedError(f"{type(self).__name__}.flow")
 
     def parts(self) -> list[nn.Module]:
@@ -235,7 +263,7 @@ class Fused(nn.Module):
         if reason is None and (chain is None or not chain.fresh()):
             recorder = Recorder()
             self.flow(recorder, 0)
-            reason = recorder.reason() or hooks_reason(self.parts()) or uncounted_reason(self.parts())
+            reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
             chain = self._chain = Chain(self, recorder) if reason is None else None
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         if chain is not None:
@@ -247,7 +275,7 @@ class Fused(nn.Module):
             backends.decline(type(self).__name__, reason or "")
             return None
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
-            return _Run.apply(self, chain, x, autocast, *chain.parameters)
+            return _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
         return chain.run(x)
 
     def _call_reason(self, x: Tensor) -> str | None:
@@ -281,14 +309,17 @@ class Fused(nn.Module):
         """For the compiler: filters are packed in the graph, where freezing can fold them, and never go stale."""
         recorder = Recorder()
         self.flow(recorder, 0)
-        reason = recorder.reason() or hooks_reason(self.parts())
+        reason = recorder.reason(self.parts())
         if reason is not None:
             backends.decline(type(self).__name__, reason)
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.flow(Layers(), x)
         tiles = tile_sizes(recorder.layers, x.shape, x.dtype)
-        filters = [_pack(conv, bn, tile) for (conv, bn), tile in zip(recorder.pairs, tiles, strict=True)]
+        pack = torch.ops.resnet_fast.pack_conv_bn
+        filters = [
+            pack(*_sources(*pair), _eps(pair[1]), tile) for pair, tile in zip(recorder.pairs, tiles, strict=True)
+        ]
         return torch.ops.resnet_fast.residual_stage(x, filters, recorder.layers)
 
     def train(self, mode: bool = True) -> Fused:

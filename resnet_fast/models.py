@@ -53,7 +53,7 @@ class _ConvBnReluStem(Fused):
         return [self, self.conv1, self.bn1, self.relu]
 
     def flow(self, build: Build, x: Any) -> Any:
-        return build.conv(self.conv1, self.bn1, x, relu=True)
+        return build.conv(self.conv1, self.bn1, x, relu=self.relu)
 
 
 class CifarResNet(_ConvBnReluStem, reference.CifarResNet):

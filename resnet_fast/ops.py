@@ -229,6 +229,8 @@ def unfused_conv(
 ) -> Tensor:
     """The same on PyTorch's own operators."""
     bn_weight, bn_bias, running_mean, running_var, eps = bn
+    # The kernels take vectors of another dtype than the images have; F.conv2d does not.
+    bias = bias if bias is None or torch.is_autocast_enabled(weight.device.type) else bias.to(weight.dtype)
     y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
     if running_mean is not None:
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
@@ -351,18 +353,19 @@ def _conv_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Any, ...]:
     if mean is not None:
         inv_std = torch.rsqrt(var + ctx.eps)
         scale = inv_std if gamma is None else inv_std * gamma
-        grad_z = (grad * _channel(scale)).to(grad.dtype)
+        scaled = grad * _channel(scale)  # float32 where images are bfloat16 and statistics float32: sums need it
+        grad_z = scaled.to(grad.dtype)
         if need_gamma or need_var:
-            z = F.conv2d(x, weight, bias, ctx.stride, ctx.padding)
+            z = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), ctx.stride, ctx.padding)
             normalized = (z - _channel(mean)) * _channel(inv_std)
             grad_scaled = (grad * normalized).sum((0, 2, 3))
             grad_gamma = grad_scaled.to(gamma.dtype) if need_gamma else None
             if need_var:
                 grad_var = (-0.5 * grad_scaled * scale * inv_std).to(var.dtype)
         if need_beta:
-            grad_beta = grad.sum((0, 2, 3)).to(beta.dtype)
+            grad_beta = grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, beta.dtype)).to(beta.dtype)
         if need_mean:
-            grad_mean = -grad_z.sum((0, 2, 3)).to(mean.dtype)
+            grad_mean = -scaled.sum((0, 2, 3)).to(mean.dtype)
     mask = [need_x, need_w, need_b]
     grad_x, grad_w, grad_b = (
         torch.ops.aten.convolution_backward(

@@ -53,9 +53,10 @@ class Watch:
         self._settings_before = self._settings_now()
         self._stores = [store for m in modules for store in (m._parameters, m._buffers) if store]
         self._tensors = self._tensors_now()
+        # Aliases keep the memory from being given to someone else, whose address would look like the old one.
+        self._aliases = [t.detach() for t in self._tensors]
         self._versions = [t._version for t in self._tensors]
         self._addresses = [t.data_ptr() for t in self._tensors]
-        self.parameters = [t for t in self._tensors if isinstance(t, nn.Parameter)]
 
     def _settings_now(self) -> list[Any]:
         return [get(m) for get, m in self._settings]
@@ -72,6 +73,7 @@ class Watch:
             and [t.data_ptr() for t in tensors] == self._addresses
             and self._settings_now() == self._settings_before
             and not any(self._hooks)
+            and not any("forward" in m.__dict__ for m in self._modules[1:])
             and [type(m) for m in self._modules] == self._classes
             and all(list(children.values()) == before for children, before in self._children)
             and not nn_module._has_any_global_hook()

@@ -1,0 +1,57 @@
+"""``python -m benchmarks``: the networks fused and eager, checked, timed in turn, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from . import report, runner
+from .cases import NETWORKS, OPERATORS
+from .images import KINDS
+from .variants import VARIANTS
+from .verify import WrongResultError
+
+QUICK = ("eager", "eager channels_last", "resnet_fast")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default 2)")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help=f"default: {', '.join(QUICK)}")
+    parser.add_argument("--all-variants", action="store_true", help="torch.compile too")
+    parser.add_argument("--images", choices=KINDS, default="photographs", help="what is timed; all are verified")
+    parser.add_argument("--operators", action="store_true", help="single operators, too")
+    parser.add_argument("--full", action="store_true", help="resnet18 and resnet50, too")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=30.0, help="budget for the samples of a case")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    variants = options.variants or (list(VARIANTS) if options.all_variants else QUICK)
+    cases = [case for case in NETWORKS if options.full or not case.full]
+    if options.operators:
+        cases += [case for group in OPERATORS.values() for case in group]
+    rows: list[runner.Result] = []
+    print(report.conditions())
+    for case in cases:
+        if options.match not in case.group:
+            continue
+        kind = options.images if options.images in case.kinds else case.kinds[0]
+        print(f"{case.group}, {kind} ...", flush=True)
+        try:
+            rows += runner.results(case, variants, kind, print, rounds=options.rounds, seconds=options.seconds)
+        except WrongResultError as error:
+            print(f"not timed, the result is wrong: {error}")
+            return 1
+    if not rows:
+        sys.exit(f"no case contains {options.match!r}")
+    print(f"\nEvery result was checked against float64 before it was timed.\n\n{report.table(rows)}\n")
+    print("written:", *(str(path) for path in report.save(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

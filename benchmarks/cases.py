@@ -1,0 +1,166 @@
+"""What is measured: whole networks and single operators, each as a plain module that knows its fast twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast import reference
+from resnet_fast.chain import Build, Fused
+
+from .images import KINDS, images
+
+__all__ = ["NETWORKS", "OPERATORS", "Case", "Twin"]
+
+
+class Twin(nn.Module):
+    """A module in plain PyTorch that can make its fast twin, with the same weights."""
+
+    def fast(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class Network(Twin):
+    """A network that returns its last feature map beside its output: what is timed is what was verified."""
+
+    def __init__(self, name: str, net: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.net.features(x)
+        if isinstance(self.net, reference.ResNet32):
+            pooled = torch.flatten(self.net.avgpooling(features), 1)
+            return features, F.softmax(self.net.classifier(pooled), dim=1)
+        return features, self.net.fc(torch.flatten(self.net.avgpool(features), 1))
+
+    def fast(self) -> nn.Module:
+        net = getattr(resnet_fast, self.name)()
+        net.load_state_dict(self.net.state_dict())
+        return Network(self.name, net).eval()
+
+
+class ConvBnRelu(Twin):
+    """relu(bn(conv(x))), 3x3 with stride 1 and as many channels out as in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+    def fast(self) -> nn.Module:
+        twin = FusedConvBnRelu(self.conv.out_channels).eval()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+class FusedConvBnRelu(Fused, ConvBnRelu):
+    """With packed filters, as it runs inside a network."""
+
+    def flow(self, build: Build, x: Any) -> Any:
+        return build.conv(self.conv, self.bn, x, relu=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fused(x)
+        return super().forward(x) if y is None else y
+
+
+class AddRelu(Twin):
+    """relu(x + residual)"""
+
+    residual: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("residual", torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.residual)
+
+    def fast(self) -> nn.Module:
+        twin = FusedAddRelu(tuple(self.residual.shape)).eval()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+class FusedAddRelu(AddRelu):
+    def forward(self, x: Tensor) -> Tensor:
+        return resnet_fast.ops.add_relu(x, self.residual)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group of the report: a model, the shape of its input and how to make both."""
+
+    model: str
+    shape: tuple[int, int, int, int]
+    make: Callable[[], Twin]
+    kinds: tuple[str, ...] = ("random",)
+    full: bool = False  # measured with --full only
+
+    @property
+    def group(self) -> str:
+        return f"{self.model}, {'x'.join(map(str, self.shape))}, inference"
+
+    def build(self) -> Twin:
+        """The module in eval mode, the same in every run; statistics and affine weights as training leaves them."""
+        torch.manual_seed(0)
+        module = self.make()
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        for bn in norms:
+            nn.init.uniform_(bn.weight, 0.5, 1.5)
+            nn.init.normal_(bn.bias, std=0.1)
+            bn.momentum = None  # a plain mean over the batches below
+        with torch.no_grad():
+            for kind in self.kinds if norms else ():
+                module(self._input(kind, max(8, min(self.shape[0], 32))))
+        for bn in norms:
+            bn.momentum = 0.1
+        return module.eval()
+
+    def input(self, kind: str) -> Tensor:
+        return self._input(kind, self.shape[0])
+
+    def _input(self, kind: str, batch: int) -> Tensor:
+        _, channels, height, width = self.shape
+        if channels == 3:
+            return images(kind, batch, height)
+        return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(channels))
+
+
+def _network(name: str, batch: int, size: int, full: bool = False) -> Case:
+    return Case(name, (batch, 3, size, size), lambda: Network(name, getattr(reference, name)()), KINDS, full)
+
+
+NETWORKS = [
+    _network("ResNet32", 8, 224),
+    _network("ResNet32", 1, 224),
+    _network("cifar_resnet32", 128, 32),
+    _network("cifar_resnet32", 1, 32),
+    _network("resnet18", 8, 224, full=True),
+    _network("resnet50", 8, 224, full=True),
+]
+
+# The four stages of the ImageNet networks, the three of the CIFAR networks.
+MAPS = [(8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7), (128, 16, 32), (128, 32, 16), (128, 64, 8)]
+
+
+def _operator(name: str, make: Callable[[tuple[int, int, int, int]], Twin]) -> list[Case]:
+    shapes = [(batch, channels, side, side) for batch, channels, side in MAPS]
+    return [Case(name, shape, lambda shape=shape: make(shape)) for shape in shapes]  # type: ignore[misc]
+
+
+OPERATORS = {
+    "conv_bn_relu": _operator("conv_bn_relu", lambda shape: ConvBnRelu(shape[1])),
+    "add_relu": _operator("add_relu", AddRelu),
+}

@@ -1,0 +1,75 @@
+"""Nothing is timed before its result is right: the error rule, against float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Reference", "WrongResultError", "in_layout"]
+
+# An error may be twice that of eager PyTorch in the same dtype.
+FACTOR = 2.0
+# A handful of class scores is too few numbers for that rule: there, eager's own two layouts differ by up to 3x.
+FEW_FACTOR = 3 * FACTOR
+FEW = 4096
+
+
+class WrongResultError(AssertionError):
+    """A result outside the error rule. It has no time worth reporting."""
+
+
+def in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """A copy with weights and buffers in ``layout``."""
+    return copy.deepcopy(module).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What ``model(x)`` is in float64, and how far eager PyTorch is from it in the dtype of ``x``."""
+
+    exact: tuple[Tensor, ...]
+    eager_error: tuple[float, ...]
+    rounding: tuple[float, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, x: Tensor) -> Reference:
+        exact = as_tuple(copy.deepcopy(model).double()(x.double()))
+        runs = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            laid_out = in_layout(model, layout)
+            runs.append(as_tuple(laid_out(x.contiguous(memory_format=layout))))
+        errors = tuple(max(rms(run[i] - exact[i]) for run in runs) for i in range(len(exact)))
+        unit = torch.finfo(x.dtype).eps / 2
+        return cls(exact, errors, tuple(rms(e) * unit for e in exact))
+
+    def check(self, name: str, outputs: Tensor | tuple[Tensor, ...]) -> float:
+        """Error of the first output as a multiple of eager's.
+
+        Raises:
+            WrongResultError: rms(output - exact) > 2 rms(eager - exact) + one rounding, for any output.
+        """
+        results = as_tuple(outputs)
+        if [r.shape for r in results] != [e.shape for e in self.exact]:
+            raise WrongResultError(f"{name}: shapes {[tuple(r.shape) for r in results]}")
+        for i, (result, exact) in enumerate(zip(results, self.exact, strict=True)):
+            factor = FACTOR if exact.numel() >= FEW else FEW_FACTOR
+            limit = factor * self.eager_error[i] + self.rounding[i]
+            error = rms(result - exact)
+            if not error <= limit:  # NaN fails, too
+                raise WrongResultError(
+                    f"{name}: output {i} is {error:.3g} from float64 (rms), want at most {limit:.3g}"
+                )
+        first = rms(results[0] - self.exact[0])
+        return first / self.eager_error[0] if self.eager_error[0] > 0 else 0.0

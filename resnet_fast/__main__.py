@@ -1,0 +1,60 @@
+"""``python -m resnet_fast doctor`` and ``python -m resnet_fast explain MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from . import models, reference
+from .doctor import diagnosis
+from .explain import explain
+
+_NAMES = [name for name in models.__all__ if name not in ("CifarResNet", "ResNet")]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    findings = diagnosis()
+    width = max(map(len, findings))
+    for subject, finding in findings.items():
+        print(f"{subject.ljust(width)}  {finding}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    size = options.image_size or (32 if options.model.startswith("cifar") else 224)
+    sized = {"image_size": size} if options.model == "ResNet32" else {}
+    torch.manual_seed(0)
+    model = getattr(reference if options.eager else models, options.model)(**sized)
+    dtype = _DTYPES[options.dtype]
+    # channels_last is PyTorch's faster layout on CPUs, and what the kernels return.
+    model = model.eval().to(device=options.device, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(options.batch, 3, size, size, device=options.device, dtype=dtype)
+    print(
+        f"{options.model}, {options.dtype}, batch {options.batch}, {size} x {size}, {torch.get_num_threads()} threads\n"
+    )
+    print(explain(model, x.contiguous(memory_format=torch.channels_last)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m resnet_fast", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    doctor = commands.add_parser("doctor", help="what is installed and in use here, and why not more")
+    doctor.set_defaults(run=_doctor)
+    layers = commands.add_parser("explain", help="kernel, work and time of each layer")
+    layers.add_argument("model", choices=_NAMES, metavar="MODEL", help=", ".join(_NAMES))
+    layers.add_argument("--batch", type=int, default=1)
+    layers.add_argument("--image-size", type=int, help="default 224, or 32 for the CIFAR networks")
+    layers.add_argument("--dtype", choices=list(_DTYPES), default="float32")
+    layers.add_argument("--device", choices=["cpu"], default="cpu")
+    layers.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
+    layers.add_argument("--eager", action="store_true", help="the same network in plain PyTorch")
+    layers.set_defaults(run=_explain)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The CPU: its name, its instruction sets, and how fast its memory and arithmetic were measured to be."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["Peak", "cpu_flags", "cpu_name", "measure_peak"]
+
+# Larger than any last-level cache in reach of two threads.
+COPY_BYTES = 256 << 20
+MATRIX = 2048
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor, or nothing where the system does not say."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
+    return next(values, "")
+
+
+def cpu_name() -> str:
+    """For example ``"AMD EPYC 9R14"``; the architecture where the system does not say."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets by the names of Linux (``avx2``, ``fma``, ``avx512f``); empty where the system does not say."""
+    return set(_cpuinfo("flags").split())
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What this machine was measured to do, with ``threads`` threads.
+
+    ``flops`` is the rate of ``torch.mm`` on square matrices of 2048 (2 per multiply-add), the best of several runs: a
+    yardstick a few percent under the arithmetic's limit, so a good kernel may pass it slightly, and an algorithm with
+    fewer multiplications than its convolution states may pass it by far. ``bytes`` a second are
+    those that a copy of 256 MiB reads and writes.
+    """
+
+    flops: float
+    bytes: float
+    threads: int
+
+
+def _best(call: Callable[[], object], runs: int) -> float:
+    call()
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure_peak(dtype: torch.dtype = torch.float32, runs: int = 7) -> Peak:
+    """Takes a second or two."""
+    a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    with torch.inference_mode():
+        mm_seconds = _best(lambda: torch.mm(a, b, out=product), runs)
+        copy_seconds = _best(lambda: target.copy_(source), runs)
+    return Peak(2 * MATRIX**3 / mm_seconds, 2 * COPY_BYTES / copy_seconds, torch.get_num_threads())

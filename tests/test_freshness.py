@@ -1,0 +1,514 @@
+"""Packed weights follow the module: whatever is done to it between two calls, the second call shows it."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from support import assert_same_model, channels_last, randomize_, rms, twins
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import resnet_fast
+from resnet_fast import backends, blocks, reference
+
+
+def pair_of_blocks(**kwargs):
+    return twins(blocks.Block, reference.Block, 16, 16, 1, **kwargs)
+
+
+def fill(t, seed=7):
+    return torch.randn(t.shape, generator=torch.Generator().manual_seed(seed)).to(t.dtype) * 0.3
+
+
+def sgd_step(m):
+    m.train()
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(5))
+    m(x).square().mean().backward()
+    optimizer.step()
+    m.eval()
+
+
+def replace_data_twice(m):
+    """The second tensor may take the memory that the first has left."""
+    for _ in range(2):
+        m.conv1.weight.data = m.conv1.weight.data * 2
+
+
+def fresh_conv(*args, **kwargs):
+    conv = nn.Conv2d(*args, **kwargs).eval()
+    with torch.no_grad():
+        for i, p in enumerate(conv.parameters()):
+            p.copy_(fill(p, i))
+    return conv
+
+
+def plain_attribute(m):
+    weight = m.conv1.weight.detach().clone()
+    del m.conv1.weight
+    m.conv1.weight = weight * 2
+
+
+def dilate(m):
+    m.conv2.dilation = m.conv2.padding = (2, 2)
+
+
+def halve(m):
+    m.conv1.stride = (2, 2)
+    m.downsample = nn.Sequential(fresh_conv(16, 16, 1, stride=2), nn.BatchNorm2d(16)).eval()
+
+
+def narrow_between(m):
+    """Structured pruning: fewer channels between the convolutions, as the weights alone say."""
+    for name in ("weight", "bias"):
+        setattr(m.conv1, name, nn.Parameter(getattr(m.conv1, name)[:8].detach()))
+        setattr(m.bn1, name, nn.Parameter(getattr(m.bn1, name)[:8].detach()))
+    for name in ("running_mean", "running_var"):
+        setattr(m.bn1, name, getattr(m.bn1, name)[:8])
+    m.conv2.weight = nn.Parameter(m.conv2.weight[:, :8].detach())
+
+
+FUSED_AFTERWARDS = {
+    "weight in place": lambda m: m.conv1.weight.mul_(2),
+    "second weight in place": lambda m: m.conv2.weight.add_(0.1),
+    "one element": lambda m: m.conv2.weight[0, 0, 0, 0].fill_(5),
+    "through a view": lambda m: m.conv1.weight.view(-1)[3:400].zero_(),
+    "bias in place": lambda m: m.conv1.bias.add_(1),
+    "bn weight": lambda m: m.bn1.weight.neg_(),
+    "bn bias": lambda m: m.bn2.bias.add_(1),
+    "running mean": lambda m: m.bn1.running_mean.add_(1),
+    "running var": lambda m: m.bn2.running_var.mul_(4),
+    "load_state_dict": lambda m: m.load_state_dict({k: fill(v).abs() for k, v in m.state_dict().items()}),
+    "load_state_dict, assigning": lambda m: m.load_state_dict(
+        {k: fill(v).abs() for k, v in m.state_dict().items()}, assign=True
+    ),
+    "parameter replaced": lambda m: setattr(m.conv1, "weight", nn.Parameter(fill(m.conv1.weight))),
+    "buffer replaced": lambda m: setattr(m.bn1, "running_mean", fill(m.bn1.running_mean)),
+    "data replaced": lambda m: setattr(m.conv1.weight, "data", fill(m.conv1.weight)),
+    "data replaced twice": replace_data_twice,
+    "bias taken away": lambda m: setattr(m.conv1, "bias", None),
+    "bn weight taken away": lambda m: setattr(m.bn1, "weight", None),
+    "child replaced": lambda m: setattr(m, "conv1", fresh_conv(16, 16, 3, padding=1)),
+    "kernel replaced": lambda m: setattr(m, "conv1", fresh_conv(16, 16, 5, padding=2, bias=False)),
+    "batch norm replaced": lambda m: setattr(m, "bn1", nn.BatchNorm2d(16).eval()),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "stride": halve,
+    "padding": lambda m: (setattr(m.conv1, "padding", (0, 0)), setattr(m.conv2, "padding", (2, 2))),
+    "projection added": lambda m: setattr(
+        m, "downsample", nn.Sequential(fresh_conv(16, 16, 1), nn.BatchNorm2d(16)).eval()
+    ),
+    "projection without norm": lambda m: setattr(m, "downsample", nn.Sequential(fresh_conv(16, 16, 1))),
+    "a step of training": lambda m: torch.enable_grad()(sgd_step)(m),
+    "statistics of training": lambda m: (m.train(), m(torch.ones(4, 16, 6, 6)), m.eval()),
+    "apply": lambda m: m.apply(lambda c: c.reset_parameters() if isinstance(c, nn.BatchNorm2d) else None),
+    "relu in place": lambda m: (setattr(m, "relu1", nn.ReLU(inplace=True)), m.conv1.weight.mul_(2)),
+    "channels_last weights": lambda m: (m.to(memory_format=torch.channels_last), m.conv1.weight.mul_(2)),
+    "fewer channels between": narrow_between,
+    "pruned for good": lambda m: (
+        prune.random_unstructured(m.conv1, "weight", 0.5),
+        m.conv1.weight_mask.copy_((fill(m.conv1.weight_mask) > 0).float()),
+        prune.remove(m.conv1, "weight"),
+        m.conv1.weight.mul_((fill(m.conv1.weight) > 0).float()),
+    ),
+}
+
+UNFUSED_AFTERWARDS = {
+    "dilation": (dilate, "dilation"),
+    "padding mode": (lambda m: setattr(m.conv1, "padding_mode", "circular"), "padding mode 'circular'"),
+    "groups": (lambda m: setattr(m, "conv2", fresh_conv(16, 16, 3, padding=1, groups=4)), "4 groups"),
+    "activation replaced": (lambda m: setattr(m, "relu1", nn.Sigmoid()), "Sigmoid"),
+    "last activation replaced": (lambda m: setattr(m, "relu2", nn.LeakyReLU(0.5)), "LeakyReLU"),
+    "projection with more in it": (
+        lambda m: setattr(m, "downsample", nn.Sequential(fresh_conv(16, 16, 1), nn.BatchNorm2d(16), nn.Tanh()).eval()),
+        "Tanh",
+    ),
+    "projection by pooling": (
+        lambda m: setattr(m, "downsample", nn.Sequential(nn.AvgPool2d(1), fresh_conv(16, 16, 1))),
+        "AvgPool2d",
+    ),
+    "projection of another kind": (lambda m: setattr(m, "downsample", nn.AvgPool2d(3, 1, 1)), "AvgPool2d"),
+    "dropout that goes on": (lambda m: m.dropout.train(), "Dropout"),
+    "batch norm that goes on": (lambda m: m.bn1.train(), "training mode"),
+    "weight norm": (lambda m: (parametrizations.weight_norm(m.conv1), scale_first(m)), "ParametrizedConv2d"),
+    "pruning": (
+        lambda m: (
+            prune.random_unstructured(m.conv1, "weight", 0.5),
+            m.conv1.weight_mask.copy_((fill(m.conv1.weight_mask) > 0).float()),
+        ),
+        "not a parameter",
+    ),
+    "instance norm": (lambda m: setattr(m, "bn1", nn.InstanceNorm2d(16)), "InstanceNorm2d"),
+    "weight as a plain attribute": (plain_attribute, "parameter"),
+    "forward of its own": (lambda m: setattr(m.bn1, "forward", lambda x: x * 2), "forward of its own"),
+    "hook on a child": (lambda m: m.conv1.register_forward_hook(lambda *a: a[2] * 2) and None, "hook on a Conv2d"),
+    "pre-hook on a child": (
+        lambda m: m.bn1.register_forward_pre_hook(lambda _, x: (x[0] * 2,)) and None,
+        "hook on a BatchNorm2d",
+    ),
+}
+
+
+def scale_first(m):
+    m.conv1.parametrizations.weight.original0.mul_(2)
+
+
+def check(fast, eager, change, x):
+    before = fast(x)
+    for m in (fast, eager):
+        torch.manual_seed(0)  # for dropout and for pruning
+        change(m)
+    torch.manual_seed(0)
+    after = fast(x)
+    assert after.shape != before.shape or not torch.equal(after, before)
+    return after
+
+
+@pytest.mark.parametrize("name", FUSED_AFTERWARDS)
+@torch.no_grad()
+def test_changes_that_leave_it_fused(name):
+    fast, eager = pair_of_blocks()
+    x = torch.randn(2, 16, 7, 7)
+    fast.train().eval()
+    check(fast, eager, FUSED_AFTERWARDS[name], x)
+    backends.fallbacks(clear=True)
+    with backends.use("cpu"):
+        assert_same_model(fast, eager, x)
+    assert backends.fallbacks() == {}
+
+
+@pytest.mark.parametrize("name", UNFUSED_AFTERWARDS)
+@torch.no_grad()
+def test_changes_that_end_the_fusion(name):
+    """The eager code itself runs then, and backends say why."""
+    fast, eager = pair_of_blocks(dropout=0.5)
+    x = torch.randn(2, 16, 7, 7)
+    change, reason = UNFUSED_AFTERWARDS[name]
+    after = check(fast, eager, change, x)
+    torch.manual_seed(0)
+    assert torch.equal(after, eager(x))
+    assert [key for key in backends.fallbacks() if key.startswith("Block: ") and reason in key], backends.fallbacks()
+    with backends.use("cpu"), pytest.raises(RuntimeError, match=r"backends.use\('cpu'\): Block cannot run fused"):
+        fast(x)
+
+
+@torch.no_grad()
+def test_hook_on_a_child_ends_with_its_removal():
+    fast, eager = pair_of_blocks()
+    x, seen = torch.randn(2, 16, 7, 7), []
+    handle = fast.conv2.register_forward_hook(lambda *_: seen.append(1))
+    fast(x)
+    assert seen == [1]
+    handle.remove()
+    with backends.use("cpu"):
+        assert_same_model(fast, eager, x)
+    assert seen == [1]
+
+
+@torch.no_grad()
+def test_hook_on_the_block_itself_leaves_it_fused():
+    fast, eager = pair_of_blocks()
+    x, seen = torch.randn(2, 16, 7, 7), []
+    fast.register_forward_hook(lambda *_: seen.append(1))
+    with backends.use("cpu"):
+        assert_same_model(fast, eager, x)
+    assert seen == [1]
+
+
+def small_model():
+    return twins(resnet_fast.cifar_resnet20, reference.cifar_resnet20)
+
+
+@torch.no_grad()
+def test_hook_inside_a_stage_lets_the_other_blocks_run_fused():
+    fast, eager = small_model()
+    x, seen = torch.randn(2, 3, 16, 16), []
+    fast(x)
+    fast.layer2[1].register_forward_hook(lambda *_: seen.append(1))
+    backends.fallbacks(clear=True)
+    assert_same_model(fast, eager, x, "features")
+    assert seen == [1]
+    assert backends.fallbacks() == {"Stage: a hook on a BasicBlock": 1}
+
+
+@torch.no_grad()
+def test_global_hooks_see_every_module():
+    fast, _ = small_model()
+    seen = []
+    fast(torch.randn(1, 3, 16, 16))
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    try:
+        fast(torch.randn(1, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert seen.count(nn.Conv2d) == 21
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.layer1.append(nn.Identity()),
+        lambda m: m.layer2.insert(1, nn.Hardtanh(-0.1, 0.1)),
+        lambda m: m.layer3.__setitem__(1, nn.Sequential(fresh_conv(64, 64, 1), nn.ReLU())),
+        lambda m: m.layer1.__delitem__(1),
+        lambda m: setattr(m, "layer1", nn.Identity()),
+        lambda m: setattr(m, "bn1", nn.Identity()),
+        lambda m: setattr(m, "relu", nn.Hardtanh(-0.1, 0.1)),
+        lambda m: setattr(m, "conv1", nn.Sequential(fresh_conv(3, 16, 3, padding=1))),
+    ],
+)
+@torch.no_grad()
+def test_a_network_taken_apart(change):
+    fast, eager = small_model()
+    x = torch.randn(2, 3, 16, 16)
+    fast(x)
+    change(fast)
+    change(eager)
+    assert_same_model(fast, eager, x, "features")
+
+
+class Halved(blocks.BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class HalvedReference(reference.BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+@torch.no_grad()
+def test_a_subclass_with_a_forward_of_its_own_keeps_it():
+    fast, eager = small_model()
+    fast.layer1[0], eager.layer1[0] = Halved(16, 16).eval(), HalvedReference(16, 16).eval()
+    eager.load_state_dict(fast.state_dict())
+    assert_same_model(fast, eager, torch.randn(2, 3, 16, 16), "features")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_to_another_dtype_and_back(dtype):
+    fast, eager = pair_of_blocks()
+    x = torch.randn(2, 16, 7, 7)
+    for m in (fast, eager):
+        m.to(dtype)
+    fast(x.to(dtype))
+    if dtype == torch.bfloat16:
+        assert_same_model(fast, eager, x.to(dtype))
+    for _ in range(5):
+        for m in (fast, eager):
+            m.conv1.weight.mul_(1.01)
+            m.float()
+        with backends.use("cpu"):
+            assert_same_model(fast, eager, x)
+        for m in (fast, eager):
+            m.to(dtype)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@torch.no_grad()
+def test_rounding_through_bfloat16_without_a_call_between(times):
+    """The weights lie in new memory, perhaps in the old place, and PyTorch counts no change."""
+    for _ in range(10):
+        fast, eager = small_model()
+        x = torch.randn(1, 3, 16, 16)
+        fast(x)
+        for m in (fast, eager):
+            for _ in range(times):
+                m.bfloat16().float()
+        assert_same_model(fast, eager, x, "features")
+
+
+@torch.no_grad()
+def test_one_weight_replaced_many_times():
+    x = torch.randn(1, 3, 64, 64)
+    for _ in range(20):
+        fast = resnet_fast.ResNet32(image_size=64).eval()
+        fast.stem(x)
+        for _ in range(2):
+            fast.conv1.weight.data = fast.conv1.weight.data * 2
+        expected = fast.conv1(x)
+        assert rms((fast.stem(x) - expected).numpy()) <= 1e-5 * rms(expected.numpy())
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: torch_round_trip(m)],
+    ids=["deepcopy", "copy", "pickle", "torch.save"],
+)
+@torch.no_grad()
+def test_copies(duplicate):
+    fast, eager = small_model()
+    x = torch.randn(2, 3, 16, 16)
+    first = fast(x)
+    other = duplicate(fast)
+    assert torch.equal(other(x), first)
+    if duplicate is not copy.copy:
+        other.conv1.weight.zero_()
+        other.layer1[0].conv1.weight.zero_()
+        assert not torch.equal(other(x), first)
+        assert torch.equal(fast(x), first)
+        assert_same_model(fast, eager, x, "features")
+
+
+def torch_round_trip(m):
+    file = io.BytesIO()
+    torch.save(m, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def test_pickles_do_not_carry_packed_filters():
+    fast, _ = small_model()
+    before = len(pickle.dumps(fast))
+    with torch.no_grad():
+        fast(torch.randn(2, 3, 16, 16))
+    assert len(pickle.dumps(fast)) == before
+
+
+@torch.no_grad()
+def test_train_and_eval():
+    fast, eager = small_model()
+    x = torch.randn(4, 3, 16, 16)
+    for _ in range(2):
+        for m in (fast, eager):
+            m.train()
+            m(x)
+            m.eval()
+        assert_same_model(fast, eager, x, "features")
+    # One part in training mode: that part eager, the rest fused.
+    for m in (fast, eager):
+        m.layer2.train()
+    backends.fallbacks(clear=True)
+    y = torch.randn(2, 16, 8, 8)
+    assert torch.equal(fast.layer2(y), eager.layer2(y))
+    assert set(backends.fallbacks()) == {"Stage: training mode", "BasicBlock: training mode"}
+    assert_same_model(fast, eager, x, "stem")
+
+
+@torch.no_grad()
+def test_sync_batch_norm():
+    fast, eager = small_model()
+    x = torch.randn(2, 3, 16, 16)
+    fast(x)
+    fast, eager = nn.SyncBatchNorm.convert_sync_batchnorm(fast), nn.SyncBatchNorm.convert_sync_batchnorm(eager)
+    assert torch.equal(fast(x), eager(x))
+    assert any("SyncBatchNorm where a BatchNorm2d was" in key for key in backends.fallbacks())
+
+
+@torch.no_grad()
+def test_functional_call():
+    fast, eager = small_model()
+    x = torch.randn(2, 3, 16, 16)
+    first = fast(x)
+    other = {k: v * (1 + fill(v)) for k, v in eager.named_parameters()}
+    out = torch.func.functional_call(fast, other, (x,))
+    exact = copy.deepcopy(eager)
+    exact.load_state_dict(other, strict=False)
+    eager_error = exact(channels_last(x)) - exact(x)
+    assert rms((out - exact(x)).numpy()) <= 20 * rms(eager_error.numpy()) + 1e-5 * rms(out.numpy())
+    assert torch.equal(fast(x), first)
+
+
+def test_functional_call_gives_gradients():
+    """To what was passed in, be it a parameter, a plain tensor or the result of something."""
+    fast, eager = pair_of_blocks()
+    x = torch.randn(2, 16, 7, 7)
+    for requires_grad in (True, False):
+        results = []
+        for m in (fast.requires_grad_(requires_grad), eager):
+            scale = torch.ones((), requires_grad=True)
+            leaves = {k: v.detach().clone().requires_grad_() for k, v in m.named_parameters()}
+            tensors = {k: v * scale for k, v in leaves.items()}
+            m(x)
+            torch.func.functional_call(m, tensors, (x,)).square().mean().backward()
+            results.append([scale.grad, *(t.grad for t in leaves.values())])
+        for ours, theirs in zip(*results, strict=True):
+            # The same eager backward; the output that the loss squares differs by some eps (2^-23).
+            assert rms((ours - theirs).numpy()) <= 1e-5 * rms(theirs.numpy())
+
+
+def test_vmap_and_func_grad():
+    fast, eager = pair_of_blocks()
+    x = torch.randn(3, 2, 16, 7, 7)
+    with torch.no_grad():
+        fast(x[0])
+        assert torch.allclose(torch.vmap(fast)(x), torch.vmap(eager)(x))
+    assert any("torch.func transform" in key for key in backends.fallbacks())
+    params = {k: v.detach() for k, v in eager.named_parameters()}
+
+    def loss(model):
+        return lambda p, x: torch.func.functional_call(model, p, (x,)).square().mean()
+
+    ours, theirs = (torch.func.grad(loss(m))(params, x[0]) for m in (fast, eager))
+    assert all(torch.equal(ours[k], theirs[k]) for k in params)
+
+
+def test_inference_mode():
+    fast, eager = pair_of_blocks()
+    x = torch.randn(2, 16, 7, 7)
+    with torch.inference_mode(), backends.use("cpu"):
+        first = fast(x)
+    assert torch.equal(fast(x), first)
+    fast(x).sum().backward()
+    assert fast.conv1.weight.grad is not None
+    with torch.inference_mode():
+        made_here = randomize_(blocks.Block(16, 16, 1)).eval()
+        eager.load_state_dict(made_here.state_dict())
+        for value in (1.0, 2.0):
+            made_here.conv1.weight.fill_(value)
+            eager.conv1.weight.data.fill_(value)
+            assert torch.equal(made_here(x), eager(x))
+    assert any("inference mode" in key for key in backends.fallbacks())
+
+
+def test_freezing_after_the_first_call():
+    """Filters packed while gradients were wanted must not ask for them later."""
+    fast, _ = pair_of_blocks()
+    x = torch.randn(2, 16, 7, 7)
+    assert fast(x).requires_grad
+    fast.requires_grad_(False)
+    assert not fast(x).requires_grad
+    fast.requires_grad_(True)
+    assert fast(x).requires_grad
+
+
+@torch.no_grad()
+def test_swapped_tensors():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        fast, eager = pair_of_blocks()
+        x = torch.randn(2, 16, 7, 7)
+        fast(x)
+        for m in (fast, eager):
+            m.bfloat16().float()
+        assert_same_model(fast, eager, x)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@torch.no_grad()
+def test_edits_between_the_calls_of_two_threads():
+    """Each thread edits its own block and calls a shared one."""
+    shared, shared_eager = pair_of_blocks()
+    x = torch.randn(2, 16, 7, 7)
+    expected, failures = shared(x), []
+
+    @torch.no_grad()
+    def work(seed):
+        own, eager = twins(blocks.Block, reference.Block, 16, 16, 1, seed=seed)
+        for i in range(20):
+            for m in (own, eager):
+                m.conv1.weight.mul_(1.1 if i % 2 else 0.8)
+            if not torch.allclose(own(x), eager(x), rtol=1e-3, atol=1e-4) or not torch.equal(shared(x), expected):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failures == []
+    assert_same_model(shared, shared_eager, x)
