@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 __all__ = ["Watch", "hooks_reason", "uncounted_reason"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_values = methodcaller("values")
+_version = attrgetter("_version")
 _SETTINGS = {
     nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: attrgetter("eps", "training"),
@@ -52,33 +54,31 @@ class Watch:
         self._settings = [(_SETTINGS[type(m)], m) for m in modules if type(m) in _SETTINGS]
         self._settings_before = self._settings_now()
         self._stores = [store for m in modules for store in (m._parameters, m._buffers) if store]
-        self._tensors = self._tensors_now()
+        self._entries = self._entries_now()
+        self._tensors = [t for t in self._entries if t is not None]
         # Aliases keep the memory from being given to someone else, whose address would look like the old one.
         self._aliases = [t.detach() for t in self._tensors]
-        self._versions = [t._version for t in self._tensors]
-        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._versions = list(map(_version, self._tensors))
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def _settings_now(self) -> list[Any]:
         return [get(m) for get, m in self._settings]
 
-    def _tensors_now(self) -> list[torch.Tensor]:
-        return [t for store in self._stores for t in store.values() if t is not None]
+    def _entries_now(self) -> list[Tensor | None]:
+        return list(chain.from_iterable(map(_values, self._stores)))
 
     def unchanged(self) -> bool:
-        tensors = self._tensors_now()
+        # Loops in C throughout: this is asked before every fused call.
+        entries = self._entries_now()
         return (
-            len(tensors) == len(self._tensors)
-            and all(map(_is, tensors, self._tensors))
-            and [t._version for t in tensors] == self._versions
-            and [t.data_ptr() for t in tensors] == self._addresses
+            len(entries) == len(self._entries)
+            and all(map(is_, entries, self._entries))
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and self._settings_now() == self._settings_before
             and not any(self._hooks)
             and not any("forward" in m.__dict__ for m in self._modules[1:])
-            and [type(m) for m in self._modules] == self._classes
+            and list(map(type, self._modules)) == self._classes
             and all(list(children.values()) == before for children, before in self._children)
             and not nn_module._has_any_global_hook()
         )
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
