@@ -151,6 +151,7 @@ class Chain:
 
     def __init__(self, owner: Fused, recorder: Recorder) -> None:
         self.layers = recorder.layers
+        self.pairs = recorder.pairs
         self.dtype = recorder.pairs[0][0].weight.dtype
         # Watched before the weights are read: a change in between is seen at the next call.
         self._watch = Watch(owner.parts())
