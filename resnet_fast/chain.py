@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
@@ -66,7 +67,8 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
     for t in _sources(conv, bn):
         if t is None:
             continue
-        if type(t) not in (Tensor, nn.Parameter):
+        # torch.export traces with fake tensors in the place of the weights.
+        if type(t) not in (Tensor, nn.Parameter, FakeTensor):
             return f"weights of type {type(t).__name__}"
         if t.device.type != "cpu":
             return f"no kernel for {t.device.type} tensors"
@@ -103,7 +105,7 @@ class Recorder:
         added = -1 if residual is None else residual
         # The weight's own shape counts, as in F.conv2d: who prunes channels may leave the attributes as they were.
         out_channels, _, *kernel = conv.weight.shape
-        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *_padding(conv)]
+        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *(_padding(conv) or ())]
         return len(self.pairs)
 
     def block(self, block: nn.Module, x: int) -> int:
