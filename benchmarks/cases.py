@@ -60,9 +60,10 @@ class ConvBnRelu(Twin):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+        return self.relu(self.bn(self.conv(x)))
 
     def fast(self) -> nn.Module:
         twin = FusedConvBnRelu(self.conv.out_channels).eval()
@@ -74,7 +75,7 @@ class FusedConvBnRelu(Fused, ConvBnRelu):
     """With packed filters, as it runs inside a network."""
 
     def flow(self, build: Build, x: Any) -> Any:
-        return build.conv(self.conv, self.bn, x, relu=True)
+        return build.conv(self.conv, self.bn, x, relu=self.relu)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)

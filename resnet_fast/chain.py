@@ -18,7 +18,7 @@ from . import backends, ops
 from .choose import tile_sizes
 from .watch import Watch, hooks_reason, uncounted_reason
 
-__all__ = ["Build", "Chain", "Fused"]
+__all__ = ["Build", "Chain", "Fused", "Recorder"]
 
 
 class Build(Protocol):
@@ -103,7 +103,7 @@ class Recorder:
         added = -1 if residual is None else residual
         # The weight's own shape counts, as in F.conv2d: who prunes channels may leave the attributes as they were.
         out_channels, _, *kernel = conv.weight.shape
-        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *_padding(conv)]
+        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *(_padding(conv) or ())]
         return len(self.pairs)
 
     def block(self, block: nn.Module, x: int) -> int:
