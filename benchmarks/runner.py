@@ -12,7 +12,7 @@ from torch import Tensor
 from .cases import Case, Twin
 from .timing import Spread, Timing, interleaved
 from .variants import BASELINE, VARIANTS, UnavailableError
-from .verify import Reference
+from .verify import Reference, WrongResultError
 
 __all__ = ["Bench", "Result", "results"]
 
@@ -79,14 +79,17 @@ class Bench:
         )
 
 
-def results(case: Case, variants: Iterable[str], kind: str, note: Callable[[str], None], **timing: Any) -> list[Result]:
-    """All variants of a case in one interleaved run; those that cannot run here are left out and noted."""
+def results(
+    case: Case, variants: Iterable[str], kind: str, **timing: Any
+) -> tuple[list[Result], dict[str, UnavailableError | WrongResultError]]:
+    """All variants of a case in one interleaved run, and why the others have no time."""
     bench = Bench(case)
     calls = {}
+    refused: dict[str, UnavailableError | WrongResultError] = {}
     for name in dict.fromkeys([BASELINE, *variants]):
         try:
             calls[name] = bench.call(name, kind)
-        except UnavailableError as reason:
-            note(f"{name} left out: {reason}")
+        except (UnavailableError, WrongResultError) as reason:
+            refused[name] = reason
     times = interleaved(calls, **timing)
-    return [bench.result(name, kind, times) for name in calls]
+    return [bench.result(name, kind, times) for name in calls], refused

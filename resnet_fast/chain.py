@@ -19,7 +19,7 @@ from . import backends, ops
 from .choose import tile_sizes
 from .watch import Watch, hooks_reason, uncounted_reason
 
-__all__ = ["Build", "Chain", "Fused"]
+__all__ = ["Build", "Chain", "Fused", "Recorder"]
 
 
 class Build(Protocol):

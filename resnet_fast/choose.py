@@ -25,7 +25,7 @@ _READ = 2.0  # multiply-adds in the time in which a byte of a filter arrives
 def tile_size(
     channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int], pixels: int, tiles: int
 ) -> int:
-    """``WINOGRAD`` or ``DIRECT`` for a convolution with that many output pixels, or 4 x 4 tiles of them, in the batch."""
+    """``WINOGRAD`` or ``DIRECT`` for a convolution with so many output pixels, or 4 x 4 tiles of them, in the batch."""
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
         return DIRECT
     pairs = channels * out_channels

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .chain import Chain, Fused
+from .chain import Chain, Fused, Recorder
 from .choose import algorithm_name
 from .machine import Peak, cpu_name, measure_peak
 from .ops import LAYER_FIELDS
@@ -221,12 +221,14 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
 
 def _chain_rows(event: _Event, names: dict[nn.Module, str], runs: int) -> list[Row]:
     chain: Chain = event.module._chain  # type: ignore[assignment]
+    recorder = Recorder()  # knows the modules of the chain
+    event.module.flow(recorder, 0)  # type: ignore[operator]
     run = torch.ops.resnet_fast.residual_stage
     x = event.x.to(chain.dtype)
     filters, tiles = chain.filters(x.shape), chain.tiles(x.shape)
     maps = [x]
     rows = []
-    for i, (conv, _) in enumerate(chain.pairs):
+    for i, (conv, _) in enumerate(recorder.pairs):
         source, added, *rest = chain.layers[i * LAYER_FIELDS : (i + 1) * LAYER_FIELDS]
         image, weight = maps[source], conv.weight
         # A chain of one layer has one input: where the residual has its shape, it stands in for the residual.
