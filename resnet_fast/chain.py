@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops
-from .choose import tile_sizes
+from .choose import tile_size_of_filter, tile_sizes
 from .watch import Watch, hooks_reason, uncounted_reason
 
 __all__ = ["Build", "Chain", "Fused", "Recorder"]
@@ -318,10 +318,11 @@ class Fused(nn.Module):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.flow(Layers(), x)
-        tiles = tile_sizes(recorder.layers, x.shape, x.dtype)
-        pack = torch.ops.resnet_fast.pack_conv_bn
         filters = [
-            pack(*_sources(*pair), _eps(pair[1]), tile) for pair, tile in zip(recorder.pairs, tiles, strict=True)
+            torch.ops.resnet_fast.pack_conv_bn(
+                *_sources(conv, bn), _eps(bn), tile_size_of_filter(conv.weight, conv.stride)
+            )
+            for conv, bn in recorder.pairs
         ]
         return torch.ops.resnet_fast.residual_stage(x, filters, recorder.layers)
 

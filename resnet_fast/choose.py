@@ -11,7 +11,7 @@ import torch
 
 from . import backends
 
-__all__ = ["DIRECT", "WINOGRAD", "algorithm_name", "tile_size", "tile_sizes"]
+__all__ = ["DIRECT", "WINOGRAD", "algorithm_name", "tile_size", "tile_size_of_filter", "tile_sizes"]
 
 DIRECT = 0
 WINOGRAD = 4  # output pixels of a tile, in each direction
@@ -32,6 +32,15 @@ def tile_size(
     direct = 9 * pairs * (pixels + 4 * _READ)
     winograd = _POINTS * (tiles * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels)) + 4 * _READ * pairs)
     return WINOGRAD if winograd < direct else DIRECT
+
+
+def tile_size_of_filter(weight: torch.Tensor, stride: tuple[int, int]) -> int:
+    """The same for maps of whole tiles in large batches, for graphs that shapes are not known to when they are made."""
+    k, c, *kernel = weight.shape
+    if weight.dtype == torch.float64:
+        return DIRECT
+    many = 1 << 20
+    return tile_size(c, k, tuple(kernel), stride, many * WINOGRAD**2, many)
 
 
 def tile_sizes(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list[int]:
