@@ -317,7 +317,9 @@ class Fused(nn.Module):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return self.flow(Layers(), x)
-        tiles = tile_sizes(recorder.layers, x.shape, x.dtype)
+        # An exported program may be for any batch: the choice, then made for one image, must not tie it to this batch.
+        shape = torch.Size([1 if isinstance(size, torch.SymInt) else size for size in x.shape])
+        tiles = tile_sizes(recorder.layers, shape, x.dtype)
         pack = torch.ops.resnet_fast.pack_conv_bn
         filters = [
             pack(*_sources(*pair), _eps(pair[1]), tile) for pair, tile in zip(recorder.pairs, tiles, strict=True)
