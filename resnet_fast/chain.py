@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops
-from .choose import tile_size_of_filter, tile_sizes
+from .choose import algorithm_of_filter, algorithms
 from .watch import Watch, hooks_reason, uncounted_reason
 
 __all__ = ["Build", "Chain", "Fused", "Recorder"]
@@ -159,7 +159,7 @@ class Chain:
         self._watch = Watch(owner.parts())
         self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [_eps(bn) for _, bn in recorder.pairs]
-        self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and tile size
+        self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and algorithm
         self._filters: dict[tuple[torch.Size, bool], list[Tensor]] = {}  # by shape of the input
 
     def fresh(self) -> bool:
@@ -168,9 +168,9 @@ class Chain:
     def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for sources in self.sources for t in sources)
 
-    def tiles(self, shape: torch.Size) -> list[int]:
+    def algorithms(self, shape: torch.Size) -> list[int]:
         """The algorithm of each layer for inputs of ``shape``, as :mod:`resnet_fast.choose` names them."""
-        return tile_sizes(self.layers, shape, self.dtype)
+        return algorithms(self.layers, shape, self.dtype)
 
     def filters(self, shape: torch.Size) -> list[Tensor]:
         """Packed filters for inputs of ``shape``. Threads that come here at once may pack the same filter twice."""
@@ -178,12 +178,12 @@ class Chain:
         filters = self._filters.get(key)
         if filters is None:
             filters = []
-            for i, tile in enumerate(self.tiles(shape)):
-                packed = self._packed.get((i, tile))
+            for i, algorithm in enumerate(self.algorithms(shape)):
+                packed = self._packed.get((i, algorithm))
                 if packed is None:
                     with torch.no_grad():
-                        packed = torch.ops.resnet_fast.pack_conv_bn(*self.sources[i], self.eps[i], tile)
-                    self._packed[i, tile] = packed
+                        packed = torch.ops.resnet_fast.pack_conv_bn(*self.sources[i], self.eps[i], algorithm)
+                    self._packed[i, algorithm] = packed
                 filters.append(packed)
             self._filters[key] = filters
         return filters
@@ -320,7 +320,7 @@ class Fused(nn.Module):
             return self.flow(Layers(), x)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(
-                *_sources(conv, bn), _eps(bn), tile_size_of_filter(conv.weight, conv.stride)
+                *_sources(conv, bn), _eps(bn), algorithm_of_filter(conv.weight, conv.stride)
             )
             for conv, bn in recorder.pairs
         ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .chain import Chain, Fused, Recorder
-from .choose import algorithm_name
+from .choose import NAMES
 from .machine import Peak, cpu_name, measure_peak
 from .ops import LAYER_FIELDS
 
@@ -225,7 +225,7 @@ def _chain_rows(event: _Event, names: dict[nn.Module, str], runs: int) -> list[R
     event.module.flow(recorder, 0)  # type: ignore[operator]
     run = torch.ops.resnet_fast.residual_stage
     x = event.x.to(chain.dtype)
-    filters, tiles = chain.filters(x.shape), chain.tiles(x.shape)
+    filters, algorithms = chain.filters(x.shape), chain.algorithms(x.shape)
     maps = [x]
     rows = []
     for i, (conv, _) in enumerate(recorder.pairs):
@@ -240,7 +240,7 @@ def _chain_rows(event: _Event, names: dict[nn.Module, str], runs: int) -> list[R
         def call(image: Tensor = image, filter_: list[Tensor] = filter_, alone: list[int] = alone) -> Tensor:
             return run(image, filter_, alone)
 
-        kernel = f"{algorithm_name(tiles[i])} {_geometry(conv)} {backends.isa()}"
+        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {backends.isa()}"
         numel = image.numel() + weight.numel() + y.numel() * (2 if added >= 0 else 1)
         flops = 2 * y.numel() * weight[0].numel()
         seconds = _median_seconds(call, runs)

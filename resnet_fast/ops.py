@@ -305,13 +305,13 @@ def _fake_pack(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
-    tile: int = 0,
+    algorithm: int = 0,
 ) -> Tensor:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     line = 64 // dtype.itemsize  # elements of a cache line
     k, c, r, s = weight.shape
-    points = (tile + 2) ** 2 if tile else r * s
-    return weight.new_empty((k + line - 1) // line * line * (1 + c * points), dtype=dtype)
+    points = 36 if algorithm == 1 else r * s
+    return weight.new_empty(line + (k + line - 1) // line * line * (1 + c * points), dtype=dtype)
 
 
 LAYER_FIELDS = 10

@@ -180,13 +180,13 @@ def test_opcheck_of_add_relu(layout, requires_grad):
     torch.library.opcheck(torch.ops.resnet_fast.add_relu, (tensors[0], torch.randn(2, 3, 4, 5)))
 
 
-@pytest.mark.parametrize("tile", [0, 4])
+@pytest.mark.parametrize("algorithm", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_opcheck_of_packing_and_stages(dtype, tile):
+def test_opcheck_of_packing_and_stages(dtype, algorithm):
     """No requires_grad: they are for inference, and say so (test_residual_stage.py)."""
-    tile = 0 if dtype == torch.float64 else tile
+    algorithm = 0 if dtype == torch.float64 else algorithm
     case = random_case(2, 3, (5, 6), 17, 3, 1, 1, dtype)
-    args = (case.weight, case.bias, *case.bn, 1e-5, tile)
+    args = (case.weight, case.bias, *case.bn, 1e-5, algorithm)
     torch.library.opcheck(torch.ops.resnet_fast.pack_conv_bn, args)
     filters = [torch.ops.resnet_fast.pack_conv_bn(*args)]
     for layout in (lambda t: t, channels_last, sliced):
@@ -200,11 +200,11 @@ def test_fakes_are_as_large_as_the_packed_filters():
 
     for k in (1, 15, 16, 17, 65):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for tile in (0, 4):
+            for algorithm in (0, 1, 2):
                 weight = torch.randn(k, 3, 3, 3).to(dtype)
-                real = torch.ops.resnet_fast.pack_conv_bn(weight, *[None] * 5, 0.0, tile)
+                real = torch.ops.resnet_fast.pack_conv_bn(weight, *[None] * 5, 0.0, algorithm)
                 with FakeTensorMode() as mode:
-                    fake = torch.ops.resnet_fast.pack_conv_bn(mode.from_tensor(weight), *[None] * 5, 0.0, tile)
+                    fake = torch.ops.resnet_fast.pack_conv_bn(mode.from_tensor(weight), *[None] * 5, 0.0, algorithm)
                 assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 

@@ -19,7 +19,8 @@ from support import (
     rms,
 )
 
-DIRECT, WINOGRAD = 0, 4  # `tile` of pack_conv_bn
+DIRECT, WINOGRAD, COMPACT_WINOGRAD = 0, 1, 2  # `algorithm` of pack_conv_bn
+ALGORITHMS = (DIRECT, WINOGRAD, COMPACT_WINOGRAD)
 stage = torch.ops.resnet_fast.residual_stage
 pack = torch.ops.resnet_fast.pack_conv_bn
 
@@ -59,10 +60,10 @@ class Chain:
             layer.params = [weight, torch.randint(-2, 3, (layer.out,)).to(self.dtype), *[None] * 4, 0.0]
         return self
 
-    def fused(self, x, tile=DIRECT):
+    def fused(self, x, algorithm=DIRECT):
         filters, numbers = [], []
         for layer in self.layers:
-            winograd = tile if (pair(layer.kernel), pair(layer.stride)) == ((3, 3), (1, 1)) else DIRECT
+            winograd = algorithm if (pair(layer.kernel), pair(layer.stride)) == ((3, 3), (1, 1)) else DIRECT
             filters.append(pack(*layer.params, winograd))
             numbers += [layer.source, layer.residual, int(layer.relu), layer.out]
             numbers += [*pair(layer.kernel), *pair(layer.stride), *pair(layer.padding)]
@@ -193,49 +194,49 @@ def test_winograd_convolution(channels, k, size, padding):
         assert_error_rule(out, exact, [chain.eager(x, layout) for layout in EAGER_LAYOUTS], factor=3)
 
 
-@pytest.mark.parametrize("tile", [DIRECT, WINOGRAD])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["single", "identity block", "bottleneck"])
-def test_layouts_of_the_input(name, layout, tile):
+def test_layouts_of_the_input(name, layout, algorithm):
     chain = Chain(chains(16, 32)[name], 16)
     x = torch.randn(3, 16, 9, 7)
     eager = [chain.eager(x, layout) for layout in EAGER_LAYOUTS]
-    assert_error_rule(chain.fused(layout(x), tile), chain.eager(x, dtype=torch.float64), eager, factor=3 if tile else 2)
+    assert_error_rule(chain.fused(layout(x), algorithm), chain.eager(x, dtype=torch.float64), eager, factor=3 if algorithm else 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_batch(name):
     chain = Chain(chains(16, 32)[name], 16)
     x = torch.randn(0, 16, 9, 7)
-    for tile in (DIRECT, WINOGRAD):
-        assert chain.fused(x, tile).shape == chain.eager(x).shape
+    for algorithm in ALGORITHMS:
+        assert chain.fused(x, algorithm).shape == chain.eager(x).shape
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 16])
-@pytest.mark.parametrize("tile", [DIRECT, WINOGRAD])
-def test_an_image_does_not_depend_on_its_batch(batch, tile):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_image_does_not_depend_on_its_batch(batch, algorithm):
     """Carried in groups or split over threads: the sums of an image are the same, bit for bit."""
     chain = Chain(chains(16, 32)["projection block"], 16)
     x = torch.randn(batch, 16, 11, 11)
-    whole = chain.fused(x, tile)
+    whole = chain.fused(x, algorithm)
     eager = [chain.eager(x, layout) for layout in EAGER_LAYOUTS]
-    assert_error_rule(whole, chain.eager(x, dtype=torch.float64), eager, factor=3 if tile else 2)
+    assert_error_rule(whole, chain.eager(x, dtype=torch.float64), eager, factor=3 if algorithm else 2)
     for i in range(batch):
-        assert torch.equal(whole[i : i + 1], chain.fused(x[i : i + 1], tile))
+        assert torch.equal(whole[i : i + 1], chain.fused(x[i : i + 1], algorithm))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("tile", [DIRECT, WINOGRAD])
-def test_nan_and_infinity_are_not_lost(value, tile):
-    """Winograd may spread them over a tile, but what eager makes NaN never comes out as a number."""
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nan_and_infinity_are_not_lost(value, algorithm):
+    """Winograd may spread them over a algorithm, but what eager makes NaN never comes out as a number."""
     chain = Chain(chains(17, 16)["identity block"], 17)
     x = torch.randn(2, 17, 9, 9)
     x[1, 3, 4, 4] = value
-    out, eager = chain.fused(x, tile), chain.eager(x)
+    out, eager = chain.fused(x, algorithm), chain.eager(x)
     lost = out[~eager.isfinite()].isfinite()
     assert not lost.any()
     assert out[0].isfinite().all()
-    if tile == DIRECT:
+    if algorithm == DIRECT:
         assert torch.equal(out.isfinite(), eager.isfinite())
 
 
@@ -285,8 +286,8 @@ def test_errors_name_the_argument(name, x, layers):
         ("weight", [torch.randn(8, 4, 3, 3).half(), *[None] * 5, 0.0]),
         ("bias", [torch.randn(8, 4, 3, 3), torch.randn(9), *[None] * 4, 0.0]),
         ("running_var", [torch.randn(8, 4, 3, 3), None, None, None, torch.randn(8), torch.randn(3), 0.0]),
-        ("tile", [torch.randn(8, 4, 3, 3), *[None] * 5, 0.0, 3]),
-        ("tile", [torch.randn(8, 4, 5, 3), *[None] * 5, 0.0, WINOGRAD]),
+        ("algorithm", [torch.randn(8, 4, 3, 3), *[None] * 5, 0.0, 3]),
+        ("algorithm", [torch.randn(8, 4, 5, 3), *[None] * 5, 0.0, WINOGRAD]),
     ],
 )
 def test_errors_of_packing_name_the_argument(name, args):

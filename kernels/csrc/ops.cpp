@@ -19,10 +19,11 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "Tensor? running_mean, Tensor? running_var, float eps, int[2] stride, int[2] padding) -> Tensor");
 
   // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
-  // tile: 0 for direct convolution; 4 for Winograd's F(4x4, 3x3), 3x3 filters with stride 1 only.
+  // algorithm: 0 for direct convolution; for 3x3 filters with stride 1 also 1 for Winograd's F(4x4, 3x3), and 2 for the
+  // same with filters that are transformed when they are used, a quarter of the size.
   m.def(
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
-      "Tensor? running_var, float eps, int tile=0) -> Tensor");
+      "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
 

@@ -23,7 +23,7 @@ Tensor fused_conv(const char* op, const std::vector<Tensor>& inputs, bool relu, 
   RESNET_FAST_CHECK(stride.size() == 2 && padding.size() == 2, op, ": stride and padding want two integers each");
   const Layer layer{0,  inputs.size() > 1 ? 1 : -1, relu, weight.size(0), weight.size(2), weight.size(3),
                     stride[0], stride[1], padding[0], padding[1]};
-  return run_stage(op, inputs, {pack_filters(weight, bias, bn, 0)}, {layer});
+  return run_stage(op, inputs, {pack_filters(weight, bias, bn, Algorithm::kDirect)}, {layer});
 }
 
 Tensor conv_bn(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,

@@ -67,6 +67,26 @@ void pack_panel(const Tensor& weight, const FilterLayout<T>& layout, const Affin
   }
 }
 
+template <typename S, typename T>
+void pack_compact_panel(const Tensor& weight, const FilterLayout<T>& layout, const Affine& affine, int64_t k0, T* to) {
+  const S* from = static_cast<const S*>(weight.data_ptr());
+  const int64_t sk = weight.stride(0), sc = weight.stride(1), sr = weight.stride(2), ss = weight.stride(3);
+  const int64_t width = std::min(layout.panel, layout.padded_out() - k0);
+  for (int64_t j = 0; j < width; ++j) {
+    const int64_t k = k0 + j;
+    const bool real = k < layout.out_channels;
+    for (int64_t c = 0; c < layout.channels; ++c) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const double value =
+            real ? static_cast<double>(widen(from[k * sk + c * sc + tap / 3 * sr + tap % 3 * ss])) *
+                       affine.scale[static_cast<size_t>(k)]
+                 : 0.0;
+        to[(c * 9 + tap) * width + j] = static_cast<T>(value);
+      }
+    }
+  }
+}
+
 // G of y = A^T [(G g G^T) . (B^T d B)] A: the powers of each point over the product of its distances to the others.
 constexpr double kRoot = 0.70710678118654752440;  // sqrt(1/2), half of sqrt(2)
 constexpr double kFilterTransform[kTileIn][3] = {
@@ -114,17 +134,19 @@ void pack_winograd_panel(const Tensor& weight, const FilterLayout<T>& layout, co
 }
 
 template <typename T>
-Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, int64_t tile) {
-  const FilterLayout<T> layout{weight.size(0), weight.size(1), weight.size(2), weight.size(3), tile};
+Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, Algorithm algorithm) {
+  const FilterLayout<T> layout{weight.size(0), weight.size(1), weight.size(2), weight.size(3), algorithm};
   const Affine affine = fold(layout.out_channels, bias, bn);
   const int64_t size[] = {layout.numel()};
   Tensor packed = torch::stable::empty({size, 1}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double,
                                        std::nullopt, weight.device());
   T* data = static_cast<T*>(packed.data_ptr());
-  for (int64_t k = 0; k < layout.bias_numel(); ++k) {
-    data[k] = k < layout.out_channels ? static_cast<T>(affine.shift[static_cast<size_t>(k)]) : T(0);
+  T* panels = data + layout.panels_begin();
+  std::fill(data, panels, T(0));
+  data[0] = static_cast<T>(algorithm);
+  for (int64_t k = 0; k < layout.out_channels; ++k) {
+    data[layout.bias_begin() + k] = static_cast<T>(affine.shift[static_cast<size_t>(k)]);
   }
-  T* panels = data + layout.bias_numel();
   const int64_t used = layout.points() * layout.channels * layout.padded_out();
   std::fill(panels + used, data + layout.numel(), T(0));  // the same bits at every call
   visit(weight.scalar_type(), [&](auto tag) {
@@ -132,8 +154,10 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         T* to = panels + i * layout.panel_stride();
-        if (tile != 0) {
+        if (algorithm == Algorithm::kWinograd) {
           pack_winograd_panel<S, T>(weight, layout, affine, i * layout.panel, to);
+        } else if (algorithm == Algorithm::kCompactWinograd) {
+          pack_compact_panel<S, T>(weight, layout, affine, i * layout.panel, to);
         } else {
           pack_panel<S, T>(weight, layout, affine, i * layout.panel, to);
         }
@@ -145,13 +169,13 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
 
 Tensor pack_conv_bn(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
                     const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
-                    const OptionalTensor& running_var, double eps, int64_t tile) {
+                    const OptionalTensor& running_var, double eps, int64_t algorithm) {
   const BatchNorm bn{bn_weight, bn_bias, running_mean, running_var, eps};
   check_conv_bn("pack_conv_bn", weight, bias, bn);
-  RESNET_FAST_CHECK(tile == 0 || (tile == kTileOut && weight.size(2) == 3 && weight.size(3) == 3),
-                    "pack_conv_bn: tile is ", tile, ", want 0, or ", kTileOut, " for a 3x3 filter; weight has shape ",
-                    shape(weight));
-  return pack_filters(weight, bias, bn, tile);
+  const bool winograd = weight.size(2) == 3 && weight.size(3) == 3;
+  RESNET_FAST_CHECK(algorithm == 0 || (winograd && (algorithm == 1 || algorithm == 2)), "pack_conv_bn: algorithm is ",
+                    algorithm, ", want 0, or for a 3x3 filter 1 or 2; weight has shape ", shape(weight));
+  return pack_filters(weight, bias, bn, static_cast<Algorithm>(algorithm));
 }
 
 }  // namespace
@@ -179,9 +203,9 @@ void check_conv_bn(const char* op, const Tensor& weight, const OptionalTensor& b
                     ": bn_weight and bn_bias need running_mean and running_var");
 }
 
-Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, int64_t tile) {
-  return weight.scalar_type() == ScalarType::Double ? pack<double>(weight, bias, bn, tile)
-                                                    : pack<float>(weight, bias, bn, tile);
+Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, Algorithm algorithm) {
+  return weight.scalar_type() == ScalarType::Double ? pack<double>(weight, bias, bn, algorithm)
+                                                    : pack<float>(weight, bias, bn, algorithm);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("pack_conv_bn", TORCH_BOX(&pack_conv_bn)); }

@@ -30,18 +30,30 @@ inline int64_t output_size(int64_t size, int64_t pad, int64_t kernel, int64_t st
 }
 
 // What a layer reads beyond its input. Tiles of Winograd that are cut off at the far edges are computed whole.
-inline Halo halo_of(const Layer& l, const Value& x, const Value& y, int64_t tile) {
-  if (tile == 0) return {l.pad_h, l.pad_h, l.pad_w, l.pad_w};
-  const int64_t rows = round_up(y.height, tile) + 2 - l.pad_h, columns = round_up(y.width, tile) + 2 - l.pad_w;
+inline Halo halo_of(const Layer& l, const Value& x, const Value& y, Algorithm algorithm) {
+  if (algorithm == Algorithm::kDirect) return {l.pad_h, l.pad_h, l.pad_w, l.pad_w};
+  const int64_t rows = round_up(y.height, kTileOut) + 2 - l.pad_h, columns = round_up(y.width, kTileOut) + 2 - l.pad_w;
   return {l.pad_h, std::max<int64_t>(rows - x.height, 0), l.pad_w, std::max<int64_t>(columns - x.width, 0)};
 }
 
-// The algorithm that a filter is packed for: the tile of FilterLayout.
+// The layout of a layer's filter, which says itself what algorithm it is packed for.
 template <typename T>
-int64_t filter_tile(const Layer& l, int64_t channels, const Tensor& filter) {
-  const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
-  const FilterLayout<T> layout{l.out_channels, channels, 3, 3, kTileOut};
-  return winograd && filter.numel() == layout.numel() ? kTileOut : 0;
+FilterLayout<T> read_layout(const char* op, size_t index, const Layer& l, int64_t channels, const Tensor& filter) {
+  const ScalarType type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+  FilterLayout<T> layout{l.out_channels, channels, l.kernel_h, l.kernel_w};
+  bool packed = filter.scalar_type() == type && filter.dim() == 1 && filter.stride(0) == 1 && filter.is_cpu() &&
+                filter.numel() > 0;
+  if (packed) {
+    const T algorithm = *static_cast<const T*>(filter.data_ptr());
+    const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
+    packed = algorithm == T(0) || (winograd && (algorithm == T(1) || algorithm == T(2)));
+    if (packed) layout.algorithm = static_cast<Algorithm>(static_cast<int>(algorithm));
+  }
+  RESNET_FAST_CHECK(packed && filter.numel() == layout.numel(), op, ": filters[", index,
+                    "] is not what pack_conv_bn gives for a weight of [", l.out_channels, ", ", channels, ", ",
+                    l.kernel_h, ", ", l.kernel_w, "], stride ", l.stride_h, " x ", l.stride_w, " and inputs of ",
+                    dtype_name(type));
+  return layout;
 }
 
 template <typename T>
@@ -67,7 +79,7 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
     x.last_use = static_cast<int64_t>(i);
     Value y{l.out_channels, output_size(x.height, l.pad_h, l.kernel_h, l.stride_h),
             output_size(x.width, l.pad_w, l.kernel_w, l.stride_w), {}};
-    x.halo.cover(halo_of(l, x, y, filter_tile<T>(l, x.channels, filters[i])));
+    x.halo.cover(halo_of(l, x, y, read_layout<T>(op, i, l, x.channels, filters[i]).algorithm));
     if (l.residual >= 0) {
       Value& r = values[static_cast<size_t>(l.residual)];
       RESNET_FAST_CHECK(r.channels == y.channels && r.height == y.height && r.width == y.width, op,

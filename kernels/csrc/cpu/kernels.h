@@ -62,8 +62,9 @@ struct WinogradCall {
   int height, width;  // of the output
   int tile_begin, tile_end;
 
-  const T* filter;  // panels of [point][channel][output channel of the panel]
+  const T* filter;  // panels of [point][channel][output channel of the panel], or compact: [channel][tap][...]
   const T* bias;
+  bool compact;
   int channels;
   int panel_begin, panel_end;
   int panel_group;  // panels whose products are stored before they are transformed back
@@ -75,21 +76,29 @@ struct WinogradCall {
 
 // Unnamed, so that every file has its own: see above.
 namespace {
+// Channels of a compact filter that are transformed at a time: they stay in L2 beside the input of a few tiles.
+constexpr int kExpandedBytes = 64 * 1024;
+
 // Elements of scratch memory for a call of so many tiles: the transformed input, the products, a strip of half
-// transformed rows.
+// transformed rows, a block of a transformed filter.
 struct WinogradScratch {
   int64_t row;  // of the transformed input: the channels of a tile, in whole vectors
   int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
   int64_t input, products, strip;
+  int filter_block;  // channels
+  int64_t filter_point, filter;
 
-  WinogradScratch(int channels, int tiles, int tiles_w, int lanes, int panel_group, int panel)
+  WinogradScratch(int channels, int tiles, int tiles_w, int lanes, int panel_group, int panel, bool compact)
       : row((channels + lanes - 1) / lanes * lanes),
         input_point(tiles * row + 16),
         product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16),
         input(kTilePoints * input_point),
         products(kTilePoints * product_point),
-        strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16) {}
-  int64_t numel() const { return input + products + strip; }
+        strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
+        filter_block(kExpandedBytes / 4 / (kTilePoints * panel)),
+        filter_point(filter_block * panel + 16),
+        filter(compact ? kTilePoints * filter_point : 0) {}
+  int64_t numel() const { return input + products + strip + filter; }
 };
 }  // namespace
 

@@ -18,8 +18,8 @@ struct Convolution {
 
   // What a part is counted in: output tiles of Winograd, pixels otherwise, through all images.
   int64_t units() const {
-    if (layout.tile == 0) return images * height * width;
-    return images * ceil_div(height, layout.tile) * ceil_div(width, layout.tile);
+    if (!layout.winograd()) return images * height * width;
+    return images * ceil_div(height, kTileOut) * ceil_div(width, kTileOut);
   }
 };
 
@@ -35,8 +35,8 @@ void direct(const Convolution<T>& conv, const Part& part) {
   const Map<T>&x = conv.input, &y = conv.output, &residual = conv.residual;
   const Kernels<T>& kernels = kernels_in_use<T>();
   ConvCall<T> call{};
-  call.filter = conv.packed + layout.bias_numel();
-  call.bias = conv.packed;
+  call.filter = conv.packed + layout.panels_begin();
+  call.bias = conv.packed + layout.bias_begin();
   call.panel_begin = static_cast<int>(part.panel_begin);
   call.panel_end = static_cast<int>(part.panel_end);
   call.out_vectors = static_cast<int>(layout.padded_out() / layout.lanes);
@@ -92,8 +92,10 @@ constexpr int64_t kMaxTiles = 32;
 template <typename T>
 Blocking winograd_blocking(const FilterLayout<T>& layout, int64_t tiles, int64_t panels) {
   const int64_t fit = kTransformedBytes / (kTilePoints * layout.channels * static_cast<int64_t>(sizeof(T)));
-  const bool by_panel = fit >= std::min(kMinTiles, tiles);
-  return {std::min(tiles, by_panel ? std::min(fit, kMaxTiles) : kMaxTiles), by_panel ? 1 : panels};
+  // Filters that are transformed on the way are at hand panel by panel only.
+  const bool compact = layout.algorithm == Algorithm::kCompactWinograd;
+  const bool by_panel = compact || fit >= std::min(kMinTiles, tiles);
+  return {std::min(tiles, by_panel && !compact ? std::min(fit, kMaxTiles) : kMaxTiles), by_panel ? 1 : panels};
 }
 
 // Elements that any part of this convolution needs.
@@ -103,7 +105,8 @@ int64_t winograd_scratch(const Convolution<T>& conv) {
   const Blocking most = winograd_blocking(layout, conv.units(), layout.panels());
   return WinogradScratch(static_cast<int>(layout.channels), static_cast<int>(most.tiles),
                          static_cast<int>(ceil_div(conv.width, kTileOut)), static_cast<int>(layout.lanes),
-                         static_cast<int>(most.panel_group), static_cast<int>(layout.panel))
+                         static_cast<int>(most.panel_group), static_cast<int>(layout.panel),
+                         layout.algorithm == Algorithm::kCompactWinograd)
       .numel();
 }
 
@@ -121,8 +124,9 @@ void winograd(const Convolution<T>& conv, const Part& part, T* scratch) {
   call.output = y.origin;
   call.output_image = y.image, call.output_row = y.row, call.output_pixel = y.pixel;
   call.height = static_cast<int>(conv.height), call.width = static_cast<int>(conv.width);
-  call.filter = conv.packed + layout.bias_numel();
-  call.bias = conv.packed;
+  call.filter = conv.packed + layout.panels_begin();
+  call.bias = conv.packed + layout.bias_begin();
+  call.compact = layout.algorithm == Algorithm::kCompactWinograd;
   call.channels = static_cast<int>(layout.channels);
   call.panel_begin = static_cast<int>(part.panel_begin), call.panel_end = static_cast<int>(part.panel_end);
   call.panel_group = static_cast<int>(blocking.panel_group);
@@ -150,17 +154,17 @@ Part part_of(const Convolution<T>& conv, int64_t rank, int64_t size) {
   const int64_t panels = conv.layout.panels(), units = conv.units();
   const bool even = panels % size == 0 || panels >= 4 * size;
   const bool large = conv.layout.numel() * static_cast<int64_t>(sizeof(T)) >=
-                     (conv.layout.tile != 0 ? kSplitWinogradBytes : kSplitFilterBytes);
-  const bool few = conv.layout.tile != 0 && units < size * kMinTilesOfMember;
+                     (conv.layout.winograd() ? kSplitWinogradBytes : kSplitFilterBytes);
+  const bool few = conv.layout.winograd() && units < size * kMinTilesOfMember;
   if (size > 1 && even && (large || few)) return {0, units, panels * rank / size, panels * (rank + 1) / size};
-  const int64_t step = conv.layout.tile != 0 ? 1 : kernels_in_use<T>().tile_pixels, steps = ceil_div(units, step);
+  const int64_t step = conv.layout.winograd() ? 1 : kernels_in_use<T>().tile_pixels, steps = ceil_div(units, step);
   return {steps * rank / size * step, std::min(steps * (rank + 1) / size * step, units), 0, panels};
 }
 
 template <typename T>
 void run_part(const Convolution<T>& conv, const Part& part, T* scratch) {
   if (part.begin >= part.end || part.panel_begin >= part.panel_end) return;
-  if (conv.layout.tile != 0) {
+  if (conv.layout.winograd()) {
     winograd(conv, part, scratch);
   } else {
     direct(conv, part);

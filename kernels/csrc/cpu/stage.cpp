@@ -73,7 +73,7 @@ class Chain {
     int64_t most = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
       const Convolution<T> conv = convolution(i, 0, images, nullptr);
-      if (conv.layout.tile != 0) most = std::max(most, winograd_scratch(conv));
+      if (conv.layout.winograd()) most = std::max(most, winograd_scratch(conv));
     }
     return round_up(most, 64);
   }
@@ -96,10 +96,9 @@ class Chain {
     const Layer& l = layers[i];
     const Value& in = geometry.values[static_cast<size_t>(l.input)];
     const Value& out = geometry.values[inputs.size() + i];
-    const int64_t tile = filter_tile<T>(l, in.channels, filters[i]);
     const Map<T> none{};
     return {l,
-            {l.out_channels, in.channels, l.kernel_h, l.kernel_w, tile},
+            read_layout<T>("residual_stage", i, l, in.channels, filters[i]),
             static_cast<const T*>(filters[i].data_ptr()),
             images,
             out.height,
@@ -111,26 +110,9 @@ class Chain {
 };
 
 template <typename T>
-void check_filters(const char* op, const std::vector<Tensor>& filters, const std::vector<Layer>& layers,
-                   const std::vector<Value>& values) {
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& l = layers[i];
-    const int64_t channels = values[static_cast<size_t>(l.input)].channels;
-    const FilterLayout<T> layout{l.out_channels, channels, l.kernel_h, l.kernel_w,
-                                 filter_tile<T>(l, channels, filters[i])};
-    const ScalarType type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-    RESNET_FAST_CHECK(filters[i].scalar_type() == type && filters[i].is_contiguous() && filters[i].is_cpu() &&
-                          filters[i].numel() == layout.numel(),
-                      op, ": filters[", i, "] is not what pack_conv_bn gives for a weight of [", l.out_channels, ", ",
-                      layout.channels, ", ", l.kernel_h, ", ", l.kernel_w, "] and inputs of ", dtype_name(type));
-  }
-}
-
-template <typename T>
 Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
            const std::vector<Layer>& layers) {
   std::vector<Value> values = infer_values<T>(op, inputs, filters, layers);
-  check_filters<T>(op, filters, layers, values);
 
   const Tensor& x = inputs[0];
   const int64_t images = x.size(0);

@@ -42,6 +42,52 @@ RESNET_FAST_INLINE void transform_output(const typename Simd<T>::Vec (&m)[kTileI
   y[3] = m[5] + T(0.5) * a * difference_a + T(2) * b * difference_b;
 }
 
+// G g: the powers of the points over the products of their distances, as in filters.cpp, where it is done in float64.
+template <typename T>
+RESNET_FAST_INLINE void transform_filter(const typename Simd<T>::Vec (&g)[3], typename Simd<T>::Vec (&u)[kTileIn]) {
+  typedef typename Simd<T>::Vec Vec;
+  constexpr T root = T(0.70710678118654752440);
+  const Vec even_a = (g[0] + T(0.5) * g[2]) * T(1 / -1.5), odd_a = g[1] * (root * T(1 / -1.5));
+  const Vec even_b = (g[0] + T(2) * g[2]) * T(1 / 6.0), odd_b = g[1] * (root * T(2 / 6.0));
+  u[0] = g[0];
+  u[1] = even_a + odd_a;
+  u[2] = even_a - odd_a;
+  u[3] = even_b + odd_b;
+  u[4] = even_b - odd_b;
+  u[5] = g[2];
+}
+
+// [channel][tap][width] -> [point][channel][width], V vectors wide, `point` elements from one point to the next.
+template <typename T, int V>
+void expand_filter(const T* compact, int channels, int64_t point, T* out) {
+  typedef typename Simd<T>::Vec Vec;
+  constexpr int lanes = Simd<T>::lanes;
+  for (int c = 0; c < channels; ++c) {
+    for (int v = 0; v < V; ++v) {
+      const T* from = compact + (static_cast<int64_t>(c) * 9 * V + v) * lanes;
+      T* to = out + (static_cast<int64_t>(c) * V + v) * lanes;
+      Vec half[3][kTileIn];
+      for (int s = 0; s < 3; ++s) {
+        const Vec g[3] = {Simd<T>::load(from + s * V * lanes), Simd<T>::load(from + (3 + s) * V * lanes),
+                          Simd<T>::load(from + (6 + s) * V * lanes)};
+        transform_filter<T>(g, half[s]);
+      }
+      for (int i = 0; i < kTileIn; ++i) {
+        const Vec g[3] = {half[0][i], half[1][i], half[2][i]};
+        Vec u[kTileIn];
+        transform_filter<T>(g, u);
+        T* row = to + kTileIn * i * point;
+        Simd<T>::store(row, u[0]);
+        Simd<T>::store(row + point, u[1]);
+        Simd<T>::store(row + 2 * point, u[2]);
+        Simd<T>::store(row + 3 * point, u[3]);
+        Simd<T>::store(row + 4 * point, u[4]);
+        Simd<T>::store(row + 5 * point, u[5]);
+      }
+    }
+  }
+}
+
 // Where tile `index` lies: image and first output pixel.
 struct TilePlace {
   int image, row, column;
@@ -121,9 +167,9 @@ void transform_inputs(const WinogradCall<T>& call, const WinogradScratch& sizes,
   }
 }
 
-// P tiles x V vectors of the product at one point.
+// P tiles x V vectors of the product at one point, alone or on top of what other channels gave.
 template <typename T, int P, int V>
-void multiply_tile(const T* input, int64_t row, const T* filter, int channels, T* product) {
+void multiply_tile(const T* input, int64_t row, const T* filter, int channels, bool accumulate, T* product) {
   typedef typename MakeIndices<P * V>::type All;
   typedef typename MakeIndices<P>::type Rows;
   typedef typename MakeIndices<V>::type Vectors;
@@ -135,11 +181,12 @@ void multiply_tile(const T* input, int64_t row, const T* filter, int channels, T
     tile.step(input, offset, filter, Rows(), Vectors());
     filter += V * Simd<T>::lanes;
   }
+  if (accumulate) tile.add(product, V * Simd<T>::lanes, All());
   tile.spill(product, All());
 }
 
 template <typename T>
-using MultiplyTile = void (*)(const T*, int64_t, const T*, int, T*);
+using MultiplyTile = void (*)(const T*, int64_t, const T*, int, bool, T*);
 
 template <typename T, int V, int... P>
 inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
@@ -148,13 +195,13 @@ inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
 }
 
 template <typename T, int P, int V>
-void multiply_panel(const T* input, int64_t row, int tiles, const T* filter, int channels, T* product) {
+void multiply_panel(const T* input, int64_t row, int tiles, const T* filter, int channels, bool accumulate, T* product) {
   // Parts of equal size rather than full ones and a short rest, which could not hide the latency of its FMAs.
   const int parts = (tiles + P - 1) / P;
   for (int part = 0; part < parts; ++part) {
     const int begin = tiles * part / parts, end = tiles * (part + 1) / parts;
     select_multiply<T, V>(end - begin, typename MakeIndices<P>::type())(
-        input + begin * row, row, filter, channels, product + static_cast<int64_t>(begin) * V * Simd<T>::lanes);
+        input + begin * row, row, filter, channels, accumulate, product + static_cast<int64_t>(begin) * V * Simd<T>::lanes);
   }
 }
 
@@ -196,33 +243,59 @@ void transform_output_tile(const WinogradCall<T>& call, const TilePlace& place, 
   }
 }
 
+// The products of one panel whose filter is transformed on the way, block of channels by block of channels.
+template <typename T, int P, int V>
+void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
+                      T* expanded, T* products) {
+  constexpr int64_t width = V * Simd<T>::lanes;
+  for (int c = 0; c < call.channels; c += sizes.filter_block) {
+    const int channels = call.channels - c < sizes.filter_block ? call.channels - c : sizes.filter_block;
+    expand_filter<T, V>(filter + c * 9 * width, channels, sizes.filter_point, expanded);
+    for (int point = 0; point < kTilePoints; ++point) {
+      multiply_panel<T, P, V>(input + point * sizes.input_point + c, sizes.row, call.tile_end - call.tile_begin,
+                              expanded + point * sizes.filter_point, channels, c > 0,
+                              products + point * sizes.product_point);
+    }
+  }
+}
+
 template <typename T, int P, int PH>
 void winograd(const WinogradCall<T>& call) {
   constexpr int lanes = Simd<T>::lanes, panel = 2 * lanes;
   const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
   const int tiles = call.tile_end - call.tile_begin;
-  const WinogradScratch sizes(call.channels, tiles, tiles_w, lanes, call.panel_group, panel);
+  const WinogradScratch sizes(call.channels, tiles, tiles_w, lanes, call.panel_group, panel, call.compact);
   T* input = call.scratch;
   T* products = input + sizes.input;
-  transform_inputs(call, sizes, tiles_h, tiles_w, products + sizes.products, input);
+  T* strip = products + sizes.products;
+  T* expanded = strip + sizes.strip;
+  const auto full = [&](int k) { return 2 * k + 1 < call.out_vectors; };
+  transform_inputs(call, sizes, tiles_h, tiles_w, strip, input);
   for (int first = call.panel_begin; first < call.panel_end; first += call.panel_group) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
-    for (int point = 0; point < kTilePoints; ++point) {
+    if (call.compact) {
+      const T* filter = call.filter + first * call.panel_stride;
+      if (full(first)) {
+        multiply_compact<T, P, 2>(call, sizes, input, filter, expanded, products);
+      } else {
+        multiply_compact<T, PH, 1>(call, sizes, input, filter, expanded, products);
+      }
+    }
+    for (int point = 0; point < kTilePoints && !call.compact; ++point) {
       for (int k = 0; k < group; ++k) {
-        const bool full = 2 * (first + k) + 1 < call.out_vectors;
-        const int64_t width = full ? panel : lanes;
+        const int64_t width = full(first + k) ? panel : lanes;
         const T* filter = call.filter + (first + k) * call.panel_stride + point * call.channels * width;
         T* product = products + point * sizes.product_point + static_cast<int64_t>(k) * tiles * panel;
         const T* in = input + point * sizes.input_point;
-        if (full) {
-          multiply_panel<T, P, 2>(in, sizes.row, tiles, filter, call.channels, product);
+        if (full(first + k)) {
+          multiply_panel<T, P, 2>(in, sizes.row, tiles, filter, call.channels, false, product);
         } else {
-          multiply_panel<T, PH, 1>(in, sizes.row, tiles, filter, call.channels, product);
+          multiply_panel<T, PH, 1>(in, sizes.row, tiles, filter, call.channels, false, product);
         }
       }
     }
     for (int k = 0; k < group; ++k) {
-      const int vectors = 2 * (first + k) + 1 < call.out_vectors ? 2 : 1;
+      const int vectors = full(first + k) ? 2 : 1;
       for (int t = 0; t < tiles; ++t) {
         const TilePlace place(call.tile_begin + t, tiles_h, tiles_w);
         for (int v = 0; v < vectors; ++v) {
