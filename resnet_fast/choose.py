@@ -23,7 +23,7 @@ _READ = 2.0  # multiply-adds in the time in which a byte of a filter arrives
 
 
 def tile_size(
-    channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int], pixels: int, tiles: int
+    channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], pixels: int, tiles: int
 ) -> int:
     """``WINOGRAD`` or ``DIRECT`` for a convolution with so many output pixels, or 4 x 4 tiles of them, in the batch."""
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
@@ -34,7 +34,7 @@ def tile_size(
     return WINOGRAD if winograd < direct else DIRECT
 
 
-def tile_size_of_filter(weight: torch.Tensor, stride: tuple[int, int]) -> int:
+def tile_size_of_filter(weight: torch.Tensor, stride: tuple[int, ...]) -> int:
     """The same for maps of whole tiles in large batches, for graphs that shapes are not known to when they are made."""
     k, c, *kernel = weight.shape
     if weight.dtype == torch.float64:

@@ -100,7 +100,7 @@ def test_a_forced_backend_raises_instead_of_falling_back():
         ops.conv_bn(torch.randn(1, 4, 5, 5), torch.randn(4, 2, 3, 3), groups=2)
     with (
         backends.use("cpu"),
-        pytest.raises(RuntimeError, match="add_relu cannot run fused: no kernel for torch.float16"),
+        pytest.raises(RuntimeError, match=r"add_relu cannot run fused: no kernel for torch.float16"),
     ):
         ops.add_relu(torch.ones(3).half(), torch.ones(3).half())
 
