@@ -167,6 +167,10 @@ void transform_inputs(const WinogradCall<T>& call, const WinogradScratch& sizes,
   }
 }
 
+// Channels that are summed in one go. Sums of blocks err less than a single long sum, and Winograd's last transform
+// multiplies what they err.
+constexpr int kSumChannels = 32;
+
 // P tiles x V vectors of the product at one point, alone or on top of what other channels gave.
 template <typename T, int P, int V>
 void multiply_tile(const T* input, int64_t row, const T* filter, int channels, bool accumulate, T* product) {
@@ -287,10 +291,13 @@ void winograd(const WinogradCall<T>& call) {
         const T* filter = call.filter + (first + k) * call.panel_stride + point * call.channels * width;
         T* product = products + point * sizes.product_point + static_cast<int64_t>(k) * tiles * panel;
         const T* in = input + point * sizes.input_point;
-        if (full(first + k)) {
-          multiply_panel<T, P, 2>(in, sizes.row, tiles, filter, call.channels, false, product);
-        } else {
-          multiply_panel<T, PH, 1>(in, sizes.row, tiles, filter, call.channels, false, product);
+        for (int c = 0; c < call.channels; c += kSumChannels) {
+          const int channels = call.channels - c < kSumChannels ? call.channels - c : kSumChannels;
+          if (full(first + k)) {
+            multiply_panel<T, P, 2>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
+          } else {
+            multiply_panel<T, PH, 1>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
+          }
         }
       }
     }
