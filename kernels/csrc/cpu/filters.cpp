@@ -88,13 +88,12 @@ void pack_compact_panel(const Tensor& weight, const FilterLayout<T>& layout, con
 }
 
 // G of y = A^T [(G g G^T) . (B^T d B)] A: the powers of each point over the product of its distances to the others.
-constexpr double kRoot = 0.70710678118654752440;  // sqrt(1/2), half of sqrt(2)
 constexpr double kFilterTransform[kTileIn][3] = {
     {1, 0, 0},
-    {1 / -1.5, kRoot / -1.5, 0.5 / -1.5},
-    {1 / -1.5, -kRoot / -1.5, 0.5 / -1.5},
-    {1 / 6.0, 2 * kRoot / 6.0, 2 / 6.0},
-    {1 / 6.0, -2 * kRoot / 6.0, 2 / 6.0},
+    {1 / kDistanceA, kPointA / kDistanceA, kSquareA / kDistanceA},
+    {1 / kDistanceA, -kPointA / kDistanceA, kSquareA / kDistanceA},
+    {1 / kDistanceB, kPointB / kDistanceB, kSquareB / kDistanceB},
+    {1 / kDistanceB, -kPointB / kDistanceB, kSquareB / kDistanceB},
     {0, 0, 1},
 };
 

@@ -76,6 +76,11 @@ struct Tile {
   }
 
   template <int... I>
+  RESNET_FAST_INLINE void add(const Tile& other, Indices<I...>) {
+    ((sum[I] += other.sum[I]), ...);
+  }
+
+  template <int... I>
   RESNET_FAST_INLINE void add_at(const T* from, const int64_t* offset, Indices<I...>) {
     ((sum[I] += Simd<T>::load(from + offset[I / V] + (I % V) * lanes)), ...);
   }

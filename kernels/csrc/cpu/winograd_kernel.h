@@ -2,8 +2,7 @@
 //
 //   y = A^T [ (G g G^T) . (B^T d B) ] A,  Lavin and Gray 2015, section 4.1
 //
-// with the interpolation points 0, +-sqrt(1/2), +-sqrt(2), infinity: their powers stay near 1, so errors are half those
-// of 0, +-1, +-2. The filters arrive transformed (filters.cpp). A call transforms the input of its tiles, multiplies
+// at the points of kernels.h. The filters arrive transformed (filters.cpp). A call transforms the input of its tiles, multiplies
 // point by point (36 small matrix products, tiles x channels by channels x panel) and transforms back, group of panels
 // by group of panels, adding bias and residual on the way out.
 #pragma once
@@ -13,15 +12,15 @@
 namespace resnet_fast {
 namespace {
 
-// B^T d in place; rows of B^T are the coefficients of x (x^2 - 1/2) (x^2 - 2) / (x - point), the last of the whole.
+// B^T d in place; rows of B^T are the coefficients of x (x^2 - a^2) (x^2 - b^2) / (x - point), the last of the whole.
 template <typename T>
 RESNET_FAST_INLINE void transform_input(typename Simd<T>::Vec (&d)[kTileIn]) {
   typedef typename Simd<T>::Vec Vec;
-  constexpr T a = T(0.70710678118654752440), b = T(1.41421356237309504880);
-  const Vec even_a = d[4] - T(2) * d[2], odd_a = d[3] - T(2) * d[1];
-  const Vec even_b = d[4] - T(0.5) * d[2], odd_b = d[3] - T(0.5) * d[1];
-  d[0] = d[0] + d[4] - T(2.5) * d[2];
-  d[5] = d[1] + d[5] - T(2.5) * d[3];
+  constexpr T a = T(kPointA), b = T(kPointB), aa = T(kSquareA), bb = T(kSquareB), sum = T(kSquareA + kSquareB);
+  const Vec even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1];
+  const Vec even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
+  d[0] = d[0] + d[4] - sum * d[2];
+  d[5] = d[1] + d[5] - sum * d[3];
   d[1] = even_a + a * odd_a;
   d[2] = even_a - a * odd_a;
   d[3] = even_b + b * odd_b;
@@ -33,22 +32,22 @@ template <typename T>
 RESNET_FAST_INLINE void transform_output(const typename Simd<T>::Vec (&m)[kTileIn],
                                          typename Simd<T>::Vec (&y)[kTileOut]) {
   typedef typename Simd<T>::Vec Vec;
-  constexpr T a = T(0.70710678118654752440), b = T(1.41421356237309504880);
+  constexpr T a = T(kPointA), b = T(kPointB), aa = T(kSquareA), bb = T(kSquareB);
+  constexpr T aaa = T(kSquareA * kPointA), bbb = T(kSquareB * kPointB);
   const Vec sum_a = m[1] + m[2], difference_a = m[1] - m[2];
   const Vec sum_b = m[3] + m[4], difference_b = m[3] - m[4];
   y[0] = m[0] + sum_a + sum_b;
   y[1] = a * difference_a + b * difference_b;
-  y[2] = T(0.5) * sum_a + T(2) * sum_b;
-  y[3] = m[5] + T(0.5) * a * difference_a + T(2) * b * difference_b;
+  y[2] = aa * sum_a + bb * sum_b;
+  y[3] = m[5] + aaa * difference_a + bbb * difference_b;
 }
 
 // G g: the powers of the points over the products of their distances, as in filters.cpp, where it is done in float64.
 template <typename T>
 RESNET_FAST_INLINE void transform_filter(const typename Simd<T>::Vec (&g)[3], typename Simd<T>::Vec (&u)[kTileIn]) {
   typedef typename Simd<T>::Vec Vec;
-  constexpr T root = T(0.70710678118654752440);
-  const Vec even_a = (g[0] + T(0.5) * g[2]) * T(1 / -1.5), odd_a = g[1] * (root * T(1 / -1.5));
-  const Vec even_b = (g[0] + T(2) * g[2]) * T(1 / 6.0), odd_b = g[1] * (root * T(2 / 6.0));
+  const Vec even_a = (g[0] + T(kSquareA) * g[2]) * T(1 / kDistanceA), odd_a = g[1] * T(kPointA / kDistanceA);
+  const Vec even_b = (g[0] + T(kSquareB) * g[2]) * T(1 / kDistanceB), odd_b = g[1] * T(kPointB / kDistanceB);
   u[0] = g[0];
   u[1] = even_a + odd_a;
   u[2] = even_a - odd_a;
@@ -167,8 +166,8 @@ void transform_inputs(const WinogradCall<T>& call, const WinogradScratch& sizes,
   }
 }
 
-// Channels that are summed in one go. Sums of blocks err less than a single long sum, and Winograd's last transform
-// multiplies what they err.
+// Channels that are summed in one go, in two sums of every other one: short sums err less than a single long one, and
+// Winograd's last transform multiplies what they err.
 constexpr int kSumChannels = 32;
 
 // P tiles x V vectors of the product at one point, alone or on top of what other channels gave.
@@ -177,16 +176,20 @@ void multiply_tile(const T* input, int64_t row, const T* filter, int channels, b
   typedef typename MakeIndices<P * V>::type All;
   typedef typename MakeIndices<P>::type Rows;
   typedef typename MakeIndices<V>::type Vectors;
-  Tile<T, P, V> tile;
-  tile.start(All());
+  constexpr int width = V * Simd<T>::lanes;
+  Tile<T, P, V> even, odd;
+  even.start(All());
+  odd.start(All());
   int64_t offset[P];
   for (int p = 0; p < P; ++p) offset[p] = p * row;
-  for (const T* end = input + channels; input != end; ++input) {
-    tile.step(input, offset, filter, Rows(), Vectors());
-    filter += V * Simd<T>::lanes;
+  for (const T* end = input + channels / 2 * 2; input != end; input += 2, filter += 2 * width) {
+    even.step(input, offset, filter, Rows(), Vectors());
+    odd.step(input + 1, offset, filter + width, Rows(), Vectors());
   }
-  if (accumulate) tile.add(product, V * Simd<T>::lanes, All());
-  tile.spill(product, All());
+  if (channels % 2 != 0) even.step(input, offset, filter, Rows(), Vectors());
+  even.add(odd, All());
+  if (accumulate) even.add(product, width, All());
+  even.spill(product, All());
 }
 
 template <typename T>
@@ -280,9 +283,9 @@ void winograd(const WinogradCall<T>& call) {
     if (call.compact) {
       const T* filter = call.filter + first * call.panel_stride;
       if (full(first)) {
-        multiply_compact<T, P, 2>(call, sizes, input, filter, expanded, products);
+        multiply_compact<T, P / 2, 2>(call, sizes, input, filter, expanded, products);
       } else {
-        multiply_compact<T, PH, 1>(call, sizes, input, filter, expanded, products);
+        multiply_compact<T, PH / 2, 1>(call, sizes, input, filter, expanded, products);
       }
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {
@@ -294,9 +297,9 @@ void winograd(const WinogradCall<T>& call) {
         for (int c = 0; c < call.channels; c += kSumChannels) {
           const int channels = call.channels - c < kSumChannels ? call.channels - c : kSumChannels;
           if (full(first + k)) {
-            multiply_panel<T, P, 2>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
+            multiply_panel<T, P / 2, 2>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
           } else {
-            multiply_panel<T, PH, 1>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
+            multiply_panel<T, PH / 2, 1>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
           }
         }
       }
