@@ -1,0 +1,101 @@
+"""The one place where GPU kernels are launched.
+
+Ops call `launch` for Triton kernels and `cuda_launch` for the CUDA kernels of the extension. Both go through
+`device()`, which a test replaces by a simulator (`use_device`), so that the same Python runs with the same geometry
+on machines without a GPU. Geometry comes from pure functions of shapes; this module decides nothing. Triton is
+imported by whoever defines the kernels, never here.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+Grid = Sequence[int] | Callable[[dict[str, Any]], Sequence[int]]
+
+
+class Device(Protocol):
+    """What can run a kernel. A launch is asynchronous on the current stream, as far as the caller can tell."""
+
+    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> None: ...
+
+    def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None: ...
+
+
+class GpuDevice:
+    """The current CUDA device: Triton's own launcher, and the extension's registered launchers."""
+
+    def __init__(self) -> None:
+        self._launchers: dict[str, Callable[..., None]] = {}
+
+    def register(self, name: str, launcher: Callable[..., None]) -> None:
+        """`launcher(grid, block, shared, args)` starts the CUDA kernel `name` on the current stream."""
+        self._launchers[name] = launcher
+
+    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> None:
+        with _guard(args):
+            kernel[grid](*args, **meta)
+
+    def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
+        try:
+            launcher = self._launchers[name]
+        except KeyError:
+            raise RuntimeError(f"resnet_fast was built without the CUDA kernel {name!r}") from None
+        with _guard(args):
+            launcher(tuple(grid), tuple(block), shared, tuple(args))
+
+
+gpu = GpuDevice()
+_device: contextvars.ContextVar[Device] = contextvars.ContextVar("resnet_fast_device", default=gpu)
+
+
+def device() -> Device:
+    """Where launches go now."""
+    return _device.get()
+
+
+def is_simulated() -> bool:
+    """True while something other than the GPU stands behind the seam: CPU tensors may then take the GPU path."""
+    return _device.get() is not gpu
+
+
+@contextlib.contextmanager
+def use_device(replacement: Device) -> Iterator[Device]:
+    """Sends the launches of this context (and of threads that copy it) to `replacement`."""
+    token = _device.set(replacement)
+    try:
+        yield replacement
+    finally:
+        _device.reset(token)
+
+
+def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
+    """Launches the Triton kernel `kernel[grid](*args, **meta)`.
+
+    grid: up to three integers, or a function of the bound arguments as Triton takes it. meta: constexprs, num_warps,
+    num_stages. A grid with a zero is an empty launch and returns at once.
+    """
+    if not callable(grid) and 0 in tuple(grid):
+        return
+    device().triton(kernel, grid, args, meta)
+
+
+def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
+    """Launches the precompiled CUDA kernel `name`; shared is its dynamic shared memory in bytes.
+
+    args: tensors, numbers, None for a null pointer, bytes for a struct passed by value.
+    """
+    if 0 in tuple(grid):
+        return
+    device().cuda(name, grid, block, shared, args)
+
+
+def _guard(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of the first CUDA tensor current for a launch."""
+    for a in args:
+        index = getattr(getattr(a, "device", None), "index", None)
+        if index is not None and a.is_cuda:
+            import torch
+
+            return torch.cuda.device(index)
+    return contextlib.nullcontext()

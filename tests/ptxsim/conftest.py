@@ -1,0 +1,1 @@
+from ptxsim.fixtures import simulated_device  # noqa: F401

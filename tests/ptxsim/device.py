@@ -1,0 +1,71 @@
+"""The simulated device behind the package's launch seam: same Python, same launch geometry, same compiled kernel."""
+
+import contextlib
+
+import torch
+
+from .compilers import compile_cuda, compile_triton
+from .fresh import FreshTensors
+from .sim import Kernel, Report
+
+
+class SimulatedDevice:
+    """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
+
+    def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None):
+        self.seed, self.limit, self.fresh = seed, limit, fresh
+        self.launches: list[tuple[str, Report]] = []
+        self._cuda: dict[str, Kernel] = {}
+        self._triton: dict[int, tuple] = {}
+
+    def add_cuda(self, source: str, *names: str, flags=()) -> None:
+        """Compiles CUDA C++ text (no torch headers; include the .cuh) and offers its extern "C" kernels by name."""
+        ptx = compile_cuda(source, *flags)
+        for name in names:
+            self._cuda[name] = Kernel(ptx, name)
+
+    def triton(self, kernel, grid, args, meta) -> None:
+        binary, bound = compile_triton(kernel, *args, **meta)
+        if id(binary) not in self._triton:
+            self._triton[id(binary)] = (binary, Kernel(binary.ptx, binary.name))
+        self._run(
+            self._triton[id(binary)][1],
+            grid(bound) if callable(grid) else grid,
+            binary.threads,
+            [bound[n] for n in binary.passed],
+            binary.shared,
+            binary.passed,
+        )
+
+    def cuda(self, name, grid, block, shared, args) -> None:
+        if name not in self._cuda:
+            raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
+        self._run(self._cuda[name], grid, block, args, shared)
+
+    def _run(self, kernel, grid, block, args, shared, names=()) -> None:
+        init = {}
+        if self.fresh:
+            maps = {k: self.fresh.bytes_of(a) for k, a in enumerate(args) if isinstance(a, torch.Tensor)}
+            init = {k: m for k, m in maps.items() if m is not None}
+        report = kernel.launch(
+            grid,
+            block,
+            *args,
+            shared=shared,
+            names=names,
+            init=init,
+            seed=self.seed + len(self.launches),
+            limit=self.limit,
+        )
+        self.launches.append((kernel.name, report))
+
+
+@contextlib.contextmanager
+def simulated(**options):
+    """While open, the package's GPU launches run in the simulator on CPU tensors."""
+    from resnet_fast import launch
+
+    with FreshTensors() as fresh:
+        device = SimulatedDevice(fresh=fresh, **options)
+        with launch.use_device(device):
+            yield device

@@ -1,0 +1,103 @@
+// Branches, exits, barriers, fences. What they do to a warp is in schedule.cpp and barrier.cpp.
+#include "lower.h"
+
+namespace {
+
+void nothing(Warp&, const Inst&, u32) {}
+
+void bra(Lower& l) {
+  l.take("uni");
+  if (l.arg(0).kind != ptx::Arg::Label) l.fail("label expected");
+  l.inst.cls = Class::Branch;
+  l.inst.control = Control::Branch;
+  l.inst.target = (u32)l.arg(0).imm;
+}
+
+void brx(Lower& l) {
+  if (!l.take("idx")) l.fail("brx needs .idx");
+  l.take("uni");
+  l.inst.cls = Class::Branch;
+  l.inst.control = Control::BranchTable;
+  l.operands({l.use(l.arg(0), Ty::U32)});
+  l.inst.x = &l.s.table;
+}
+
+void leave(Lower& l) {
+  l.take("uni");
+  l.inst.cls = Class::Branch;
+  l.inst.control = Control::Exit;
+}
+
+void trap(Lower& l) {
+  l.inst.control = Control::Trap;
+  l.inst.imm = l.s.op[0] == "assertfail";
+}
+
+// bar{.cta}.sync / .arrive / .red.op, bar.warp.sync
+void bar(Lower& l) {
+  const bool is_barrier = l.s.op[0] == "barrier";
+  l.inst.cls = Class::Barrier;
+  if (!is_barrier && l.take("warp")) {
+    if (!l.take("sync")) l.fail("bar.warp needs .sync");
+    l.inst.control = Control::Members;
+    l.inst.members = l.use(l.arg(0), Ty::U32);
+    l.inst.cls = Class::Warp;
+    l.inst.fn = [](Warp& w, const Inst&, u32 m) { synchronise_warp(w, m); };
+    return;
+  }
+  l.take("cta");
+  const bool aligned = l.take("aligned") || !is_barrier;
+  l.inst.control = Control::Barrier;
+  int at = 0;
+  u8 mode = 0;  // 1 arrive, 2.. red
+  Ref result = kNone, input = kNone;
+  bool negate = false;
+  if (l.take("arrive"))
+    mode = 1;
+  else if (l.take("red")) {
+    mode = l.take("popc") ? 2 : l.take("and") ? 3 : l.take("or") ? 4 : 0;
+    if (!mode) l.fail("unknown reduction");
+    const Ty t = l.take_type();
+    result = mode == 2 ? l.dest(l.arg(0), t) : l.pred_dest(l.arg(0));
+    input = l.pred_use(l.arg(l.count() - 1), &negate);
+    at = 1;
+  } else if (!l.take("sync")) {
+    l.fail("unknown barrier");
+  }
+  const int last = l.count() - (mode >= 2 ? 1 : 0);
+  const Ref id = l.use(l.arg(at), Ty::U32);
+  const Ref threads = at + 1 < last ? l.use(l.arg(at + 1), Ty::U32) : l.constant(0, 4);
+  if (mode == 1 && at + 1 >= last) l.fail("bar.arrive needs a thread count");
+  l.operands({id, threads, result, input});
+  l.inst.n = mode;
+  l.inst.imm = (aligned ? 1 : 0) | (negate ? 2 : 0);
+}
+
+void fence(Lower& l) {
+  bool wide = l.take("gl") || l.take("sys") || l.take("gpu");
+  l.drop({"cta", "sc", "acq_rel", "acquire", "release", "cluster"});
+  if (l.take("proxy")) l.drop({"async", "async::global", "alias", "async::shared::cta"});
+  l.inst.cls = Class::Other;
+  l.inst.fn = wide ? (Handler)[](Warp & w, const Inst&, u32) { w.launch->memory.fence(w.block->index); } : nothing;
+}
+
+}  // namespace
+
+void add_control_ops(Table& t) {
+  t["bra"] = bra;
+  t["brx"] = brx;
+  t["ret"] = t["exit"] = leave;
+  t["trap"] = t["assertfail"] = t["brkpt"] = trap;
+  t["bar"] = t["barrier"] = bar;
+  t["membar"] = t["fence"] = fence;
+  t["nop"] = [](Lower& l) { l.inst.fn = nothing; };
+  t["nanosleep"] = [](Lower& l) {
+    l.take_type();
+    l.inst.control = Control::Yield;
+    l.inst.fn = nothing;
+  };
+  t["griddepcontrol"] = [](Lower& l) {  // one launch at a time: nothing to wait for
+    l.take_any();
+    l.inst.fn = nothing;
+  };
+}

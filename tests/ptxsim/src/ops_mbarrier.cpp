@@ -1,0 +1,166 @@
+// mbarrier basics: init, arrive (with a count, without completion), test and try waits by token or
+// parity, and the arrival of cp.async. Phases carry clocks, as block barriers do.
+#include <algorithm>
+
+#include "access.h"
+
+namespace {
+
+struct Plan {
+  Address address;
+  bool parity = false, count = false, no_complete = false, no_increment = false;
+};
+
+Mbarrier& find(Warp& w, u64 address, int lane) {
+  auto it = w.block->mbarriers.find((u32)address);
+  if (it == w.block->mbarriers.end()) throw Violation{"barrier", "mbarrier used before mbarrier.init", lane, address};
+  return it->second;
+}
+
+void complete_if_due(Warp& w, Mbarrier& b) {
+  if (b.pending) return;
+  ++b.phase;
+  b.pending = b.expected;
+  // Copies whose arrival completed the phase have landed.
+  for (MbarrierCopy& c : b.copies)
+    for (u32 m = c.copy.mask; m; m &= m - 1) {
+      const int i = __builtin_ctz(m);
+      w.block->shared.land_copy(c.copy.to[i], c.copy.bytes, c.copy.data[i], c.warp, i, w.block->warps[c.warp].clock);
+    }
+  // A landed copy is ordered before those who see the phase: their knowledge includes its writer.
+  for (MbarrierCopy& c : b.copies) {
+    Warp& writer = w.block->warps[c.warp];
+    b.known[c.warp] = std::max(b.known[c.warp], writer.clock.tick);
+    ++writer.clock.tick;
+  }
+  b.copies.clear();
+}
+
+void arrive(Warp& w, const Inst& I, u32 m) {
+  const Plan& p = *(const Plan*)I.x;
+  u64 address[kLanes];
+  compute_addresses(w, p.address, address);
+  check_shared_bounds(w, m, address, 8);
+  for (u32 rest = m; rest; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
+    Mbarrier& b = find(w, address[i], i);
+    const u32 n = p.count ? w.at<u32>(I.r[1])[i] : 1;
+    if (n > b.pending) throw Violation{"barrier", "more arrivals at an mbarrier than it expects", i, address[i]};
+    if (I.r[0] != kNone) w.at<u64>(I.r[0])[i] = (u64)b.phase << 32 | b.pending;
+    b.known.resize(w.clock.seen.size());
+    for (size_t k = 0; k < b.known.size(); ++k) b.known[k] = std::max(b.known[k], w.clock.seen[k]);
+    b.known[w.id] = std::max(b.known[w.id], w.clock.tick);
+    b.pending -= n;
+    complete_if_due(w, b);
+  }
+  ++w.clock.tick;
+}
+
+void async_arrive(Warp& w, const Inst& I, u32 m) {
+  const Plan& p = *(const Plan*)I.x;
+  u64 address[kLanes];
+  compute_addresses(w, p.address, address);
+  check_shared_bounds(w, m, address, 8);
+  for (u32 rest = m; rest; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
+    Mbarrier& b = find(w, address[i], i);
+    if (!p.no_increment) ++b.pending;
+    b.known.resize(w.clock.seen.size());
+    for (PendingCopy& c : w.async.copies)
+      if (c.mask >> i & 1) {
+        b.copies.push_back({w.id, c});
+        b.copies.back().copy.mask = 1u << i;
+        c.mask &= ~(1u << i);
+      }
+    if (!b.pending) throw Violation{"barrier", "more arrivals at an mbarrier than it expects", i, address[i]};
+    --b.pending;
+    complete_if_due(w, b);
+  }
+}
+
+void wait(Warp& w, const Inst& I, u32 m) {
+  const Plan& p = *(const Plan*)I.x;
+  u64 address[kLanes];
+  compute_addresses(w, p.address, address);
+  check_shared_bounds(w, m, address, 8);
+  u32 done = 0;
+  for (u32 rest = m; rest; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
+    Mbarrier& b = find(w, address[i], i);
+    const bool complete =
+        p.parity ? (b.phase & 1) != (w.at<u32>(I.r[1])[i] & 1) : b.phase != (u32)(w.at<u64>(I.r[1])[i] >> 32);
+    if (!complete) continue;
+    done |= 1u << i;
+    for (size_t k = 0; k < b.known.size(); ++k) w.clock.seen[k] = std::max(w.clock.seen[k], b.known[k]);
+    w.clock.warp_sync = std::max(w.clock.warp_sync, b.known.empty() ? 0 : b.known[w.id]);
+    w.clock.update_limits(w.id);
+  }
+  u32& d = *w.at<u32>(I.r[0]);
+  d = (d & ~m) | done;
+}
+
+void mbarrier(Lower& l) {
+  Plan* p = l.program.make<Plan>();
+  l.inst.cls = Class::Barrier;
+  l.inst.x = p;
+  const std::string op = l.take_any();
+  l.drop({"release", "acquire", "relaxed", "cta"});
+  if (op == "arrive") p->no_complete = l.take("noComplete");
+  if (op == "test_wait" || op == "try_wait") p->parity = l.take("parity");
+  const Space space = take_space(l);
+  if (space != Space::Shared) l.fail("mbarriers must be named in shared memory");
+  if (l.take_type() != Ty::B64) l.fail("mbarrier needs .b64");
+  if (op == "init") {
+    p->address = take_address(l, l.arg(0), space);
+    l.operands({l.use(l.arg(1), Ty::U32)});
+    l.inst.fn = [](Warp& w, const Inst& I, u32 m) {
+      u64 address[kLanes];
+      compute_addresses(w, ((const Plan*)I.x)->address, address);
+      check_shared_bounds(w, m, address, 8);
+      for (u32 rest = m; rest; rest &= rest - 1) {
+        const int i = __builtin_ctz(rest);
+        Mbarrier b;
+        b.expected = b.pending = w.at<u32>(I.r[0])[i];
+        b.known.assign(w.clock.seen.size(), 0);
+        w.block->mbarriers[(u32)address[i]] = b;
+      }
+    };
+  } else if (op == "inval") {
+    p->address = take_address(l, l.arg(0), space);
+    l.inst.fn = [](Warp& w, const Inst& I, u32 m) {
+      u64 address[kLanes];
+      compute_addresses(w, ((const Plan*)I.x)->address, address);
+      for (u32 rest = m; rest; rest &= rest - 1) w.block->mbarriers.erase((u32)address[__builtin_ctz(rest)]);
+    };
+  } else if (op == "arrive") {
+    const bool returns = l.arg(0).kind != ptx::Arg::Addr;
+    p->address = take_address(l, l.arg(returns ? 1 : 0), space);
+    const int at = returns ? 2 : 1;
+    p->count = l.count() > at;
+    l.operands({returns && l.arg(0).kind == ptx::Arg::Reg ? l.dest(l.arg(0), Ty::B64) : kNone,
+                p->count ? l.use(l.arg(at), Ty::U32) : kNone});
+    l.inst.fn = arrive;
+  } else if (op == "test_wait" || op == "try_wait") {
+    p->address = take_address(l, l.arg(1), space);
+    l.operands({l.pred_dest(l.arg(0)), l.use(l.arg(2), p->parity ? Ty::U32 : Ty::B64)});
+    l.inst.fn = wait;
+    l.inst.control = Control::Yield;  // a failed wait spins: let others run
+  } else {
+    l.fail("unsupported mbarrier operation");
+  }
+}
+
+}  // namespace
+
+void lower_async_arrive(Lower& l) {
+  if (!l.take("mbarrier") || !l.take("arrive")) l.fail("unknown cp.async");
+  Plan* p = l.program.make<Plan>();
+  p->no_increment = l.take("noinc");
+  const Space space = take_space(l);
+  if (space != Space::Shared || l.take_type() != Ty::B64) l.fail("mbarriers must be named in shared memory");
+  p->address = take_address(l, l.arg(0), space);
+  l.inst.x = p;
+  l.inst.fn = async_arrive;
+}
+
+void add_mbarrier_ops(Table& t) { t["mbarrier"] = mbarrier; }
