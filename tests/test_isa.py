@@ -176,8 +176,8 @@ def test_direct_kernels_of_16_lanes(wide, channels, k, size, kernel, block, dtyp
 
 
 def winograd_matrix():
-    """G of F(4x4, 3x3) at 0, +-sqrt(1/2), +-sqrt(2) and infinity, by its definition (Lavin and Gray 2015)."""
-    points = [0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)]
+    """G of F(4x4, 3x3) at 0, +-2/3, +-3/2 and infinity, by its definition (Lavin and Gray 2015)."""
+    points = [0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2]
     rows = [[p**j / np.prod([p - q for q in points if q != p]) for j in range(3)] for p in points]
     return np.array([*rows, [0.0, 0.0, 1.0]])
 
