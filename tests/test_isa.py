@@ -81,8 +81,8 @@ void direct_double(const double* a, const double* b, double* c, const int64_t* d
                    const double* g, const int64_t* h, const int64_t* i) { direct(kDouble, a, b, c, d, e, f, g, h, i); }
 void add_relu_float(const float* a, const float* b, float* out, int64_t n) { kFloat.add_relu(a, b, out, n); }
 
-int64_t winograd_scratch(int channels, int tiles, int tiles_w, int group) {
-  return WinogradScratch(channels, tiles, tiles_w, kFloat.lanes, group, 2 * kFloat.lanes).numel();
+int64_t winograd_scratch(int channels, int tiles, int tiles_w, int group, int compact) {
+  return WinogradScratch(channels, tiles, tiles_w, kFloat.lanes, group, 2 * kFloat.lanes, compact).numel();
 }
 void winograd_float(const float* input, const float* residual, float* output, const float* filter, const float* bias,
                     float* scratch, const int64_t* s) {
@@ -93,7 +93,7 @@ void winograd_float(const float* input, const float* residual, float* output, co
   call.residual_pixel = call.output_pixel = s[5];
   call.height = s[6], call.width = s[7], call.tile_end = s[8];
   call.filter = filter, call.bias = bias, call.channels = s[9], call.panel_end = s[10], call.panel_group = s[11];
-  call.out_vectors = s[12], call.panel_stride = s[13], call.relu = true, call.scratch = scratch;
+  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.relu = true, call.scratch = scratch;
   kFloat.winograd(call);
 }
 }
@@ -186,7 +186,8 @@ def winograd_matrix():
     ("channels", "k", "size", "group"),
     [(16, 32, (8, 8), 1), (3, 16, (5, 7), 1), (33, 80, (9, 6), 2), (64, 17, (4, 4), 3)],
 )
-def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group):
+@pytest.mark.parametrize("compact", [False, True])
+def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact):
     """Against a direct convolution in float64, to 1e-6 of the result; eager's own error is a third of that."""
     rng, lanes = np.random.default_rng(0), 16
     height, width = size
@@ -197,17 +198,22 @@ def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group):
     weight = (rng.standard_normal((k, channels, 3, 3)) / (3 * channels**0.5)).astype(np.float32)
     g = winograd_matrix()
     points = np.einsum("ir,kcrs,js->kijc", g, weight.astype(np.float64), g).reshape(k, 36, channels)
-    parts, padded = panels(points.astype(np.float32), lanes)
+    if compact:  # [channel, tap, output channel], panel by panel; the kernel transforms them itself
+        group = 1
+        parts, padded = panels(weight.reshape(k, channels, 9).transpose(0, 2, 1), lanes)
+        parts = [part.transpose(1, 0, 2) for part in parts]
+    else:
+        parts, padded = panels(points.astype(np.float32), lanes)
     filters = np.concatenate([p.ravel() for p in parts])
     bias = np.concatenate([rng.standard_normal(k), np.zeros(padded - k)]).astype(np.float32)
     residual = rng.standard_normal((height, width, padded)).astype(np.float32)
     out = np.full((height, width, padded), np.nan, np.float32)
     tiles = tiles_h * tiles_w
     wide.winograd_scratch.restype = ctypes.c_int64
-    scratch = np.full(wide.winograd_scratch(channels, tiles, tiles_w, group), np.nan, np.float32)
+    scratch = np.full(wide.winograd_scratch(channels, tiles, tiles_w, group, compact), np.nan, np.float32)
     row = x.shape[1] * row_channels
     sizes = [x.size, row, row_channels, out.size, width * padded, padded, height, width, tiles]
-    sizes += [channels, len(parts), group, padded // lanes, 36 * channels * 2 * lanes]
+    sizes += [channels, len(parts), group, padded // lanes, (9 if compact else 36) * channels * 2 * lanes, compact]
     wide.winograd_float(*map(pointer, (x, residual, out, filters, bias, scratch, np.array(sizes))))
     exact = reference(x[: height + 2, : width + 2, :channels], weight, bias[:k], residual[:, :, :k])
     assert rms(out[:, :, :k] - exact) <= 1e-6 * rms(exact)
@@ -253,6 +259,7 @@ def test_inner_loops_keep_their_sums_in_registers(assembly):
     sums = {"zmm": 24, "ymm": 12}[register]
     fma = re.compile(rf"vfmadd\w+\s.*%{register}")
     bodies = [body for body in innermost_loops(lines) if sum(bool(fma.search(line)) for line in body) >= sums]
+    bodies = [body for body in bodies if not any("vmulp" in line for line in body)]  # the transforms multiply, too
     # Direct and Winograd, float and double: full panels and half panels.
     assert len(bodies) >= 4
     for body in bodies:
