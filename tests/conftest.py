@@ -6,8 +6,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-
 from ptxsim.fixtures import simulated_device  # noqa: F401
+
 from resnet_fast import backends
 
 

@@ -51,8 +51,8 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t) {
 
 inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other_name,
                              const Tensor& other) {
-  RESNET_FAST_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " has dtype ",
-                    dtype_name(t.scalar_type()), ", want ", dtype_name(other.scalar_type()), " as ", other_name, " has");
+  RESNET_FAST_CHECK(t.scalar_type() == other.scalar_type(), op, ": ", name, " has dtype ", dtype_name(t.scalar_type()),
+                    ", want ", dtype_name(other.scalar_type()), " as ", other_name, " has");
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* other_name,

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from resnet_fast import launch
 
 from ptxsim import Fault
 from ptxsim import triton_kernels as kernels
+from resnet_fast import launch
 
 CUDA = """
 extern "C" __global__ void add_relu(const float* x, const float* y, float* out, int n) {

@@ -21,8 +21,16 @@ Tensor fused_conv(const char* op, const std::vector<Tensor>& inputs, bool relu, 
   RESNET_FAST_CHECK(x.size(1) == weight.size(1), op, ": x has ", x.size(1), " channels, want ", weight.size(1),
                     ", the in_channels of weight ", shape(weight));
   RESNET_FAST_CHECK(stride.size() == 2 && padding.size() == 2, op, ": stride and padding want two integers each");
-  const Layer layer{0,  inputs.size() > 1 ? 1 : -1, relu, weight.size(0), weight.size(2), weight.size(3),
-                    stride[0], stride[1], padding[0], padding[1]};
+  const Layer layer{0,
+                    inputs.size() > 1 ? 1 : -1,
+                    relu,
+                    weight.size(0),
+                    weight.size(2),
+                    weight.size(3),
+                    stride[0],
+                    stride[1],
+                    padding[0],
+                    padding[1]};
   return run_stage(op, inputs, {pack_filters(weight, bias, bn, Algorithm::kDirect)}, {layer});
 }
 

@@ -18,7 +18,8 @@ std::vector<double> to_doubles(const Tensor& t) {
   visit(t.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     const S* data = static_cast<const S*>(t.data_ptr());
-    for (int64_t i = 0; i < t.numel(); ++i) values[static_cast<size_t>(i)] = static_cast<double>(widen(data[i * stride]));
+    for (int64_t i = 0; i < t.numel(); ++i)
+      values[static_cast<size_t>(i)] = static_cast<double>(widen(data[i * stride]));
   });
   return values;
 }
@@ -77,10 +78,9 @@ void pack_compact_panel(const Tensor& weight, const FilterLayout<T>& layout, con
     const bool real = k < layout.out_channels;
     for (int64_t c = 0; c < layout.channels; ++c) {
       for (int64_t tap = 0; tap < 9; ++tap) {
-        const double value =
-            real ? static_cast<double>(widen(from[k * sk + c * sc + tap / 3 * sr + tap % 3 * ss])) *
-                       affine.scale[static_cast<size_t>(k)]
-                 : 0.0;
+        const double value = real ? static_cast<double>(widen(from[k * sk + c * sc + tap / 3 * sr + tap % 3 * ss])) *
+                                        affine.scale[static_cast<size_t>(k)]
+                                  : 0.0;
         to[(c * 9 + tap) * width + j] = static_cast<T>(value);
       }
     }
@@ -137,8 +137,8 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
   const FilterLayout<T> layout{weight.size(0), weight.size(1), weight.size(2), weight.size(3), algorithm};
   const Affine affine = fold(layout.out_channels, bias, bn);
   const int64_t size[] = {layout.numel()};
-  Tensor packed = torch::stable::empty({size, 1}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double,
-                                       std::nullopt, weight.device());
+  Tensor packed = torch::stable::empty({size, 1}, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double, std::nullopt,
+                                       weight.device());
   T* data = static_cast<T*>(packed.data_ptr());
   T* panels = data + layout.panels_begin();
   std::fill(data, panels, T(0));

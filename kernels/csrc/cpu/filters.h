@@ -1,9 +1,10 @@
 // Packed filters: batch norm folded in, in the order in which the kernels read them.
 //
 //   [algorithm] [bias, padded to whole vectors] [panel 0] [panel 1] ...
-//   panel, direct:           [block of channels][tap row][tap column][channel of the block][output channel of the panel]
-//   panel, Winograd:         [point of the transformed filter][channel][output channel of the panel]
-//   panel, compact Winograd: [channel][tap][output channel of the panel], transformed when it is used
+//
+//   panel of a direct convolution:  [block of channels][tap row][tap column][channel of the block][output channel]
+//   panel of Winograd:              [point of the transformed filter][channel][output channel]
+//   panel of compact Winograd:      [channel][tap][output channel], transformed when it is used
 //
 // A panel is two vectors of output channels, the last one possibly a single vector; missing channels are zero.
 #pragma once
@@ -13,8 +14,8 @@
 #include <algorithm>
 #include <optional>
 
-#include "kernels.h"
 #include "isa.h"
+#include "kernels.h"
 
 namespace resnet_fast {
 
@@ -37,8 +38,8 @@ struct FilterLayout {
   int64_t points() const { return algorithm == Algorithm::kWinograd ? kTilePoints : taps(); }
   int64_t panel_stride() const { return points() * channels * panel; }
   bool winograd() const { return algorithm != Algorithm::kDirect; }
-  // The algorithm and the bias take whole cache lines, so that panels start on one. The sizes are the same for every instruction set
-  // (the contents are not), so that a traced or exported program has the right shapes everywhere.
+  // The algorithm and the bias take whole cache lines, so that panels start on one. The sizes are the same for every
+  // instruction set (the contents are not), so that a traced or exported program has the right shapes everywhere.
   static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t bias_begin() const { return line; }
   int64_t panels_begin() const { return line + round_up(out_channels, line); }
@@ -59,7 +60,8 @@ struct BatchNorm {
 };
 
 // Checks weight [K, C, kernel_h, kernel_w] and all that goes with it.
-void check_conv_bn(const char* op, const torch::stable::Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn);
+void check_conv_bn(const char* op, const torch::stable::Tensor& weight, const OptionalTensor& bias,
+                   const BatchNorm& bn);
 
 // Filters for inputs of type float (bfloat16 too) or double, as the type of the weight says.
 torch::stable::Tensor pack_filters(const torch::stable::Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn,

@@ -66,25 +66,26 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
     const int64_t known = static_cast<int64_t>(values.size());
     RESNET_FAST_CHECK(l.input >= 0 && l.input < known && l.residual >= -1 && l.residual < known, op, ": layer ", i,
                       " reads values ", l.input, " and ", l.residual, ", want values below ", known);
-    RESNET_FAST_CHECK(l.out_channels > 0 && l.kernel_h > 0 && l.kernel_w > 0 && l.kernel_h * l.kernel_w <= kMaxRuns,
-                      op, ": layer ", i, " has a filter of ", l.out_channels, " x ", l.kernel_h, " x ", l.kernel_w);
+    RESNET_FAST_CHECK(l.out_channels > 0 && l.kernel_h > 0 && l.kernel_w > 0 && l.kernel_h * l.kernel_w <= kMaxRuns, op,
+                      ": layer ", i, " has a filter of ", l.out_channels, " x ", l.kernel_h, " x ", l.kernel_w);
     RESNET_FAST_CHECK(l.stride_h > 0 && l.stride_w > 0, op, ": stride is ", l.stride_h, " x ", l.stride_w,
                       ", want at least 1");
-    RESNET_FAST_CHECK(l.pad_h >= 0 && l.pad_w >= 0, op, ": padding is ", l.pad_h, " x ", l.pad_w,
-                      ", want at least 0");
+    RESNET_FAST_CHECK(l.pad_h >= 0 && l.pad_w >= 0, op, ": padding is ", l.pad_h, " x ", l.pad_w, ", want at least 0");
     Value& x = values[static_cast<size_t>(l.input)];
     RESNET_FAST_CHECK(x.height + 2 * l.pad_h >= l.kernel_h && x.width + 2 * l.pad_w >= l.kernel_w, op, ": x is ",
                       x.height, " x ", x.width, " with padding ", l.pad_h, " x ", l.pad_w,
                       ", smaller than the filter, ", l.kernel_h, " x ", l.kernel_w);
     x.last_use = static_cast<int64_t>(i);
-    Value y{l.out_channels, output_size(x.height, l.pad_h, l.kernel_h, l.stride_h),
-            output_size(x.width, l.pad_w, l.kernel_w, l.stride_w), {}};
+    Value y{l.out_channels,
+            output_size(x.height, l.pad_h, l.kernel_h, l.stride_h),
+            output_size(x.width, l.pad_w, l.kernel_w, l.stride_w),
+            {}};
     x.halo.cover(halo_of(l, x, y, read_layout<T>(op, i, l, x.channels, filters[i]).algorithm));
     if (l.residual >= 0) {
       Value& r = values[static_cast<size_t>(l.residual)];
-      RESNET_FAST_CHECK(r.channels == y.channels && r.height == y.height && r.width == y.width, op,
-                        ": residual is [", r.channels, ", ", r.height, ", ", r.width, "] per image, want [",
-                        y.channels, ", ", y.height, ", ", y.width, "] as the convolution gives");
+      RESNET_FAST_CHECK(r.channels == y.channels && r.height == y.height && r.width == y.width, op, ": residual is [",
+                        r.channels, ", ", r.height, ", ", r.width, "] per image, want [", y.channels, ", ", y.height,
+                        ", ", y.width, "] as the convolution gives");
       r.is_residual = true;
       r.last_use = static_cast<int64_t>(i);
     }

@@ -95,14 +95,10 @@ struct WinogradScratch {
   int64_t filter_point, filter;
 
   WinogradScratch(int channels, int tiles, int tiles_w, int lanes, int panel_group, int panel, bool compact)
-      : row((channels + lanes - 1) / lanes * lanes),
-        input_point(tiles * row + 16),
-        product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16),
-        input(kTilePoints * input_point),
-        products(kTilePoints * product_point),
-        strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
-        filter_block(kExpandedBytes / 4 / (kTilePoints * panel)),
-        filter_point(filter_block * panel + 16),
+      : row((channels + lanes - 1) / lanes * lanes), input_point(tiles * row + 16),
+        product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16), input(kTilePoints * input_point),
+        products(kTilePoints * product_point), strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
+        filter_block(kExpandedBytes / 4 / (kTilePoints * panel)), filter_point(filter_block * panel + 16),
         filter(compact ? kTilePoints * filter_point : 0) {}
   int64_t numel() const { return input + products + strip + filter; }
 };

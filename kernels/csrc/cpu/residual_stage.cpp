@@ -10,8 +10,8 @@ namespace resnet_fast {
 namespace {
 
 Tensor residual_stage(const Tensor& x, const std::vector<Tensor>& filters, const std::vector<int64_t>& layers) {
-  RESNET_FAST_CHECK(layers.size() % kLayerFields == 0, "residual_stage: layers has ", layers.size(),
-                    " integers, want ", kLayerFields, " for each layer");
+  RESNET_FAST_CHECK(layers.size() % kLayerFields == 0, "residual_stage: layers has ", layers.size(), " integers, want ",
+                    kLayerFields, " for each layer");
   std::vector<Layer> parsed(layers.size() / kLayerFields);
   std::memcpy(parsed.data(), layers.data(), layers.size() * sizeof(int64_t));
   return run_stage("residual_stage", {x}, filters, parsed);

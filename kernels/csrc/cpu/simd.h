@@ -44,8 +44,8 @@ RESNET_FAST_INLINE typename Simd<T>::Vec splat(T value, Indices<L...>) {
 }
 
 // P rows (output pixels or tiles) x V vectors of output channels, held in registers. Each step loads V vectors of the
-// filter panel, and for each row broadcasts one input element and issues V fused multiply-adds: P * V FMAs against P + V
-// loads.
+// filter panel, and for each row broadcasts one input element and issues V fused multiply-adds: P * V FMAs against P +
+// V loads.
 template <typename T, int P, int V>
 struct Tile {
   typedef typename Simd<T>::Vec Vec;
@@ -58,8 +58,7 @@ struct Tile {
   }
 
   template <int... I, int... F>
-  RESNET_FAST_INLINE void step(const T* x, const int64_t (&offset)[P], const T* filter,
-                                                  Indices<I...>, Indices<F...>) {
+  RESNET_FAST_INLINE void step(const T* x, const int64_t (&offset)[P], const T* filter, Indices<I...>, Indices<F...>) {
     const Vec panel[V] = {Simd<T>::load(filter + F * lanes)...};
     ((pixel<I>(splat(x[offset[I]], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
   }

@@ -124,8 +124,7 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
   const bool same_type = x.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
   int64_t min_pixels = values.back().height * values.back().width;
   for (const Value& v : values) min_pixels = std::min(min_pixels, v.height * v.width);
-  const Geometry geometry =
-      place<T>(inputs, std::move(values), same_type && size[1] % kernels_in_use<T>().lanes == 0);
+  const Geometry geometry = place<T>(inputs, std::move(values), same_type && size[1] % kernels_in_use<T>().lanes == 0);
 
   const Chain<T> chain{inputs, filters, layers, geometry, output};
   const int64_t threads = torch::stable::get_num_threads();

@@ -2,9 +2,9 @@
 //
 //   y = A^T [ (G g G^T) . (B^T d B) ] A,  Lavin and Gray 2015, section 4.1
 //
-// at the points of kernels.h. The filters arrive transformed (filters.cpp). A call transforms the input of its tiles, multiplies
-// point by point (36 small matrix products, tiles x channels by channels x panel) and transforms back, group of panels
-// by group of panels, adding bias and residual on the way out.
+// at the points of kernels.h. The filters arrive transformed (filters.cpp). A call transforms the input of its tiles,
+// multiplies point by point (36 small matrix products, tiles x channels by channels x panel) and transforms back, group
+// of panels by group of panels, adding bias and residual on the way out.
 #pragma once
 
 #include "simd.h"
@@ -125,9 +125,12 @@ void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, T* s
       for (int v = 0; v < V; ++v) {
         const T* from = strip + ((static_cast<int64_t>(i) * columns + kTileOut * t) * V + v) * lanes;
         constexpr int next = V * lanes;
-        Vec d[kTileIn] = {Simd<T>::load(from),            Simd<T>::load(from + next),
-                          Simd<T>::load(from + 2 * next), Simd<T>::load(from + 3 * next),
-                          Simd<T>::load(from + 4 * next), Simd<T>::load(from + 5 * next)};
+        Vec d[kTileIn] = {Simd<T>::load(from),
+                          Simd<T>::load(from + next),
+                          Simd<T>::load(from + 2 * next),
+                          Simd<T>::load(from + 3 * next),
+                          Simd<T>::load(from + 4 * next),
+                          Simd<T>::load(from + 5 * next)};
         transform_input<T>(d);
         T* to = out + t * out_tile + kTileIn * i * out_point + v * lanes;
         Simd<T>::store(to, d[0]);
@@ -150,8 +153,8 @@ void transform_inputs(const WinogradCall<T>& call, const WinogradScratch& sizes,
     const TilePlace place(tile, tiles_h, tiles_w);
     const int in_row = tiles_w - place.column / kTileOut;
     const int tiles = call.tile_end - tile < in_row ? call.tile_end - tile : in_row;
-    const T* input = call.input + place.image * call.input_image + place.row * call.input_row +
-                     place.column * call.input_pixel;
+    const T* input =
+        call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
     T* to = out + (tile - call.tile_begin) * sizes.row;
     int64_t c = 0;
     for (; c + line * lanes <= sizes.row; c += line * lanes) {
@@ -202,13 +205,15 @@ inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
 }
 
 template <typename T, int P, int V>
-void multiply_panel(const T* input, int64_t row, int tiles, const T* filter, int channels, bool accumulate, T* product) {
+void multiply_panel(const T* input, int64_t row, int tiles, const T* filter, int channels, bool accumulate,
+                    T* product) {
   // Parts of equal size rather than full ones and a short rest, which could not hide the latency of its FMAs.
   const int parts = (tiles + P - 1) / P;
   for (int part = 0; part < parts; ++part) {
     const int begin = tiles * part / parts, end = tiles * (part + 1) / parts;
     select_multiply<T, V>(end - begin, typename MakeIndices<P>::type())(
-        input + begin * row, row, filter, channels, accumulate, product + static_cast<int64_t>(begin) * V * Simd<T>::lanes);
+        input + begin * row, row, filter, channels, accumulate,
+        product + static_cast<int64_t>(begin) * V * Simd<T>::lanes);
   }
 }
 
@@ -220,9 +225,12 @@ void transform_output_tile(const WinogradCall<T>& call, const TilePlace& place, 
   for (int j = 0; j < kTileIn; ++j) {
     const T* from = product + j * point;
     const int64_t down = kTileIn * point;
-    const Vec m[kTileIn] = {Simd<T>::load(from),            Simd<T>::load(from + down),
-                            Simd<T>::load(from + 2 * down), Simd<T>::load(from + 3 * down),
-                            Simd<T>::load(from + 4 * down), Simd<T>::load(from + 5 * down)};
+    const Vec m[kTileIn] = {Simd<T>::load(from),
+                            Simd<T>::load(from + down),
+                            Simd<T>::load(from + 2 * down),
+                            Simd<T>::load(from + 3 * down),
+                            Simd<T>::load(from + 4 * down),
+                            Simd<T>::load(from + 5 * down)};
     Vec y[kTileOut];
     transform_output<T>(m, y);
     half[0][j] = y[0], half[1][j] = y[1], half[2][j] = y[2], half[3][j] = y[3];
