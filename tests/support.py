@@ -18,6 +18,8 @@ from resnet_fast import backends
 
 OPS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# How far one Winograd convolution may be from float64, in errors of eager's; direct ones may be 2.
+WINOGRAD_FACTOR = 3
 EAGER_LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -35,15 +37,6 @@ def exact_kernels():
         switch.allow_winograd = before
 
 
-def winograd_factor():
-    """How far a Winograd convolution may be from float64, in errors of eager's: 3.
-
-    Without fused multiply-adds every product is rounded, too: twice the roundings, sqrt(2) the error, which eager
-    escapes for channels that are no multiple of a vector, where its sums are split (measured: up to 3.3 at 65).
-    """
-    return 3 * 2**0.5 if backends.isa() == "baseline" else 3
-
-
 def rms(values):
     values = np.asarray(values)
     return np.sqrt(np.mean(np.square(values))) if values.size else values.dtype.type(0)
@@ -57,7 +50,7 @@ def numbers(t):
 def assert_error_rule(out, exact, eager, what="output", factor=2):
     """rms(out - exact) <= factor * rms(eager - exact) + one rounding, for the worst of the eager results.
 
-    The factor is 2, and winograd_factor() for what one or two Winograd convolutions give.
+    The factor is 2, and WINOGRAD_FACTOR for what one or two Winograd convolutions give.
 
     One rounding: eps / 2 is the largest relative error of rounding to nearest, so a result that is exact but for its
     final rounding has an rms error of at most eps / 2 * rms(exact).

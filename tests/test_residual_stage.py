@@ -10,6 +10,7 @@ from support import (
     DTYPES,
     EAGER_LAYOUTS,
     LAYOUTS,
+    WINOGRAD_FACTOR,
     assert_error_rule,
     channels_last,
     conv_longdouble,
@@ -17,7 +18,6 @@ from support import (
     pair,
     random_case,
     rms,
-    winograd_factor,
 )
 
 DIRECT, WINOGRAD, COMPACT_WINOGRAD = 0, 1, 2  # `algorithm` of pack_conv_bn
@@ -175,7 +175,7 @@ def test_winograd_chains(name, channels, k, batch, size, dtype):
     chain = Chain(chains(channels, k)[name], channels, dtype)
     x = torch.randn(batch, channels, *size).to(dtype)
     eager = [chain.eager(x, layout) for layout in EAGER_LAYOUTS]
-    assert_error_rule(chain.fused(x, WINOGRAD), chain.eager(x, dtype=torch.float64), eager, factor=winograd_factor())
+    assert_error_rule(chain.fused(x, WINOGRAD), chain.eager(x, dtype=torch.float64), eager, factor=WINOGRAD_FACTOR)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2, (3, 0)], ids=str)
@@ -192,7 +192,7 @@ def test_winograd_convolution(channels, k, size, padding):
     assert rms(numbers(out) - numbers(exact)) <= 1e-6 * rms(numbers(exact))
     # Sums of fewer channels are almost exact in eager, but the transforms' own roundings stay.
     if channels >= 16:
-        assert_error_rule(out, exact, [chain.eager(x, layout) for layout in EAGER_LAYOUTS], factor=winograd_factor())
+        assert_error_rule(out, exact, [chain.eager(x, layout) for layout in EAGER_LAYOUTS], factor=WINOGRAD_FACTOR)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -206,7 +206,7 @@ def test_layouts_of_the_input(name, layout, algorithm):
         chain.fused(layout(x), algorithm),
         chain.eager(x, dtype=torch.float64),
         eager,
-        factor=winograd_factor() if algorithm else 2,
+        factor=WINOGRAD_FACTOR if algorithm else 2,
     )
 
 
@@ -226,7 +226,7 @@ def test_an_image_does_not_depend_on_its_batch(batch, algorithm):
     x = torch.randn(batch, 16, 11, 11)
     whole = chain.fused(x, algorithm)
     eager = [chain.eager(x, layout) for layout in EAGER_LAYOUTS]
-    assert_error_rule(whole, chain.eager(x, dtype=torch.float64), eager, factor=winograd_factor() if algorithm else 2)
+    assert_error_rule(whole, chain.eager(x, dtype=torch.float64), eager, factor=WINOGRAD_FACTOR if algorithm else 2)
     for i in range(batch):
         assert torch.equal(whole[i : i + 1], chain.fused(x[i : i + 1], algorithm))
 
