@@ -1,4 +1,4 @@
-# make bench | test | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | test | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 
@@ -12,10 +12,15 @@ export PATH := $(BIN):$(PATH)
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := resnet_fast benchmarks tests setup.py
 
-.PHONY: bench test lint build format clean
+.PHONY: bench bench-peers test lint build format clean
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# The other engines come on top; nothing else needs them.
+bench-peers: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .[peers]
+	$(BIN)/python -m benchmarks --peers $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest tests $(ARGS)

@@ -10,6 +10,7 @@ import torch
 from . import report, runner
 from .cases import NETWORKS, OPERATORS
 from .images import KINDS
+from .peers import PEERS
 from .variants import VARIANTS
 from .verify import WrongResultError
 
@@ -19,8 +20,9 @@ QUICK = ("eager", "eager channels_last", "resnet_fast")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default 2)")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help=f"default: {', '.join(QUICK)}")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *PEERS], help=f"default: {', '.join(QUICK)}")
     parser.add_argument("--all-variants", action="store_true", help="torch.compile too")
+    parser.add_argument("--peers", action="store_true", help="ONNX Runtime, OpenVINO, MNN and ncnn too")
     parser.add_argument("--images", choices=KINDS, default="photographs", help="what is timed; all are verified")
     parser.add_argument("--operators", action="store_true", help="single operators, too")
     parser.add_argument("--full", action="store_true", help="resnet18 and resnet50, too")
@@ -30,7 +32,11 @@ def main() -> int:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    variants = options.variants or (list(VARIANTS) if options.all_variants else QUICK)
+    if options.peers:
+        VARIANTS.update(PEERS)
+    variants = options.variants or (
+        list(VARIANTS) if options.all_variants else [*QUICK, *(PEERS if options.peers else ())]
+    )
     cases = [case for case in NETWORKS if options.full or not case.full]
     if options.operators:
         cases += [case for group in OPERATORS.values() for case in group]

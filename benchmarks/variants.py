@@ -32,6 +32,9 @@ class UnavailableError(RuntimeError):
 class Variant:
     prepare: Callable[[Twin, Tensor], Call]
     layout: torch.memory_format = torch.channels_last
+    slack: float = (
+        1.0  # on the error rule: another engine may trade accuracy for speed, and must compute the same network
+    )
 
 
 VARIANTS: dict[str, Variant] = {}
