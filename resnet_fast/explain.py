@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +132,7 @@ def _median_seconds(call: Callable[[], object], runs: int) -> float:
         for _ in range(repeats):
             call()
         samples.append((time.perf_counter() - begin) / repeats)
-    return statistics.median(samples)
+    return sorted(samples)[len(samples) // 2]
 
 
 @contextmanager
