@@ -29,7 +29,7 @@ _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its poi
 _EXPAND = 4.4  # for each point of a filter that is transformed on the way, once for so many tiles:
 _TILES_AT_ONCE = 32
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
-_KEPT_ELEMENTS = 1 << 17
+_KEPT_ELEMENTS = 1 << 18
 
 
 def _read(elements: int) -> float:
