@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
 
-  // Name of the instruction set in use, as bytes: the stable ABI returns no strings.
+  // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");
 }
 
