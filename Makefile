@@ -10,7 +10,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PY_FILES := resnet_fast benchmarks tests setup.py
+PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 
 .PHONY: bench bench-peers test lint build format clean
 

@@ -96,4 +96,8 @@ def build_arguments() -> dict:
     }
 
 
-setup(packages=["resnet_fast"], **build_arguments())
+setup(
+    packages=["resnet_fast", "resnet_fast._triton"],
+    package_dir={"resnet_fast._triton": "kernels/triton_ops"},
+    **build_arguments(),
+)
