@@ -1,7 +1,7 @@
 """What can run the fused operators here, what was chosen, and why not more.
 
 >>> resnet_fast.backends.status()
-{'cpu': 'loaded, avx2', 'cuda': 'compiled, but no CUDA device is visible', 'triton': 'no Triton kernels yet'}
+{'cpu': 'loaded, avx2', 'cuda': 'compiled, but no CUDA device is visible', 'triton': 'no CUDA device is visible'}
 >>> with resnet_fast.backends.use("eager"):
 ...     model(x)
 >>> resnet_fast.backends.fallbacks()
@@ -18,6 +18,8 @@ from importlib import import_module
 from typing import Final, Literal
 
 import torch
+
+from . import launch
 
 __all__ = ["cpu", "fallbacks", "isa", "status", "use"]
 
@@ -65,6 +67,7 @@ def isa() -> str:
     return ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa()]
 
 
+@torch.compiler.assume_constant_result
 def has_kernel(op: str, device: str) -> bool:
     """Whether ``torch.ops.resnet_fast.<op>`` runs on ``device``: ``"cpu"``, ``"cuda"`` or, for shapes, ``"meta"``."""
     key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device)
@@ -75,9 +78,31 @@ def has_kernel(op: str, device: str) -> bool:
     )
 
 
+def kind(t: torch.Tensor) -> str:
+    """The device whose kernels ``t`` takes: its own, or ``"cuda"`` while a simulated GPU stands behind the launches."""
+    return "cuda" if launch.is_simulated() else t.device.type
+
+
+def unfused_reason(op: str, device: str) -> str | None:
+    """Why ``op`` does not run fused on ``device``, or None."""
+    if _selected == "eager":
+        return "backends.use('eager')"
+    if _missing is not None:
+        return "the extension is not loaded"
+    if not has_kernel(op, device):
+        return f"no kernel for {device} tensors"
+    if _selected == "cpu" and device != "cpu":
+        return f"{device} tensors"
+    if _selected in ("cuda", "triton") and device != "cuda":
+        return f"{device} tensors"
+    if _selected == "cuda" and op != "add_relu":
+        return "no kernel in CUDA C++: backends.use('triton') has one"
+    return None
+
+
 def status() -> dict[str, str]:
     """For each backend ``"loaded, ..."``, or why it is not in use."""
-    return {"cpu": _cpu_status(), "cuda": _cuda_status(), "triton": "no Triton kernels yet"}
+    return {"cpu": _cpu_status(), "cuda": _cuda_status(), "triton": _triton_status()}
 
 
 def _cpu_status() -> str:
@@ -91,7 +116,17 @@ def _cuda_status() -> str:
         return "not compiled: no nvcc was found when resnet_fast was built"
     if not torch.cuda.is_available():
         return "compiled, but no CUDA device is visible"
-    return "loaded, add_relu only: convolutions run on the library"
+    return "loaded, add_relu only: convolutions run on Triton"
+
+
+def _triton_status() -> str:
+    if _missing is not None:
+        return _missing
+    if not has_kernel("residual_stage", "cuda"):
+        return "not installed: pip install triton"
+    if not torch.cuda.is_available() and not launch.is_simulated():
+        return "no CUDA device is visible"
+    return "loaded"
 
 
 @contextmanager

@@ -70,9 +70,10 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
         # torch.export traces with fake tensors in the place of the weights.
         if type(t) not in (Tensor, nn.Parameter, FakeTensor):
             return f"weights of type {type(t).__name__}"
-        if t.device.type != "cpu":
-            return f"no kernel for {t.device.type} tensors"
-        if t.dtype not in ops.DTYPES:
+        device = backends.kind(t)
+        if not backends.has_kernel("residual_stage", device):
+            return f"no kernel for {device} tensors"
+        if t.dtype not in ops.DTYPES[device]:
             return f"no kernel for {t.dtype}"
     return None
 
@@ -129,6 +130,12 @@ class Recorder:
         return hooks_reason(parts)
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants on the device of ``x``, None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _eps(bn: nn.BatchNorm2d | None) -> float:
     return bn.eps if bn is not None else 0.0
 
@@ -155,12 +162,13 @@ class Chain:
         self.layers = recorder.layers
         self.pairs = recorder.pairs
         self.dtype = recorder.pairs[0][0].weight.dtype
+        self.device = recorder.pairs[0][0].weight.device
         # Watched before the weights are read: a change in between is seen at the next call.
         self._watch = Watch(owner.parts())
         self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [_eps(bn) for _, bn in recorder.pairs]
-        self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and algorithm
-        self._filters: dict[tuple[torch.Size, bool], list[Tensor]] = {}  # by shape of the input
+        self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
+        self._filters: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}  # by what the input is
 
     def fresh(self) -> bool:
         return self._watch.unchanged()
@@ -168,28 +176,35 @@ class Chain:
     def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for sources in self.sources for t in sources)
 
-    def algorithms(self, shape: torch.Size) -> list[int]:
-        """The algorithm of each layer for inputs of ``shape``, as :mod:`resnet_fast.choose` names them."""
-        return algorithms(self.layers, shape, self.dtype)
+    def algorithms(self, x: Tensor) -> list[int]:
+        """The algorithm of each layer for inputs like ``x``, as :mod:`resnet_fast.choose` names them."""
+        if backends.kind(x) == "cuda":
+            return [0] * len(self.pairs)
+        return algorithms(self.layers, x.shape, self.dtype)
 
-    def filters(self, shape: torch.Size) -> list[Tensor]:
-        """Packed filters for inputs of ``shape``. Threads that come here at once may pack the same filter twice."""
-        key = (shape, backends.cpu.allow_winograd)
+    def filters(self, x: Tensor) -> list[Tensor]:
+        """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
+        key = (x.shape, x.dtype, backends.cpu.allow_winograd)
         filters = self._filters.get(key)
         if filters is None:
+            # GPUs multiply in the dtype of the images; CPUs compute bfloat16 in float32, from weights as they are.
+            dtype = x.dtype if backends.kind(x) == "cuda" else self.dtype
             filters = []
-            for i, algorithm in enumerate(self.algorithms(shape)):
-                packed = self._packed.get((i, algorithm))
+            for i, algorithm in enumerate(self.algorithms(x)):
+                packed = self._packed.get((i, algorithm, dtype))
                 if packed is None:
+                    weight, *vectors = self.sources[i]
                     with torch.no_grad():
-                        packed = torch.ops.resnet_fast.pack_conv_bn(*self.sources[i], self.eps[i], algorithm)
-                    self._packed[i, algorithm] = packed
+                        packed = torch.ops.resnet_fast.pack_conv_bn(
+                            weight.to(dtype), *vectors, self.eps[i], algorithm  # type: ignore[union-attr]
+                        )
+                    self._packed[i, algorithm, dtype] = packed
                 filters.append(packed)
             self._filters[key] = filters
         return filters
 
     def run(self, x: Tensor) -> Tensor:
-        return torch.ops.resnet_fast.residual_stage(x, self.filters(x.shape), self.layers)
+        return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers)
 
 
 class _Run(torch.autograd.Function):
@@ -201,7 +216,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, autocast: torch.dtype | None, *sources: Tensor | None) -> Tensor:
-        ctx.layers, ctx.eps, ctx.autocast = chain.layers, chain.eps, autocast
+        ctx.layers, ctx.eps, ctx.autocast = chain.layers, chain.eps, (x.device.type, autocast)
         ctx.save_for_backward(x, *sources)
         return chain.run(x)
 
@@ -210,7 +225,8 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, need_x, _, *need_sources = ctx.needs_input_grad
         needed = [need_x, *need_sources]
-        with torch.enable_grad(), torch.autocast("cpu", ctx.autocast, enabled=ctx.autocast is not None):
+        device, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
             leaves: list[Any] = [
                 None if t is None else t.detach().requires_grad_(need)
                 for t, need in zip(ctx.saved_tensors, needed, strict=True)
@@ -268,12 +284,14 @@ class Fused(nn.Module):
             self.flow(recorder, 0)
             reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
             chain = self._chain = Chain(self, recorder) if reason is None else None
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        autocast = _autocast_dtype(x)
         if chain is not None:
             if autocast is not None and torch.float64 not in (x.dtype, chain.dtype):
                 x = x.to(autocast)
             elif x.dtype != chain.dtype:
                 reason = f"{x.dtype} input, {chain.dtype} weights"
+            if x.device != chain.device:
+                reason = f"an input on {x.device}, weights on {chain.device}"
         if chain is None or reason is not None:
             backends.decline(type(self).__name__, reason or "")
             return None
@@ -285,16 +303,14 @@ class Fused(nn.Module):
         """Why this call cannot run fused, or None, as far as that does not depend on the weights."""
         if self.training:
             return "training mode"
-        if backends.selected() == "eager":
-            return "backends.use('eager')"
-        if not backends.loaded():
-            return "the extension is not loaded"
-        if x.device.type != "cpu":
-            return f"no kernel for {x.device.type} tensors"
+        device = backends.kind(x)
+        reason = backends.unfused_reason("residual_stage", device)
+        if reason is not None:
+            return reason
         if x.dim() != 4:
             return f"an input of {x.dim()} dimensions"
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype not in ops.DTYPES or x.dtype not in ops.DTYPES:
+        dtype = _autocast_dtype(x) or x.dtype
+        if dtype not in ops.DTYPES[device] or x.dtype not in ops.DTYPES[device]:
             return f"no kernel for {dtype}"
         if torch.compiler.is_compiling():
             return None
@@ -316,11 +332,13 @@ class Fused(nn.Module):
         if reason is not None:
             backends.decline(type(self).__name__, reason)
             return None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or _autocast_dtype(x) is not None:
             return self.flow(Layers(), x)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(
-                *_sources(conv, bn), _eps(bn), algorithm_of_filter(conv.weight, conv.stride)
+                *_sources(conv, bn),
+                _eps(bn),
+                0 if backends.kind(x) == "cuda" else algorithm_of_filter(conv.weight, conv.stride),
             )
             for conv, bn in recorder.pairs
         ]

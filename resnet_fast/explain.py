@@ -224,7 +224,7 @@ def _chain_rows(event: _Event, names: dict[nn.Module, str], runs: int) -> list[R
     event.module.flow(recorder, 0)  # type: ignore[operator]
     run = torch.ops.resnet_fast.residual_stage
     x = event.x.to(chain.dtype)
-    filters, algorithms = chain.filters(x.shape), chain.algorithms(x.shape)
+    filters, algorithms = chain.filters(x), chain.algorithms(x)
     maps = [x]
     rows = []
     for i, (conv, _) in enumerate(recorder.pairs):

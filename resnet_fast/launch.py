@@ -7,7 +7,6 @@ imported by whoever defines the kernels, never here.
 """
 
 import contextlib
-import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -46,27 +45,29 @@ class GpuDevice:
 
 
 gpu = GpuDevice()
-_device: contextvars.ContextVar[Device] = contextvars.ContextVar("resnet_fast_device", default=gpu)
+# Process-wide, a plain global: torch.compile can guard on it.
+_device: Device = gpu
 
 
 def device() -> Device:
     """Where launches go now."""
-    return _device.get()
+    return _device
 
 
 def is_simulated() -> bool:
     """True while something other than the GPU stands behind the seam: CPU tensors may then take the GPU path."""
-    return _device.get() is not gpu
+    return _device is not gpu
 
 
 @contextlib.contextmanager
 def use_device(replacement: Device) -> Iterator[Device]:
-    """Sends the launches of this context (and of threads that copy it) to `replacement`."""
-    token = _device.set(replacement)
+    """Sends all launches of the process to `replacement` while open."""
+    global _device
+    before, _device = _device, replacement
     try:
         yield replacement
     finally:
-        _device.reset(token)
+        _device = before
 
 
 def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
@@ -77,6 +78,8 @@ def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
     """
     if not callable(grid) and 0 in tuple(grid):
         return
+    # Products and sums may fuse, as in the C++ kernels; Triton's default for it changes from release to release.
+    meta.setdefault("enable_fp_fusion", True)
     device().triton(kernel, grid, args, meta)
 
 

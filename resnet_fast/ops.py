@@ -10,6 +10,7 @@ into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from . import backends
 
 __all__ = ["add_relu", "conv_bn", "conv_bn_add_relu", "conv_bn_relu"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 IntPair = int | tuple[int, int]
 
 
@@ -33,13 +37,11 @@ def _pair(name: str, value: IntPair) -> list[int]:
 
 def _unfused_reason(op: str, x: Tensor) -> str | None:
     """Why the kernel cannot run, or None. Autocast is the operator's own affair."""
-    if backends.selected() == "eager":
-        return "backends.use('eager')"
-    if not backends.has_kernel(op, x.device.type):
-        return f"no kernel for {x.device.type} tensors"
-    if x.device.type == "cpu" and x.dtype not in DTYPES:
+    kind = backends.kind(x)
+    reason = backends.unfused_reason(op, kind)
+    if reason is None and x.dtype not in DTYPES[kind] and not (op == "add_relu" and kind == "cuda"):
         return f"no kernel for {x.dtype}"
-    return None
+    return reason
 
 
 def add_relu(a: Tensor, b: Tensor) -> Tensor:
@@ -247,7 +249,7 @@ def conv_size(size: Any, padding: int, kernel: int, stride: int) -> Any:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def _empty_image(x: Tensor, channels: Any, height: Any, width: Any) -> Tensor:
+def empty_image(x: Tensor, channels: Any, height: Any, width: Any) -> Tensor:
     return torch.empty(
         (x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -263,7 +265,7 @@ def _check_device(name: str, t: Tensor | None, other_name: str, other: Tensor) -
 VECTORS = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 
 
-def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     *vectors, _, stride, padding = rest
     for name, t in (("weight", weight), *zip(VECTORS, vectors, strict=True)):
         _check_device(name, t, "x", x)
@@ -277,12 +279,12 @@ def _fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     torch._check(min(padding) >= 0, lambda: f"padding is {padding}, want at least 0")
     height = conv_size(x.shape[2], padding[0], weight.shape[2], stride[0])
     width = conv_size(x.shape[3], padding[1], weight.shape[3], stride[1])
-    return _empty_image(x, weight.shape[0], height, width)
+    return empty_image(x, weight.shape[0], height, width)
 
 
-def _fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     _check_device("residual", residual, "x", x)
-    out = _fake_conv(x, weight, *rest)
+    out = fake_conv(x, weight, *rest)
     torch._check(
         residual.shape == out.shape,
         lambda: f"residual has shape {tuple(residual.shape)}, want {tuple(out.shape)} as the convolution gives",
@@ -307,11 +309,18 @@ def _fake_pack(
     eps: float,
     algorithm: int = 0,
 ) -> Tensor:
+    if backends.kind(weight) == "cuda":
+        return weight.new_empty(cuda_packed_size(weight), dtype=torch.float32)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     line = 64 // dtype.itemsize  # elements of a cache line
     k, c, r, s = weight.shape
     points = 36 if algorithm == 1 else r * s
     return weight.new_empty(line + (k + line - 1) // line * line * (1 + c * points), dtype=dtype)
+
+
+def cuda_packed_size(weight: Tensor) -> Any:
+    """Length in floats of a filter packed for CUDA devices: scale and shift, both padded to 16 bytes, and the weights."""
+    return 2 * ((weight.shape[0] + 3) // 4 * 4) + (weight.numel() * weight.element_size() + 3) // 4
 
 
 LAYER_FIELDS = 10
@@ -323,7 +332,7 @@ def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
         source, _, _, k, r, s, stride_h, stride_w, pad_h, pad_w = layers[i : i + LAYER_FIELDS]
         _, h, w = maps[source]
         maps.append((k, conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)))
-    return _empty_image(x, *maps[-1])
+    return empty_image(x, *maps[-1])
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -400,10 +409,10 @@ def _autocast_conv(op: str, inputs: int) -> Any:
     """Images and filters in autocast's dtype; the statistics stay as they are."""
 
     def kernel(*args: Any) -> Tensor:
-        device = args[0].device.type
+        device, kind = args[0].device.type, backends.kind(args[0])
         dtype = torch.get_autocast_dtype(device)
         images, (weight, bias), rest = args[:inputs], args[inputs : inputs + 2], args[inputs + 2 :]
-        if not backends.has_kernel(op, device) or (device == "cpu" and dtype not in DTYPES):
+        if not backends.has_kernel(op, kind) or dtype not in DTYPES[kind]:
             *bn, stride, padding = rest
             return unfused_conv(op, list(images), weight, bias, tuple(bn), stride, padding, [1, 1], 1)
         with torch.autocast(device, enabled=False):
@@ -417,11 +426,22 @@ def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
+def _triton_operator(op: str) -> Any:
+    """The kernel of ``op`` on CUDA devices. Triton takes a second to import: that is left to the first call."""
+
+    def kernel(*args: Any) -> Tensor:
+        from ._triton import OPERATORS  # type: ignore[import-not-found]
+
+        return OPERATORS[op](*args)
+
+    return kernel
+
+
 def _register() -> None:
     library = torch.library.Library("resnet_fast", "IMPL")
     for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
         name = f"resnet_fast::{op}"
-        torch.library.register_fake(name, _fake_conv if inputs == 1 else _fake_add_layer, lib=library)
+        torch.library.register_fake(name, fake_conv if inputs == 1 else fake_add_layer, lib=library)
 
         def backward(ctx: Any, grad: Tensor, relu: bool = op != "conv_bn") -> tuple[Any, ...]:
             return _conv_backward(ctx, grad, relu)
@@ -437,6 +457,9 @@ def _register() -> None:
     torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
     for op in ("pack_conv_bn", "residual_stage"):
         torch.library.register_autograd(f"resnet_fast::{op}", _inference_only(op), lib=library)
+    if find_spec("triton") is not None:
+        for op in ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage"):
+            library.impl(op, _triton_operator(op), "CUDA")
     # Registrations live as long as their library object.
     globals()["_library"] = library
 

@@ -62,10 +62,11 @@ class SimulatedDevice:
 
 @contextlib.contextmanager
 def simulated(**options):
-    """While open, the package's GPU launches run in the simulator on CPU tensors."""
+    """While open, the package's operators take their GPU path on CPU tensors, and its launches run in the simulator."""
     from resnet_fast import launch
+    from resnet_fast._triton import OPERATORS
 
-    with FreshTensors() as fresh:
+    with FreshTensors({"resnet_fast": lambda name, *args: OPERATORS[name](*args)}) as fresh:
         device = SimulatedDevice(fresh=fresh, **options)
         with launch.use_device(device):
             yield device

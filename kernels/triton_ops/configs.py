@@ -1,0 +1,201 @@
+"""Which tiles a convolution may run with on which GPU, and which of them a model of its cost expects to be best.
+
+The lists are short, because each entry is compiled and measured once for each shape on the user's GPU; every entry says
+why it is there. The model needs no GPU: it counts clocks of the busiest multiprocessor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Config", "Gpu", "Layer", "candidates", "default", "estimate"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution with its epilogue: everything the choice of a tile may depend on."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dtype: torch.dtype
+    precision: str  # of the products: "tf32" or "ieee" in float32, "ieee" otherwise
+    residual: bool
+    relu: bool
+
+    @property
+    def out_height(self) -> int:
+        return (self.height + 2 * self.padding[0] - self.kernel[0]) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width + 2 * self.padding[1] - self.kernel[1]) // self.stride[1] + 1
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of the batch: rows of the matrix product."""
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def products(self) -> int:
+        """Products for each output element: the sum's length."""
+        return self.kernel[0] * self.kernel[1] * self.channels
+
+
+@dataclass(frozen=True)
+class Config:
+    """A block computes ``block_m`` pixels x ``block_n`` channels, ``block_k`` products at a time, in ``num_warps`` warps
+    with ``num_stages`` slices of its operands on the way; ``split_k`` blocks share a sum."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+
+    def __str__(self) -> str:
+        split = f" split {self.split_k}" if self.split_k > 1 else ""
+        return f"{self.block_m}x{self.block_n}x{self.block_k} {self.num_warps} warps {self.num_stages} stages{split}"
+
+    def blocks(self, layer: Layer) -> int:
+        """Blocks of one launch."""
+        return -(-layer.pixels // self.block_m) * -(-layer.out_channels // self.block_n) * self.split_k
+
+    def steps(self, layer: Layer) -> int:
+        """Slices of ``block_k`` products that a sum has."""
+        return -(-layer.products // self.block_k)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``arch``: compute capability, 80 for 8.0. ``shared``: bytes of shared memory a block may have."""
+
+    arch: int
+    multiprocessors: int
+    shared: int
+
+    @property
+    def family(self) -> int:
+        """The list of tiles: 80 (mma.sync with cp.async), 90 (wgmma), 100 (tcgen05)."""
+        # 12.x, like 8.x, has neither warpgroup nor tensor-memory instructions.
+        return {9: 90, 10: 100, 11: 100}.get(self.arch // 10, 80)
+
+
+A100 = Gpu(80, 108, 163 * 1024)
+
+# (block_m, block_n, num_warps): why. The products of a step come from _block_k.
+_TILES: dict[int, list[tuple[int, int, int]]] = {
+    80: [
+        (256, 64, 4),  # 64 x 64 for each warp: below 2 wavefronts of shared memory for each mma; 64 channels at once
+        (128, 128, 4),  # the same warps, for 128 channels and more
+        (128, 64, 4),  # twice the blocks, where pixels are few
+        (64, 128, 2),  # again 64 x 64 for each warp; 7 x 7 maps, where 128 rows would be a third empty
+        (64, 64, 2),  # small batches
+        (256, 32, 4),  # layers of 32 channels: each filter once for many pixels
+        (256, 16, 4),  # layers of 16 channels
+    ],
+    90: [
+        (256, 128, 8),  # two warpgroups of 128 x 128
+        (128, 128, 8),  # two warpgroups of 64 x 128: wide layers
+        (256, 64, 8),  # 64 channels at once, many pixels
+        (128, 64, 4),  # twice the blocks
+        (64, 128, 4),  # 7 x 7 maps
+        (64, 64, 4),  # small batches: 64 rows are the least a warpgroup takes
+        (128, 32, 4),
+        (128, 16, 4),
+    ],
+    100: [
+        (128, 128, 4),  # 128 rows fill the tensor memory's lanes
+        (256, 64, 8),  # 64 channels at once, many pixels
+        (128, 64, 4),  # twice the blocks
+        (64, 128, 4),  # 7 x 7 maps
+        (64, 64, 4),  # small batches
+        (128, 32, 4),
+        (128, 16, 4),
+    ],
+}
+# Exact float32 runs on the plain units; a thread holds 32 sums.
+_EXACT_TILES = [(64, 64, 4), (128, 32, 4), (128, 16, 4)]
+_SPLITS = (2, 3, 4, 6, 8)
+
+
+def _block_k(layer: Layer, family: int) -> int:
+    """Products a step. They come as whole cache lines where the channels allow it: 64 of 16 bits, 32 of 32 bits.
+
+    On 8.x 32 of 16 bits: the same traffic, and room for another stage. Where no such slice divides the channels, the
+    kernel mixes taps and channels in steps of 32.
+    """
+    narrow = layer.dtype.itemsize == 2
+    most = 16 if not narrow and layer.precision == "ieee" else 64 if narrow and family >= 90 else 32
+    return next((k for k in (64, 32, 16) if k <= most and layer.channels % k == 0), min(most, 32))
+
+
+def _stages(tile: tuple[int, int, int], block_k: int, itemsize: int, shared: int) -> int:
+    """Up to 4, as far as the slices of both operands fit shared memory, with room for two blocks where 3 are enough."""
+    slice_bytes = (tile[0] + tile[1]) * block_k * itemsize
+    return 4 if 4 * slice_bytes <= shared // 2 else 3 if 3 * slice_bytes <= shared else 2
+
+
+def tiles(layer: Layer, gpu: Gpu) -> Iterator[Config]:
+    """Every tile of the list that suits the layer's channels, with undivided sums."""
+    exact = layer.dtype == torch.float32 and layer.precision == "ieee"
+    block_k = _block_k(layer, gpu.family)
+    padded = max(16, 1 << (layer.out_channels - 1).bit_length())
+    suitable = [t for t in (_EXACT_TILES if exact else _TILES[gpu.family]) if t[1] <= padded]
+    widest = max(t[1] for t in suitable)
+    for tile in suitable:
+        # Narrow tiles read the input once for every block_n channels: they are for narrow layers.
+        if tile[1] >= min(widest, 64):
+            yield Config(*tile[:2], block_k, tile[2], _stages(tile, block_k, layer.dtype.itemsize, gpu.shared))
+
+
+def estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
+    """Clocks of the busiest multiprocessor; good for ranking alone.
+
+    The larger of: the products at 1024 multiply-adds of 16 bits a clock; both operands through shared memory at 128
+    bytes a clock (written once, read once for each warp's share); and all reads of the operands through the second-level
+    cache at its share of 2800 bytes a clock. Split sums are written and read once more.
+    """
+    rounds = -(-config.blocks(layer) // gpu.multiprocessors)
+    steps = -(-config.steps(layer) // config.split_k)
+    m, n, k = config.block_m, config.block_n, config.block_k
+    size = layer.dtype.itemsize
+    rate = 1024 * 2 / size if layer.dtype != torch.float32 or layer.precision == "tf32" else 64
+    multiply = steps * m * n * k / rate
+    warp_m = max(1, min(config.num_warps, m // 64))
+    warp_n = max(1, config.num_warps // warp_m)
+    operands = (m + n) * k * size
+    shared = steps * (operands + (m * warp_n + n * warp_m) * k * size) / 128
+    cached = steps * operands / (2800 / gpu.multiprocessors)
+    taps_in_l1 = layer.kernel[0] * layer.kernel[1] / 2 if layer.channels % k == 0 else 1
+    cached *= (m / max(1.0, taps_in_l1) + n) / (m + n)
+    partial = 2 * 4 * m * n / (2800 / gpu.multiprocessors) if config.split_k > 1 else 0
+    launch = 2000 if config.split_k > 1 else 0  # a second kernel
+    return rounds * (max(multiply, shared, cached) + partial) + launch
+
+
+def candidates(layer: Layer, gpu: Gpu, most: int = 6) -> list[Config]:
+    """The configurations worth a measurement, at most ``most``, best expected first."""
+    found = []
+    for tile in tiles(layer, gpu):
+        found.append(tile)
+        if tile.blocks(layer) < gpu.multiprocessors:
+            splits = [s for s in _SPLITS if s <= tile.steps(layer) // 4 and tile.blocks(layer) * s <= 2 * gpu.multiprocessors]
+            found += [
+                Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, s) for s in splits
+            ]
+    return sorted(found, key=lambda c: (estimate(layer, c, gpu), c.blocks(layer)))[:most]
+
+
+def default(layer: Layer, gpu: Gpu) -> Config:
+    """What runs where nothing may be measured: inside a CUDA graph's capture, or with tuning switched off."""
+    return candidates(layer, gpu, 1)[0]

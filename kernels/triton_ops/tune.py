@@ -1,0 +1,176 @@
+"""Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
+
+The candidates are the tiles of :mod:`.configs` and PyTorch's own convolution followed by one fused pass, so that a fused
+layer is never slower than an unfused one, to the accuracy of the measurement. Choices are written to
+``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same kernels
+and so give the same bits. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs` expects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from resnet_fast import launch
+
+from .configs import A100, Config, Gpu, Layer, candidates, default
+
+__all__ = ["Tuner", "choices", "gpu_of", "tuner", "use"]
+
+LIBRARY = "library"
+Choice = Config | str
+# A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
+# should not decide.
+_MARGIN = 0.02
+
+_forced: Choice | None = None
+
+
+@contextlib.contextmanager
+def use(choice: Choice) -> Iterator[None]:
+    """Within the block every convolution runs with ``choice``, a :class:`Config` or ``"library"``, unmeasured."""
+    global _forced
+    before, _forced = _forced, choice
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """What decides about tiles; an A100 behind the simulator, which executes code for it."""
+    if launch.is_simulated():
+        return A100
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count, shared)
+
+
+def cache_file(name: str) -> Path:
+    """Choices depend on the GPU and on who compiles and who is compared with."""
+    folder = os.environ.get("RESNET_FAST_CACHE") or Path.home() / ".cache" / "resnet_fast"
+    versions = f"torch{torch.__version__}-triton{triton.__version__}"
+    return Path(folder) / f"gpu-{re.sub(r'[^A-Za-z0-9.+-]+', '_', f'{name}-{versions}')}.json"
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Median over at least 10 ms of runs, each after the caches were overwritten."""
+    flush = torch.empty(64 << 20, dtype=torch.int8, device="cuda")
+    call()
+    samples: list[float] = []
+    while sum(samples) < 10e-3 and len(samples) < 100:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e-3)
+    return statistics.median(samples)
+
+
+class Tuner:
+    """Choices for one GPU. ``measure``: seconds of a call; None to take the model's word."""
+
+    def __init__(self, gpu: Gpu, file: Path | None, measure: Callable[[Callable[[], object]], float] | None) -> None:
+        self.gpu, self.file, self.measure = gpu, file, measure
+        self.chosen: dict[Layer, Choice] = {}
+        self.seconds: dict[str, dict[str, float]] = {}
+        self._stored = self._load()
+
+    def choose(self, layer: Layer, run: Callable[[Choice], object]) -> Choice:
+        """The choice for ``layer``; ``run(choice)`` computes it once, for the measurement."""
+        if _forced is not None:
+            return _forced
+        choice = self.chosen.get(layer)
+        if choice is None:
+            choice = self._stored.get(_key(layer))
+            if choice is None:
+                if self.measure is None or _capturing():
+                    return default(layer, self.gpu)  # not kept: a later call may measure
+                choice = self._measure(layer, run)
+            self.chosen[layer] = choice
+        return choice
+
+    def _measure(self, layer: Layer, run: Callable[[Choice], object]) -> Choice:
+        assert self.measure is not None
+        times: dict[Choice, float] = {}
+        for candidate in [*candidates(layer, self.gpu), LIBRARY]:
+            try:
+                times[candidate] = self.measure(lambda c=candidate: run(c))  # type: ignore[misc]
+            except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
+                warnings.warn(f"resnet_fast: {candidate} does not run on this GPU: {error}", stacklevel=2)
+        best = next(iter(times))
+        for candidate, seconds in times.items():
+            if seconds < times[best] * (1 - _MARGIN):
+                best = candidate
+        self.seconds[_key(layer)] = {str(c): s for c, s in times.items()}
+        self._store(_key(layer), best)
+        return best
+
+    def _load(self) -> dict[str, Choice]:
+        if self.file is None or not self.file.exists():
+            return {}
+        try:
+            entries = json.loads(self.file.read_text())
+            return {k: v if v == LIBRARY else Config(**v) for k, v in entries.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            warnings.warn(f"resnet_fast: {self.file} is not readable and is measured anew: {error}", stacklevel=2)
+            return {}
+
+    def _store(self, key: str, choice: Choice) -> None:
+        """Adds an entry to the file. Others may write it meanwhile: it is read again and replaced as a whole."""
+        self._stored[key] = choice
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            # What another process found first stays, so that both run the same from then on.
+            self._stored = {**self._stored, **self._load()}
+            entries = {k: dataclasses.asdict(c) if isinstance(c, Config) else c for k, c in self._stored.items()}
+            handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=self.file.name)
+            with open(handle, "w") as out:
+                json.dump(entries, out, indent=1, sort_keys=True)
+            os.replace(partial, self.file)
+        except OSError as error:
+            warnings.warn(f"resnet_fast: measured choices cannot be kept in {self.file}: {error}", stacklevel=2)
+
+
+def _key(layer: Layer) -> str:
+    return " ".join(str(v) for v in dataclasses.astuple(layer)).replace("torch.", "")
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_tuners: dict[tuple[bool, int | None], Tuner] = {}
+
+
+def tuner(device: torch.device) -> Tuner:
+    """The tuner of ``device``."""
+    key = (launch.is_simulated(), device.index)
+    if key not in _tuners:
+        if launch.is_simulated():
+            _tuners[key] = Tuner(gpu_of(device), None, None)
+        else:
+            measured = os.environ.get("RESNET_FAST_TUNE", "1") != "0"
+            file = cache_file(torch.cuda.get_device_name(device))
+            _tuners[key] = Tuner(gpu_of(device), file, _seconds if measured else None)
+    return _tuners[key]
+
+
+def choices() -> dict[Layer, Choice]:
+    """What runs each layer that this process has met, on any GPU."""
+    return {layer: choice for t in _tuners.values() for layer, choice in t.chosen.items()}
