@@ -196,7 +196,10 @@ class Chain:
                     weight, *vectors = self.sources[i]
                     with torch.no_grad():
                         packed = torch.ops.resnet_fast.pack_conv_bn(
-                            weight.to(dtype), *vectors, self.eps[i], algorithm  # type: ignore[union-attr]
+                            weight.to(dtype),
+                            *vectors,
+                            self.eps[i],
+                            algorithm,  # type: ignore[union-attr]
                         )
                     self._packed[i, algorithm, dtype] = packed
                 filters.append(packed)

@@ -319,7 +319,7 @@ def _fake_pack(
 
 
 def cuda_packed_size(weight: Tensor) -> Any:
-    """Length in floats of a filter packed for CUDA devices: scale and shift, both padded to 16 bytes, and the weights."""
+    """Length in floats of a filter packed for CUDA devices: scale and shift, each padded to 16 bytes, and weights."""
     return 2 * ((weight.shape[0] + 3) // 4 * 4) + (weight.numel() * weight.element_size() + 3) // 4
 
 

@@ -52,8 +52,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Config:
-    """A block computes ``block_m`` pixels x ``block_n`` channels, ``block_k`` products at a time, in ``num_warps`` warps
-    with ``num_stages`` slices of its operands on the way; ``split_k`` blocks share a sum."""
+    """A block computes ``block_m`` pixels x ``block_n`` channels, ``block_k`` products at a time, in ``num_warps``
+    warps with ``num_stages`` slices of its operands on the way; ``split_k`` blocks share a sum."""
 
     block_m: int
     block_n: int
@@ -162,8 +162,8 @@ def estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
     """Clocks of the busiest multiprocessor; good for ranking alone.
 
     The larger of: the products at 1024 multiply-adds of 16 bits a clock; both operands through shared memory at 128
-    bytes a clock (written once, read once for each warp's share); and all reads of the operands through the second-level
-    cache at its share of 2800 bytes a clock. Split sums are written and read once more.
+    bytes a clock (written once, read once for each warp's share); and all reads of the operands through the
+    second-level cache at its share of 2800 bytes a clock. Split sums are written and read once more.
     """
     rounds = -(-config.blocks(layer) // gpu.multiprocessors)
     steps = -(-config.steps(layer) // config.split_k)
@@ -189,7 +189,9 @@ def candidates(layer: Layer, gpu: Gpu, most: int = 6) -> list[Config]:
     for tile in tiles(layer, gpu):
         found.append(tile)
         if tile.blocks(layer) < gpu.multiprocessors:
-            splits = [s for s in _SPLITS if s <= tile.steps(layer) // 4 and tile.blocks(layer) * s <= 2 * gpu.multiprocessors]
+            splits = [
+                s for s in _SPLITS if s <= tile.steps(layer) // 4 and tile.blocks(layer) * s <= 2 * gpu.multiprocessors
+            ]
             found += [
                 Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, s) for s in splits
             ]

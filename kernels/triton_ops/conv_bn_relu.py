@@ -2,9 +2,9 @@
 
 The convolution is the product of a matrix of input pixels, never written down, with the filters: a row for each output
 pixel, a column for each output channel, and a sum over taps (r, s) and input channels. A block owns BLOCK_M pixels and
-BLOCK_N channels of it. It walks the taps of one slice of channels before it takes the next slice, so that the nine reads
-of a pixel by neighbouring taps come close together and hit L1. Whether a tap of a pixel lies in the padding is one bit,
-computed before the loop.
+BLOCK_N channels of it. It walks the taps of one slice of channels before it takes the next slice, so that the nine
+reads of a pixel by neighbouring taps come close together and hit L1. Whether a tap of a pixel lies in the padding is
+one bit, computed before the loop.
 
 With few output pixels the sum over channels is split over SPLIT_K blocks, which write float32 partial sums; a second
 kernel adds them in fixed order and finishes.
@@ -131,7 +131,10 @@ def _conv_bn_relu_fwd_kernel(
     if SPLIT_K > 1:
         tl.store(partial + tl.program_id(1).to(tl.int64) * pixels * K + here, acc, mask=kept)
     else:
-        z = acc * tl.load(scale + n, mask=n < K, other=0.0)[None, :] + tl.load(shift + n, mask=n < K, other=0.0)[None, :]
+        z = (
+            acc * tl.load(scale + n, mask=n < K, other=0.0)[None, :]
+            + tl.load(shift + n, mask=n < K, other=0.0)[None, :]
+        )
         if residual is not None:
             z += tl.load(residual + here, mask=kept, other=0.0).to(tl.float32)
         if RELU:
@@ -256,9 +259,7 @@ def conv_bn_relu(
         finish(sums, scale, shift, residual, y, layer.relu, split)
 
 
-def library(
-    layer: Layer, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
-) -> Tensor:
+def library(layer: Layer, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
     """The same by PyTorch's convolution and one pass over its result."""
     y = F.conv2d(x, weight.permute(0, 3, 1, 2), stride=layer.stride, padding=layer.padding)
     y = y.contiguous(memory_format=torch.channels_last)

@@ -38,7 +38,9 @@ def scale_shift(
     channels = weight.shape[0]
     for name, t in zip(ops.VECTORS, (bias, bn_weight, bn_bias, running_mean, running_var), strict=True):
         if t is not None and t.shape != (channels,):
-            raise RuntimeError(f"{name} has shape {tuple(t.shape)}, want ({channels},) as weight has {channels} filters")
+            raise RuntimeError(
+                f"{name} has shape {tuple(t.shape)}, want ({channels},) as weight has {channels} filters"
+            )
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("running_mean and running_var come together or not at all")
     if running_mean is None and (bn_weight is not None or bn_bias is not None):

@@ -1,9 +1,10 @@
 """Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
 
-The candidates are the tiles of :mod:`.configs` and PyTorch's own convolution followed by one fused pass, so that a fused
-layer is never slower than an unfused one, to the accuracy of the measurement. Choices are written to
-``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same kernels
-and so give the same bits. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs` expects.
+The candidates are the tiles of :mod:`.configs` and PyTorch's own convolution followed by one fused pass, so that a
+fused layer is never slower than an unfused one, to the accuracy of the measurement. Choices are written to
+``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
+kernels and so give the same bits. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs`
+expects.
 """
 
 from __future__ import annotations
