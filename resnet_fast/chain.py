@@ -194,12 +194,10 @@ class Chain:
                 packed = self._packed.get((i, algorithm, dtype))
                 if packed is None:
                     weight, *vectors = self.sources[i]
+                    assert weight is not None
                     with torch.no_grad():
                         packed = torch.ops.resnet_fast.pack_conv_bn(
-                            weight.to(dtype),
-                            *vectors,
-                            self.eps[i],
-                            algorithm,  # type: ignore[union-attr]
+                            weight.to(dtype), *vectors, self.eps[i], algorithm
                         )
                     self._packed[i, algorithm, dtype] = packed
                 filters.append(packed)

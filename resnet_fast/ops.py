@@ -430,7 +430,7 @@ def _triton_operator(op: str) -> Any:
     """The kernel of ``op`` on CUDA devices. Triton takes a second to import: that is left to the first call."""
 
     def kernel(*args: Any) -> Tensor:
-        from ._triton import OPERATORS  # type: ignore[import-not-found]
+        from ._triton import OPERATORS
 
         return OPERATORS[op](*args)
 
