@@ -13,12 +13,12 @@ from .tiles import FINAL_C, FINAL_P, WARPS, final_grid, reduction, vector_hint
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@triton.jit(do_not_specialize=["M", "C", "rows"])
+@triton.jit(do_not_specialize=["M", "vectors", "rows"])
 def _batch_stats_partial_kernel(
-    x, partial, M, C, rows, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr
+    x, partial, M, vectors, rows, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Block p: mean and sum of squared deviations of rows p * rows ..., to partial[p, 0 and 1, C]."""
-    C = tl.multiple_of(C, VECTOR)
+    C = vectors * VECTOR  # so the compiler sees what divides it
     part = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i = tl.arange(0, BLOCK_M)
@@ -46,12 +46,23 @@ def _batch_stats_partial_kernel(
     tl.store(partial + C + c, m2, c < C)
 
 
-@triton.jit(do_not_specialize=["M", "C", "rows", "parts"])
+@triton.jit(do_not_specialize=["M", "vectors", "rows", "parts"])
 def _batch_stats_final_kernel(
-    partial, mean, var, invstd, M, C, rows, parts, eps, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    partial,
+    mean,
+    var,
+    invstd,
+    M,
+    vectors,
+    rows,
+    parts,
+    eps,
+    VECTOR: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Joins the parts by Chan's rule, in float64: a few thousand numbers, and every rounding here is in all outputs."""
-    C = tl.multiple_of(C, VECTOR)
+    C = vectors * VECTOR
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
@@ -108,7 +119,7 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     launch.launch(
         _batch_stats_partial_kernel,
         plan.grid,
-        (rows, partial, m, channels, plan.rows),
+        (rows, partial, m, channels // vector, plan.rows),
         BLOCK_M=plan.block_m,
         BLOCK_C=plan.block_c,
         VECTOR=vector,
@@ -117,7 +128,7 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     launch.launch(
         _batch_stats_final_kernel,
         final_grid(channels),
-        (partial, mean, var, invstd, m, channels, plan.rows, plan.parts, eps),
+        (partial, mean, var, invstd, m, channels // vector, plan.rows, plan.parts, eps),
         VECTOR=vector,
         BLOCK_P=FINAL_P,
         BLOCK_C=FINAL_C,
