@@ -196,9 +196,7 @@ class Chain:
                     weight, *vectors = self.sources[i]
                     assert weight is not None
                     with torch.no_grad():
-                        packed = torch.ops.resnet_fast.pack_conv_bn(
-                            weight.to(dtype), *vectors, self.eps[i], algorithm
-                        )
+                        packed = torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[i], algorithm)
                     self._packed[i, algorithm, dtype] = packed
                 filters.append(packed)
             self._filters[key] = filters

@@ -113,7 +113,8 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         return zeros[0], zeros[1], torch.full_like(zeros[0], eps**-0.5 if eps else torch.inf)
     plan = reduction(m, channels, rows.dtype.itemsize)
     partial, mean, var, invstd = (
-        torch.empty(*shape, channels, dtype=torch.float32, device=rows.device) for shape in ((plan.parts, 2), (), (), ())
+        torch.empty(*shape, channels, dtype=torch.float32, device=rows.device)
+        for shape in ((plan.parts, 2), (), (), ())
     )
     vector = vector_hint(channels)
     launch.launch(

@@ -104,8 +104,7 @@ _TILES: dict[int, list[tuple[int, int, int]]] = {
         (256, 16, 4),  # layers of 16 channels
     ],
     90: [
-        (256, 128, 8),  # two warpgroups of 128 x 128
-        (128, 128, 8),  # two warpgroups of 64 x 128: wide layers
+        (128, 128, 8),  # wide layers: two warpgroups of 64 x 128
         (256, 64, 8),  # 64 channels at once, many pixels
         (128, 64, 4),  # twice the blocks
         (64, 128, 4),  # 7 x 7 maps
@@ -114,7 +113,7 @@ _TILES: dict[int, list[tuple[int, int, int]]] = {
         (128, 16, 4),
     ],
     100: [
-        (128, 128, 4),  # 128 rows fill the tensor memory's lanes
+        (128, 128, 8),  # wide layers: 128 rows fill the tensor memory's lanes
         (256, 64, 8),  # 64 channels at once, many pixels
         (128, 64, 4),  # twice the blocks
         (64, 128, 4),  # 7 x 7 maps
@@ -123,6 +122,21 @@ _TILES: dict[int, list[tuple[int, int, int]]] = {
         (128, 16, 4),
     ],
 }
+# On 8.x operands pass through registers: in 32 bits they leave room for 64 sums a thread.
+_TF32_TILES = [
+    (128, 128, 8),  # wide layers
+    (128, 64, 4),  # 64 channels at once
+    (64, 64, 4),  # small batches
+    (128, 32, 4),
+    (128, 16, 4),
+]
+# Where a step mixes taps and channels, the offsets of all its elements are computed anew and take the registers.
+_MIXED_TILES = [
+    (128, 64, 8),  # stems
+    (64, 64, 4),  # small batches
+    (128, 32, 4),
+    (128, 16, 4),
+]
 # Exact float32 runs on the plain units; a thread holds 32 sums.
 _EXACT_TILES = [(64, 64, 4), (128, 32, 4), (128, 16, 4)]
 _SPLITS = (2, 3, 4, 6, 8)
@@ -147,10 +161,17 @@ def _stages(tile: tuple[int, int, int], block_k: int, itemsize: int, shared: int
 
 def tiles(layer: Layer, gpu: Gpu) -> Iterator[Config]:
     """Every tile of the list that suits the layer's channels, with undivided sums."""
-    exact = layer.dtype == torch.float32 and layer.precision == "ieee"
     block_k = _block_k(layer, gpu.family)
+    if layer.dtype == torch.float32 and layer.precision == "ieee":
+        shapes = _EXACT_TILES
+    elif layer.channels % block_k != 0:
+        shapes = _MIXED_TILES
+    elif gpu.family == 80 and layer.dtype == torch.float32:
+        shapes = _TF32_TILES
+    else:
+        shapes = _TILES[gpu.family]
     padded = max(16, 1 << (layer.out_channels - 1).bit_length())
-    suitable = [t for t in (_EXACT_TILES if exact else _TILES[gpu.family]) if t[1] <= padded]
+    suitable = [t for t in shapes if t[1] <= padded]
     widest = max(t[1] for t in suitable)
     for tile in suitable:
         # Narrow tiles read the input once for every block_n channels: they are for narrow layers.

@@ -60,6 +60,7 @@ def _conv_bn_relu_fwd_kernel(
     PAD_W: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,7 +78,9 @@ def _conv_bn_relu_fwd_kernel(
     left = within % out_width * STRIDE_W - PAD_W
     # Rows past the end read nothing: their bits stay zero.
     below = tl.where(m < pixels, height, 0)
-    corner = x + ((image.to(tl.int64) * height + top) * width + left) * C
+    # 32-bit offsets take half the registers: 64 bits where the maps need them.
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    corner = ((image.to(index) * height + top) * width + left) * C
     filters = weight + n.to(tl.int64) * (R * S * C)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
@@ -92,7 +95,7 @@ def _conv_bn_relu_fwd_kernel(
         steps: tl.constexpr = C // BLOCK_K * (R * S)
         first = tl.program_id(1) * steps // SPLIT_K
         last = (tl.program_id(1) + 1) * steps // SPLIT_K
-        x_rows = corner[:, None] + k[None, :]
+        x_offsets = corner[:, None] + k[None, :]
         w_rows = filters[:, None] + k[None, :]
         for step in tl.range(first, last):
             tap = step % (R * S)
@@ -100,7 +103,9 @@ def _conv_bn_relu_fwd_kernel(
             s = tap % S
             c = step // (R * S) * BLOCK_K
             inside = ((rows >> r) & (cols >> s) & 1) != 0
-            a = tl.load(x_rows + ((r * width + s) * C + c), mask=inside[:, None], other=0.0, cache_modifier=".ca")
+            a = tl.load(
+                x + (x_offsets + ((r * width + s) * C + c)), mask=inside[:, None], other=0.0, cache_modifier=".ca"
+            )
             if K % BLOCK_N == 0:
                 b = tl.load(w_rows + (tap * C + c))
             else:
@@ -121,12 +126,15 @@ def _conv_bn_relu_fwd_kernel(
             iw = left[:, None] + s[None, :]
             inside = (ih >= 0) & (ih < below[:, None]) & (iw >= 0) & (iw < width) & (at < total)[None, :]
             a = tl.load(
-                corner[:, None] + ((r * width + s) * C + at % C)[None, :], mask=inside, other=0.0, cache_modifier=".ca"
+                x + (corner[:, None] + ((r * width + s) * C + at % C)[None, :]),
+                mask=inside,
+                other=0.0,
+                cache_modifier=".ca",
             )
             b = tl.load(filters[:, None] + at[None, :], mask=(n < K)[:, None] & (at < total)[None, :], other=0.0)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
-    here = m.to(tl.int64)[:, None] * K + n[None, :]
+    here = m.to(index)[:, None] * K + n[None, :]
     kept = (m < pixels)[:, None] & (n < K)[None, :]
     if SPLIT_K > 1:
         tl.store(partial + tl.program_id(1).to(tl.int64) * pixels * K + here, acc, mask=kept)
@@ -248,6 +256,7 @@ def conv_bn_relu(
         PAD_W=layer.padding[1],
         RELU=layer.relu,
         PRECISION=layer.precision,
+        WIDE=max(layer.batch * layer.height * layer.width * layer.channels, layer.pixels * layer.out_channels) >= 2**31,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
