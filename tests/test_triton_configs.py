@@ -10,8 +10,8 @@ import torch
 import triton_gate as gate
 
 from resnet_fast._triton import configs
-from resnet_fast._triton.conv_bn_relu import _conv_bn_relu_fwd_kernel
 from resnet_fast._triton.configs import Gpu, Layer
+from resnet_fast._triton.conv_bn_relu import _conv_bn_relu_fwd_kernel
 
 GPUS = {80: configs.A100, 90: Gpu(90, 132, 227 * 1024), 100: Gpu(100, 148, 227 * 1024)}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -102,7 +102,8 @@ def check(arch, layer, config, sass):
 
 def test_a_tile_too_large_is_seen():
     """The gate above can fail: 256 x 256 sums on 4 warps do not fit the registers."""
-    layer = next(l for l in layers() if l.channels == 128 and l.dtype == torch.bfloat16)
+    layer = next(layer for layer in layers() if layer.channels == 128 and layer.dtype == torch.bfloat16)
+    case = (80, layer, configs.Config(256, 256, 32, 4, 3))
+    sass = compiled(case)
     with pytest.raises(AssertionError, match="registers"):
-        case = (80, layer, configs.Config(256, 256, 32, 4, 3))
-        check(*case, compiled(case))
+        check(*case, sass)

@@ -101,6 +101,8 @@ class Tuner:
                 if self.measure is None or _capturing():
                     return default(layer, self.gpu)  # not kept: a later call may measure
                 choice = self._measure(layer, run)
+                # Another process may have been first.
+                choice = self._stored.get(_key(layer), choice)
             self.chosen[layer] = choice
         return choice
 

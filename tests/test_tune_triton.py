@@ -1,0 +1,106 @@
+"""The choice of a kernel: measured once, kept, the same in the next process; the library is one of the candidates."""
+
+import json
+
+import pytest
+import torch
+
+from resnet_fast._triton import tune
+from resnet_fast._triton.configs import A100, Config, Layer, candidates, default
+
+LAYER = Layer(8, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), torch.bfloat16, "ieee", True, True)
+
+
+class Clock:
+    """Stands for the GPU: the time of a candidate is looked up."""
+
+    def __init__(self, seconds):
+        self.seconds, self.asked, self.runs = seconds, [], 0
+
+    def __call__(self, call):
+        call()
+        self.runs += 1
+        return self.seconds(self.asked[-1])
+
+    def run(self, choice):
+        self.asked.append(choice)
+
+
+def choose(file, seconds, layer=LAYER):
+    clock = Clock(seconds)
+    return tune.Tuner(A100, file, clock).choose(layer, clock.run), clock
+
+
+def test_the_fastest_wins_and_the_library_counts(tmp_path):
+    found = candidates(LAYER, A100)
+    choice, clock = choose(tmp_path / "a.json", lambda c: 1.0 if c == found[2] else 2.0)
+    assert choice == found[2]
+    assert clock.asked == [*found, tune.LIBRARY]
+    choice, _ = choose(tmp_path / "b.json", lambda c: 1.0 if c == tune.LIBRARY else 2.0)
+    assert choice == tune.LIBRARY
+
+
+def test_noise_does_not_decide(tmp_path):
+    """Within 2%, the candidate that the model prefers stays."""
+    found = candidates(LAYER, A100)
+    choice, _ = choose(tmp_path / "a.json", lambda c: 1.0 if c == found[0] else 0.99)
+    assert choice == found[0]
+
+
+def test_kept_on_disk(tmp_path):
+    file = tmp_path / "new" / "gpu.json"
+    found = candidates(LAYER, A100)
+    choice, _ = choose(file, lambda c: 1.0 if c == found[1] else 2.0)
+    again, clock = choose(file, lambda c: 1.0 if c == tune.LIBRARY else 2.0)
+    assert again == choice == found[1]
+    assert clock.runs == 0
+    other = Layer(1, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), torch.bfloat16, "ieee", True, True)
+    choose(file, lambda c: 1.0 if c == tune.LIBRARY else 2.0, other)
+    assert len(json.loads(file.read_text())) == 2
+    assert [p.name for p in file.parent.iterdir()] == ["gpu.json"]  # no partial files
+
+
+def test_what_another_process_found_stays(tmp_path):
+    """Two processes measure the same layer at once: both run what was stored first from then on."""
+    file = tmp_path / "gpu.json"
+    found = candidates(LAYER, A100)
+    clock = Clock(lambda c: 1.0 if c == found[1] else 2.0)
+    slow = tune.Tuner(A100, file, clock)  # read the file while it was empty
+    choose(file, lambda c: 1.0 if c == found[0] else 2.0)
+    slow.choose(LAYER, clock.run)
+    assert choose(file, lambda c: 0.0)[0] == found[0]
+    assert slow.choose(LAYER, clock.run) == found[0]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"x": {"block_m": 1}}'])
+def test_a_broken_file_is_measured_anew(tmp_path, text):
+    file = tmp_path / "gpu.json"
+    file.write_text(text)
+    with pytest.warns(UserWarning, match="measured anew"):
+        choice, clock = choose(file, lambda c: 1.0)
+    assert clock.runs
+    assert choose(file, lambda c: 0.0)[0] == choice
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        choice, _ = choose(blocked / "gpu.json", lambda c: 1.0)
+    assert isinstance(choice, Config)
+
+
+def test_nothing_is_measured_without_a_clock():
+    tuner = tune.Tuner(A100, None, None)
+    assert tuner.choose(LAYER, pytest.fail) == default(LAYER, A100)
+    assert tuner.chosen == {}
+    with tune.use(tune.LIBRARY):
+        assert tuner.choose(LAYER, pytest.fail) == tune.LIBRARY
+
+
+def test_the_file_names_gpu_and_versions(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    file = tune.cache_file("NVIDIA A100-SXM4-80GB")
+    assert file.parent == tmp_path
+    assert file.name.startswith("gpu-NVIDIA_A100-SXM4-80GB-torch2")
+    assert "triton3" in file.name
