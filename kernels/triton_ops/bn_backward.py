@@ -1,6 +1,6 @@
 """What bn_relu and bn_add_relu share: the normalisation, the second step of the gradients' sums, the gradient of x.
 
-    dx = A * dz + B * (x - mean) + D,  A = gamma * invstd,  B = -A * invstd * dgamma / M,  D = -A * dbeta / M
+    dx = A * (dz + B * (x - mean) + D),  A = gamma * invstd,  B = -invstd * dgamma / M,  D = -dbeta / M
 
 x - mean is formed first, so that large means do not cancel. Source: Ioffe and Szegedy 2015, section 3.
 """
@@ -71,8 +71,8 @@ def _bn_bwd_final_kernel(
     tl.store(dbeta + c, g_beta.to(tl.float32), c < C)
     tl.store(dgamma + c, g_gamma.to(tl.float32), c < C)
     tl.store(coefficients + c, a, c < C)
-    tl.store(coefficients + C + c, (-a * s * g_gamma / M).to(tl.float32), c < C)
-    tl.store(coefficients + 2 * C + c, (-a * g_beta / M).to(tl.float32), c < C)
+    tl.store(coefficients + C + c, (-s * g_gamma / M).to(tl.float32), c < C)
+    tl.store(coefficients + 2 * C + c, (-g_beta / M).to(tl.float32), c < C)
 
 
 @triton.jit(do_not_specialize=["M", "vectors"])
@@ -107,14 +107,14 @@ def _bn_bwd_apply_kernel(
     a = tl.load(coefficients + c, c < C, 0.0)[None, :]
     b = tl.load(coefficients + C + c, c < C, 0.0)[None, :]
     d = tl.load(coefficients + 2 * C + c, c < C, 0.0)[None, :]
-    g = tl.fma(a, dz, tl.fma(b, v, d))
+    g = a * (dz + tl.fma(b, v, d))
     tl.store(dx + first * C + offsets, g.to(dx.dtype.element_ty), inside)
 
 
 def finish_sums(partial: Tensor, invstd: Tensor, gamma: Tensor | None, m: int) -> tuple[Tensor, Tensor, Tensor]:
     """The coefficients A, B, D [3, C], dgamma and dbeta, float32, from the parts' sums [parts, 2, C] over m rows."""
     parts, _, channels = partial.shape
-    coefficients, dgamma, dbeta = (torch.empty_like(partial[0, 0]) for _ in range(3))
+    dgamma, dbeta = (torch.empty(channels, dtype=torch.float32, device=partial.device) for _ in range(2))
     coefficients = torch.empty(3, channels, dtype=torch.float32, device=partial.device)
     vector = vector_hint(channels)
     launch.launch(
