@@ -79,11 +79,12 @@ def bn_relu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``relu((x - mean) * invstd * gamma + beta)`` by the statistics of this batch; with mean, variance and invstd.
 
-    Equivalent to ``F.relu(F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps))``. Reads x twice (statistics,
-    normalisation) and writes y once.
+    Equivalent to ``F.relu(F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps))``. Reads x twice
+    (statistics, normalisation) and writes y once.
 
-    x: [N, C, H, W]; float16, bfloat16, float32; channels_last, else it is copied to that, as y is. gamma, beta: [C], any
-    of these dtypes, or None. The other results are float32 [C], the variance biased. Raises TypeError and ValueError.
+    x: [N, C, H, W]; float16, bfloat16, float32; channels_last, else it is copied to that, as y is. gamma, beta: [C],
+    any of these dtypes, or None. The other results are float32 [C], the variance biased.
+    Raises TypeError and ValueError.
     """
     check_image("x", x, DTYPES)
     check_affine(x, gamma, beta)
