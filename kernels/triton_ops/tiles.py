@@ -66,7 +66,7 @@ def reduction(m: int, channels: int, itemsize: int, narrowest: int = 1) -> Reduc
     return Reduction(block_m, block_c, rows, cdiv(m, rows), (cdiv(m, rows), blocks))
 
 
-# The second step: 16 floats are two sectors (16 doubles four), and 64 parts at a time keep four warps busy with whole vectors.
+# The second step: 16 floats are two sectors, and 64 parts at a time keep four warps busy with whole vectors.
 FINAL_C = 16
 FINAL_P = 64
 
