@@ -1,4 +1,4 @@
-# make bench | bench-peers | test | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | roofline | test | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 
@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 
-.PHONY: bench bench-peers test lint build format clean
+.PHONY: bench bench-peers roofline test lint build format clean
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -21,6 +21,10 @@ bench: build
 bench-peers: build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .[peers]
 	$(BIN)/python -m benchmarks --peers $(ARGS)
+
+# Bytes, arithmetic and floor times of the networks on GPUs, computed: no GPU needed.
+roofline: build
+	$(BIN)/python -m benchmarks.roofline
 
 test: build
 	$(BIN)/python -m pytest tests $(ARGS)

@@ -9,9 +9,10 @@ import torch
 from . import models, reference
 from .doctor import diagnosis
 from .explain import explain
+from .roofline import roofline
 
 _NAMES = [name for name in models.__all__ if name not in ("CifarResNet", "ResNet")]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -29,6 +30,9 @@ def _explain(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = getattr(reference if options.eager else models, options.model)(**sized)
     dtype = _DTYPES[options.dtype]
+    if options.device == "cuda":
+        _explain_cuda(options, model.eval(), (options.batch, 3, size, size))
+        return
     # channels_last is PyTorch's faster layout on CPUs, and what the kernels return.
     model = model.eval().to(device=options.device, dtype=dtype).to(memory_format=torch.channels_last)
     x = torch.randn(options.batch, 3, size, size, device=options.device, dtype=dtype)
@@ -36,6 +40,25 @@ def _explain(options: argparse.Namespace) -> None:
         f"{options.model}, {options.dtype}, batch {options.batch}, {size} x {size}, {torch.get_num_threads()} threads\n"
     )
     print(explain(model, x.contiguous(memory_format=torch.channels_last)))
+
+
+def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    """What can be said of a GPU by counting, and, where there is one, which kernel was chosen for each layer."""
+    dtype = _DTYPES[options.dtype]
+    print(roofline(model, torch.empty(shape, dtype=dtype, device="meta")))
+    if not torch.cuda.is_available():
+        print("No CUDA device is visible: no time was measured.")
+        return
+    from ._triton.tune import choices
+
+    with torch.no_grad():
+        model.to(device="cuda", dtype=dtype, memory_format=torch.channels_last)(
+            torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+        )
+    print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
+    for layer, choice in choices().items():
+        size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"
+        print(f"  {layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]} {layer.channels} -> {size}: {choice}")
 
 
 def main() -> None:
@@ -48,7 +71,7 @@ def main() -> None:
     layers.add_argument("--batch", type=int, default=1)
     layers.add_argument("--image-size", type=int, help="default 224, or 32 for the CIFAR networks")
     layers.add_argument("--dtype", choices=list(_DTYPES), default="float32")
-    layers.add_argument("--device", choices=["cpu"], default="cpu")
+    layers.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     layers.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
     layers.add_argument("--eager", action="store_true", help="the same network in plain PyTorch")
     layers.set_defaults(run=_explain)

@@ -71,7 +71,7 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
         if type(t) not in (Tensor, nn.Parameter, FakeTensor):
             return f"weights of type {type(t).__name__}"
         device = backends.kind(t)
-        if not backends.has_kernel("residual_stage", device):
+        if device not in ops.DTYPES or not backends.has_kernel("residual_stage", device):
             return f"no kernel for {device} tensors"
         if t.dtype not in ops.DTYPES[device]:
             return f"no kernel for {t.dtype}"
@@ -283,8 +283,9 @@ class Fused(nn.Module):
             self.flow(recorder, 0)
             reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
             chain = self._chain = Chain(self, recorder) if reason is None else None
-        autocast = _autocast_dtype(x)
+        autocast = None
         if chain is not None:
+            autocast = _autocast_dtype(x)
             if autocast is not None and torch.float64 not in (x.dtype, chain.dtype):
                 x = x.to(autocast)
             elif x.dtype != chain.dtype:
@@ -306,6 +307,8 @@ class Fused(nn.Module):
         reason = backends.unfused_reason("residual_stage", device)
         if reason is not None:
             return reason
+        if device not in ops.DTYPES:
+            return f"no kernel for {device} tensors"
         if x.dim() != 4:
             return f"an input of {x.dim()} dimensions"
         dtype = _autocast_dtype(x) or x.dtype

@@ -39,7 +39,8 @@ def _unfused_reason(op: str, x: Tensor) -> str | None:
     """Why the kernel cannot run, or None. Autocast is the operator's own affair."""
     kind = backends.kind(x)
     reason = backends.unfused_reason(op, kind)
-    if reason is None and x.dtype not in DTYPES[kind] and not (op == "add_relu" and kind == "cuda"):
+    # add_relu has a kernel in CUDA C++ that takes float64, too; meta tensors are for shapes.
+    if reason is None and x.dtype not in DTYPES.get(kind, (x.dtype,)) and (op, kind) != ("add_relu", "cuda"):
         return f"no kernel for {x.dtype}"
     return reason
 
@@ -412,7 +413,7 @@ def _autocast_conv(op: str, inputs: int) -> Any:
         device, kind = args[0].device.type, backends.kind(args[0])
         dtype = torch.get_autocast_dtype(device)
         images, (weight, bias), rest = args[:inputs], args[inputs : inputs + 2], args[inputs + 2 :]
-        if not backends.has_kernel(op, kind) or dtype not in DTYPES[kind]:
+        if not backends.has_kernel(op, kind) or dtype not in DTYPES.get(kind, (dtype,)):
             *bn, stride, padding = rest
             return unfused_conv(op, list(images), weight, bias, tuple(bn), stride, padding, [1, 1], 1)
         with torch.autocast(device, enabled=False):

@@ -17,37 +17,41 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def _batch_stats_partial_kernel(
     x, partial, M, vectors, rows, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Block p: mean and sum of squared deviations of rows p * rows ..., to partial[p, 0 and 1, C]."""
+    """Block p: mean, less x[0], and squared deviations' sum of rows p * rows ..., to partial[p, 0 and 1, C]."""
     C = vectors * VECTOR  # so the compiler sees what divides it
     part = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i = tl.arange(0, BLOCK_M)
     first = part.to(tl.int64) * rows
     n = tl.minimum(M - first, rows).to(tl.int32)
+    # Deviations from the tensor's first row, so that a large mean is in no sum. The final kernel adds the row again.
+    origin = tl.load(x + c, c < C, 0.0).to(tl.float32)[None, :]
     x += first * C
     offsets = i[:, None] * C + c[None, :]
-    # Welford's recurrence in each element of the tile: there is no sum of squares in which a large mean could cancel.
+    # Welford's recurrence in each element of the tile: should the first row be an outlier, nothing cancels either.
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, n, BLOCK_M):
         inside = (i < n - start)[:, None]
-        v = tl.load(x + offsets, inside & (c < C)[None, :], 0.0).to(tl.float32)
+        v = tl.load(x + offsets, inside & (c < C)[None, :], 0.0).to(tl.float32) - origin
         delta = tl.where(inside, v - mean, 0.0)
         mean += delta * (1.0 / (start // BLOCK_M + 1).to(tl.float32))
         m2 += delta * (v - mean)
         x += BLOCK_M * C
     # Chan's rule joins the rows of the tile: the deviations of their means, weighted by how many values each has seen.
     count = tl.maximum((n - i + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[:, None]
-    joint = tl.sum(mean * count, 0) / n.to(tl.float32)
-    delta = tl.where(count > 0, mean - joint[None, :], 0.0)
+    # Their mean is added up in float64: its rounding would be of the size of the deviations, not of the result.
+    joint = tl.sum((mean * count).to(tl.float64), 0) / n
+    delta = tl.where(count > 0, mean - joint.to(tl.float32)[None, :], 0.0)
     m2 = tl.sum(m2 + delta * delta * count, 0)
     partial += part * 2 * C
     tl.store(partial + c, joint, c < C)
-    tl.store(partial + C + c, m2, c < C)
+    tl.store(partial + C + c, m2.to(tl.float64), c < C)
 
 
 @triton.jit(do_not_specialize=["M", "vectors", "rows", "parts"])
 def _batch_stats_final_kernel(
+    x,
     partial,
     mean,
     var,
@@ -68,16 +72,17 @@ def _batch_stats_final_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
     for start in range(0, parts, BLOCK_P):
         v, count = _part(partial, start + p, c, M, C, rows, parts)
-        total += v.to(tl.float64) * count
+        total += v * count
     m = tl.sum(total, 0) / M
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
     for start in range(0, parts, BLOCK_P):
         v, count = _part(partial, start + p, c, M, C, rows, parts)
         m2, count = _part(partial + C, start + p, c, M, C, rows, parts)
-        delta = v.to(tl.float64) - m[None, :]
-        total += m2.to(tl.float64) + tl.where(count > 0, delta * delta * count, 0.0)
+        delta = v - m[None, :]
+        total += m2 + tl.where(count > 0, delta * delta * count, 0.0)
     v = tl.sum(total, 0) / M
-    tl.store(mean + c, m.to(tl.float32), c < C)
+    origin = tl.load(x + c, c < C, 0.0).to(tl.float64)
+    tl.store(mean + c, (m + origin).to(tl.float32), c < C)
     tl.store(var + c, v.to(tl.float32), c < C)
     tl.store(invstd + c, (1.0 / tl.sqrt(v + eps)).to(tl.float32), c < C)
 
@@ -112,10 +117,8 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         zeros = torch.zeros(2, channels, dtype=torch.float32, device=rows.device)
         return zeros[0], zeros[1], torch.full_like(zeros[0], eps**-0.5 if eps else torch.inf)
     plan = reduction(m, channels, rows.dtype.itemsize)
-    partial, mean, var, invstd = (
-        torch.empty(*shape, channels, dtype=torch.float32, device=rows.device)
-        for shape in ((plan.parts, 2), (), (), ())
-    )
+    mean, var, invstd = (torch.empty(channels, dtype=torch.float32, device=rows.device) for _ in range(3))
+    partial = torch.empty(plan.parts, 2, channels, dtype=torch.float64, device=rows.device)
     vector = vector_hint(channels)
     launch.launch(
         _batch_stats_partial_kernel,
@@ -129,7 +132,7 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     launch.launch(
         _batch_stats_final_kernel,
         final_grid(channels),
-        (partial, mean, var, invstd, m, channels // vector, plan.rows, plan.parts, eps),
+        (rows, partial, mean, var, invstd, m, channels // vector, plan.rows, plan.parts, eps),
         VECTOR=vector,
         BLOCK_P=FINAL_P,
         BLOCK_C=FINAL_C,

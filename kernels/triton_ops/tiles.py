@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 # Four warps, and 4096 elements for them: 32 a thread are four 16-byte vectors of fp16 in flight, eight of fp32. An
 # A100 or H100 needs about 10 KB in flight on each SM to stream from memory; such a block has 8 KB a tensor, and the
-# registers of the sums (two floats an element) still let three blocks or more share an SM.
+# registers of the sums (two floats an element) still let two to four blocks share an SM.
 WARPS = 4
 TILE = 4096
 # Blocks that fill the machine: two or more on each of the 108 to 148 SMs of the GPUs this is for.
 ENOUGH_BLOCKS = 256
-# A reduction's blocks: more would only lengthen its second step, which reads two floats a block and channel.
+# A reduction's blocks: more would only lengthen its second step, which reads two numbers a block and channel.
 MOST_PARTS = 512
 
 
@@ -44,7 +44,7 @@ def channel_block(channels: int, itemsize: int, widest: int, narrowest: int = 1)
 
 @dataclass(frozen=True)
 class Reduction:
-    """A sum over rows in two steps: `parts` blocks of `rows` rows for each block of channels, then one over the parts."""
+    """A sum over rows in two steps: `parts` blocks of `rows` rows for each block of channels, then over the parts."""
 
     block_m: int
     block_c: int
