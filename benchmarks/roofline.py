@@ -39,7 +39,9 @@ def chart(found: dict[str, Roofline], path: Path) -> None:
     places = range(len(totals))
     widths = ((-0.2, "eager_bytes", "eager: conv, batch norm, add, ReLU apart", "0.65"), (0.2, "bytes", "fused", "C0"))
     for shift, field, label, colour in widths:
-        shown = bars.bar([p + shift for p in places], [getattr(t, field) / 1e6 for t in totals], 0.4, label=label, color=colour)
+        shown = bars.bar(
+            [p + shift for p in places], [getattr(t, field) / 1e6 for t in totals], 0.4, label=label, color=colour
+        )
         bars.bar_label(shown, fmt="%.0f", padding=2)
     bars.set_xticks(list(places), list(found))
     bars.set(ylabel="MB through memory, one inference")

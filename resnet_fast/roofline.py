@@ -39,8 +39,12 @@ class Datasheet:
 
 
 # float32 stands for TF32, PyTorch's default for convolutions.
-A100 = Datasheet("A100 SXM 80 GB", dict.fromkeys((torch.float16, torch.bfloat16), 312e12) | {torch.float32: 156e12}, 2.039e12)
-H100 = Datasheet("H100 SXM", dict.fromkeys((torch.float16, torch.bfloat16), 989.4e12) | {torch.float32: 494.7e12}, 3.35e12)
+A100 = Datasheet(
+    "A100 SXM 80 GB", dict.fromkeys((torch.float16, torch.bfloat16), 312e12) | {torch.float32: 156e12}, 2.039e12
+)
+H100 = Datasheet(
+    "H100 SXM", dict.fromkeys((torch.float16, torch.bfloat16), 989.4e12) | {torch.float32: 494.7e12}, 3.35e12
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def _epilogues(model: nn.Module) -> dict[str, tuple[bool, bool, bool]]:
     names = {module: name for name, module in model.named_modules()}
     found = {}
     for module in model.modules():
-        if not isinstance(module, Fused) or not module.flow_is_forward and type(module).flow is Fused.flow:
+        if not isinstance(module, Fused) or (not module.flow_is_forward and type(module).flow is Fused.flow):
             continue
         recorder = Recorder()
         module.flow(recorder, 0)

@@ -61,7 +61,17 @@ def test_the_table_says_that_it_was_computed():
 
 
 def test_command_without_a_gpu():
-    command = [sys.executable, "-m", "resnet_fast", "explain", "cifar_resnet20", "--device", "cuda", "--dtype", "bfloat16"]
+    command = [
+        sys.executable,
+        "-m",
+        "resnet_fast",
+        "explain",
+        "cifar_resnet20",
+        "--device",
+        "cuda",
+        "--dtype",
+        "bfloat16",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "sum of the convolutions" in done.stdout
     assert "No CUDA device is visible: no time was measured." in done.stdout
