@@ -51,10 +51,9 @@ def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tu
         return
     from ._triton.tune import choices
 
+    x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        model.to(device="cuda", dtype=dtype, memory_format=torch.channels_last)(
-            torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
-        )
+        model.to("cuda", dtype)(x)
     print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
     for layer, choice in choices().items():
         size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"

@@ -293,10 +293,14 @@ def fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> T
     return out
 
 
-def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
+def check_add_relu(a: Tensor, b: Tensor) -> None:
     _check_device("b", b, "a", a)
     torch._check(a.shape == b.shape, lambda: f"b has shape {tuple(b.shape)}, want {tuple(a.shape)} as a has")
     torch._check(a.dtype == b.dtype, lambda: f"b has dtype {b.dtype}, want {a.dtype} as a has")
+
+
+def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
+    check_add_relu(a, b)
     return torch.empty_like(a)
 
 
@@ -459,8 +463,9 @@ def _register() -> None:
     for op in ("pack_conv_bn", "residual_stage"):
         torch.library.register_autograd(f"resnet_fast::{op}", _inference_only(op), lib=library)
     if find_spec("triton") is not None:
-        for op in ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage"):
-            library.impl(op, _triton_operator(op), "CUDA")
+        for op in ("add_relu", "conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage"):
+            if not backends.has_kernel(op, "cuda"):  # in CUDA C++
+                library.impl(op, _triton_operator(op), "CUDA")
     # Registrations live as long as their library object.
     globals()["_library"] = library
 

@@ -1,13 +1,13 @@
-"""What a network costs on a GPU by counting: arithmetic, bytes and the least time that datasheets allow. Nothing is run.
+"""What a network costs on a GPU by counting: arithmetic, bytes, the least time that datasheets allow. Nothing is run.
 
 For each convolution with what is fused into it:
 
-- compulsory bytes: input, filters, residual and output, each once. The fused kernel moves these; partial sums of a split
-  convolution stay in the second-level cache.
+- compulsory bytes: input, filters, residual and output, each once. The fused kernel moves these; partial sums of a
+  split convolution stay in the second-level cache.
 - eager bytes: the convolution writes its output, batch norm reads and writes it, the residual add reads two maps and
   writes one, ReLU reads and writes one.
-- floor: the larger of FLOPs over peak arithmetic and compulsory bytes over peak bandwidth (Williams, Waterman, Patterson
-  2009, "Roofline: an insightful visual performance model for multicore architectures").
+- floor: the larger of FLOPs over peak arithmetic and compulsory bytes over peak bandwidth (Williams, Waterman,
+  Patterson 2009, "Roofline: an insightful visual performance model for multicore architectures").
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Datasheet:
         return max(flops / self.flops[dtype], moved / self.bytes)
 
 
-# float32 stands for TF32, PyTorch's default for convolutions.
-A100 = Datasheet(
-    "A100 SXM 80 GB", dict.fromkeys((torch.float16, torch.bfloat16), 312e12) | {torch.float32: 156e12}, 2.039e12
-)
-H100 = Datasheet(
-    "H100 SXM", dict.fromkeys((torch.float16, torch.bfloat16), 989.4e12) | {torch.float32: 494.7e12}, 3.35e12
-)
+def _rates(half: float, tf32: float) -> dict[torch.dtype, float]:
+    """float32 stands for TF32, PyTorch's default for convolutions."""
+    return {torch.float16: half, torch.bfloat16: half, torch.float32: tf32}
+
+
+A100 = Datasheet("A100 SXM 80 GB", _rates(312e12, 156e12), 2.039e12)
+H100 = Datasheet("H100 SXM", _rates(989.4e12, 494.7e12), 3.35e12)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ class Roofline:
                 for gpu in self.gpus
             ]
             cells.append(
-                [r.name, r.kernel, "x".join(map(str, r.shape)), f"{r.flops / 1e6:.1f}", f"{r.bytes / 1e6:.2f}"]
-                + [f"{r.eager_bytes / 1e6:.2f}", f"{r.intensity:.0f}", *(f"{s * 1e6:.2f}" for s in floors)]
+                [
+                    *(r.name, r.kernel, "x".join(map(str, r.shape)), f"{r.flops / 1e6:.1f}", f"{r.bytes / 1e6:.2f}"),
+                    *(f"{r.eager_bytes / 1e6:.2f}", f"{r.intensity:.0f}", *(f"{s * 1e6:.2f}" for s in floors)),
+                ]
             )
         widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
         table = [

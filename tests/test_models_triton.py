@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from ptxsim.device import simulated
 from support import assert_error_rule
 
 import resnet_fast
-from resnet_fast import backends, reference
+from resnet_fast import backends, launch, reference
 
 
 @pytest.fixture(autouse=True)
@@ -128,3 +129,29 @@ def test_named_backends(simulated_device):
             block(x)
         with backends.use("triton"), pytest.raises(RuntimeError, match=r"no kernel for torch\.float64"):
             block.double()(x.double())
+
+
+def test_compiles_into_one_graph():
+    """The compiler sees the GPU path whole, and expects of each operator the shape that the operator gives."""
+    block = used_statistics(resnet_fast.blocks.BasicBlock(16, 32, 2)).requires_grad_(False)
+    x = torch.randn(2, 16, 7, 6)
+    eager = reference.BasicBlock.forward(block, x)
+    graphs = []
+
+    def keep(graph, examples):
+        graphs.append((graph, examples))
+        return lambda *inputs: (eager,)
+
+    with torch.no_grad():
+        with launch.use_device(object()):  # nothing is launched: the compiler calls operators with shapes alone
+            torch.compile(block, fullgraph=True, backend=keep)(x)
+        ((graph, inputs),) = graphs
+        shapes = {n.name: n.meta["example_value"].shape for n in graph.graph.nodes if "pack_conv_bn" in n.name}
+        assert len(shapes) == 3
+        with simulated() as device:
+            (y,) = graph(*inputs)
+            for conv in (block.conv1, block.conv2, block.downsample[0]):
+                packed = torch.ops.resnet_fast.pack_conv_bn(conv.weight, None, None, None, None, None, 0.0)
+                assert packed.shape in shapes.values()
+        assert [name for name, _ in device.launches].count("_conv_bn_relu_fwd_kernel") == 3
+        assert_error_rule(y, copy.deepcopy(block).double()(x.double()), [eager])

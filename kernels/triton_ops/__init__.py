@@ -8,6 +8,7 @@ from . import operators as _operators
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
 OPERATORS = {
+    "add_relu": _operators.add_relu,
     "conv_bn": _operators.conv_bn,
     "conv_bn_relu": _operators.conv_bn_relu,
     "conv_bn_add_relu": _operators.conv_bn_add_relu,

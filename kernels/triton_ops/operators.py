@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resnet_fast import ops
 
+from . import add_relu as elementwise
 from . import conv_bn_relu as kernels
 from .configs import Layer
 from .tune import LIBRARY, Choice, tuner
@@ -178,6 +179,11 @@ def _conv(
     scale, shift = scale_shift(weight, *vectors, eps)
     filters = weight.permute(0, 2, 3, 1).contiguous()
     return _layer(x, filters, scale, shift, residual, y, relu, stride, padding)
+
+
+def add_relu(a: Tensor, b: Tensor) -> Tensor:
+    ops.check_add_relu(a, b)
+    return elementwise.add_relu(a, b)
 
 
 def conv_bn(x: Tensor, weight: Tensor, *rest) -> Tensor:
