@@ -67,15 +67,22 @@ def isa() -> str:
     return ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa()]
 
 
-@torch.compiler.assume_constant_result
+# Operators and the devices that have a kernel of them; resnet_fast.ops fills it once all are registered. A plain set:
+# the compiler can look into it, but not into the dispatcher.
+_kernels: set[tuple[str, str]] = set()
+_KEYS: Final = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
+
+
+def note_kernel(op: str) -> None:
+    """Looks up which devices have a kernel of ``torch.ops.resnet_fast.<op>``."""
+    for device, key in _KEYS.items():
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", key):
+            _kernels.add((op, device))
+
+
 def has_kernel(op: str, device: str) -> bool:
     """Whether ``torch.ops.resnet_fast.<op>`` runs on ``device``: ``"cpu"``, ``"cuda"`` or, for shapes, ``"meta"``."""
-    key = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}.get(device)
-    return (
-        _missing is None
-        and key is not None
-        and torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fast::{op}", key)
-    )
+    return (op, device) in _kernels
 
 
 def kind(t: torch.Tensor) -> str:

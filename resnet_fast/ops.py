@@ -431,6 +431,9 @@ def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
+_OPERATORS = ("add_relu", "conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
+
+
 def _triton_operator(op: str) -> Any:
     """The kernel of ``op`` on CUDA devices. Triton takes a second to import: that is left to the first call."""
 
@@ -463,9 +466,12 @@ def _register() -> None:
     for op in ("pack_conv_bn", "residual_stage"):
         torch.library.register_autograd(f"resnet_fast::{op}", _inference_only(op), lib=library)
     if find_spec("triton") is not None:
-        for op in ("add_relu", "conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage"):
+        backends.note_kernel("add_relu")
+        for op in _OPERATORS:
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
+    for op in _OPERATORS:
+        backends.note_kernel(op)
     # Registrations live as long as their library object.
     globals()["_library"] = library
 

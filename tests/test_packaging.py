@@ -118,10 +118,14 @@ print(status)
     assert "compiler" in status
 
 
-def test_import_is_quick():
-    """Under 50 ms of processor time on top of torch's own. The fastest of five: the others measure who else is busy."""
+def test_import_is_quick(tmp_path):
+    """Under 50 ms of processor time on top of torch's own, from cached bytecode, as every start but the first.
+
+    The fastest of five: the others measure who else is busy.
+    """
     code = "import time, torch; t = time.process_time(); import resnet_fast; print(time.process_time() - t)"
-    times = [float(run([sys.executable, "-c", code]).stdout) for _ in range(5)]
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    times = [float(run([sys.executable, "-c", code], env=env).stdout) for _ in range(5)]
     assert min(times) < 0.05, times
 
 
