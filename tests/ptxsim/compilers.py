@@ -42,6 +42,8 @@ def compile_triton(kernel, *args, **meta) -> tuple[TritonBinary, dict]:
     Goes through Triton's binder, so constants, divisibility by 16 and integers equal to 1 are those of a real launch.
     """
     triton, source, target, backend, make_binder = _triton()
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(f"kernel is {type(kernel).__name__}, want a JITFunction: pass what the wrapper wraps (.fn)")
     key = id(kernel)
     if key not in _binaries:
         _binaries[key] = (kernel, make_binder(kernel.signature, kernel.params, backend), {})
@@ -59,12 +61,15 @@ def compile_triton(kernel, *args, **meta) -> tuple[TritonBinary, dict]:
     return cache[special], bound
 
 
+TOOLKIT = "/usr/local/cuda"
+
+
 def nvcc() -> str | None:
     """The compiler of the toolkit, or of PyPI's wheels."""
     found = shutil.which("nvcc")
     if found:
         return found
-    for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+    for root in (os.environ.get("CUDA_HOME"), TOOLKIT):
         if root and os.access(f"{root}/bin/nvcc", os.X_OK):
             return f"{root}/bin/nvcc"
     try:

@@ -2,12 +2,13 @@
 
 import pathlib
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from ptxsim import Kernel
+from ptxsim import Kernel, compilers
 from ptxsim.compilers import compile_cuda
 
 SOURCE = pathlib.Path(__file__).with_name("cuda_kernels.cu").read_text()
@@ -168,3 +169,20 @@ def test_wmma_other_shape_and_layout(ptx):
     c = torch.empty(8, 32)
     Kernel(ptx, "wmma_bf16").launch(1, 32, a, b, c, outputs=[c])
     assert torch.equal(c, (a.float().T @ b.float()).T)
+
+
+def test_nvcc_of_the_wheels_is_found(monkeypatch, tmp_path):
+    """Where there is no toolkit, the compiler that PyPI's wheels unpack into site-packages."""
+    wheel = tmp_path / "nvidia/cu13/bin/nvcc"
+    wheel.parent.mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(compilers, "TOOLKIT", str(tmp_path / "no toolkit"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert compilers.nvcc() != str(wheel)
+    wheel.write_text("")
+    assert compilers.nvcc() == str(wheel)
+    monkeypatch.setenv("PATH", str(wheel.parent))
+    wheel.chmod(0o755)
+    assert compilers.nvcc() == str(wheel)

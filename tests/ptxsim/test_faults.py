@@ -200,6 +200,7 @@ def test_barriers_of_tritons_softmax():
         ("add.s64 %rd1, %r1, %rd1;", "wrong width"),
         ("mov.b32 %r1, %quux;", "unknown special register"),
         ("bra $nowhere;", "$nowhere"),
+        ("call.uni (%r1), vprintf, (%rd1, %rd2);", "printf is not supported"),
     ],
 )
 def test_what_is_unknown_is_an_error(line, words):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import triton
 
 from ptxsim import triton_kernels as kernels
+from ptxsim.compilers import compile_triton
 from ptxsim.device import SimulatedDevice
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -145,3 +147,10 @@ def test_scan():
     y = torch.empty_like(x)
     run(kernels.scan_rows, (3,), x, y, 500, B=512)
     assert torch.equal(y, x.cumsum(1).to(torch.int32))
+
+
+def test_wrappers_are_refused():
+    """What an autotuner would choose is not what a test should run."""
+    tuned = triton.autotune([triton.Config({"B": 64})], key=["n"])(kernels.add_relu)
+    with pytest.raises(TypeError, match="kernel is Autotuner, want a JITFunction"):
+        compile_triton(tuned)

@@ -63,9 +63,10 @@ void Parser::call(Statement& s, size_t first) {
   if (accept(",") && peek().is("(")) names(arguments);
   while (!accept(";")) ++i_;  // a prototype name
   const size_t resume = i_;
-  if (callee == "__assertfail" || callee == "vprintf" || callee == "__trap") {
+  if (callee == "vprintf") fail("printf is not supported", first);
+  if (callee == "__assertfail" || callee == "__trap") {
     Statement t;
-    t.op = {callee == "vprintf" ? "nop" : "assertfail"};
+    t.op = {"assertfail"};
     t.line = s.line, t.location = s.location, t.guard = s.guard, t.guard_negated = s.guard_negated;
     kernel_->body.push_back(t);
     return;
