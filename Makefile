@@ -43,9 +43,11 @@ format: $(VENV)/.installed
 build: $(VENV)/.built
 
 # Stamps: nothing is installed or built again until the files on the right change.
-$(VENV)/.installed: requirements-dev.txt
+# What lies in requirements-nodeps.txt is read or compared with; what it asks for is not needed.
+$(VENV)/.installed: requirements-dev.txt requirements-nodeps.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CXX_FILES)

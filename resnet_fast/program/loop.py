@@ -1,0 +1,300 @@
+"""Training itself: steps, evaluation, checkpoints, and going on from one."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as whole
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import checkpoints, recipes, report
+from .data import IGNORED, Batch, Batches, Data, loader
+from .networks import build, prepare
+from .options import Options, ProgramError
+from .sync_batch_norm import convert
+from .team import Team
+
+__all__ = ["Trainer"]
+
+# The same files whether one process trained, or many with whole or sharded weights.
+_WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM, so that the step that runs ends first; the second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __enter__(self) -> _Signals:
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Everything that a run consists of; ``state`` and ``restore`` say all of it that changes."""
+
+    def __init__(self, options: Options, data: Data, team: Team) -> None:
+        self.options, self.data, self.team = options, data, team
+        self.recipe = recipes.of(options)
+        torch.manual_seed(options.seed)
+        self.network = build(options.model, data.preparation).to(team.device)
+        self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if team.world > 1 and options.sync_bn:
+            convert(self.network)
+        average = get_ema_multi_avg_fn(options.ema)
+        self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
+        self.joined = team.join(self.network, options.strategy)
+        if options.compile:
+            self.network.compile()
+        shared = (options.batch, team.rank, team.world)
+        self.batches = Batches(len(data.train), *shared, accumulate=options.accumulate, seed=options.seed)
+        self.test_batches = Batches(len(data.test), *shared)
+        self.steps = self.batches.total() // options.accumulate  # of an epoch
+        if self.steps == 0:
+            step = options.batch * options.accumulate * team.world
+            raise ProgramError(
+                f"{len(data.train)} images to train on, but a step takes {step} (--batch x --accumulate x processes): "
+                "want a smaller one"
+            )
+        self.optimizer = recipes.optimizer(self.network, self.recipe)
+        self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
+        self.scaler = torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16")
+        self.epoch = self.done = 0  # whole epochs, and steps in the one after
+        self.sums = torch.zeros(3, dtype=torch.float64, device=team.device)  # loss, right ones, images of this epoch
+        self.history: list[dict[str, Any]] = []
+        self.best = 0.0
+        self.confusion: Tensor | None = None
+        self.broken: set[str] = set()
+        # Dropout differs from process to process.
+        torch.manual_seed(options.seed + 1 + team.rank)
+
+    def state(self) -> dict[str, Any]:
+        self.team.share_buffers(self.network)
+        rng = {"cpu": torch.get_rng_state()}
+        if self.team.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.team.device)
+        return {
+            "step": self.epoch * self.steps + self.done,
+            "epoch": self.epoch,
+            "done": self.done,
+            "model": whole.get_model_state_dict(self.network, options=_WHOLE),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": whole.get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": self.team.everyone(rng),
+            "sums": self.team.everyone(self.sums.cpu()),
+            "history": self.history,
+            "best": self.best,
+            "options": {**self.options.result(), "epochs": self.recipe.epochs, "processes": self.team.world},
+            "preparation": self.data.preparation._asdict(),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Goes on from ``path``, as if there had been no interruption.
+
+        Raises:
+            ProgramError: the file cannot be loaded, or another run wrote it.
+        """
+        state = checkpoints.load(path)
+        mine = {**self.options.result(), "epochs": self.recipe.epochs, "processes": self.team.world}
+        others = {name: value for name, value in state["options"].items() if mine.get(name) != value}
+        if others:
+            was = ", ".join(f"{name} {value} (now {mine.get(name)})" for name, value in others.items())
+            raise ProgramError(f"{path} was trained with {was}: want the same to go on")
+        if state["preparation"] != self.data.preparation._asdict():
+            raise ProgramError(f"{path} was trained on other images than --data {self.options.data}")
+        self.epoch, self.done = state["epoch"], state["done"]
+        whole.set_model_state_dict(self.network, state["model"], options=whole.StateDictOptions(full_state_dict=True))
+        whole.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_WHOLE)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        rng = state["rng"][self.team.rank]
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.team.device)
+        self.sums.copy_(state["sums"][self.team.rank])
+        self.history, self.best = state["history"], state["best"]
+
+    def run(self) -> int:
+        """Trains to the end, or until a signal; returns the number of that signal, or 0."""
+        pin = self.team.device.type == "cuda"
+        train = loader(self.data.train, self.batches, self.options.workers, pin)
+        test = loader(self.data.test, self.test_batches, self.options.workers, pin)
+        with _Signals() as signals:
+            while self.epoch < self.recipe.epochs:
+                received = self._train(train, signals)
+                if received:
+                    if self.done:
+                        self.save(best=False)
+                    return received
+                self._end_epoch(self._evaluate(test))
+            if self.confusion is None:  # resumed after the last epoch
+                self._evaluate(test)
+        self._final()
+        return 0
+
+    def save(self, best: bool) -> None:
+        """All processes gather, the first one writes; all hear of it when that fails."""
+        state, failure = self.state(), None
+        if self.team.rank == 0:
+            try:
+                checkpoints.save(Path(self.options.out), state, keep=self.options.keep, best=best)
+            except ProgramError as error:
+                failure = str(error)
+        failure = self.team.everyone(failure)[0]
+        if failure is not None:
+            raise ProgramError(failure)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _AMP[self.options.amp]
+        return torch.autocast(self.team.device.type, dtype, enabled=dtype is not None)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        for name in batch.broken:
+            if name not in self.broken:
+                self.broken.add(name)
+                report.say(f"broken image {len(self.broken)}: {name}")
+        images = prepare(batch.images, self.data.preparation, self.sums.float(), self.memory_format)
+        return images, batch.labels.to(self.team.device, non_blocking=True)
+
+    def _pass(self, batch: Batch, last: bool) -> None:
+        """Forward and backward of one batch; adds its gradients, its loss and its right answers."""
+        images, labels = self._inputs(batch)
+        with self.team.pass_without_sync(self.joined, last):
+            with self._autocast():
+                scores = self.joined(images)
+                loss = F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
+            self.scaler.scale(loss / self.options.accumulate).backward()
+        right = (scores.detach().argmax(1) == labels).sum()
+        count = (labels != IGNORED).sum()
+        self.sums += torch.stack([loss.detach().double() * count, right.double(), count.double()])
+
+    def _train(self, batches: Any, signals: _Signals) -> int:
+        """The rest of an epoch."""
+        self.joined.train()
+        self.batches.epoch, self.batches.first = self.epoch, self.done * self.options.accumulate
+        first = self.done == 0
+        if first:
+            self.sums.zero_()
+        bar = report.Bar(self.epoch + 1, self.recipe.epochs, self.steps, self.done, self.team.rank == 0)
+        with contextlib.closing(bar):
+            for number, batch in enumerate(batches):
+                last = (number + 1) % self.options.accumulate == 0
+                self._pass(batch, last)
+                if not last:
+                    bar.images += len(batch.labels) * self.team.world
+                    continue
+                self._step()
+                bar.step(len(batch.labels) * self.team.world, self.sums)
+                received = self.team.highest(signals.received)
+                if received:
+                    return received
+                if self.options.save_every and self.done % self.options.save_every == 0 and self.done < self.steps:
+                    self.save(best=False)
+        self._speed = (bar.speed(), bar.seconds())
+        return 0
+
+    def _step(self) -> None:
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        with _quiet_skipped_step(self.scaler.get_scale() < scale):
+            self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        self.done += 1
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Any) -> tuple[float, float]:
+        """Loss and accuracy on the test images; keeps the confusion matrix."""
+        self.team.share_buffers(self.network)
+        network = self.network if self.ema is None else self.ema.module
+        network.eval()
+        classes = len(self.data.preparation.classes)
+        matrix = torch.zeros(classes * classes, dtype=torch.int64, device=self.team.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.team.device)
+        for batch in batches:
+            images, labels = self._inputs(batch)
+            with self._autocast():
+                scores = network(images)
+            loss += F.cross_entropy(scores.float(), labels, ignore_index=IGNORED, reduction="sum")
+            there = labels != IGNORED
+            matrix += torch.bincount(labels[there] * classes + scores.argmax(1)[there], minlength=classes * classes)
+        self.confusion = self.team.total(matrix).reshape(classes, classes)
+        count = int(self.confusion.sum())
+        if count == 0:
+            raise ProgramError(f"no test image of --data {self.options.data} can be read")
+        return float(self.team.total(loss)) / count, float(self.confusion.diagonal().sum()) / count
+
+    def _end_epoch(self, test: tuple[float, float]) -> None:
+        sums = self.team.total(self.sums)
+        count = max(float(sums[2]), 1.0)
+        self.epoch, self.done = self.epoch + 1, 0
+        row = {
+            "epoch": self.epoch,
+            "step": self.epoch * self.steps,
+            "lr": self.lr,
+            "train_loss": float(sums[0]) / count,
+            "train_accuracy": float(sums[1]) / count,
+            "test_loss": test[0],
+            "test_accuracy": test[1],
+            "images_per_s": round(self._speed[0], 1),
+            "seconds": round(self._speed[1], 2),
+        }
+        self.history.append(row)
+        best = test[1] > self.best
+        self.best = max(self.best, test[1])
+        self.save(best)
+        if self.team.rank == 0:
+            folder = Path(self.options.out)
+            report.log(folder / "log.csv", self.history)
+            report.say(
+                f"epoch {self.epoch}/{self.recipe.epochs}: loss {row['train_loss']:.4f}, accuracy "
+                f"{row['train_accuracy']:.2%}; test {test[0]:.4f}, {test[1]:.2%}; {self._speed[0]:.0f} images/s"
+            )
+
+    def _final(self) -> None:
+        broken = set().union(*self.team.everyone(self.broken))
+        if self.team.rank != 0 or self.confusion is None:
+            return
+        folder = Path(self.options.out)
+        report.curves(folder / "curves.png", {self.options.model: self.history})
+        report.confusion_chart(folder / "confusion.png", self.confusion, self.data.preparation.classes)
+        right, count = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
+        report.say(f"final: {right} of {count} test images right, {right / count:.2%}; best epoch {self.best:.2%}")
+        if broken:
+            report.say(f"{len(broken)} broken images were left out")
+
+
+@contextlib.contextmanager
+def _quiet_skipped_step(skipped: bool) -> Iterator[None]:
+    """After gradients that overflowed, the scaler skips the optimizer's step: the schedule goes on all the same."""
+    import warnings
+
+    with warnings.catch_warnings():
+        if skipped:
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        yield

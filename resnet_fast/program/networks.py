@@ -1,0 +1,39 @@
+"""The networks that the program trains: built, given weights, asked for classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import models
+from .data import Preparation
+from .options import ProgramError
+
+__all__ = ["build", "prepare"]
+
+
+class _Scores(models.ResNet32):
+    """ResNet32 whose result is the logits, as a loss wants them and as the other networks give them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+
+def build(model: str, preparation: Preparation) -> nn.Module:
+    """The network called ``model``, from images to logits, with new weights."""
+    classes = len(preparation.classes)
+    try:
+        if model == "ResNet32":
+            return _Scores(num_classes=classes, image_size=preparation.size)
+    except ValueError as error:
+        raise ProgramError(f"--model {model} for images of {preparation.size} x {preparation.size}: {error}") from error
+    return getattr(models, model)(num_classes=classes)
+
+
+def prepare(images: Tensor, preparation: Preparation, like: Tensor, memory_format: Any) -> Tensor:
+    """``uint8 [N, 1 or 3, H, W] -> [N, 3, H, W]`` of the dtype and device of ``like``, with mean 0 and deviation 1."""
+    x = images.to(like.device, non_blocking=True).to(like.dtype)
+    mean, std = (like.new_tensor(v)[:, None, None] for v in (preparation.mean, preparation.std))
+    # Digits are grey, the stems want three channels.
+    return ((x / 255 - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=memory_format)

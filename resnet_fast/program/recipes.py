@@ -1,0 +1,60 @@
+"""How weights are moved: optimizer and learning rates of two published recipes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LRScheduler, MultiStepLR, OneCycleLR
+
+from .options import Options
+
+__all__ = ["Recipe", "of", "optimizer", "schedule"]
+
+
+class Recipe(NamedTuple):
+    epochs: int
+    lr: float
+    weight_decay: float
+    nesterov: bool
+
+
+_RECIPES = {
+    # He et al. 2015, section 4.2: 64,000 steps of 128 images, which are 164 epochs of CIFAR's 50,000.
+    "he": Recipe(164, 0.1, 1e-4, False),
+    # One cycle (Smith, Topin 2017) with cosine slopes, for a short budget.
+    "onecycle": Recipe(10, 0.2, 5e-4, True),
+}
+
+
+def of(options: Options) -> Recipe:
+    """The recipe that ``options`` name, with what they change of it."""
+    recipe = _RECIPES[options.recipe]
+    return Recipe(
+        recipe.epochs if options.epochs is None else options.epochs,
+        recipe.lr if options.lr is None else options.lr,
+        recipe.weight_decay if options.weight_decay is None else options.weight_decay,
+        recipe.nesterov,
+    )
+
+
+def optimizer(network: nn.Module, recipe: Recipe) -> SGD:
+    return SGD(
+        network.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+    )
+
+
+def schedule(optimizer: SGD, options: Options, steps: int) -> LRScheduler:
+    """Learning rates for ``steps`` steps.
+
+    ``he``: divided by 10 after 32,000 and 48,000 of 64,000 steps, that is at 1/2 and at 3/4; with 110 layers the first
+    400 steps take a tenth. ``onecycle``: up for a quarter, then down to nothing, along cosines.
+    """
+    if options.recipe == "onecycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False)
+    falls = MultiStepLR(optimizer, [steps // 2, steps * 3 // 4], gamma=0.1)
+    if options.model == "cifar_resnet110":
+        return ChainedScheduler([ConstantLR(optimizer, factor=0.1, total_iters=400), falls])
+    return falls

@@ -1,0 +1,141 @@
+"""What a run leaves to look at: a progress bar, log.csv, curves.png and confusion.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoints import write
+from .options import ProgramError
+
+__all__ = ["COLUMNS", "Bar", "confusion_chart", "curves", "log", "say", "writable"]
+
+COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "images_per_s",
+    "seconds",
+)
+
+
+def say(text: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def writable(folder: Path) -> None:
+    """Raises ProgramError where no file can be written into ``folder``, before hours are spent."""
+    probe = folder / ".writable"
+    _write(probe, b"")
+    probe.unlink(missing_ok=True)
+
+
+class Bar:
+    """Loss, accuracy, images/s and time left of an epoch; silent where the output is no terminal."""
+
+    def __init__(self, epoch: int, epochs: int, steps: int, first: int, show: bool) -> None:
+        hidden = None if show else True  # None: where there is a terminal
+        self._bar = tqdm(total=steps, initial=first, desc=f"epoch {epoch}/{epochs}", unit="step", disable=hidden)
+        self.started = time.perf_counter()
+        self._shown = 0.0
+        self.images = 0
+
+    def step(self, images: int, sums: Tensor) -> None:
+        self.images += images
+        self._bar.update()
+        now = time.perf_counter()
+        # Reading the sums waits for the device.
+        if not self._bar.disable and now - self._shown > 0.5:
+            self._shown = now
+            loss, correct, count = sums.tolist()
+            self._bar.set_postfix_str(
+                f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, {self.speed():.0f} images/s"
+            )
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def speed(self) -> float:
+        return self.images / self.seconds()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def log(path: Path, history: list[dict[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    _write(path, text.getvalue().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content)
+    except OSError as error:
+        raise ProgramError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _save(figure: Any, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    _write(path, image.getvalue())
+
+
+def _figure(**kwargs: Any) -> Any:
+    # The class, not pyplot: no display is looked for, no state is left.
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **kwargs)
+
+
+def curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Loss and accuracy by epoch of one or more runs, by name."""
+    figure = _figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    for number, (name, history) in enumerate(runs.items()):
+        epochs = [row["epoch"] for row in history]
+        color = f"C{number % 10}"
+        for axes, quantity, factor in ((left, "loss", 1), (right, "accuracy", 100)):
+            train = [factor * row[f"train_{quantity}"] for row in history]
+            test = [factor * row[f"test_{quantity}"] for row in history]
+            axes.plot(epochs, train, "--", color=color, alpha=0.6, label=f"{name}, training")
+            axes.plot(epochs, test, "-", color=color, label=f"{name}, test")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="accuracy, %")
+    right.legend(fontsize="small")
+    _save(figure, path)
+
+
+def confusion_chart(path: Path, matrix: Tensor, classes: list[str]) -> None:
+    """Rows are the true classes, columns the predicted ones, colour the share of the row, counts if there is room."""
+    side = max(4.0, min(0.45 * len(classes) + 2, 20.0))
+    figure = _figure(figsize=(side, side))
+    axes = figure.subplots()
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in torch.nonzero(matrix).tolist():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, int(matrix[row, column]), ha="center", va="center", color=color, fontsize=7)
+    right = float(matrix.diagonal().sum()) / max(float(matrix.sum()), 1.0)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{right:.2%} of {int(matrix.sum())} right")
+    _save(figure, path)
