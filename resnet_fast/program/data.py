@@ -239,4 +239,5 @@ def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) 
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         pin_memory=pin,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # the global one belongs to the network: iterating must not move it
     )

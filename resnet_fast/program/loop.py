@@ -56,7 +56,8 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.network = build(options.model, data.preparation).to(team.device)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if options.strategy != "fsdp":  # which shards contiguous weights only; the images decide then
+            self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         if team.world > 1 and options.sync_bn:
             convert(self.network)
         average = get_ema_multi_avg_fn(options.ema)
