@@ -35,10 +35,10 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.to(weight.dtype)
         count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        own = torch.stack([torch.full_like(mean, count), mean, variance * count])
-        if count == 0:  # takes part with weight zero
-            own.zero_()
+        own = wide.new_zeros(3, x.shape[1])
+        if count > 0:  # an empty batch takes part with weight zero
+            variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+            own.copy_(torch.stack([torch.full_like(mean, count), mean, variance * count]))
         all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(all_of_them, own)
         counts, means, m2s = torch.stack(all_of_them).double().unbind(1)
