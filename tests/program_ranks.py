@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from program_support import small_cifar
+from program_support import differences, small_cifar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,28 +71,33 @@ def training_like_one_process(rank, world):
         close(shared.state_dict()[name].double(), value.double(), name, 1e-7)
 
 
-def trained(folder, group, *given):
-    """Weights and gradients' sum after one epoch of the program's own loop."""
-    chosen = options.parse([*small_cifar(folder), "--epochs", "1", "--lr", "0.01", "--out", str(folder), *given])
+def trained(folder, group, name, *given):
+    """The state after one epoch of the program's own loop; another trainer takes it up from the file."""
+    out = folder.parent / name
+    chosen = options.parse([*small_cifar(folder), "--epochs", "1", "--lr", "0.01", "--out", str(out), *given])
     trainer = loop.Trainer(chosen, data.load(chosen), group)
     received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
     assert received == 0
+    trainer.save(best=False)
+    other = loop.Trainer(chosen, data.load(chosen), group)
+    other.restore(out / f"step-{trainer.done:08d}.pt")
+    assert differences(other.state(), trainer.state()) == []
     return trainer.state()
 
 
 def strategies_agree(folder, group):
     """Sharded and replicated weights, and gradients sent once or with every pass, come to the same."""
-    ddp = trained(folder, group, "--accumulate", "2")
-    fsdp = trained(folder, group, "--accumulate", "2", "--strategy", "fsdp")
+    ddp = trained(folder, group, "ddp", "--accumulate", "2")
+    fsdp = trained(folder, group, "fsdp", "--accumulate", "2", "--strategy", "fsdp")
     every_pass = team.Team.pass_without_sync
     team.Team.pass_without_sync = staticmethod(lambda network, last: every_pass(network, True))
     try:
-        chatty = trained(folder, group, "--accumulate", "2")
+        chatty = trained(folder, group, "every pass", "--accumulate", "2")
     finally:
         team.Team.pass_without_sync = staticmethod(every_pass)
     assert ddp["step"] == fsdp["step"] == chatty["step"] == 80 // (8 * 2 * group.world)
     for name, value in ddp["model"].items():
-        # Five steps from the same weights in float32; other orders of sums.
+        # Two steps from the same weights in float32; other orders of sums.
         close(fsdp["model"][name].double(), value.double(), f"fsdp {name}", 1e-3)
         close(chatty["model"][name].double(), value.double(), f"every pass {name}", 1e-3)
     assert ddp["optimizer"].keys() == fsdp["optimizer"].keys()

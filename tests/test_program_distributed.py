@@ -35,9 +35,8 @@ def ranks_of(launcher):
     return found
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_worker_that_dies_ends_the_job_and_resume_goes_on(strategy, tmp_path):
-    options = [*small_cifar(tmp_path), "--epochs", "2", "--save-every", "2", "--keep", "20", "--strategy", strategy]
+def test_worker_that_dies_ends_the_job_and_resume_goes_on(tmp_path):
+    options = [*small_cifar(tmp_path), "--epochs", "2", "--save-every", "2", "--keep", "20"]
     process = start(*options, "--out", tmp_path / "dies", launcher=torchrun(2))
     wait_for(tmp_path / "dies/step-00000002.pt", process)  # of 10 steps, 5 an epoch
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)

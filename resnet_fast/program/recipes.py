@@ -53,7 +53,8 @@ def schedule(optimizer: SGD, options: Options, steps: int) -> LRScheduler:
     """
     if options.recipe == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False)
+        # With fewer than five steps OneCycleLR divides by the zero length of its ascent.
+        return OneCycleLR(optimizer, rates, total_steps=max(steps + 1, 5), pct_start=0.25, cycle_momentum=False)
     falls = MultiStepLR(optimizer, [steps // 2, steps * 3 // 4], gamma=0.1)
     if options.model == "cifar_resnet110":
         return ChainedScheduler([ConstantLR(optimizer, factor=0.1, total_iters=400), falls])

@@ -1,7 +1,11 @@
-"""What a run leaves to look at: a progress bar, log.csv, curves.png and confusion.png."""
+"""What a run leaves to look at: a progress bar, log.csv, curves.png and confusion.png.
+
+``python -m resnet_fast.program.report chart.png runs/a runs/b`` draws the curves of several runs in one chart.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import sys
@@ -16,7 +20,7 @@ from tqdm import tqdm
 from .checkpoints import write
 from .options import ProgramError
 
-__all__ = ["COLUMNS", "Bar", "confusion_chart", "curves", "log", "say", "writable"]
+__all__ = ["COLUMNS", "Bar", "confusion_chart", "curves", "log", "read_log", "say", "writable"]
 
 COLUMNS = (
     "epoch",
@@ -98,6 +102,15 @@ def _save(figure: Any, path: Path) -> None:
     _write(path, image.getvalue())
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log.csv as :func:`log` was given them."""
+    try:
+        with path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError) as error:
+        raise ProgramError(f"{path} cannot be read: {error}") from error
+
+
 def _figure(**kwargs: Any) -> Any:
     # The class, not pyplot: no display is looked for, no state is left.
     from matplotlib.figure import Figure
@@ -139,3 +152,22 @@ def confusion_chart(path: Path, matrix: Tensor, classes: list[str]) -> None:
     right = float(matrix.diagonal().sum()) / max(float(matrix.sum()), 1.0)
     axes.set(xlabel="predicted", ylabel="true", title=f"{right:.2%} of {int(matrix.sum())} right")
     _save(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m resnet_fast.program.report", description="The curves of several runs in one chart."
+    )
+    parser.add_argument("chart", type=Path, help="the PNG file to write")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="folders of resnet_fast.train")
+    given = parser.parse_args(arguments)
+    try:
+        curves(given.chart, {run.name: read_log(run / "log.csv") for run in given.runs})
+    except ProgramError as error:
+        print(f"resnet_fast.program.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
