@@ -1,7 +1,10 @@
 """The training program as a whole: it learns, in every way of running; predictions of image files."""
 
 import csv
+import io
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -112,6 +115,40 @@ def test_compiled(tmp_path, monkeypatch):
     assert differences(eager, compiled) != []
     for name, value in eager.items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=1e-2)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = report.Bar(2, 9, steps=10, first=3, show=True)
+    bar.step(64, torch.tensor([32.0, 48.0, 64.0]))
+    bar.close()
+    line = terminal.getvalue().split("\r")[-1]
+    assert line.startswith("epoch 2/9:  40%")
+    assert "4/10 [" in line
+    assert "loss 0.500, accuracy 75.0%" in line
+    assert re.search(r"\[\d+:\d+<\d+:\d+, .* images/s", line)  # time left, and speed
+    hidden = Terminal()
+    monkeypatch.setattr(sys, "stderr", hidden)
+    report.Bar(1, 1, steps=1, first=0, show=False).step(1, torch.ones(3))
+    assert hidden.getvalue() == ""
+
+
+def test_curves_of_several_runs(tmp_path, capfd):
+    row = dict.fromkeys(report.COLUMNS, 1)
+    for name in ("a", "b"):
+        report.log(tmp_path / name / "log.csv", [{**row, "epoch": epoch, "test_loss": 0.5} for epoch in (1, 2)])
+    assert report.read_log(tmp_path / "a/log.csv")[1]["test_loss"] == 0.5
+    assert report.main([str(tmp_path / "chart.png"), str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert len(np.unique(np.asarray(chart.convert("L")))) > 50
+    assert report.main([str(tmp_path / "chart.png"), str(tmp_path / "none")]) == 2
+    assert "none/log.csv cannot be read" in capfd.readouterr().err
 
 
 def trainer_for(tmp_path, *given):

@@ -59,6 +59,8 @@ def test_signal_saves_and_ends(number, tmp_path, capfd):
     process = start(*given, "--out", tmp_path / "run")
     wait_for(tmp_path / "run/step-00000002.pt", process)
     process.send_signal(number)
+    time.sleep(0.01)
+    process.send_signal(number)  # as under torchrun
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     assert f"stopped by {number.name}, all saved" in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,23 @@ _AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM, so that the step that runs ends first; the second one ends the program at once."""
+    """Notes SIGINT and SIGTERM, so that the step that runs ends first; the impatient end the program with a second one.
+
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what follows within two seconds is the
+    same one.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._at = 0.0
 
     def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, self._before[signal.Signals(number)])
+        now = time.monotonic()
+        if self.received and now - self._at > 2:
+            signal.signal(number, self._before[signal.Signals(number)])
+            signal.raise_signal(number)
+        elif not self.received:
+            self.received, self._at = number, now
 
     def __enter__(self) -> _Signals:
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
