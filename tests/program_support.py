@@ -68,9 +68,10 @@ def environment():
 
 
 def start(*options, launcher=(sys.executable, "-m")):
-    """The program in a process of its own."""
+    """The program in a process, and a group, of its own."""
     command = [*launcher, "resnet_fast.train", *map(str, options)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
 
 def torchrun(processes):

@@ -181,6 +181,23 @@ def test_broken_images_are_named_and_replaced_or_left_out(tmp_path):
     assert "test/dog/1.png" in batch.broken[0]
 
 
+def test_last_image_broken(tmp_path):
+    """The first one takes its place."""
+    data = load(Options(str(photographs(tmp_path, broken=("train/dog/5",))), image_size=16))
+    batch = data.train.__getitems__([(0, 11)])
+    assert batch.labels.tolist() == [0]
+    assert "train/dog/5.png" in batch.broken[0]
+
+
+def test_places_without_an_image_are_ignored(tmp_path):
+    files = load(Options(str(photographs(tmp_path)), image_size=16)).test
+    for dataset in (files, Samples(*random_images(6), 0, False, None)):
+        labels = torch.cat([batch.labels for batch in batch_of(dataset, 4)])
+        assert len(labels) == 8
+        assert labels[6:].tolist() == [-1, -1]
+        assert labels[:6].min() >= 0
+
+
 def test_folder_without_test(tmp_path):
     (tmp_path / "train/cat").mkdir(parents=True)
     with pytest.raises(ProgramError, match="has no folder 'test'"):

@@ -1,6 +1,7 @@
 """An interrupted run of the training program ends as if it had not been interrupted, bit for bit."""
 
 import os
+import re
 import signal
 import time
 
@@ -55,18 +56,19 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_ends(number, tmp_path, capfd):
-    given = [*small_cifar(tmp_path, count=48), "--epochs", "2", "--save-every", "1", "--keep", "99"]
-    process = start(*given, "--out", tmp_path / "run")
-    wait_for(tmp_path / "run/step-00000002.pt", process)
-    process.send_signal(number)
+    given = [*small_cifar(tmp_path, count=48), "--epochs", "2", "--save-every", "3", "--keep", "99"]
+    process = start(*given, "--workers", "1", "--out", tmp_path / "run")
+    wait_for(tmp_path / "run/step-00000003.pt", process)
+    os.killpg(process.pid, number)  # loading workers, too, as from a terminal
     time.sleep(0.01)
-    process.send_signal(number)  # as under torchrun
+    process.send_signal(number)  # and again, as under torchrun
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     assert f"stopped by {number.name}, all saved" in output
     assert "Traceback" not in output
-    steps = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
-    assert steps == [f"step-{i + 1:08d}.pt" for i in range(len(steps))]
+    epoch, step = map(int, re.search(r"goes on from epoch (\d+), step (\d+)", output).groups())
+    last = max((tmp_path / "run").glob("step-*.pt"))
+    assert last.name == f"step-{(epoch - 1) * 6 + step - 1:08d}.pt"
     assert run(*given, "--out", tmp_path / "run", "--resume") == 0
     assert run(*given, "--out", tmp_path / "whole") == 0
     last = "step-00000012.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -230,6 +231,12 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and many schedulers signal every process; the main one decides, and its end is the workers' end, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) -> DataLoader:
     # A worker loads whole batches, one NumPy call for all images: collating single images would cost more than that.
     return DataLoader(
@@ -238,6 +245,7 @@ def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) 
         num_workers=workers,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         pin_memory=pin,
+        worker_init_fn=_outlive_signals,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # the global one belongs to the network: iterating must not move it
     )
