@@ -75,6 +75,19 @@ def test_signal_saves_and_ends(number, tmp_path, capfd):
     assert differences(checkpoint(tmp_path / "whole" / last), checkpoint(tmp_path / "run" / last)) == []
 
 
+def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
+    """Before it was evaluated: there is nothing to train any more, and a row of the log to write."""
+    given = [*small_cifar(tmp_path), "--epochs", "1"]
+    assert run(*given, "--out", tmp_path / "whole") == 0
+    options = parse([*given, "--out", str(tmp_path / "stopped")])
+    trainer = loop.Trainer(options, data.load(options), team.Team(options))
+    trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    trainer.save(best=False)
+    assert run(*given, "--out", tmp_path / "stopped", "--resume") == 0
+    whole, stopped = (checkpoint(tmp_path / name / "step-00000010.pt") for name in ("whole", "stopped"))
+    assert differences(whole, stopped) == []
+
+
 def test_random_numbers_go_on(tmp_path):
     options = parse([*small_cifar(tmp_path), "--out", str(tmp_path / "run"), "--epochs", "1"])
     group = team.Team(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16")
         self.epoch = self.done = 0  # whole epochs, and steps in the one after
         self.sums = torch.zeros(3, dtype=torch.float64, device=team.device)  # loss, right ones, images of this epoch
+        self.lr = 0.0  # of the last step
+        self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
         self.best = 0.0
         self.confusion: Tensor | None = None
@@ -113,6 +116,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": self.team.everyone(rng),
             "sums": self.team.everyone(self.sums.cpu()),
+            "lr": self.lr,
             "history": self.history,
             "best": self.best,
             "options": {**self.options.result(), "epochs": self.recipe.epochs, "processes": self.team.world},
@@ -145,7 +149,7 @@ class Trainer:
         if "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.team.device)
         self.sums.copy_(state["sums"][self.team.rank])
-        self.history, self.best = state["history"], state["best"]
+        self.lr, self.history, self.best = state["lr"], state["history"], state["best"]
 
     def run(self) -> int:
         """Trains to the end, or until a signal; returns the number of that signal, or 0."""
@@ -303,8 +307,6 @@ class Trainer:
 @contextlib.contextmanager
 def _quiet_skipped_step(skipped: bool) -> Iterator[None]:
     """After gradients that overflowed, the scaler skips the optimizer's step: the schedule goes on all the same."""
-    import warnings
-
     with warnings.catch_warnings():
         if skipped:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
