@@ -44,10 +44,10 @@ def random_images(count, seed=0):
     return dice.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), dice.integers(0, 10, count)
 
 
-def small_cifar(folder, count=80):
+def small_cifar(folder, count=80, seed=0):
     """Options for a run on ``count`` images of noise in CIFAR-10's form."""
     path = make_archive(
-        folder / "cifar-10-python.tar.gz", cifar_members(*random_images(count), *random_images(20, seed=1))
+        folder / "cifar-10-python.tar.gz", cifar_members(*random_images(count, seed), *random_images(20, seed=1))
     )
     return ["--data", str(path), "--checksum", checksum(path), "--batch", "8", "--workers", "0"]
 

@@ -123,6 +123,9 @@ def test_another_run_is_not_taken_up(tmp_path, capfd):
     (tmp_path / "cifar-10-python.tar.gz").unlink()
     other = small_cifar(tmp_path, count=90)
     assert run(*other, "--epochs", "1", "--out", tmp_path / "run", "--resume") == 2
+    assert "was trained with images 80 (now 90)" in capfd.readouterr().err
+    other = small_cifar(tmp_path, seed=5)
+    assert run(*other, "--epochs", "1", "--out", tmp_path / "run", "--resume") == 2
     assert "was trained on other images" in capfd.readouterr().err
 
 

@@ -119,9 +119,14 @@ class Trainer:
             "lr": self.lr,
             "history": self.history,
             "best": self.best,
-            "options": {**self.options.result(), "epochs": self.recipe.epochs, "processes": self.team.world},
+            "options": self._identity(),
             "preparation": self.data.preparation._asdict(),
         }
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        counted = {"epochs": self.recipe.epochs, "processes": self.team.world, "images": len(self.data.train)}
+        return {**self.options.result(), **counted}
 
     def restore(self, path: Path) -> None:
         """Goes on from ``path``, as if there had been no interruption.
@@ -130,7 +135,7 @@ class Trainer:
             ProgramError: the file cannot be loaded, or another run wrote it.
         """
         state = checkpoints.load(path)
-        mine = {**self.options.result(), "epochs": self.recipe.epochs, "processes": self.team.world}
+        mine = self._identity()
         others = {name: value for name, value in state["options"].items() if mine.get(name) != value}
         if others:
             was = ", ".join(f"{name} {value} (now {mine.get(name)})" for name, value in others.items())
