@@ -14,7 +14,7 @@ namespace resnet_fast {
 // Sums of so many elements at once: they stay in L1, and short sums err less.
 constexpr int64_t kSumElements = 4096;
 // Maps of the images that a team has at hand: they should stay in the last-level cache.
-constexpr int64_t kTrainingMapBytes = 8 << 20;
+constexpr int64_t kTrainingMapBytes = 4 << 20;
 
 // [N, C, H, W], channels last, without a gap.
 struct Image {
