@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, ops
 from .choose import algorithm_of_filter, algorithms
+from .training import Program
 from .watch import Watch, hooks_reason, uncounted_reason
 
 __all__ = ["Build", "Chain", "Fused", "Recorder"]
@@ -42,8 +43,8 @@ def _padding(conv: nn.Conv2d) -> list[int] | None:
     return [int(p) for p in conv.padding]
 
 
-def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
-    """Why this pair cannot be fused, or None."""
+def _layer_reason(conv: nn.Module, bn: nn.Module | None, training: bool) -> str | None:
+    """Why this pair cannot be fused, for inference or for training, or None."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} where a Conv2d was"
     if bn is not None and type(bn) is not nn.BatchNorm2d:
@@ -56,9 +57,9 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
         return f"padding mode {conv.padding_mode!r}"
     if _padding(conv) is None:
         return "uneven padding"
-    if bn is not None and bn.training:
+    if bn is not None and bn.training and not training:
         return "batch norm in training mode"
-    if bn is not None and bn.running_mean is None:
+    if bn is not None and bn.running_mean is None and not training:
         return "batch norm without running statistics"
     for part in (conv, bn):
         # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
@@ -71,7 +72,7 @@ def _layer_reason(conv: nn.Module, bn: nn.Module | None) -> str | None:
         if type(t) not in (Tensor, nn.Parameter, FakeTensor):
             return f"weights of type {type(t).__name__}"
         device = backends.kind(t)
-        if device not in ops.DTYPES or not backends.has_kernel("residual_stage", device):
+        if device not in ops.DTYPES or not backends.has_kernel(_operator(training), device):
             return f"no kernel for {device} tensors"
         if t.dtype not in ops.DTYPES[device]:
             return f"no kernel for {t.dtype}"
@@ -85,10 +86,16 @@ def _sources(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> list[Tensor | None]:
     return [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
 
 
+def _operator(training: bool) -> str:
+    """The operator without which a chain cannot run."""
+    return "conv_moments" if training else "residual_stage"
+
+
 class Recorder:
     """Writes the dataflow down as the integers that ``residual_stage`` reads. Values are numbered; 0 is the input."""
 
-    def __init__(self) -> None:
+    def __init__(self, training: bool = False) -> None:
+        self.training = training
         self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
         self.layers: list[int] = []
         self._stands_for: set[nn.Module] = set()
@@ -96,7 +103,7 @@ class Recorder:
 
     def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
         self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
-        reason = _layer_reason(conv, bn)
+        reason = _layer_reason(conv, bn, self.training)
         if reason is None and relu is not None and type(relu) is not nn.ReLU:
             reason = f"{type(relu).__name__} where a ReLU was"
         if reason is not None:
@@ -275,6 +282,8 @@ class Fused(nn.Module):
     def fused(self, x: Tensor) -> Tensor | None:
         """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows."""
         reason = self._call_reason(x)
+        if reason is None and self.training:
+            return self._trained(x)
         if reason is None and torch.compiler.is_compiling():
             return self._traced(x)
         chain = None if reason is not None else self._chain
@@ -301,10 +310,8 @@ class Fused(nn.Module):
 
     def _call_reason(self, x: Tensor) -> str | None:
         """Why this call cannot run fused, or None, as far as that does not depend on the weights."""
-        if self.training:
-            return "training mode"
         device = backends.kind(x)
-        reason = backends.unfused_reason("residual_stage", device)
+        reason = backends.unfused_reason(_operator(self.training), device)
         if reason is not None:
             return reason
         if device not in ops.DTYPES:
@@ -315,7 +322,7 @@ class Fused(nn.Module):
         if dtype not in ops.DTYPES[device] or x.dtype not in ops.DTYPES[device]:
             return f"no kernel for {dtype}"
         if torch.compiler.is_compiling():
-            return None
+            return "training under torch.compile" if self.training else None
         if type(x) not in (Tensor, nn.Parameter):
             return f"an input of type {type(x).__name__}"
         if torch.jit.is_tracing():
@@ -325,6 +332,28 @@ class Fused(nn.Module):
         if nn_module._has_any_global_hook():
             return "a global module hook"
         return None
+
+    def _trained(self, x: Tensor) -> Tensor | None:
+        """In training mode: one autograd function, recorded anew at every call, for the weights change at every step."""
+        recorder = Recorder(training=True)
+        self.flow(recorder, 0)
+        reason = recorder.reason(self.parts())
+        program = Program(recorder.pairs, recorder.layers)
+        reason = reason or program.reason()
+        weight = recorder.pairs[0][0].weight if recorder.pairs else x
+        autocast = _autocast_dtype(x)
+        if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
+            x = x.to(autocast)
+        elif x.dtype != weight.dtype:
+            reason = reason or f"{x.dtype} input, {weight.dtype} weights"
+        if x.device != weight.device:
+            reason = reason or f"an input on {x.device}, weights on {weight.device}"
+        if x.numel() == 0:
+            reason = reason or "an empty input"
+        if reason is not None:
+            backends.decline(type(self).__name__, reason)
+            return None
+        return program.run(x)
 
     def _traced(self, x: Tensor) -> Tensor | None:
         """For the compiler: filters are packed in the graph, where freezing can fold them, and never go stale."""

@@ -13,7 +13,7 @@ import torch
 
 from . import backends
 
-__all__ = ["COMPACT_WINOGRAD", "DIRECT", "NAMES", "WINOGRAD", "algorithm", "algorithm_of_filter", "algorithms"]
+__all__ = ["COMPACT_WINOGRAD", "DIRECT", "NAMES", "WINOGRAD", "algorithm", "algorithm_of_filter", "algorithms", "training_algorithm"]
 
 # As pack_conv_bn numbers them.
 DIRECT = 0
@@ -79,3 +79,15 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
         best = algorithm(c, k, (r, s), (stride_h, stride_w), batch * height * width, tiles)
         chosen.append(DIRECT if exact else best)
     return chosen
+
+
+def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False) -> int:
+    """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around."""
+    if weight.dtype == torch.float64:
+        return DIRECT
+    k, c, *kernel = weight.shape
+    if backward:
+        k, c = c, k
+    batch, _, height, width = x.shape
+    tiles = batch * ((height + TILE - 1) // TILE) * ((width + TILE - 1) // TILE)
+    return algorithm(c, k, tuple(kernel), tuple(stride), batch * height * width, tiles)

@@ -340,6 +340,56 @@ def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
     return empty_image(x, *maps[-1])
 
 
+def _fake_conv_moments(
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    y = fake_conv(x, weight.to(x.dtype), bias, None, None, None, None, 0.0, stride, padding)
+    return y, _rows(x, 2, weight.shape[0] if moments else 0)
+
+
+def _rows(like: Tensor, rows: int, channels: Any) -> Tensor:
+    """Statistics, in the type of the arithmetic."""
+    return like.new_empty((rows, channels), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _fake_bn_apply(y: Tensor, *rest: Any) -> Tensor:
+    return empty_image(y, *y.shape[1:])
+
+
+def _fake_bn_backward_sums(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_image(grad, *grad.shape[1:]), _rows(grad, 3, grad.shape[1])
+
+
+def _fake_conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    need_x: bool,
+    need_weight: bool,
+    residual: Tensor | None,
+    finish: bool,
+    ys: list[Tensor],
+    means: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = empty_image(x if need_x else x[:0], *x.shape[1:])
+    return dx, torch.empty_like(weight), _rows(x, 3 if finish else 0, x.shape[1])
+
+
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *ctx.others, ctx.eps, ctx.stride, ctx.padding = inputs
     tensors = ctx.others
@@ -403,9 +453,9 @@ def _add_relu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad, grad
 
 
-def _inference_only(op: str) -> Any:
+def _without_gradient(op: str) -> Any:
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"resnet_fast::{op} is for inference and has no gradient: use conv_bn_relu and its kin")
+        raise RuntimeError(f"resnet_fast::{op} has no gradient of its own: use conv_bn_relu and its kin, or a module")
 
     return backward
 
@@ -432,6 +482,14 @@ def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _OPERATORS = ("add_relu", "conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
+
+
+_TRAINING = {
+    "conv_moments": _fake_conv_moments,
+    "bn_apply": _fake_bn_apply,
+    "bn_backward_sums": _fake_bn_backward_sums,
+    "conv_backward": _fake_conv_backward,
+}
 
 
 def _triton_operator(op: str) -> Any:
@@ -463,14 +521,16 @@ def _register() -> None:
     )
     torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
     torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
-    for op in ("pack_conv_bn", "residual_stage"):
-        torch.library.register_autograd(f"resnet_fast::{op}", _inference_only(op), lib=library)
+    for op, fake in _TRAINING.items():
+        torch.library.register_fake(f"resnet_fast::{op}", fake, lib=library)
+    for op in ("pack_conv_bn", "residual_stage", *_TRAINING):
+        torch.library.register_autograd(f"resnet_fast::{op}", _without_gradient(op), lib=library)
     if find_spec("triton") is not None:
         backends.note_kernel("add_relu")
         for op in _OPERATORS:
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
-    for op in _OPERATORS:
+    for op in (*_OPERATORS, *_TRAINING):
         backends.note_kernel(op)
     # Registrations live as long as their library object.
     globals()["_library"] = library

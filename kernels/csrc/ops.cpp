@@ -27,6 +27,26 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
 
+  // Training. A batch norm is [scale; shift] of its convolution's output y, applied where y is read.
+  // y = conv2d([relu](scale * x + shift), weight, bias), and [mean; variance] of y
+  m.def(
+      "conv_moments(Tensor x, Tensor? scale_shift, bool relu, Tensor weight, Tensor? bias, int[2] stride, int[2] "
+      "padding, int algorithm, bool moments) -> (Tensor, Tensor)");
+  // [relu](scale * y + shift [+ residual [* its scale + its shift]])
+  m.def("bn_apply(Tensor y, Tensor scale_shift, Tensor? residual, Tensor? residual_scale_shift, bool relu) -> Tensor");
+  // g = grad where positive [* scale + shift] > 0, else 0, and its sums over pixels: of g, and of g * (y - mean) for
+  // up to two ys; means are [mean; variance].
+  m.def(
+      "bn_backward_sums(Tensor grad, Tensor? positive, Tensor? scale_shift, Tensor[] ys, Tensor[] means) -> (Tensor, "
+      "Tensor)");
+  // Gradients of conv_moments' convolution for dy = a * grad + b * (y - mean) + constant, coefficients = [a; b;
+  // constant; mean], or for dy = grad: of its input before scale_shift is applied to it (plus residual), and of the
+  // weight. With finish, the first goes on through bn_backward_sums.
+  m.def(
+      "conv_backward(Tensor grad, Tensor? y, Tensor? coefficients, Tensor x, Tensor? scale_shift, bool relu, Tensor "
+      "weight, int[2] stride, int[2] padding, int algorithm, bool need_x, bool need_weight, Tensor? residual, bool "
+      "finish, Tensor[] ys, Tensor[] means) -> (Tensor, Tensor, Tensor)");
+
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");
 }

@@ -1,8 +1,10 @@
 // All kernels of the selected instruction set.
 #pragma once
 
+#include "batch_norm_kernel.h"
 #include "direct_kernel.h"
 #include "elementwise_kernel.h"
+#include "weight_gradient_kernel.h"
 #include "winograd_kernel.h"
 
 namespace resnet_fast {
@@ -11,7 +13,23 @@ namespace {
 // P rows of a register tile where the panel is full (two vectors), PH where it is half full (one vector).
 template <typename T, int P, int PH>
 constexpr Kernels<T> kernel_table(const char* isa) {
-  return {isa, Simd<T>::lanes, 2, P, conv<T, P, PH>, winograd<T, P, PH>, add_relu<T>};
+  return {isa,
+          Simd<T>::lanes,
+          2,
+          P,
+          conv<T, P, PH>,
+          winograd<T, P, PH>,
+          expand_filter<T, 2>,
+          expand_filter<T, 1>,
+          add_relu<T>,
+          normalize<T>,
+          input_gradient<T>,
+          masked_sums<T>,
+          moments<T>,
+          outer_products<T, P, PH>,
+          winograd_input<T>,
+          winograd_gradient<T>,
+          winograd_filter_gradient<T>};
 }
 
 }  // namespace

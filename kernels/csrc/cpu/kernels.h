@@ -104,6 +104,51 @@ struct WinogradScratch {
 };
 }  // namespace
 
+// Batch norm in training. Pixels follow each other, and so do the channels of each.
+// out = [relu](x * scale + shift [+ residual [* residual_scale + residual_shift]])
+template <typename T>
+struct NormalizeCall {
+  const T *x, *scale, *shift;  // scale and shift may be null
+  const T *residual, *residual_scale, *residual_shift;  // any of them may be null
+  bool relu;
+  T* out;
+  int64_t pixels;
+  int channels;
+};
+
+// The gradient of a convolution's output from that of its batch norm's: out = a * grad + b * (y - mean) + constant
+template <typename T>
+struct InputGradientCall {
+  const T *grad, *y;
+  const T* coefficients;  // [a | b | constant | mean]
+  T* out;
+  int64_t pixels;
+  int channels;
+};
+
+// out = grad where positive [* scale + shift] > 0, else 0; sums of out, out * (y - mean), out * (second - second_mean)
+template <typename T>
+struct MaskedSumsCall {
+  const T* grad;
+  const T *positive, *scale, *shift;  // no mask without the first
+  const T *y, *mean, *second, *second_mean;  // or null
+  T* out;  // may be grad
+  T* sums;  // [3][channels]
+  int64_t pixels;
+  int channels;
+};
+
+// sums[i][j] += d[d_offset[t]][i] * x[x_offset[t]][j], summed over t < count: rows i of [row_begin, row_end), columns j
+// up to whole vectors
+template <typename T>
+struct OuterCall {
+  const T *d, *x;
+  const int64_t *d_offset, *x_offset;
+  int count, row_begin, row_end, columns;
+  T* sums;
+  int64_t sums_row;
+};
+
 // What one instruction set offers for one type of arithmetic.
 template <typename T>
 struct Kernels {
@@ -113,7 +158,20 @@ struct Kernels {
   int tile_pixels;  // output pixels that a tile covers
   void (*conv)(const ConvCall<T>&);
   void (*winograd)(const WinogradCall<T>&);
+  // A compact panel of two vectors, or one, transformed: see expand_filter.
+  void (*expand_panel)(const T* compact, int channels, int64_t point, T* out);
+  void (*expand_half_panel)(const T* compact, int channels, int64_t point, T* out);
   void (*add_relu)(const T* a, const T* b, T* out, int64_t n);
+  void (*normalize)(const NormalizeCall<T>&);
+  void (*input_gradient)(const InputGradientCall<T>&);
+  void (*masked_sums)(const MaskedSumsCall<T>&);
+  // Mean, and sum of the squared distances from it.
+  void (*moments)(const T* x, int64_t pixels, int channels, T* mean, T* square_sum);
+  void (*outer_products)(const OuterCall<T>&);
+  // Tiles of the input, or of the output's gradient, transformed to out[point][tile][row channels].
+  void (*winograd_input)(const WinogradCall<T>&, int64_t row, int64_t point, T* strip, T* out);
+  void (*winograd_gradient)(const WinogradCall<T>&, int64_t row, int64_t point, T* out);
+  void (*winograd_filter_gradient)(const T* sums, int64_t point, int columns, T* out);
 };
 
 extern const Kernels<float> kFloatBaseline, kFloatAvx2, kFloatAvx512;

@@ -63,6 +63,13 @@ struct Tile {
     ((pixel<I>(splat(x[offset[I]], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
   }
 
+  // The same where the rows of x follow each other: one step of an outer product.
+  template <int... I, int... F>
+  RESNET_FAST_INLINE void outer(const T* x, const T* columns, Indices<I...>, Indices<F...>) {
+    const Vec panel[V] = {Simd<T>::load(columns + F * lanes)...};
+    ((pixel<I>(splat(x[I], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
+  }
+
   template <int I, int... F>
   RESNET_FAST_INLINE void pixel(Vec x, const Vec (&panel)[V], Indices<F...>) {
     ((sum[I * V + F] += x * panel[F]), ...);
@@ -92,6 +99,11 @@ struct Tile {
   template <int... I>
   RESNET_FAST_INLINE void finish(T* to, const int64_t* offset, Indices<I...>) const {
     (Simd<T>::store(to + offset[I / V] + (I % V) * lanes, sum[I]), ...);
+  }
+
+  template <int... I>
+  RESNET_FAST_INLINE void put(T* to, int64_t row, Indices<I...>) const {
+    (Simd<T>::store(to + (I / V) * row + (I % V) * lanes, sum[I]), ...);
   }
 
   template <int... I>

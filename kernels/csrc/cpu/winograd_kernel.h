@@ -145,7 +145,7 @@ void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, T* s
 }
 
 template <typename T>
-void transform_inputs(const WinogradCall<T>& call, const WinogradScratch& sizes, int tiles_h, int tiles_w, T* strip,
+void transform_inputs(const WinogradCall<T>& call, int64_t row, int64_t point, int tiles_h, int tiles_w, T* strip,
                       T* out) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int line = 64 / sizeof(T) > lanes ? 64 / sizeof(T) / lanes : 1;  // vectors of a cache line
@@ -155,15 +155,13 @@ void transform_inputs(const WinogradCall<T>& call, const WinogradScratch& sizes,
     const int tiles = call.tile_end - tile < in_row ? call.tile_end - tile : in_row;
     const T* input =
         call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
-    T* to = out + (tile - call.tile_begin) * sizes.row;
+    T* to = out + (tile - call.tile_begin) * row;
     int64_t c = 0;
-    for (; c + line * lanes <= sizes.row; c += line * lanes) {
-      transform_strip<T, line>(input + c, call.input_row, call.input_pixel, tiles, strip, to + c, sizes.row,
-                               sizes.input_point);
+    for (; c + line * lanes <= row; c += line * lanes) {
+      transform_strip<T, line>(input + c, call.input_row, call.input_pixel, tiles, strip, to + c, row, point);
     }
-    for (; c < sizes.row; c += lanes) {
-      transform_strip<T, 1>(input + c, call.input_row, call.input_pixel, tiles, strip, to + c, sizes.row,
-                            sizes.input_point);
+    for (; c < row; c += lanes) {
+      transform_strip<T, 1>(input + c, call.input_row, call.input_pixel, tiles, strip, to + c, row, point);
     }
     tile += tiles;
   }
@@ -285,7 +283,7 @@ void winograd(const WinogradCall<T>& call) {
   T* strip = products + sizes.products;
   T* expanded = strip + sizes.strip;
   const auto full = [&](int k) { return 2 * k + 1 < call.out_vectors; };
-  transform_inputs(call, sizes, tiles_h, tiles_w, strip, input);
+  transform_inputs(call, sizes.row, sizes.input_point, tiles_h, tiles_w, strip, input);
   for (int first = call.panel_begin; first < call.panel_end; first += call.panel_group) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
     if (call.compact) {

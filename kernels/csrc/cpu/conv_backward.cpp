@@ -1,0 +1,290 @@
+// conv_backward: both gradients of a convolution between two batch norms, whose backwards happen on the way in and out.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "geometry.h"
+#include "layer.h"
+#include "team.h"
+#include "training.h"
+#include "training_filters.h"
+#include "training_sums.h"
+#include "weight_gradient.h"
+
+namespace resnet_fast {
+namespace {
+
+constexpr const char* kOp = "conv_backward";
+
+// Pixels of the input that share their position modulo the stride: a convolution of their own, of stride 1, by every
+// stride-th tap in reverse.
+template <typename T>
+struct Phase {
+  int64_t row, column;  // the first pixel
+  int64_t height, width;
+  Layer layer;
+  FilterLayout<T> layout;
+  Tensor packed;
+};
+
+struct Taps {
+  int64_t count, last, pad, size;
+};
+
+Taps taps_of(int64_t phase, int64_t size, int64_t kernel, int64_t stride, int64_t pad) {
+  const int64_t first = (phase + pad) % stride, count = first < kernel ? (kernel - 1 - first) / stride + 1 : 0;
+  const int64_t last = first + (count - 1) * stride;
+  return {count, last, (last - phase - pad) / stride, size > phase ? (size - phase + stride - 1) / stride : 0};
+}
+
+template <typename T>
+std::vector<Phase<T>> phases_of(const Layer& l, const Image& in, int64_t out_channels, const Tensor& weight,
+                                Algorithm algorithm, bool& complete) {
+  std::vector<Phase<T>> phases;
+  complete = true;
+  for (int64_t a = 0; a < l.stride_h; ++a) {
+    for (int64_t b = 0; b < l.stride_w; ++b) {
+      const Taps h = taps_of(a, in.height, l.kernel_h, l.stride_h, l.pad_h);
+      const Taps w = taps_of(b, in.width, l.kernel_w, l.stride_w, l.pad_w);
+      if (h.size == 0 || w.size == 0) continue;
+      if (h.count == 0 || w.count == 0) {
+        complete = false;
+        continue;
+      }
+      const FilterLayout<T> layout{in.channels, out_channels, h.count, w.count, algorithm};
+      const FilterView view = transposed(view_filter(weight), h.last, w.last, l.stride_h, l.stride_w);
+      phases.push_back({a,
+                        b,
+                        h.size,
+                        w.size,
+                        {0, -1, 0, in.channels, h.count, w.count, 1, 1, h.pad, w.pad},
+                        layout,
+                        pack_training_filter<T>(view, layout, nullptr, weight)});
+    }
+  }
+  return phases;
+}
+
+// Zeros that a convolution reads beyond a map of `size`.
+int64_t beyond(int64_t size, int64_t result, int64_t pad, int64_t kernel, int64_t stride, bool winograd) {
+  const int64_t last = winograd ? round_up(result, kTileOut) + 2 : (result - 1) * stride + kernel;
+  return std::max<int64_t>(last - pad - size, 0);
+}
+
+struct Arguments {
+  const Tensor &grad, &x, &weight;
+  const OptionalTensor &y, &coefficients, &scale_shift, &residual;
+  bool relu;
+  Layer layer;
+  Algorithm data_algorithm;
+  bool winograd_weight, need_x, need_weight, finish;
+  const std::vector<Tensor>&ys, &means;
+};
+
+template <typename S, typename T>
+std::vector<Tensor> backward(const Arguments& a) {
+  const Layer& l = a.layer;
+  const Image in(a.x), out(a.grad);
+  const int64_t threads = torch::stable::get_num_threads(), lanes = kernels_in_use<T>().lanes;
+  const T* affine = check_rows<T>(kOp, "scale_shift", a.scale_shift, 2, in.channels);
+  const T* coefficients = check_rows<T>(kOp, "coefficients", a.coefficients, 4, out.channels);
+  const Activation<T> act{affine, affine ? affine + in.channels : nullptr, a.relu};
+
+  bool complete = true;
+  std::vector<Phase<T>> phases;
+  if (a.need_x) phases = phases_of<T>(l, in, out.channels, a.weight, a.data_algorithm, complete);
+  Halo d_halo, x_halo{l.pad_h, beyond(in.height, out.height, l.pad_h, l.kernel_h, l.stride_h, a.winograd_weight),
+                      l.pad_w, beyond(in.width, out.width, l.pad_w, l.kernel_w, l.stride_w, a.winograd_weight)};
+  for (const Phase<T>& p : phases) {
+    const bool winograd = p.layout.winograd();
+    const int64_t top = std::max<int64_t>(p.layer.pad_h, 0), left = std::max<int64_t>(p.layer.pad_w, 0);
+    d_halo.cover({top, beyond(out.height, p.height, p.layer.pad_h, p.layer.kernel_h, 1, winograd), left,
+                  beyond(out.width, p.width, p.layer.pad_w, p.layer.kernel_w, 1, winograd)});
+  }
+  if (a.winograd_weight) {
+    d_halo.cover({0, round_up(out.height, kTileOut) - out.height, 0, round_up(out.width, kTileOut) - out.width});
+  }
+  const MapShape d_shape{out.channels, out.height, out.width, out.channels, d_halo};
+  const MapShape x_shape{in.channels, in.height, in.width, in.channels, x_halo};
+  // Whole vectors are written: channels that do not fill them go through a map of their own, and so does bfloat16.
+  const bool in_place = sizeof(S) == sizeof(T) && in.channels % lanes == 0;
+  const MapShape result_shape{in.channels, in.height, in.width, round_up(in.channels, lanes), {}};
+
+  Tensor dx = empty_image(a.need_x ? in : Image(0, in.channels, in.height, in.width), a.x);
+  Tensor dw = torch::stable::empty_like(a.weight);
+  Tensor sums = empty_rows(a.finish ? 3 : 0, in.channels, a.x);
+  const S* const residual = a.residual ? static_cast<const S*>(a.residual->data_ptr()) : nullptr;
+  S* const result = static_cast<S*>(dx.data_ptr());
+
+  const int64_t d_numel = round_up(d_shape.image(), 64), x_numel = a.need_weight ? round_up(x_shape.image(), 64) : 0;
+  const int64_t result_numel = a.need_x && !in_place ? round_up(result_shape.image(), 64) : 0;
+  const int64_t image_numel = d_numel + x_numel + result_numel;
+  const int64_t chunk = std::clamp<int64_t>(kTrainingMapBytes / (image_numel * static_cast<int64_t>(sizeof(T))), 1,
+                                            std::max<int64_t>(in.images, 1));
+  const WeightGradient<T> weight_gradient(l, in, out, a.winograd_weight);
+  const int64_t sums_numel = a.need_weight ? round_up(weight_gradient.sums_numel(), 64) : 0;
+  const int64_t shared_numel = a.need_weight ? round_up(weight_gradient.work_numel(threads), 64) : 0;
+
+  Tensor scratch_maps = empty_rows(1, image_numel * chunk + 256, a.x);
+  T* const d_map = static_cast<T*>(scratch_maps.data_ptr());
+  T* const x_map = d_map + d_numel * chunk + 64;
+  T* const result_map = x_map + x_numel * chunk + 64;
+  const auto convolution = [&](const Phase<T>& p, int64_t first, int64_t images) {
+    Map<T> to = in_place ? Map<T>{reinterpret_cast<T*>(result) + first * in.image(), in.image(), in.row(), in.channels}
+                         : result_shape.map(result_map);
+    Map<T> added{};
+    if (residual && in_place) {
+      T* const from = const_cast<T*>(reinterpret_cast<const T*>(residual)) + first * in.image();
+      added = {from + p.row * in.row() + p.column * in.channels, in.image(), in.row() * l.stride_h,
+               in.channels * l.stride_w};
+    }
+    to.origin += p.row * to.row + p.column * to.pixel;
+    to.row *= l.stride_h, to.pixel *= l.stride_w;
+    return Convolution<T>{
+        p.layer, p.layout, static_cast<const T*>(p.packed.data_ptr()), images, p.height, p.width, d_shape.map(d_map),
+        added,   to};
+  };
+  int64_t work_numel = 0;
+  for (const Phase<T>& p : phases) {
+    if (p.layout.winograd())
+      work_numel = std::max(work_numel, round_up(winograd_scratch(convolution(p, 0, chunk)), 64));
+  }
+  Tensor scratch = empty_rows(1, sums_numel + shared_numel + threads * work_numel + 64, a.x);
+  T* const weight_sums = static_cast<T*>(scratch.data_ptr());
+  T* const shared = weight_sums + sums_numel;
+  std::optional<MaskedSums<S, T>> masked;
+  if (a.finish) {
+    masked.emplace(kOp, a.relu || !a.scale_shift ? OptionalTensor(a.x) : std::nullopt, a.scale_shift, a.ys, a.means,
+                   in.channels);
+  }
+  std::vector<std::vector<double>> parts(static_cast<size_t>(threads),
+                                         std::vector<double>(static_cast<size_t>(a.finish ? 3 * in.channels : 1)));
+  int64_t weight_stride[4];
+  for (int64_t i = 0; i < 4; ++i) weight_stride[i] = dw.stride(i);
+
+  Team::run(threads, [&](int64_t rank, Team& team) {
+    const int64_t size = team.size();
+    const auto share = [&](int64_t n, const auto& body) { body(n * rank / size, n * (rank + 1) / size); };
+    share(sums_numel, [&](int64_t begin, int64_t end) { std::fill(weight_sums + begin, weight_sums + end, T(0)); });
+    for (int64_t first = 0; first < in.images; first += chunk) {
+      const int64_t images = std::min(chunk, in.images - first);
+      for (int64_t n = rank; n < images; n += size) d_shape.clear_halo(d_map + n * d_shape.image(), 1);
+      share(images * out.height, [&](int64_t begin, int64_t end) {
+        fill_gradient<S, T>(static_cast<const S*>(a.grad.data_ptr()),
+                            a.y ? static_cast<const S*>(a.y->data_ptr()) : nullptr, coefficients, out, first,
+                            d_shape.map(d_map), begin, end);
+      });
+      if (a.need_weight) {
+        for (int64_t n = rank; n < images; n += size) x_shape.clear_halo(x_map + n * x_shape.image(), 1);
+        share(images * in.height, [&](int64_t begin, int64_t end) {
+          fill_activation<S, T>(static_cast<const S*>(a.x.data_ptr()), in, act, first, x_shape.map(x_map), begin, end);
+        });
+      }
+      if (!complete && in_place) {  // pixels that no filter reaches
+        share(images * in.image(), [&](int64_t begin, int64_t end) {
+          T* const to = reinterpret_cast<T*>(result) + first * in.image();
+          if (residual) {
+            std::copy(residual + first * in.image() + begin, residual + first * in.image() + end,
+                      result + first * in.image() + begin);
+          } else {
+            std::fill(to + begin, to + end, T(0));
+          }
+        });
+      } else if (!complete) {
+        share(images * result_shape.image(),
+              [&](int64_t begin, int64_t end) { std::fill(result_map + begin, result_map + end, T(0)); });
+      }
+      team.wait();
+      for (const Phase<T>& p : phases) {
+        const Convolution<T> conv = convolution(p, first, images);
+        run_part(conv, part_of(conv, rank, size), shared + shared_numel + rank * work_numel);
+      }
+      if (a.need_weight) {
+        weight_gradient.add(d_shape.map(d_map), x_shape.map(x_map), images, weight_sums, shared, rank, team);
+      }
+      team.wait();
+      if (!a.need_x) continue;
+      share(images * in.height, [&](int64_t begin, int64_t end) {
+        if (!in_place) {
+          copy_out(result_shape.map(result_map), result_shape, dx, first, begin, end);
+          if (residual) {
+            const int64_t at = first * in.image();
+            for (int64_t i = at + begin * in.row(); i < at + end * in.row(); ++i) {
+              result[i] = narrow_to<S>(static_cast<T>(widen(result[i])) + static_cast<T>(widen(residual[i])));
+            }
+          }
+        }
+        if (!masked) return;
+        const int64_t pixel = first * in.height * in.width;
+        masked->run(result, result, pixel + begin * in.width, pixel + end * in.width,
+                    parts[static_cast<size_t>(rank)].data());
+      });
+    }
+    team.wait();
+    if (!a.need_weight) return;
+    share(out.channels, [&](int64_t begin, int64_t end) {
+      visit(a.weight.scalar_type(), [&](auto tag) {
+        using W = decltype(tag);
+        weight_gradient.store(weight_sums, static_cast<W*>(dw.data_ptr()), weight_stride, begin, end);
+      });
+    });
+  });
+  if (a.finish) add_parts(parts, static_cast<T*>(sums.data_ptr()));
+  return {dx, dw, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const OptionalTensor& y,
+                                                 const OptionalTensor& coefficients, const Tensor& x,
+                                                 const OptionalTensor& scale_shift, bool relu, const Tensor& weight,
+                                                 const std::vector<int64_t>& stride,
+                                                 const std::vector<int64_t>& padding, int64_t algorithm, bool need_x,
+                                                 bool need_weight, const OptionalTensor& residual, bool finish,
+                                                 const std::vector<Tensor>& ys, const std::vector<Tensor>& means) {
+  check_image(kOp, "grad", grad);
+  check_image(kOp, "x", x);
+  check_conv_bn(kOp, weight, std::nullopt, {});
+  RESNET_FAST_CHECK(weight.is_cpu(), kOp, ": weight is not on the CPU, as x is");
+  check_same_dtype(kOp, "grad", grad, "x", x);
+  RESNET_FAST_CHECK(arithmetic_type(weight) == arithmetic_type(x), kOp, ": weight has dtype ",
+                    dtype_name(weight.scalar_type()), ", x has ", dtype_name(x.scalar_type()));
+  RESNET_FAST_CHECK(
+      stride.size() == 2 && padding.size() == 2 && stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 && padding[1] >= 0,
+      kOp, ": stride and padding want two integers each, of at least 1 and 0");
+  const Layer layer{0,         -1,        0,          weight.size(0), weight.size(2), weight.size(3),
+                    stride[0], stride[1], padding[0], padding[1]};
+  const bool fits = x.size(1) == weight.size(1) && grad.size(0) == x.size(0) && grad.size(1) == weight.size(0) &&
+                    x.size(2) + 2 * padding[0] >= layer.kernel_h && x.size(3) + 2 * padding[1] >= layer.kernel_w &&
+                    grad.size(2) == output_size(x.size(2), padding[0], layer.kernel_h, stride[0]) &&
+                    grad.size(3) == output_size(x.size(3), padding[1], layer.kernel_w, stride[1]);
+  RESNET_FAST_CHECK(fits, kOp, ": grad ", shape(grad), " is not what a convolution of x ", shape(x), " by weight ",
+                    shape(weight), " gives");
+  RESNET_FAST_CHECK(y.has_value() == coefficients.has_value(), kOp, ": y and coefficients come together");
+  if (y) {
+    check_image(kOp, "y", *y);
+    check_same_shape(kOp, "y", *y, "grad", grad);
+    check_same_dtype(kOp, "y", *y, "grad", grad);
+  }
+  if (residual) {
+    check_image(kOp, "residual", *residual);
+    check_same_shape(kOp, "residual", *residual, "x", x);
+    check_same_dtype(kOp, "residual", *residual, "x", x);
+  }
+  check_sum_inputs(kOp, x, std::nullopt, ys, means);
+  RESNET_FAST_CHECK(!finish || need_x, kOp, ": finish without need_x");
+  const bool winograd = layer.kernel_h == 3 && layer.kernel_w == 3 && stride[0] == 1 && stride[1] == 1;
+  RESNET_FAST_CHECK(algorithm >= 0 && algorithm <= (winograd ? 2 : 0), kOp, ": algorithm is ", algorithm,
+                    ", want 0, or for a 3x3 filter with stride 1 up to 2");
+  const Arguments a{grad,           x,        weight,      y,      coefficients,
+                    scale_shift,    residual, relu,        layer,  static_cast<Algorithm>(algorithm),
+                    algorithm != 0, need_x,   need_weight, finish, ys,
+                    means};
+  std::vector<Tensor> r = x.scalar_type() == ScalarType::Double  ? backward<double, double>(a)
+                          : x.scalar_type() == ScalarType::Float ? backward<float, float>(a)
+                                                                 : backward<BFloat16, float>(a);
+  return {r[0], r[1], r[2]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("conv_backward", TORCH_BOX(&conv_backward)); }
+
+}  // namespace resnet_fast
