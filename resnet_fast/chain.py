@@ -334,7 +334,7 @@ class Fused(nn.Module):
         return None
 
     def _trained(self, x: Tensor) -> Tensor | None:
-        """In training mode: one autograd function, recorded anew at every call, for the weights change at every step."""
+        """In training mode: one autograd function, recorded anew at every call: weights change at every step."""
         recorder = Recorder(training=True)
         self.flow(recorder, 0)
         reason = recorder.reason(self.parts())

@@ -13,7 +13,16 @@ import torch
 
 from . import backends
 
-__all__ = ["COMPACT_WINOGRAD", "DIRECT", "NAMES", "WINOGRAD", "algorithm", "algorithm_of_filter", "algorithms", "training_algorithm"]
+__all__ = [
+    "COMPACT_WINOGRAD",
+    "DIRECT",
+    "NAMES",
+    "WINOGRAD",
+    "algorithm",
+    "algorithm_of_filter",
+    "algorithms",
+    "training_algorithm",
+]
 
 # As pack_conv_bn numbers them.
 DIRECT = 0

@@ -484,7 +484,7 @@ def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
 _OPERATORS = ("add_relu", "conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
 
 
-_TRAINING = {
+_TRAINING: dict[str, Any] = {
     "conv_moments": _fake_conv_moments,
     "bn_apply": _fake_bn_apply,
     "bn_backward_sums": _fake_bn_backward_sums,

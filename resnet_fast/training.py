@@ -1,12 +1,12 @@
 """Training: a chain of convolutions and batch norms as one autograd function.
 
-Each batch norm is left where it is: as a scale and a shift of its convolution's output ``y``, applied where ``y`` is next
-read. So the normalised activations between two convolutions are never written, and the backward recomputes them. Kept
-for it are the chain's input, every ``y``, the sums of the residual connections and the statistics.
+Each batch norm is left as a scale and a shift of its convolution's output ``y``, applied where ``y`` is next read. So
+the normalised activations between two convolutions are never written, and the backward recomputes them. Kept for it are
+the chain's input, every ``y``, the sums of the residual connections and the statistics.
 
     forward    y_i = conv_i(relu(scale * y_j + shift)), mean and variance of y_i taken as it is written
-    backward   dy = a * g + b * (y - mean) + c per channel, as it is read; g = the gradient behind the ReLU, and its sums
-               as it is written
+    backward   dy = a * g + b * (y - mean) + c per channel, as it is read; g = the gradient behind the ReLU, and its
+               sums as it is written
 
 Source: the restructuring of batch norm by Jung et al., "Restructuring Batch Normalization to Accelerate CNN Training",
 2018 (fission into statistics and normalisation, each fused with a neighbour); the gradient in Ioffe and Szegedy 2015.
@@ -63,9 +63,7 @@ class Program:
             source, residual, relu, _, _, _, *sizes = layers[i * ops.LAYER_FIELDS : (i + 1) * ops.LAYER_FIELDS]
             batch = bn is not None and (bn.training or bn.running_mean is None)
             eps = 0.0 if bn is None else bn.eps
-            self.layers.append(
-                _Layer(source, residual, bool(relu), sizes[:2], sizes[2:], eps, bn is not None, batch)
-            )
+            self.layers.append(_Layer(source, residual, bool(relu), sizes[:2], sizes[2:], eps, bn is not None, batch))
 
     def reason(self) -> str | None:
         """Why the chain cannot be run, or None."""
@@ -276,7 +274,7 @@ class _Backward:
         return [
             grad_weight,
             grad_bias.to(bias.dtype) if need_bias and bias is not None else None,
-            (sums[1] * inv_std).to(gamma.dtype) if need_gamma and gamma is not None else None,
+            (sums[1] * inv_std).to(gamma.dtype) if need_gamma and gamma is not None and inv_std is not None else None,
             sums[0].to(beta.dtype) if need_beta and beta is not None else None,
         ]
 

@@ -377,14 +377,11 @@ def test_train_and_eval():
             m(x)
             m.eval()
         assert_same_model(fast, eager, x, "features")
-    # One part in training mode: that part eager, the rest fused.
+    # One part in training mode: it takes the statistics of its batch, the rest does not.
     for m in (fast, eager):
         m.layer2.train()
-    backends.fallbacks(clear=True)
-    y = torch.randn(2, 16, 8, 8)
-    assert torch.equal(fast.layer2(y), eager.layer2(y))
-    assert set(backends.fallbacks()) == {"Stage: training mode", "BasicBlock: training mode"}
-    assert_same_model(fast, eager, x, "stem")
+    with backends.use("cpu"):
+        assert_same_model(fast, eager, x, "features")
 
 
 @torch.no_grad()

@@ -1,0 +1,250 @@
+"""The operators of training: conv_moments, bn_apply, bn_backward_sums, conv_backward, each against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import WINOGRAD_FACTOR, channels_last
+from support import assert_error_rule as support_rule
+
+import resnet_fast  # noqa: F401  (registers the operators)
+
+ops = torch.ops.resnet_fast
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+# batch, channels, height and width, filters, kernel, stride, padding
+SHAPES = [
+    (2, 16, (8, 8), 16, (3, 3), (1, 1), (1, 1)),
+    (3, 5, (7, 9), 7, (3, 3), (2, 2), (1, 1)),
+    (2, 64, (14, 13), 32, (3, 3), (1, 1), (1, 1)),
+    (2, 32, (6, 6), 64, (1, 1), (1, 1), (0, 0)),
+    (2, 33, (9, 8), 17, (1, 1), (2, 2), (0, 0)),
+    (1, 3, (17, 16), 20, (7, 7), (2, 2), (3, 3)),
+    (2, 4, (5, 6), 8, (1, 3), (1, 2), (0, 1)),
+    (2, 8, (9, 9), 8, (2, 2), (3, 3), (0, 0)),
+    (1, 8, (4, 5), 8, (3, 3), (1, 1), (2, 0)),
+    (40, 16, (2, 2), 16, (3, 3), (1, 1), (1, 1)),
+]
+
+
+def arithmetic(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_error_rule(out, exact, eager, what="output", factor=2, roundings=1):
+    """The error rule; in float64, which has nothing better to compare with, fifty roundings. Sums that are taken in
+    pieces may have a few, where eager happens to have less than one."""
+    error = (out.double() - exact).norm() / exact.norm().clamp_min(1e-300)
+    if out.dtype == torch.float64:
+        assert error <= 50 * torch.finfo(torch.float64).eps, what
+    elif error > roundings * torch.finfo(out.dtype).eps / 2:
+        support_rule(out, exact, eager, what, factor)
+
+
+def rows(count, channels, dtype):
+    return (torch.rand(count, channels, dtype=torch.float64) + 0.5).to(arithmetic(dtype))
+
+
+def layer(n, c, size, k, kernel, stride, padding, dtype):
+    x = channels_last(torch.randn(n, c, *size).to(dtype))
+    weight = (torch.randn(k, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5).to(dtype)
+    scale_shift = rows(2, c, dtype)
+    scale_shift[1] -= 1
+    return x, weight, scale_shift
+
+
+def affine(y, scale_shift):
+    return y if scale_shift is None else y * scale_shift[0][:, None, None] + scale_shift[1][:, None, None]
+
+
+def algorithms(kernel, stride):
+    return (0, 1, 2) if (kernel, stride) == ((3, 3), (1, 1)) else (0,)
+
+
+CASES = [(shape, dtype, a) for shape in SHAPES for dtype in DTYPES for a in algorithms(*shape[4:6])]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=str)
+def test_conv_moments(shape, dtype, algorithm):
+    *_, k, _, stride, padding = shape
+    x, weight, scale_shift = layer(*shape, dtype)
+    bias = torch.randn(k).to(arithmetic(dtype)) + 3
+
+    def plain(wide):
+        a = affine(x.to(wide), scale_shift.to(wide)).relu()
+        return F.conv2d(a, weight.to(wide), bias.to(wide), stride, padding)
+
+    y, moments = ops.conv_moments(x, scale_shift, True, weight, bias, list(stride), list(padding), algorithm, True)
+    exact, eager = plain(torch.float64), plain(arithmetic(dtype))
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_error_rule(y, exact, [eager.to(dtype)], factor=WINOGRAD_FACTOR if algorithm else 2)
+    # The statistics are those of the result as it was stored.
+    var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+    own_var, own_mean = torch.var_mean(y.to(arithmetic(dtype)), (0, 2, 3), correction=0)
+    assert_error_rule(moments[0], mean, [own_mean], "mean", roundings=10)
+    assert_error_rule(moments[1], var, [own_var], "variance", roundings=10)
+
+
+@pytest.mark.parametrize("residual", [None, "plain", "scaled"])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bn_apply(dtype, relu, residual):
+    y, other = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(2))
+    scale_shift, other_scale = rows(2, 19, dtype), rows(2, 19, dtype)
+
+    def plain(wide):
+        out = affine(y.to(wide), scale_shift.to(wide))
+        if residual is not None:
+            out = out + affine(other.to(wide), None if residual == "plain" else other_scale.to(wide))
+        return out.relu() if relu else out
+
+    out = ops.bn_apply(
+        y, scale_shift, None if residual is None else other, other_scale if residual == "scaled" else None, relu
+    )
+    assert_error_rule(out, plain(torch.float64), [plain(arithmetic(dtype)).to(dtype)])
+
+
+@pytest.mark.parametrize("positive", [None, "plain", "scaled"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bn_backward_sums(dtype, count, positive):
+    grad, mask, *ys = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(2 + count))
+    scale_shift = rows(2, 19, dtype) - 1
+    means = [rows(2, 19, dtype) for _ in ys]
+    out, sums = ops.bn_backward_sums(
+        grad, None if positive is None else mask, scale_shift if positive == "scaled" else None, ys, means
+    )
+    shown = affine(mask.double(), scale_shift.double() if positive == "scaled" else None) > 0
+    assert torch.equal(out, grad if positive is None else torch.where(shown, grad, 0))
+
+    def plain(wide):
+        g = out.to(wide)
+        products = [g * (y.to(wide) - m[0].to(wide)[:, None, None]) for y, m in zip(ys, means, strict=True)]
+        return [p.sum((0, 2, 3)) for p in (g, *products)]
+
+    assert sums.shape == (3, 19)
+    for i, (exact, eager) in enumerate(zip(plain(torch.float64), plain(arithmetic(dtype)), strict=True)):
+        assert_error_rule(sums[i], exact, [eager], f"sum {i}", factor=4)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=str)
+def test_conv_backward(shape, dtype, algorithm):
+    *_, stride, padding = shape
+    x, weight, scale_shift = layer(*shape, dtype)
+    y = channels_last(F.conv2d(x.double(), weight.double(), None, stride, padding).to(dtype))
+    grad, residual = channels_last(torch.randn(y.shape).to(dtype)), channels_last(torch.randn(x.shape).to(dtype))
+    coefficients = rows(4, y.shape[1], dtype)
+    means = rows(2, x.shape[1], dtype)
+
+    def plain(wide):
+        a, b, constant, mean = (t.to(wide)[:, None, None] for t in coefficients)
+        dy = a * grad.to(wide) + b * (y.to(wide) - mean) + constant
+        lazy = affine(x.to(wide), scale_shift.to(wide))
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, lazy.relu(), weight.to(wide), None, stride, padding, [1, 1], False, [0, 0], 1, [True, True, False]
+        )
+        dx = (dx + residual.to(wide)) * (lazy > 0)
+        sums = torch.stack([dx.sum((0, 2, 3)), (dx * (x.to(wide) - means.to(wide)[0][:, None, None])).sum((0, 2, 3))])
+        return dx, dw, sums
+
+    settings = (list(stride), list(padding), algorithm)
+    rest = (weight, *settings, True, True, residual, True, [x], [means])
+    dx, dw, sums = ops.conv_backward(grad, y, coefficients, x, scale_shift, True, *rest)
+    exact, eager = plain(torch.float64), plain(arithmetic(dtype))
+    assert_error_rule(dx, exact[0], [eager[0].to(dtype)], "dx", WINOGRAD_FACTOR if algorithm else 2)
+    # The contract for the weight gradient by Winograd, in float32: 5e-6.
+    error = (dw.double() - exact[1]).norm() / exact[1].norm()
+    least = 5e-6 if algorithm and dtype != torch.float64 else 0.0
+    if not error <= least:
+        assert_error_rule(dw, exact[1], [eager[1].to(dtype)], "dw", 10 if algorithm else 2)
+    factor = 8 if dtype == torch.bfloat16 or algorithm else 2  # sums of gradients as they were rounded, or by Winograd
+    assert_error_rule(sums[:2], exact[2], [eager[2]], "sums", factor if dtype != torch.bfloat16 else 1e5)
+    # Alone, each is the same to the bit.
+    for need_x in (True, False):
+        alone = (weight, *settings, need_x, not need_x, residual if need_x else None, need_x, *([x], [means]))
+        alone = alone if need_x else (*alone[:8], [], [])
+        a, b, _ = ops.conv_backward(grad, y, coefficients, x, scale_shift, True, *alone)
+        assert torch.equal(a, dx) if need_x else torch.equal(b, dw)
+
+
+def test_conv_backward_of_a_plain_convolution():
+    x, weight, _ = layer(2, 6, (7, 7), 10, (3, 3), (1, 1), (1, 1), torch.float64)
+    grad = channels_last(torch.randn(2, 10, 7, 7, dtype=torch.float64))
+    dx, dw, _ = ops.conv_backward(
+        grad, None, None, x, None, False, weight, [1, 1], [1, 1], 0, True, True, None, False, [], []
+    )
+    exact = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    assert torch.allclose(dx, exact[0])
+    assert torch.allclose(dw, exact[1])
+
+
+def opcheck_arguments(dtype=torch.float32):
+    x, weight, scale_shift = layer(2, 5, (6, 7), 8, (3, 3), (1, 1), (1, 1), dtype)
+    y = ops.conv_moments(x, None, False, weight, None, [1, 1], [1, 1], 0, True)[0]
+    coefficients, moments, in_moments = rows(4, 8, dtype), rows(2, 8, dtype), rows(2, 5, dtype)
+    settings = ([1, 1], [1, 1], 0)
+    return {
+        "conv_moments": (x, scale_shift, True, weight, weight[:, 0, 0, 0].clone(), *settings, True),
+        "bn_apply": (y, moments, y, moments, True),
+        "bn_backward_sums": (y, y, moments, [y, y], [moments, moments]),
+        "conv_backward": (
+            *(y, y, coefficients, x, scale_shift, True, weight, *settings, True, True, x, True, [x], [in_moments]),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "conv_backward"])
+def test_opcheck(op, dtype):
+    torch.library.opcheck(getattr(ops, op), opcheck_arguments(dtype)[op])
+
+
+def test_they_have_no_gradient_of_their_own():
+    x, *rest = opcheck_arguments()["conv_moments"]
+    y, _ = ops.conv_moments(x.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="conv_moments has no gradient of its own"):
+        y.sum().backward()
+
+
+BROKEN = [
+    ("conv_moments", 0, lambda x: x[0], "x has 3 dimensions|x has shape"),
+    ("conv_moments", 0, lambda x: x.int(), "x has dtype"),
+    ("conv_moments", 0, lambda x: x[:, :4], "channels|scale_shift"),
+    ("conv_moments", 0, lambda x: x[:0], "no images"),
+    ("conv_moments", 0, lambda x: x[..., :0], "smaller than the filter"),
+    ("conv_moments", 1, lambda t: t[:, :3], "scale_shift"),
+    ("conv_moments", 1, lambda t: t.double(), "scale_shift"),
+    ("conv_moments", 3, lambda w: w.double(), "weight has dtype"),
+    ("conv_moments", 4, lambda b: b[:3], "bias"),
+    ("conv_moments", 5, lambda _: [0, 1], "stride"),
+    ("conv_moments", 6, lambda _: [-1, 1], "padding"),
+    ("conv_moments", 7, lambda _: 3, "algorithm is 3"),
+    ("bn_apply", 1, lambda t: t[:, :3], "scale_shift"),
+    ("bn_apply", 2, lambda t: t[:1], "residual"),
+    ("bn_apply", 2, lambda t: t.double(), "residual"),
+    ("bn_apply", 3, lambda t: t[:1], "residual_scale_shift"),
+    ("bn_backward_sums", 1, lambda t: t[:1], "positive"),
+    ("bn_backward_sums", 3, lambda ys: ys[:1], "1 ys and 2 means"),
+    ("bn_backward_sums", 3, lambda ys: [ys[0], ys[0][:1]], "ys has shape"),
+    ("bn_backward_sums", 4, lambda ms: [ms[0], ms[0][:, :2]], "means"),
+    ("conv_backward", 0, lambda g: g[:1], "grad"),
+    ("conv_backward", 0, lambda g: g.double(), "grad has dtype"),
+    ("conv_backward", 1, lambda _: None, "come together"),
+    ("conv_backward", 1, lambda y: y[:1], "y has shape"),
+    ("conv_backward", 2, lambda t: t[:3], "coefficients"),
+    ("conv_backward", 3, lambda x: channels_last(x[..., :3]), "grad"),
+    ("conv_backward", 7, lambda _: [2, 2], "grad"),
+    ("conv_backward", 9, lambda _: -1, "algorithm is -1"),
+    ("conv_backward", 10, lambda _: False, "finish without need_x"),
+    ("conv_backward", 12, lambda t: t[:1], "residual"),
+    ("conv_backward", 14, lambda ys: [ys[0][:1]], "ys has shape"),
+]
+
+
+@pytest.mark.parametrize(("op", "index", "change", "message"), BROKEN, ids=str)
+def test_broken_arguments(op, index, change, message):
+    arguments = list(opcheck_arguments()[op])
+    arguments[index] = change(arguments[index])
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, op)(*arguments)
