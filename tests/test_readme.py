@@ -72,10 +72,10 @@ def test_snippet(name, plain_network, single_process, monkeypatch):
     before, after = (executed(code) for code in sides(SNIPPETS[name]))
     assert any(isinstance(module, Stage) for module in after["model"].modules())
     assert not any(isinstance(module, Stage) for module in before["model"].modules())
-    # Two steps from the same weights: rounding, in bfloat16 of 2^-9 a layer.
-    tolerance = 0.1 if name == "AMP" else 1e-3
-    for key, value in before["model"].state_dict().items():
-        torch.testing.assert_close(after["model"].state_dict()[key], value, rtol=tolerance, atol=tolerance)
+    # Two steps from the same weights: rounding, in bfloat16 of 2^-9 a layer. For the model as a whole: a few images
+    # leave single weights to chance.
+    states = [torch.cat([v.flatten() for v in side["model"].state_dict().values()]) for side in (before, after)]
+    assert (states[1] - states[0]).norm() <= (0.1 if name == "AMP" else 1e-3) * states[0].norm()
     if "scores" in before:
         torch.testing.assert_close(after["scores"], before["scores"], rtol=1e-3, atol=1e-3)
     else:

@@ -118,19 +118,22 @@ std::vector<Tensor> backward(const Arguments& a) {
   const int64_t d_numel = round_up(d_shape.image(), 64), x_numel = a.need_weight ? round_up(x_shape.image(), 64) : 0;
   const int64_t result_numel = a.need_x && !in_place ? round_up(result_shape.image(), 64) : 0;
   const int64_t image_numel = d_numel + x_numel + result_numel;
-  const int64_t chunk = std::clamp<int64_t>(kTrainingMapBytes / (image_numel * static_cast<int64_t>(sizeof(T))), 1,
-                                            std::max<int64_t>(in.images, 1));
-  const WeightGradient<T> weight_gradient(l, in, out, a.winograd_weight);
-  const int64_t sums_numel = a.need_weight ? round_up(weight_gradient.sums_numel(), 64) : 0;
-  const int64_t shared_numel = a.need_weight ? round_up(weight_gradient.work_numel(threads), 64) : 0;
+  const int64_t tiles = a.winograd_weight ? ceil_div(out.height, kTileOut) * ceil_div(out.width, kTileOut) : 16;
+  const int64_t own_sums = WeightGradient<T>(l, in, out, a.winograd_weight, true).sums_numel(1);
+  ImageSplit split(in.images, image_numel * static_cast<int64_t>(sizeof(T)), tiles, threads,
+                   !a.need_weight || own_sums * static_cast<int64_t>(sizeof(T)) <= kMemberSumBytes);
+  const WeightGradient<T> weight_gradient(l, in, out, a.winograd_weight, split.apart);
+  if (a.need_weight && weight_gradient.whole()) split.chunk = std::max<int64_t>(in.images, 1);
+  const int64_t sums_numel = a.need_weight ? round_up(weight_gradient.sums_numel(threads), 64) : 0;
+  const int64_t shared_numel = a.need_weight ? round_up(weight_gradient.work_numel(split.apart ? 1 : threads), 64) : 0;
 
-  Tensor scratch_maps = empty_rows(1, image_numel * chunk + 256, a.x);
-  T* const d_map = static_cast<T*>(scratch_maps.data_ptr());
-  T* const x_map = d_map + d_numel * chunk + 64;
-  T* const result_map = x_map + x_numel * chunk + 64;
-  const auto convolution = [&](const Phase<T>& p, int64_t first, int64_t images) {
+  // A slot holds the maps of a chunk, then what the weight's gradient needs.
+  const int64_t x_begin = d_numel * split.chunk + 64, result_begin = x_begin + x_numel * split.chunk + 64;
+  const int64_t sums_begin = round_up(result_begin + result_numel * split.chunk + 64, 64);
+  const int64_t slot_numel = sums_begin + sums_numel + shared_numel;
+  const auto convolution = [&](const Phase<T>& p, int64_t first, int64_t images, T* slot) {
     Map<T> to = in_place ? Map<T>{reinterpret_cast<T*>(result) + first * in.image(), in.image(), in.row(), in.channels}
-                         : result_shape.map(result_map);
+                         : result_shape.map(slot + result_begin);
     Map<T> added{};
     if (residual && in_place) {
       T* const from = const_cast<T*>(reinterpret_cast<const T*>(residual)) + first * in.image();
@@ -140,17 +143,16 @@ std::vector<Tensor> backward(const Arguments& a) {
     to.origin += p.row * to.row + p.column * to.pixel;
     to.row *= l.stride_h, to.pixel *= l.stride_w;
     return Convolution<T>{
-        p.layer, p.layout, static_cast<const T*>(p.packed.data_ptr()), images, p.height, p.width, d_shape.map(d_map),
+        p.layer, p.layout, static_cast<const T*>(p.packed.data_ptr()), images, p.height, p.width, d_shape.map(slot),
         added,   to};
   };
   int64_t work_numel = 0;
   for (const Phase<T>& p : phases) {
     if (p.layout.winograd())
-      work_numel = std::max(work_numel, round_up(winograd_scratch(convolution(p, 0, chunk)), 64));
+      work_numel = std::max(work_numel, round_up(winograd_scratch(convolution(p, 0, split.chunk, nullptr)), 64));
   }
-  Tensor scratch = empty_rows(1, sums_numel + shared_numel + threads * work_numel + 64, a.x);
-  T* const weight_sums = static_cast<T*>(scratch.data_ptr());
-  T* const shared = weight_sums + sums_numel;
+  Tensor scratch = empty_rows(1, split.slots(threads) * slot_numel + threads * work_numel, a.x);
+  T* const slots = static_cast<T*>(scratch.data_ptr());
   std::optional<MaskedSums<S, T>> masked;
   if (a.finish) {
     masked.emplace(kOp, a.relu || !a.scale_shift ? OptionalTensor(a.x) : std::nullopt, a.scale_shift, a.ys, a.means,
@@ -162,48 +164,52 @@ std::vector<Tensor> backward(const Arguments& a) {
   for (int64_t i = 0; i < 4; ++i) weight_stride[i] = dw.stride(i);
 
   Team::run(threads, [&](int64_t rank, Team& team) {
-    const int64_t size = team.size();
-    const auto share = [&](int64_t n, const auto& body) { body(n * rank / size, n * (rank + 1) / size); };
-    share(sums_numel, [&](int64_t begin, int64_t end) { std::fill(weight_sums + begin, weight_sums + end, T(0)); });
-    for (int64_t first = 0; first < in.images; first += chunk) {
-      const int64_t images = std::min(chunk, in.images - first);
-      for (int64_t n = rank; n < images; n += size) d_shape.clear_halo(d_map + n * d_shape.image(), 1);
-      share(images * out.height, [&](int64_t begin, int64_t end) {
+    const Crew crew = split.apart ? Crew{0, 1, team} : Crew{rank, team.size(), team};
+    T* const slot = slots + (split.apart ? rank : 0) * slot_numel;
+    T *const x_map = slot + x_begin, *const result_map = slot + result_begin;
+    T *const weight_sums = slot + sums_begin, *const shared = weight_sums + sums_numel;
+    T* const work = slots + split.slots(threads) * slot_numel + rank * work_numel;
+    crew.share(sums_numel,
+               [&](int64_t begin, int64_t end) { std::fill(weight_sums + begin, weight_sums + end, T(0)); });
+    for (int64_t n = crew.rank; n < split.chunk; n += crew.size) {
+      d_shape.clear_halo(slot + n * d_shape.image(), 1);
+      if (a.need_weight) x_shape.clear_halo(x_map + n * x_shape.image(), 1);
+    }
+    split.for_chunks(rank, team.size(), [&](int64_t first, int64_t images) {
+      crew.share(images * out.height, [&](int64_t begin, int64_t end) {
         fill_gradient<S, T>(static_cast<const S*>(a.grad.data_ptr()),
                             a.y ? static_cast<const S*>(a.y->data_ptr()) : nullptr, coefficients, out, first,
-                            d_shape.map(d_map), begin, end);
+                            d_shape.map(slot), begin, end);
       });
       if (a.need_weight) {
-        for (int64_t n = rank; n < images; n += size) x_shape.clear_halo(x_map + n * x_shape.image(), 1);
-        share(images * in.height, [&](int64_t begin, int64_t end) {
+        crew.share(images * in.height, [&](int64_t begin, int64_t end) {
           fill_activation<S, T>(static_cast<const S*>(a.x.data_ptr()), in, act, first, x_shape.map(x_map), begin, end);
         });
       }
       if (!complete && in_place) {  // pixels that no filter reaches
-        share(images * in.image(), [&](int64_t begin, int64_t end) {
-          T* const to = reinterpret_cast<T*>(result) + first * in.image();
+        crew.share(images * in.image(), [&](int64_t begin, int64_t end) {
+          S* const to = result + first * in.image();
           if (residual) {
-            std::copy(residual + first * in.image() + begin, residual + first * in.image() + end,
-                      result + first * in.image() + begin);
+            std::copy(residual + first * in.image() + begin, residual + first * in.image() + end, to + begin);
           } else {
-            std::fill(to + begin, to + end, T(0));
+            std::fill(to + begin, to + end, S{});
           }
         });
       } else if (!complete) {
-        share(images * result_shape.image(),
-              [&](int64_t begin, int64_t end) { std::fill(result_map + begin, result_map + end, T(0)); });
+        crew.share(images * result_shape.image(),
+                   [&](int64_t begin, int64_t end) { std::fill(result_map + begin, result_map + end, T(0)); });
       }
-      team.wait();
+      crew.wait();
       for (const Phase<T>& p : phases) {
-        const Convolution<T> conv = convolution(p, first, images);
-        run_part(conv, part_of(conv, rank, size), shared + shared_numel + rank * work_numel);
+        const Convolution<T> conv = convolution(p, first, images, slot);
+        run_part(conv, part_of(conv, crew.rank, crew.size), work);
       }
       if (a.need_weight) {
-        weight_gradient.add(d_shape.map(d_map), x_shape.map(x_map), images, weight_sums, shared, rank, team);
+        weight_gradient.add(d_shape.map(slot), x_shape.map(x_map), images, weight_sums, shared, crew);
       }
-      team.wait();
-      if (!a.need_x) continue;
-      share(images * in.height, [&](int64_t begin, int64_t end) {
+      crew.wait();
+      if (!a.need_x) return;
+      crew.share(images * in.height, [&](int64_t begin, int64_t end) {
         if (!in_place) {
           copy_out(result_shape.map(result_map), result_shape, dx, first, begin, end);
           if (residual) {
@@ -218,14 +224,24 @@ std::vector<Tensor> backward(const Arguments& a) {
         masked->run(result, result, pixel + begin * in.width, pixel + end * in.width,
                     parts[static_cast<size_t>(rank)].data());
       });
-    }
+    });
     team.wait();
     if (!a.need_weight) return;
-    share(out.channels, [&](int64_t begin, int64_t end) {
-      visit(a.weight.scalar_type(), [&](auto tag) {
-        using W = decltype(tag);
-        weight_gradient.store(weight_sums, static_cast<W*>(dw.data_ptr()), weight_stride, begin, end);
+    const Crew all{rank, team.size(), team};
+    T* const total = slots + sums_begin;
+    if (split.apart) {
+      all.share(sums_numel, [&](int64_t begin, int64_t end) {
+        for (int64_t other = 1; other < team.size(); ++other) {
+          const T* from = total + other * slot_numel;
+          for (int64_t i = begin; i < end; ++i) total[i] += from[i];
+        }
       });
+      team.wait();
+    }
+    if (!a.need_weight) return;
+    visit(a.weight.scalar_type(), [&](auto tag) {
+      using W = decltype(tag);
+      weight_gradient.store(total, total + sums_numel, static_cast<W*>(dw.data_ptr()), weight_stride, all);
     });
   });
   if (a.finish) add_parts(parts, static_cast<T*>(sums.data_ptr()));

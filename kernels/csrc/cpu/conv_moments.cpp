@@ -47,49 +47,52 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, co
                            reach(in.width, out.width, pad_w, layer.kernel_w, layer.stride_w)}};
   const MapShape out_shape{out.channels, out.height, out.width, round_up(out.channels, layout.lanes), {}};
   const int64_t map_numel = round_up(in_shape.image(), 64), out_numel = in_place ? 0 : round_up(out_shape.image(), 64);
-  const int64_t bytes = (map_numel + out_numel) * static_cast<int64_t>(sizeof(T));
-  const int64_t chunk = std::clamp<int64_t>(kTrainingMapBytes / bytes, 1, std::max<int64_t>(in.images, 1));
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t bytes = (map_numel + out_numel) * static_cast<int64_t>(sizeof(T));
+  const ImageSplit split(in.images, bytes, units_of(layout, out.height, out.width), threads, true);
 
   S* result = static_cast<S*>(y.data_ptr());
   const auto convolution = [&](int64_t first, int64_t images, T* maps) {
     const Map<T> to =
         in_place ? Map<T>{reinterpret_cast<T*>(result) + first * out.image(), out.image(), out.row(), out.channels}
-                 : out_shape.map(maps + map_numel * chunk + 64);
+                 : out_shape.map(maps + map_numel * split.chunk + 64);
     return Convolution<T>{
         layer,    layout, static_cast<const T*>(packed.data_ptr()), images, out.height, out.width, in_shape.map(maps),
         Map<T>{}, to};
   };
-  const Convolution<T> largest = convolution(0, chunk, nullptr);
-  const int64_t work_numel = layout.winograd() ? round_up(winograd_scratch(largest), 64) : 0;
-  Tensor scratch = empty_rows(1, (map_numel + out_numel) * chunk + 128 + threads * work_numel, x);
-  T* const maps = static_cast<T*>(scratch.data_ptr());
+  const int64_t work_numel =
+      layout.winograd() ? round_up(winograd_scratch(convolution(0, split.chunk, nullptr)), 64) : 0;
+  const int64_t slot_numel = round_up((map_numel + out_numel) * split.chunk + 128, 64);
+  Tensor scratch = empty_rows(1, slot_numel * split.slots(threads) + threads * work_numel, x);
+  T* const slots = static_cast<T*>(scratch.data_ptr());
 
   std::vector<Moments> sums(static_cast<size_t>(threads), Moments(with_moments ? out.channels : 0));
   Team::run(in.images > 0 ? threads : 1, [&](int64_t rank, Team& team) {
-    const int64_t size = team.size();
-    T* const work = maps + (map_numel + out_numel) * chunk + 128 + rank * work_numel;
+    const Crew crew = split.apart ? Crew{0, 1, team} : Crew{rank, team.size(), team};
+    T* const maps = slots + (split.apart ? rank : 0) * slot_numel;
+    T* const work = slots + slot_numel * split.slots(threads) + rank * work_numel;
     std::vector<T> mean(static_cast<size_t>(out.channels)), squares(mean.size());
     std::vector<T> buffer(static_cast<size_t>(sizeof(S) == sizeof(T) ? 0 : kSumElements + 16 * out.channels));
-    for (int64_t first = 0; first < in.images; first += chunk) {
-      const int64_t images = std::min(chunk, in.images - first), rows = images * in.height;
-      for (int64_t n = rank; n < images; n += size) in_shape.clear_halo(maps + n * in_shape.image(), 1);
-      fill_activation<S, T>(static_cast<const S*>(x.data_ptr()), in, act, first, in_shape.map(maps), rows * rank / size,
-                            rows * (rank + 1) / size);
-      team.wait();
-      const Convolution<T> conv = convolution(first, images, maps);
-      run_part(conv, part_of(conv, rank, size), work);
-      team.wait();
-      const int64_t out_rows = images * out.height, begin = out_rows * rank / size, end = out_rows * (rank + 1) / size;
-      if (!in_place) copy_out(conv.output, out_shape, y, first, begin, end);
-      if (!with_moments) continue;
-      const S* pixels = result + first * out.image();
-      in_pieces(begin * out.width, end * out.width, out.channels, [&](int64_t pixel, int64_t count) {
-        const T* dense = as_arithmetic(pixels + pixel * out.channels, count * out.channels, buffer.data());
-        kernels_in_use<T>().moments(dense, count, static_cast<int>(out.channels), mean.data(), squares.data());
-        sums[static_cast<size_t>(rank)].add(static_cast<double>(count), mean.data(), squares.data());
+    for (int64_t n = crew.rank; n < split.chunk; n += crew.size) in_shape.clear_halo(maps + n * in_shape.image(), 1);
+    split.for_chunks(rank, team.size(), [&](int64_t first, int64_t images) {
+      crew.share(images * in.height, [&](int64_t begin, int64_t end) {
+        fill_activation<S, T>(static_cast<const S*>(x.data_ptr()), in, act, first, in_shape.map(maps), begin, end);
       });
-    }
+      crew.wait();
+      const Convolution<T> conv = convolution(first, images, maps);
+      run_part(conv, part_of(conv, crew.rank, crew.size), work);
+      crew.wait();
+      crew.share(images * out.height, [&](int64_t begin, int64_t end) {
+        if (!in_place) copy_out(conv.output, out_shape, y, first, begin, end);
+        if (!with_moments) return;
+        const S* pixels = result + first * out.image();
+        in_pieces(begin * out.width, end * out.width, out.channels, [&](int64_t pixel, int64_t count) {
+          const T* dense = as_arithmetic(pixels + pixel * out.channels, count * out.channels, buffer.data());
+          kernels_in_use<T>().moments(dense, count, static_cast<int>(out.channels), mean.data(), squares.data());
+          sums[static_cast<size_t>(rank)].add(static_cast<double>(count), mean.data(), squares.data());
+        });
+      });
+    });
   });
 
   if (with_moments) {

@@ -104,6 +104,15 @@ struct WinogradScratch {
 };
 }  // namespace
 
+// Channels of transformed tiles that lie together where products of tiles are summed: whole cache lines, and the
+// columns of a register tile.
+namespace {
+template <typename T>
+constexpr int product_panel(int lanes) {
+  return 2 * lanes > 64 / static_cast<int>(sizeof(T)) ? 2 * lanes : 64 / static_cast<int>(sizeof(T));
+}
+}  // namespace
+
 // Batch norm in training. Pixels follow each other, and so do the channels of each.
 // out = [relu](x * scale + shift [+ residual [* residual_scale + residual_shift]])
 template <typename T>
@@ -168,9 +177,9 @@ struct Kernels {
   // Mean, and sum of the squared distances from it.
   void (*moments)(const T* x, int64_t pixels, int channels, T* mean, T* square_sum);
   void (*outer_products)(const OuterCall<T>&);
-  // Tiles of the input, or of the output's gradient, transformed to out[point][tile][row channels].
-  void (*winograd_input)(const WinogradCall<T>&, int64_t row, int64_t point, T* strip, T* out);
-  void (*winograd_gradient)(const WinogradCall<T>&, int64_t row, int64_t point, T* out);
+  // Tiles of the input, or of the output's gradient, transformed to out[point][panel][tile][channel of the panel].
+  void (*winograd_input)(const WinogradCall<T>&, int64_t panel, int64_t point, T* strip, T* out);
+  void (*winograd_gradient)(const WinogradCall<T>&, int64_t panel, int64_t point, T* out);
   void (*winograd_filter_gradient)(const T* sums, int64_t point, int columns, T* out);
 };
 

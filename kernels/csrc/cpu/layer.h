@@ -7,6 +7,12 @@
 
 namespace resnet_fast {
 
+// What an image is counted in: output tiles of Winograd, pixels otherwise.
+template <typename T>
+int64_t units_of(const FilterLayout<T>& layout, int64_t height, int64_t width) {
+  return layout.winograd() ? ceil_div(height, kTileOut) * ceil_div(width, kTileOut) : height * width;
+}
+
 // A convolution on some images, ready to run in parts.
 template <typename T>
 struct Convolution {
@@ -16,11 +22,8 @@ struct Convolution {
   int64_t images, height, width;  // of the output
   Map<T> input, residual, output;  // residual.origin is null where there is none
 
-  // What a part is counted in: output tiles of Winograd, pixels otherwise, through all images.
-  int64_t units() const {
-    if (!layout.winograd()) return images * height * width;
-    return images * ceil_div(height, kTileOut) * ceil_div(width, kTileOut);
-  }
+  // What a part is counted in.
+  int64_t units() const { return images * units_of(layout, height, width); }
 };
 
 // Part of the output: units and panels of output channels.

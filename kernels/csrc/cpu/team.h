@@ -96,4 +96,19 @@ class Team {
   std::atomic<int64_t> members_{0}, arrived_{0}, waiting_{0}, round_{0};
 };
 
+// Those who work on the same images: a whole team, or one of its members alone.
+struct Crew {
+  int64_t rank, size;
+  Team& team;
+
+  void wait() const {
+    if (size > 1) team.wait();
+  }
+  // Calls body(begin, end) with this member's share of [0, n).
+  template <typename Body>
+  void share(int64_t n, const Body& body) const {
+    body(n * rank / size, n * (rank + 1) / size);
+  }
+};
+
 }  // namespace resnet_fast

@@ -13,8 +13,14 @@ namespace resnet_fast {
 
 // Sums of so many elements at once: they stay in L1, and short sums err less.
 constexpr int64_t kSumElements = 4096;
-// Maps of the images that a team has at hand: they should stay in the last-level cache.
-constexpr int64_t kTrainingMapBytes = 4 << 20;
+// Maps of the images that a team has at hand: they should stay in the last-level cache. Those of one member alone: in
+// L2.
+constexpr int64_t kTeamMapBytes = 4 << 20;
+constexpr int64_t kMemberMapBytes = 256 << 10;
+// Sums of a filter's gradient that each member may have for itself.
+constexpr int64_t kMemberSumBytes = 1 << 20;
+// Output tiles of Winograd that a member alone needs at once, or filters would pass by too often.
+constexpr int64_t kMinMemberTiles = 16;
 
 // [N, C, H, W], channels last, without a gap.
 struct Image {
@@ -159,6 +165,34 @@ struct Moments {
       squares[c] += static_cast<double>(other_squares[c]) + delta * delta * (count * n / total);
     }
     count = total;
+  }
+};
+
+// Who works on which images, and how many at once: each member on its own, in maps of its own and without barriers, or
+// all of them side by side on the same, where there are too few images or they are too large.
+struct ImageSplit {
+  bool apart;
+  int64_t images, chunk;
+
+  // tiles: of an image, or a number that is large enough where nothing is gained by more.
+  ImageSplit(int64_t images, int64_t image_bytes, int64_t tiles, int64_t threads, bool may_part) : images(images) {
+    const int64_t least = ceil_div(kMinMemberTiles, tiles), own = std::max(kMemberMapBytes / image_bytes, least);
+    const int64_t most = ceil_div(images, threads);  // what the busiest member has to do
+    apart = may_part && threads > 1 && least <= most && 8 * (most * threads - images) <= images;
+    chunk =
+        std::clamp<int64_t>(apart ? own : kTeamMapBytes / image_bytes, 1, std::max<int64_t>(apart ? most : images, 1));
+  }
+  int64_t slots(int64_t threads) const { return apart ? threads : 1; }
+
+  // Calls body(first, count) for the chunks of images of this crew.
+  template <typename Body>
+  void for_chunks(int64_t rank, int64_t size, const Body& body) const {
+    const int64_t begin = apart ? images * rank / size : 0, end = apart ? images * (rank + 1) / size : images;
+    const int64_t chunks = ceil_div(end - begin, chunk);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t first = begin + (end - begin) * i / chunks;
+      body(first, begin + (end - begin) * (i + 1) / chunks - first);
+    }
   }
 };
 

@@ -13,9 +13,9 @@ namespace resnet_fast {
 template <typename T>
 class WeightGradient {
  public:
-  WeightGradient(const Layer& layer, const Image& in, const Image& out, bool winograd)
-      : layer_(layer), in_(in), out_(out), winograd_(winograd), rows_(round_up(out.channels, lanes_)),
-        columns_(round_up(in.channels, lanes_)) {
+  // apart: a member sums images of its own.
+  WeightGradient(const Layer& layer, const Image& in, const Image& out, bool winograd, bool apart)
+      : layer_(layer), in_(in), out_(out), winograd_(winograd), columns_(round_up(in.channels, lanes_)) {
     if (winograd) {
       runs_ = kTilePoints;
     } else if (layer.kernel_w * in.channels <= 64) {
@@ -26,83 +26,149 @@ class WeightGradient {
       runs_ = layer.kernel_h * layer.kernel_w;
     }
     // Tiles that are transformed before they are multiplied: as many as stay in cache, but enough that sums are rarely
-    // stored.
-    const int64_t tile_bytes = kTilePoints * (rows_ + columns_) * static_cast<int64_t>(sizeof(T));
-    tiles_ = std::clamp<int64_t>(kTransformedTileBytes / tile_bytes, 64, kMaxPixels);
-    d_point_ = tiles_ * rows_ + 16, x_point_ = tiles_ * columns_ + 16;
+    // stored. All of them, if they fit: then no sum is ever stored.
+    const int64_t d_panels = ceil_div(out.channels, panel_), x_panels = ceil_div(in.channels, panel_);
+    const int64_t tile_bytes = kTilePoints * (d_panels + x_panels) * panel_ * static_cast<int64_t>(sizeof(T));
+    const int64_t all = in.images * ceil_div(out.height, kTileOut) * ceil_div(out.width, kTileOut);
+    whole_ = winograd && !apart && all * tile_bytes <= kWholeTileBytes;
+    tiles_ =
+        whole_ ? all : std::clamp<int64_t>((apart ? kMemberTileBytes : kTeamTileBytes) / tile_bytes, 64, kMaxPixels);
+    d_point_ = d_panels * tiles_ * panel_ + 16, x_point_ = x_panels * tiles_ * panel_ + 16;
     strip_ = round_up(static_cast<int64_t>(kTileIn) * (kTileOut * ceil_div(out.width, kTileOut) + 2) * 16, 64);
   }
 
+  // Are all images wanted at once?
+  bool whole() const { return whole_; }
+
   // Elements: sums and transformed tiles of the team, and a strip for each of its members.
-  int64_t sums_numel() const { return runs_ * sum_stride(); }
+  int64_t sums_numel(int64_t threads) const { return whole_ ? threads * kBlockNumel : runs_ * sum_stride(); }
   int64_t work_numel(int64_t threads) const {
     return winograd_ ? kTilePoints * (d_point_ + x_point_) + threads * strip_ + 64 : 0;
   }
 
-  // Adds the images in the maps to `sums`, which starts as zeros. Every member of the team calls this; a barrier must
+  // Adds the images in the maps to `sums`, which starts as zeros. Every member of the crew calls this; a barrier must
   // come before and after.
-  void add(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, T* work, int64_t rank, Team& team) const {
+  void add(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, T* work, const Crew& crew) const {
     if (winograd_) {
-      add_tiles(d, x, images, sums, work, rank, team);
+      add_tiles(d, x, images, sums, work, crew);
     } else {
-      add_pixels(d, x, images, sums, rank, team.size());
+      add_pixels(d, x, images, sums, crew.rank, crew.size);
     }
   }
 
-  // Output channels [begin, end) to `to`, whose strides are those of the weight.
+  // This member's output channels to `to`, whose strides are those of the weight. A barrier must come before.
   template <typename S>
-  void store(const T* sums, S* to, const int64_t (&stride)[4], int64_t begin, int64_t end) const {
-    std::vector<T> taps(static_cast<size_t>(winograd_ ? 9 * columns_ : 0));
-    for (int64_t k = begin; k < end; ++k) {
-      const T* from = sums + k * columns_;
-      int64_t tap_stride = sum_stride();
-      if (winograd_) {
-        kernels_in_use<T>().winograd_filter_gradient(from, sum_stride(), static_cast<int>(columns_), taps.data());
-        from = taps.data(), tap_stride = columns_;
+  void store(T* sums, const T* work, S* to, const int64_t (&stride)[4], const Crew& crew) const {
+    crew.share(out_.channels, [&](int64_t begin, int64_t end) {
+      if (whole_) {
+        multiply_and_store(sums + crew.rank * kBlockNumel, work, to, stride, begin, end);
+      } else {
+        store_rows(sums + begin * columns_, columns_, sum_stride(), 0, columns_, to, stride, begin, end);
       }
-      for (int64_t r = 0; r < layer_.kernel_h; ++r) {
-        for (int64_t s = 0; s < layer_.kernel_w; ++s) {
-          const T* tap =
-              run_ > 0 ? from + r * tap_stride + s * in_.channels : from + (r * layer_.kernel_w + s) * tap_stride;
-          S* out = to + k * stride[0] + r * stride[2] + s * stride[3];
-          for (int64_t c = 0; c < in_.channels; ++c) out[c * stride[1]] = narrow_to<S>(tap[c]);
-        }
-      }
-    }
+    });
   }
 
  private:
-  static constexpr int64_t kTransformedTileBytes = 2 << 20;
+  static constexpr int64_t kTeamTileBytes = 2 << 20, kMemberTileBytes = 256 << 10, kWholeTileBytes = 12 << 20;
+  // A panel of gradients and one of inputs stay in L1.
+  static constexpr int64_t kProductTiles = 128;
+  // Sums of so many output and input channels at all points stay in L2.
+  static constexpr int64_t kBlockRows = 48, kBlockColumns = 64, kBlockNumel = kTilePoints * kBlockRows * kBlockColumns;
 
   int64_t sum_stride() const { return out_.channels * columns_; }
 
-  void add_tiles(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, T* work, int64_t rank, Team& team) const {
+  void add_tiles(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, T* work, const Crew& crew) const {
     const Kernels<T>& kernels = kernels_in_use<T>();
-    const int64_t size = team.size();
+    const int64_t rank = crew.rank, size = crew.size;
     T *const d_tiles = work, *const x_tiles = work + kTilePoints * d_point_;
     T* const strip = x_tiles + kTilePoints * x_point_ + rank * strip_;
     const int64_t total = images * ceil_div(out_.height, kTileOut) * ceil_div(out_.width, kTileOut);
-    int64_t d_offset[kMaxPixels], x_offset[kMaxPixels];
-    for (int64_t t = 0; t < tiles_; ++t) d_offset[t] = t * rows_, x_offset[t] = t * columns_;
     WinogradCall<T> call{};
     call.height = static_cast<int>(out_.height), call.width = static_cast<int>(out_.width);
     for (int64_t first = 0; first < total; first += tiles_) {
       const int64_t count = std::min(tiles_, total - first), begin = count * rank / size;
       call.tile_begin = static_cast<int>(first + begin);
       call.tile_end = static_cast<int>(first + count * (rank + 1) / size);
+      call.channels = static_cast<int>(in_.channels);
       call.input = x.origin - layer_.pad_h * x.row - layer_.pad_w * x.pixel;
       call.input_image = x.image, call.input_row = x.row, call.input_pixel = x.pixel;
-      kernels.winograd_input(call, columns_, x_point_, strip, x_tiles + begin * columns_);
+      kernels.winograd_input(call, tiles_ * panel_, x_point_, strip, x_tiles + begin * panel_);
+      call.channels = static_cast<int>(out_.channels);
       call.input = d.origin;
       call.input_image = d.image, call.input_row = d.row, call.input_pixel = d.pixel;
-      kernels.winograd_gradient(call, rows_, d_point_, d_tiles + begin * rows_);
-      team.wait();
+      kernels.winograd_gradient(call, tiles_ * panel_, d_point_, d_tiles + begin * panel_);
+      if (whole_) return;
+      crew.wait();
       for_own_parts(rank, size, [&](int64_t point, int64_t row_begin, int64_t row_end) {
-        kernels.outer_products({d_tiles + point * d_point_, x_tiles + point * x_point_, d_offset, x_offset,
-                                static_cast<int>(count), static_cast<int>(row_begin), static_cast<int>(row_end),
-                                static_cast<int>(columns_), sums + point * sum_stride(), columns_});
+        multiply(work, point, count, row_begin, row_end, 0, columns_,
+                 sums + point * sum_stride() + row_begin * columns_, columns_);
       });
-      team.wait();
+      crew.wait();
+    }
+  }
+
+  // sums[row - row_begin][column - column_begin] += products of `count` transformed tiles at one point. column_begin is
+  // a multiple of a panel.
+  void multiply(const T* work, int64_t point, int64_t count, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                int64_t column_end, T* sums, int64_t sums_row) const {
+    const T *const d_tiles = work + point * d_point_, *const x_tiles = work + kTilePoints * d_point_ + point * x_point_;
+    int64_t offset[kProductTiles];
+    for (int64_t t = 0; t < std::min(count, kProductTiles); ++t) offset[t] = t * panel_;
+    for (int64_t first = 0; first < count; first += kProductTiles) {
+      const int tiles = static_cast<int>(std::min(kProductTiles, count - first));
+      for (int64_t column = column_begin; column < column_end; column += panel_) {
+        const T* const x = x_tiles + (column / panel_ * tiles_ + first) * panel_;
+        for (int64_t row = row_begin; row < row_end;) {
+          const int64_t panel = row / panel_, next = std::min((panel + 1) * panel_, row_end);
+          kernels_in_use<T>().outer_products({d_tiles + (panel * tiles_ + first) * panel_ + row % panel_, x, offset,
+                                              offset, tiles, 0, static_cast<int>(next - row),
+                                              static_cast<int>(std::min(panel_, column_end - column)),
+                                              sums + (row - row_begin) * sums_row + column - column_begin, sums_row});
+          row = next;
+        }
+      }
+    }
+  }
+
+  // The products of all tiles, block by block of sums, which are transformed as soon as they are complete.
+  template <typename S>
+  void multiply_and_store(T* block, const T* work, S* to, const int64_t (&stride)[4], int64_t begin,
+                          int64_t end) const {
+    for (int64_t column = 0; column < columns_; column += kBlockColumns) {
+      const int64_t width = std::min(kBlockColumns, columns_ - column);
+      for (int64_t k = begin; k < end; k += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, end - k), point_sums = rows * width;
+        std::fill(block, block + kTilePoints * point_sums, T(0));
+        for (int64_t point = 0; point < kTilePoints; ++point) {
+          multiply(work, point, tiles_, k, k + rows, column, column + width, block + point * point_sums, width);
+        }
+        store_rows(block, width, point_sums, column, width, to, stride, k, k + rows);
+      }
+    }
+  }
+
+  // Sums of output channels [begin, end) and `width` input channels from `column` on, `row` elements each, runs or
+  // points `run` elements apart.
+  template <typename S>
+  void store_rows(const T* sums, int64_t row, int64_t run, int64_t column, int64_t width, S* to,
+                  const int64_t (&stride)[4], int64_t begin, int64_t end) const {
+    std::vector<T> taps(static_cast<size_t>(winograd_ ? 9 * width : 0));
+    const int64_t channels = std::min(width, in_.channels - column);
+    for (int64_t k = begin; k < end; ++k, sums += row) {
+      const T* from = sums;
+      int64_t tap_stride = run;
+      if (winograd_) {
+        kernels_in_use<T>().winograd_filter_gradient(sums, run, static_cast<int>(width), taps.data());
+        from = taps.data(), tap_stride = width;
+      }
+      for (int64_t r = 0; r < layer_.kernel_h; ++r) {
+        for (int64_t s = 0; s < layer_.kernel_w; ++s) {
+          const T* tap =
+              run_ > 0 ? from + r * tap_stride + s * in_.channels : from + (r * layer_.kernel_w + s) * tap_stride;
+          S* out = to + k * stride[0] + column * stride[1] + r * stride[2] + s * stride[3];
+          for (int64_t c = 0; c < (run_ > 0 ? in_.channels : channels); ++c) out[c * stride[1]] = narrow_to<S>(tap[c]);
+        }
+      }
     }
   }
 
@@ -141,9 +207,9 @@ class WeightGradient {
 
   Layer layer_;
   Image in_, out_;
-  bool winograd_;
-  int64_t lanes_ = kernels_in_use<T>().lanes;
-  int64_t rows_, columns_;  // of a tile's transformed gradient and input
+  bool winograd_, whole_ = false;
+  int64_t lanes_ = kernels_in_use<T>().lanes, panel_ = product_panel<T>(static_cast<int>(lanes_));
+  int64_t columns_;  // input channels of the sums, in whole vectors
   int64_t runs_, run_ = 0;
   int64_t tiles_, d_point_, x_point_, strip_;
 };

@@ -53,9 +53,8 @@ void outer_products(const OuterCall<T>& call) {
 }
 
 template <typename T>
-void winograd_input(const WinogradCall<T>& call, int64_t row, int64_t point, T* strip, T* out) {
-  const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
-  transform_inputs(call, row, point, tiles_h, tiles_w, strip, out);
+void winograd_input(const WinogradCall<T>& call, int64_t panel, int64_t point, T* strip, T* out) {
+  transform_inputs(call, product_panel<T>(Simd<T>::lanes), panel, point, strip, out);
 }
 
 // A d: the transpose of transform_output.
@@ -75,17 +74,18 @@ RESNET_FAST_INLINE void transform_gradient(const typename Simd<T>::Vec (&d)[kTil
   m[5] = d[3];
 }
 
-// Tiles [tile_begin, tile_end) of call.input, 4 x 4 pixels each, to out[point][tile][channel]. The map goes on with
-// zeros to the end of the last tiles.
+// Tiles [tile_begin, tile_end) of call.input, 4 x 4 pixels each, to out[point][panel][tile][channel of the panel].
+// The map goes on with zeros to the end of the last tiles.
 template <typename T>
-void winograd_gradient(const WinogradCall<T>& call, int64_t row, int64_t point, T* out) {
+void winograd_gradient(const WinogradCall<T>& call, int64_t panel, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
+  constexpr int width = product_panel<T>(Simd<T>::lanes);
   const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
   for (int tile = call.tile_begin; tile < call.tile_end; ++tile) {
     const TilePlace place(tile, tiles_h, tiles_w);
     const T* from =
         call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
-    for (int64_t c = 0; c < row; c += Simd<T>::lanes) {
+    for (int c = 0; c < call.channels; c += Simd<T>::lanes) {
       Vec half[kTileOut][kTileIn];
       for (int i = 0; i < kTileOut; ++i) {
         const T* line = from + i * call.input_row + c;
@@ -94,7 +94,7 @@ void winograd_gradient(const WinogradCall<T>& call, int64_t row, int64_t point, 
                                  Simd<T>::load(line + 3 * call.input_pixel)};
         transform_gradient<T>(d, half[i]);
       }
-      T* to = out + (tile - call.tile_begin) * row + c;
+      T* to = out + c / width * panel + (tile - call.tile_begin) * width + c % width;
       for (int j = 0; j < kTileIn; ++j) {
         const Vec d[kTileOut] = {half[0][j], half[1][j], half[2][j], half[3][j]};
         Vec m[kTileIn];

@@ -144,11 +144,14 @@ void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, T* s
   }
 }
 
+// To out[point][tile][channel], `row` from tile to tile, or with panels of channels apart, `panel` from one to the
+// next.
 template <typename T>
-void transform_inputs(const WinogradCall<T>& call, int64_t row, int64_t point, int tiles_h, int tiles_w, T* strip,
-                      T* out) {
-  constexpr int lanes = Simd<T>::lanes;
+void transform_inputs(const WinogradCall<T>& call, int64_t row, int64_t panel, int64_t point, T* strip, T* out) {
+  constexpr int lanes = Simd<T>::lanes, width = product_panel<T>(lanes);
   constexpr int line = 64 / sizeof(T) > lanes ? 64 / sizeof(T) / lanes : 1;  // vectors of a cache line
+  const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
+  const int channels = (call.channels + lanes - 1) / lanes * lanes;
   for (int tile = call.tile_begin; tile < call.tile_end;) {
     const TilePlace place(tile, tiles_h, tiles_w);
     const int in_row = tiles_w - place.column / kTileOut;
@@ -156,12 +159,14 @@ void transform_inputs(const WinogradCall<T>& call, int64_t row, int64_t point, i
     const T* input =
         call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
     T* to = out + (tile - call.tile_begin) * row;
-    int64_t c = 0;
-    for (; c + line * lanes <= row; c += line * lanes) {
-      transform_strip<T, line>(input + c, call.input_row, call.input_pixel, tiles, strip, to + c, row, point);
+    int c = 0;
+    for (; c + line * lanes <= channels; c += line * lanes) {
+      transform_strip<T, line>(input + c, call.input_row, call.input_pixel, tiles, strip,
+                               to + c / width * panel + c % width, row, point);
     }
-    for (; c < row; c += lanes) {
-      transform_strip<T, 1>(input + c, call.input_row, call.input_pixel, tiles, strip, to + c, row, point);
+    for (; c < channels; c += lanes) {
+      transform_strip<T, 1>(input + c, call.input_row, call.input_pixel, tiles, strip,
+                            to + c / width * panel + c % width, row, point);
     }
     tile += tiles;
   }
@@ -283,7 +288,7 @@ void winograd(const WinogradCall<T>& call) {
   T* strip = products + sizes.products;
   T* expanded = strip + sizes.strip;
   const auto full = [&](int k) { return 2 * k + 1 < call.out_vectors; };
-  transform_inputs(call, sizes.row, sizes.input_point, tiles_h, tiles_w, strip, input);
+  transform_inputs(call, sizes.row, product_panel<T>(lanes), sizes.input_point, strip, input);
   for (int first = call.panel_begin; first < call.panel_end; first += call.panel_group) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
     if (call.compact) {
