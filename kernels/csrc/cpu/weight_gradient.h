@@ -69,7 +69,7 @@ class WeightGradient {
   }
 
  private:
-  static constexpr int64_t kTeamTileBytes = 2 << 20, kMemberTileBytes = 256 << 10, kWholeTileBytes = 12 << 20;
+  static constexpr int64_t kTeamTileBytes = 2 << 20, kMemberTileBytes = 256 << 10, kWholeTileBytes = 16 << 20;
   // A panel of gradients and one of inputs stay in L1.
   static constexpr int64_t kProductTiles = 128;
   // Sums of so many output and input channels at all points stay in L2.
