@@ -1,16 +1,20 @@
 """Data of the training program: archives, folders, augmentation, order."""
 
 import io
+import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program_support import CLASSES, cifar_members, make_archive, random_images
+from program_support import CLASSES, cifar_members, environment, make_archive, random_images
 
+from resnet_fast.program import data
 from resnet_fast.program.archives import checksum, digits, read_cifar
 from resnet_fast.program.augment import crop_and_flip, draws, random_box
 from resnet_fast.program.data import Batches, Files, Samples, load, loader
@@ -287,7 +291,37 @@ def test_workers_do_not_change_the_pictures(workers):
             assert label == labels[key[1]]
 
 
+def test_workers_end_with_their_block_whatever_happens():
+    before = multiprocessing.active_children()
+    loaded = loader(Samples(*random_images(40), 4, True, 7), Batches(40, 8, seed=7), 2, False)
+    kept = iter(loaded)  # as a traceback would keep it
+
+    def fail():
+        with data.workers_of(loaded):
+            next(kept)
+            assert len(multiprocessing.active_children()) == len(before) + 2
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert multiprocessing.active_children() == before
+
+
+def test_a_worker_left_behind_does_not_keep_the_interpreter():
+    """Its end terminates children, once, and waits for them."""
+    script = """
+import torch
+from resnet_fast.program import data
+data.GRACE = 1
+images, labels = torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40, dtype=torch.long)
+samples = data.Samples(images.numpy(), labels.numpy(), 4, True, 7)
+batches = iter(data.loader(samples, data.Batches(40, 8, seed=7), 1, False))
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment())
+
+
 def test_files_are_counted(tmp_path):
-    data = load(Options(str(photographs(tmp_path)), image_size=8, limit=5))
-    assert isinstance(data.train, Files)
-    assert len(data.train) == 5
+    loaded = load(Options(str(photographs(tmp_path)), image_size=8, limit=5))
+    assert isinstance(loaded.train, Files)
+    assert len(loaded.train) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from .archives import Arrays, digits, read_cifar
 from .augment import crop_and_flip, draws, random_box
 from .options import Options, ProgramError
 
-__all__ = ["Batch", "Batches", "Data", "Files", "Preparation", "Samples", "load", "loader", "open_image"]
+__all__ = ["Batch", "Batches", "Data", "Files", "Preparation", "Samples", "load", "loader", "open_image", "workers_of"]
 
 IGNORED = -1  # label of a place that holds no image
 
@@ -231,10 +232,16 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
+GRACE = 60  # seconds
+
+
 def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and many schedulers signal every process; the main one decides, and its end is the workers' end, too."""
+    """Ctrl-C and many schedulers signal every process; the main one decides, and its end is the workers' end, too.
+
+    It may want batches until the end of a step. A worker that is still there a minute later was left behind.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) -> DataLoader:
@@ -249,3 +256,14 @@ def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) 
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # the global one belongs to the network: iterating must not move it
     )
+
+
+@contextlib.contextmanager
+def workers_of(*loaders: DataLoader) -> Iterator[None]:
+    """Ends the loading workers with the block. The interpreter's end would wait for them: they outlive its signal."""
+    try:
+        yield
+    finally:
+        for loaded in loaders:
+            if loaded.num_workers > 0 and loaded._iterator is not None:
+                loaded._iterator._shutdown_workers()  # type: ignore[attr-defined]

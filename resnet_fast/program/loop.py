@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import state_dict as whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoints, recipes, report
-from .data import IGNORED, Batch, Batches, Data, loader
+from .data import IGNORED, Batch, Batches, Data, loader, workers_of
 from .networks import build, prepare
 from .options import Options, ProgramError
 from .sync_batch_norm import convert
@@ -161,7 +161,7 @@ class Trainer:
         pin = self.team.device.type == "cuda"
         train = loader(self.data.train, self.batches, self.options.workers, pin)
         test = loader(self.data.test, self.test_batches, self.options.workers, pin)
-        with _Signals() as signals:
+        with workers_of(train, test), _Signals() as signals:
             while self.epoch < self.recipe.epochs:
                 received = self._train(train, signals)
                 if received:
