@@ -2,22 +2,7 @@
 // races found by happens-before clocks. Only what the programming model orders counts as order:
 // block barriers, bar.warp.sync, mbarriers; not luck, not lockstep, not shuffles.
 #pragma once
-#include <memory>
-#include <vector>
-
-#include "types.h"
-
-// What one warp knows of the others. `tick` is its own time, advanced whenever it synchronises.
-struct WarpClock {
-  u32 tick = 1, warp_sync = 0;  // warp_sync: time of the last full bar.warp.sync
-  std::vector<u32> seen;  // per warp: the latest tick ordered before now
-  std::vector<u32> limits;  // per warp: the largest entry of reads_ that is ordered before now
-  std::unique_ptr<u32[]> pairs;  // [32][32], for bar.warp.sync of part of a warp; made when needed
-
-  void update_limits(u32 self) {  // after any change of the above
-    for (size_t w = 0; w < seen.size(); ++w) limits[w] = (w == self ? warp_sync : seen[w]) << 6 | 63;
-  }
-};
+#include "clock.h"
 
 // Stands for "some lane of the warp": what ldmatrix and wmma.load read reaches lanes other than the
 // one that names the address.
