@@ -1,4 +1,4 @@
-// Branches, exits, barriers, fences. What they do to a warp is in schedule.cpp and barrier.cpp.
+// Branches, exits, barriers, fences. What they do to a warp is in warp.cpp and barrier.cpp.
 #include "lower.h"
 
 namespace {
