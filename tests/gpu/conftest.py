@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--simulated"):
+    if config.getoption("--simulated", default=False):
         machine = [item for item in items if item.get_closest_marker("machine")]
         config.hook.pytest_deselected(items=machine)
         items[:] = [item for item in items if item not in machine]
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def gpu(request):
     """The device's name: "cuda", or "cpu" behind the simulator."""
-    if request.config.getoption("--simulated"):
+    if request.config.getoption("--simulated", default=False):
         return "cpu"
     if not torch.cuda.is_available():
         pytest.fail(NO_GPU, pytrace=False)
