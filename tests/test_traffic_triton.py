@@ -124,6 +124,18 @@ def test_sectors_and_banks(simulated_device, shape, dtype, monkeypatch):
         assert report.divergent_branches == 0, name
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 2)])
+def test_sectors_and_banks_of_other_filters(simulated_device, kernel, stride):
+    """Of bottlenecks, and where a stage halves its maps."""
+    x = torch.randn(2, 64, 16, 16).half().to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 64, kernel, kernel).half()
+    ops.conv_bn_relu(x, weight, torch.zeros(128), stride=stride, padding=kernel // 2)
+    for name, report in simulated_device.launches:
+        assert report.sectors[0] == report.sectors[1], name
+        assert report.conflicts() == [], name
+        assert report.divergent_branches == 0, name
+
+
 def test_memory_traffic_of_a_basic_block(simulated_device):
     """Two kernels: image, both filters, the map between, image again as residual, result; each byte of it once."""
     model = resnet_fast.blocks.BasicBlock(64, 64).eval().half()
