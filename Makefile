@@ -1,4 +1,4 @@
-# make bench | bench-peers | roofline | test | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | roofline | test | test-gpu | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 
@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 
-.PHONY: bench bench-peers roofline test lint build format clean
+.PHONY: bench bench-peers roofline test test-gpu lint build format clean
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -28,6 +28,10 @@ roofline: build
 
 test: build
 	$(BIN)/python -m pytest tests $(ARGS)
+
+# On a machine with an NVIDIA GPU; without one they fail.
+test-gpu: build
+	$(BIN)/python -m pytest tests/gpu/gpu_*.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(PY_FILES)

@@ -7,8 +7,11 @@ import sys
 
 import torch
 
+from . import device as devices
 from . import report, runner
 from .cases import NETWORKS, OPERATORS
+from .device import DEVICES, DTYPES
+from .gpu_variants import GPU_VARIANTS, SLOW
 from .images import KINDS
 from .peers import PEERS
 from .variants import VARIANTS
@@ -20,7 +23,12 @@ QUICK = ("eager", "eager channels_last", "resnet_fast")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default 2)")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *PEERS], help=f"default: {', '.join(QUICK)}")
+    parser.add_argument(
+        "--variants", nargs="+", choices=[*{**VARIANTS, **PEERS, **GPU_VARIANTS}], help=f"default: {', '.join(QUICK)}"
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where one is visible")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the arithmetic on a GPU (default float16)")
+    parser.add_argument("--cold", action="store_true", help="overwrite the GPU's cache before each call")
     parser.add_argument("--all-variants", action="store_true", help="torch.compile too")
     parser.add_argument("--peers", action="store_true", help="ONNX Runtime, OpenVINO, MNN and ncnn too")
     parser.add_argument("--images", choices=KINDS, default="photographs", help="what is timed; all are verified")
@@ -32,23 +40,29 @@ def main() -> int:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
+    try:
+        device = devices.of("cpu" if options.peers else options.device, options.dtype, options.cold)
+    except ValueError as error:
+        parser.error(str(error))
     if options.peers:
         VARIANTS.update(PEERS)
-    variants = options.variants or (
-        list(VARIANTS) if options.all_variants else [*QUICK, *(PEERS if options.peers else ())]
-    )
+    known = runner.variants_of(device)
+    quick = [*QUICK, *(PEERS if options.peers else ())] if device.name == "cpu" else [v for v in known if v not in SLOW]
+    variants = options.variants or (list(known) if options.all_variants else quick)
+    if unknown := set(variants) - set(known):
+        parser.error(f"on {device.name} there is no variant {', '.join(sorted(unknown))}")
     cases = [case for case in NETWORKS if options.full or not case.full]
     if options.operators:
         cases += [case for group in OPERATORS.values() for case in group]
     rows: list[runner.Result] = []
     wrong = False
-    print(report.conditions())
+    print(report.conditions(device))
     for case in cases:
         if options.match not in case.group:
             continue
         kind = options.images if options.images in case.kinds else case.kinds[0]
         print(f"{case.group}, {kind} ...", flush=True)
-        measured, refused = runner.results(case, variants, kind, rounds=options.rounds, seconds=options.seconds)
+        measured, refused = runner.results(case, variants, kind, device, rounds=options.rounds, seconds=options.seconds)
         rows += measured
         for name, reason in refused.items():
             print(f"  {name} is not timed, {type(reason).__name__}: {reason}")
@@ -56,7 +70,7 @@ def main() -> int:
     if not rows:
         sys.exit(f"no case contains {options.match!r}")
     print(f"\nEvery result was checked against float64 before it was timed.\n\n{report.table(rows)}\n")
-    print("written:", *(str(path) for path in report.save(rows)))
+    print("written:", *(str(path) for path in report.save(rows, device)))
     return int(wrong)
 
 

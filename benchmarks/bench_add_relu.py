@@ -6,10 +6,8 @@ import pytest
 
 from .cases import OPERATORS, Case
 from .conftest import Measure
-from .variants import VARIANTS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", OPERATORS["add_relu"], ids=lambda case: case.group)
 def test_add_relu(measure: Measure, case: Case, variant: str) -> None:
     measure(case, variant)

@@ -6,10 +6,8 @@ import pytest
 
 from .cases import NETWORKS, Case
 from .conftest import Measure
-from .variants import VARIANTS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case.group)
 def test_network(measure: Measure, case: Case, variant: str) -> None:
     measure(case, variant)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import resnet_fast
-from resnet_fast.machine import cpu_name
 
+from .device import CPU, Device
 from .runner import Result
 from .variants import BASELINE, OURS
 
@@ -23,11 +23,11 @@ __all__ = ["RESULTS", "chart", "conditions", "save", "table"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def conditions() -> str:
+def conditions(device: Device = CPU) -> str:
     """Where and by what the times were taken, in one line."""
     isa = resnet_fast.backends.isa() if resnet_fast.backends.loaded() else "no kernels"
     return (
-        f"{cpu_name()} ({os.cpu_count()} CPUs, kernels: {isa}), {torch.get_num_threads()} threads, float32, "
+        f"{device.describe()} ({os.cpu_count()} CPUs, kernels: {isa}), {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, resnet_fast {resnet_fast.__version__}, Python {platform.python_version()}, "
         f"{datetime.date.today()}"
     )
@@ -62,7 +62,7 @@ def table(results: list[Result]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def chart(results: list[Result], path: Path) -> None:
+def chart(results: list[Result], path: Path, device: Device = CPU) -> None:
     """Bars of the ratio to eager channels_last with its quartiles, one panel a case."""
     import matplotlib
 
@@ -90,19 +90,19 @@ def chart(results: list[Result], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(f"time / {BASELINE} (less is better)", fontsize=8)
         axis.tick_params(labelsize=8)
-    figure.suptitle(conditions(), fontsize=8)
+    figure.suptitle(conditions(device), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def save(results: list[Result]) -> list[Path]:
+def save(results: list[Result], device: Device = CPU) -> list[Path]:
     """Writes the table, the numbers and the chart to ``benchmarks/results``, which git ignores."""
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     paths = [stem.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
-    paths[0].write_text(f"{conditions()}\n\n{table(results)}\n")
-    numbers = {"conditions": conditions(), "results": [dataclasses.asdict(r) for r in results]}
+    paths[0].write_text(f"{conditions(device)}\n\n{table(results)}\n")
+    numbers = {"conditions": conditions(device), "results": [dataclasses.asdict(r) for r in results]}
     paths[1].write_text(json.dumps(numbers, indent=1) + "\n")
-    chart(results, paths[2])
+    chart(results, paths[2], device)
     return paths

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Twin
+from .device import CPU, Device
+from .gpu_variants import GPU_VARIANTS
 from .timing import Spread, Timing, interleaved
-from .variants import BASELINE, VARIANTS, UnavailableError
+from .variants import BASELINE, VARIANTS, UnavailableError, Variant
 from .verify import Reference, WrongResultError
 
-__all__ = ["Bench", "Result", "results"]
+__all__ = ["Bench", "Result", "results", "variants_of"]
+
+
+def variants_of(device: Device) -> dict[str, Variant]:
+    """What can be measured there, by name."""
+    return GPU_VARIANTS if device.name == "cuda" else VARIANTS
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,13 @@ class Result:
 class Bench:
     """A case, its exact results, and the variants prepared for it."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
-        self.module: Twin = case.build()
+    def __init__(self, case: Case, device: Device = CPU) -> None:
+        self.case, self.device = case, device
+        self.module: Twin = case.build().to(device.name)
         self.errors: dict[str, float] = {}
-        self._references = {kind: Reference.of(self.module, case.input(kind)) for kind in case.kinds}
+        self._references = {
+            kind: Reference.of(self.module, case.input(kind).to(device.name), device) for kind in case.kinds
+        }
         self._calls: dict[str, Callable[[Tensor], Any]] = {}
 
     @torch.no_grad()
@@ -49,25 +58,27 @@ class Bench:
             UnavailableError: it cannot run here.
             WrongResultError: a result breaks the error rule.
         """
-        variant = VARIANTS[name]
+        variant = variants_of(self.device)[name]
         if name not in self._calls:
             first, *_ = self.case.kinds
-            call = variant.prepare(self.module, self._input(name, first))
-            errors = [
-                ref.check(f"{name} on {k}", call(self._input(name, k)), variant.slack)
-                for k, ref in self._references.items()
-            ]
+            with self.device.arithmetic():
+                call = variant.prepare(self.module, self._input(variant, first))
+                errors = [
+                    ref.check(f"{name} on {k}", call(self._input(variant, k)), variant.slack)
+                    for k, ref in self._references.items()
+                ]
             self._calls[name], self.errors[name] = call, max(errors)
-        call, x = self._calls[name], self._input(name, kind)
+        call, x = self._calls[name], self._input(variant, kind)
 
         def bound() -> Any:
-            with torch.no_grad():
+            with torch.no_grad(), self.device.arithmetic():
                 return call(x)
 
         return bound
 
-    def _input(self, name: str, kind: str) -> Tensor:
-        return self.case.input(kind).contiguous(memory_format=VARIANTS[name].layout)
+    def _input(self, variant: Variant, kind: str) -> Tensor:
+        x = self.case.input(kind).to(self.device.name, self.device.dtype if variant.cast else None)
+        return x.contiguous(memory_format=variant.layout)
 
     def result(self, name: str, kind: str, timing: Timing) -> Result:
         return Result(
@@ -83,10 +94,10 @@ class Bench:
 
 
 def results(
-    case: Case, variants: Iterable[str], kind: str, **timing: Any
+    case: Case, variants: Iterable[str], kind: str, device: Device = CPU, **timing: Any
 ) -> tuple[list[Result], dict[str, UnavailableError | WrongResultError]]:
     """All variants of a case in one interleaved run, and why the others have no time."""
-    bench = Bench(case)
+    bench = Bench(case, device)
     calls = {}
     refused: dict[str, UnavailableError | WrongResultError] = {}
     for name in dict.fromkeys([BASELINE, *variants]):
@@ -94,5 +105,5 @@ def results(
             calls[name] = bench.call(name, kind)
         except (UnavailableError, WrongResultError) as reason:
             refused[name] = reason
-    times = interleaved(calls, **timing)
+    times = interleaved(calls, device=device, **timing)
     return [bench.result(name, kind, times) for name in calls], refused

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from .device import CPU, Device
 
 __all__ = ["Spread", "Timing", "interleaved"]
 
@@ -42,15 +43,13 @@ class Timing:
         return Spread.of([ours / theirs for ours, theirs in pairs])
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begin) / repeats
-
-
 def interleaved(
-    callables: Mapping[str, Callable[[], object]], *, rounds: int = 15, seconds: float = 30.0, warmup: int = 2
+    callables: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    seconds: float = 30.0,
+    warmup: int = 2,
+    device: Device = CPU,
 ) -> Timing:
     """Calls A B C A B C ... and times each call.
 
@@ -59,6 +58,7 @@ def interleaved(
         rounds: samples of each, at least 5.
         seconds: budget for all samples; where they would take longer, there are fewer rounds, but 5 at least.
         warmup: unmeasured calls of each beforehand.
+        device: whose clock and whose caches.
 
     Raises:
         ValueError: fewer than 5 rounds: quartiles would mean nothing.
@@ -68,12 +68,12 @@ def interleaved(
     for call in callables.values():
         for _ in range(warmup):
             call()
-    once = {name: _sample(call, 1) for name, call in callables.items()}
+    once = {name: device.sample(call, 1) for name, call in callables.items()}
     repeats = {name: max(1, round(SAMPLE_SECONDS / t)) for name, t in once.items()}
     round_seconds = sum(once[name] * repeats[name] for name in once)
     rounds = min(rounds, max(5, int(seconds / round_seconds)))
     samples: dict[str, list[float]] = {name: [] for name in callables}
     for _ in range(rounds):
         for name, call in callables.items():
-            samples[name].append(_sample(call, repeats[name]))
+            samples[name].append(device.sample(call, repeats[name]))
     return Timing(samples)

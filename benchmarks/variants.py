@@ -35,6 +35,7 @@ class Variant:
     slack: float = (
         1.0  # on the error rule: another engine may trade accuracy for speed, and must compute the same network
     )
+    cast: bool = False  # inputs come in the dtype of the arithmetic, and weights are to be in it
 
 
 VARIANTS: dict[str, Variant] = {}

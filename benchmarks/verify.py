@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Twin
+from .device import CPU, Device
 
 __all__ = ["Reference", "WrongResultError", "in_layout"]
 
@@ -36,7 +37,7 @@ def rms(t: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """What ``model(x)`` is in float64, and how far eager PyTorch is from it in the dtype of ``x``."""
+    """What ``model(x)`` is in float64, and how far eager PyTorch is from it in the arithmetic of the device."""
 
     exact: tuple[Tensor, ...]
     eager_error: tuple[float, ...]
@@ -45,15 +46,16 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Twin, x: Tensor) -> Reference:
+    def of(cls, model: Twin, x: Tensor, device: Device = CPU) -> Reference:
         exact = as_tuple(copy.deepcopy(model).double()(x.double()))
         runs = []
         for layout in (torch.contiguous_format, torch.channels_last):
             laid_out = in_layout(model, layout)
-            runs.append(as_tuple(laid_out(x.contiguous(memory_format=layout))))
+            with device.arithmetic():
+                runs.append(as_tuple(laid_out(x.contiguous(memory_format=layout))))
         errors = tuple(max(rms(run[i] - exact[i]) for run in runs) for i in range(len(exact)))
-        unit = torch.finfo(x.dtype).eps / 2
-        return cls(exact, errors, tuple(rms(e) * unit for e in exact), model.error_factor)
+        rounding = tuple(rms(e) * torch.finfo(r.dtype).eps / 2 for e, r in zip(exact, runs[0], strict=True))
+        return cls(exact, errors, rounding, model.error_factor)
 
     def check(self, name: str, outputs: Tensor | tuple[Tensor, ...], slack: float = 1.0) -> float:
         """Error of the first output as a multiple of eager's.

@@ -105,9 +105,11 @@ class Roofline:
         names = ", ".join(
             f"{g.name} ({g.flops[self.dtype] / 1e12:g} TFLOP/s, {g.bytes / 1e12:g} TB/s)" for g in self.gpus
         )
-        return "\n".join(
-            [table[0], rule, *table[1:-1], rule, table[-1], "", f"Computed from datasheets, not measured: {names}."]
+        notes = (
+            "MB: every tensor once, which is what a fused kernel moves; eager MB: what separate kernels move.",
+            f"Computed from datasheets, not measured: {names}.",
         )
+        return "\n".join([table[0], rule, *table[1:-1], rule, table[-1], "", *notes])
 
 
 def roofline(model: nn.Module, x: Tensor) -> Roofline:

@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptxsim import Kernel
 from ptxsim.compilers import compile_cuda
 
 from resnet_fast import launch
 
-INCLUDE = (f"-I{Path(__file__).parent.parent / 'kernels/csrc/cuda'}", "-std=c++20")
+INCLUDE = (f"-I{Path(__file__).parent.parent / 'kernels/csrc/cuda'}", "-std=c++20", "--expt-relaxed-constexpr")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-THREADS = 256  # kAddReluThreads
+
+
+def launcher_geometry(ptx, n):
+    """Blocks and threads, from the launcher's own functions."""
+    out = torch.empty(2, dtype=torch.int64)
+    Kernel(ptx, "geometry").launch(1, 1, n, out, outputs=[out])
+    return out.tolist()
 
 
 def add_relu(device, a, b, vectorized):
@@ -19,12 +26,17 @@ def add_relu(device, a, b, vectorized):
     source = f"""#include "add_relu.cuh"
     namespace resnet_fast::cuda {{
     template __global__ void add_relu_fwd_kernel<{t}>(const {t}*, const {t}*, {t}*, int64_t, bool);
+    extern "C" __global__ void geometry(int64_t n, int64_t* out) {{
+      out[0] = add_relu_blocks<{t}>(n);
+      out[1] = kAddReluThreads;
+    }}
     }}"""
-    (name,) = re.findall(r"\.entry (\w+)", compile_cuda(source, *INCLUDE))
+    ptx = compile_cuda(source, *INCLUDE)
+    (name,) = re.findall(r"\.entry (\w*add_relu\w*)", ptx)
     device.add_cuda(source, name, flags=INCLUDE)
     out = torch.empty_like(a)
-    blocks = -(-a.numel() // (THREADS * (16 // a.dtype.itemsize)))  # add_relu_blocks
-    launch.cuda_launch(name, (blocks,), (THREADS,), 0, (a, b, out, a.numel(), vectorized))
+    blocks, threads = launcher_geometry(ptx, a.numel())
+    launch.cuda_launch(name, (blocks,), (threads,), 0, (a, b, out, a.numel(), vectorized))
     return out
 
 

@@ -171,6 +171,27 @@ def test_offsets_beyond_32_bits(simulated_device):
     assert 0 <= found.value.address - GLOBAL_BASE - 12000 * 12000 * 16 * 2 < 2**20
 
 
+def test_filters_of_more_than_32_taps_in_a_row(simulated_device):
+    """Which taps lie in the padding is a bit each: longer filters need another way."""
+    for kernel, size in (((33, 1), (20, 3)), ((1, 35), (2, 9))):
+        case = random_case(1, size, 16, 8, kernel, 1, (kernel[0] // 2, kernel[1] // 2), torch.float16, whole)
+        assert torch.equal(plain(case), exact_sum(case)), kernel
+
+
+def test_taps_beyond_32_bits(simulated_device):
+    """A row of such an image has 4.3e9 bytes: the second row of taps begins where only 64 bits reach."""
+    case = random_case(1, (3, 3), 16, 16, 3, 1, 0, torch.float16)
+    real = layer_of(case)
+    huge = dataclasses.replace(real, height=3, width=2**27 + 1, kernel=(3, 1), stride=(1, 2**27 + 1), residual=False)
+    assert huge.pixels == 1
+    weight = torch.ones(16, 3, 1, 16, dtype=torch.float16)
+    arguments = (case.x, weight, torch.ones(16), torch.zeros(16), None, torch.zeros(1, 16, 1, 1, dtype=torch.float16))
+    with pytest.raises(Fault) as found:
+        conv_bn_relu.conv_bn_relu(huge, Config(64, 16, 16, 4, 2), *arguments)
+    assert found.value.kind == "out-of-bounds"
+    assert 0 <= found.value.address - GLOBAL_BASE - (2**27 + 1) * 16 * 2 < 2**20
+
+
 def test_repeatable():
     """The simulator shuffles blocks and warps by its seed: split sums do not depend on who comes first."""
     case = random_case(1, (8, 8), 128, 64, 3, 1, 1, torch.float16)

@@ -21,14 +21,17 @@ CLOCK = 1.41e9
 L2, DRAM = 4e12, 1.5e12
 MMA = 2 * 16 * 8 * 16
 
-# Bounds of PyTorch Inductor's Triton template on the same layers with its best tile, by the same rule, computed on
-# 2026-11-22 (fp16, 3x3 + bias + residual + ReLU; batch, size, channels), in microseconds.
+# Bounds of PyTorch Inductor's Triton template (torch 2.13, with bias, residual and ReLU in its epilogue) on the same
+# layers in fp16 with the best tile of its list, by the same rule, computed on 2026-11-25; batch, size, channels; in
+# microseconds. Its asynchronous copies bypass the first-level cache, so all sectors they ask for come from the second.
 INDUCTOR = {
     (8, 56, 64): 10.5,
     (8, 28, 128): 11.3,
     (8, 14, 256): 14.3,
-    (8, 7, 512): 20.0,
-    (64, 32, 16): 5.9,
+    (8, 7, 512): 19.0,
+    (64, 32, 16): 4.6,  # by 1024x16x16 in one stage, without asynchronous copies; 5.9 by 256x16x16
+    (64, 16, 32): 3.0,
+    (64, 8, 64): 2.7,
 }
 
 
@@ -94,21 +97,41 @@ def a100_bound(layer, config, launches):
 
 @pytest.mark.parametrize(("shape", "inductor"), INDUCTOR.items(), ids=str)
 def test_bound(simulated_device, shape, inductor):
-    """At most 0.85 of the bound of Inductor's template, with the tile that our own model picks first."""
+    """At most 0.85 of the bound of Inductor's template, with the tile that our own model picks first; or where that
+    cannot be, at 16 channels, what memory alone takes: image, residual, result and filters, each once."""
     x, residual, weight = block(*shape)
     config = default(layer_of(x), A100)
     bound = a100_bound(layer_of(x), config, run(simulated_device, x, residual, weight))
     print(f"{shape}: {config}: {bound:.1f} us computed for an A100, {bound / inductor:.2f} of Inductor's")
-    assert bound <= 0.85 * inductor, (config, bound)
+    floor = (3 * x.nbytes + weight.nbytes) / DRAM * 1e6
+    assert floor <= bound <= max(0.85 * inductor, 1.001 * floor), (config, bound)
+    assert bound <= 0.92 * inductor, (config, bound)
 
 
-@pytest.mark.parametrize("shape", [(8, 56, 64), (2, 16, 32), (2, 32, 16)], ids=str)
-def test_sectors_and_banks(simulated_device, shape):
+STAGES = [(8, 56, 64), (4, 28, 128), (2, 14, 256), (1, 7, 512), (2, 32, 16), (2, 16, 32), (4, 8, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["16 bits", "tf32"])
+@pytest.mark.parametrize("shape", STAGES, ids=str)
+def test_sectors_and_banks(simulated_device, shape, dtype, monkeypatch):
     """Whole sectors in every request to global memory, no bank conflict, no divergent branch."""
-    x, residual, weight = block(*shape)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    x, residual, weight = block(*shape, dtype)
     for name, report in run(simulated_device, x, residual, weight):
         touched, least = report.sectors
         assert touched == least, name
+        assert report.conflicts() == [], name
+        assert report.divergent_branches == 0, name
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 2)])
+def test_sectors_and_banks_of_other_filters(simulated_device, kernel, stride):
+    """Of bottlenecks, and where a stage halves its maps."""
+    x = torch.randn(2, 64, 16, 16).half().to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 64, kernel, kernel).half()
+    ops.conv_bn_relu(x, weight, torch.zeros(128), stride=stride, padding=kernel // 2)
+    for name, report in simulated_device.launches:
+        assert report.sectors[0] == report.sectors[1], name
         assert report.conflicts() == [], name
         assert report.divergent_branches == 0, name
 

@@ -11,7 +11,7 @@ import triton_gate as gate
 
 from resnet_fast._triton import configs
 from resnet_fast._triton.configs import Gpu, Layer
-from resnet_fast._triton.conv_bn_relu import _conv_bn_relu_fwd_kernel
+from resnet_fast._triton.conv_bn_relu import _conv_bn_relu_fwd_kernel, finish
 
 GPUS = {80: configs.A100, 90: Gpu(90, 132, 227 * 1024), 100: Gpu(100, 148, 227 * 1024)}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -100,10 +100,26 @@ def check(arch, layer, config, sass):
             assert sass.count("LDG.128") > 0, what
 
 
+@pytest.mark.parametrize("arch", gate.ARCHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_second_pass(arch, dtype):
+    """Of split sums, and after the library's convolution: whole vectors of what it reads, enough blocks to stream."""
+    image = torch.empty(2, 64, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
+    vectors = torch.ones(64), torch.zeros(64)
+    for sums, splits in ((torch.empty(3, 128, 64), 3), (image, 1)):
+        ((kernel, args, meta),) = gate.launches(finish, sums, *vectors, image, image, True, splits)
+        sass = gate.inspect_launch(kernel, args, meta, arch)
+        what = f"sm_{arch} {dtype}, {splits} splits: {sass.registers} registers, {dict(sass.opcodes.most_common(8))}"
+        assert sass.spills == sass.stack == 0, what
+        assert sass.count("LDG.128") >= splits, what
+        assert sass.count("STG") == sass.count("STG.128") + sass.count("STG.64"), what
+        assert sass.blocks_per_sm >= 8, what
+
+
 def test_a_tile_too_large_is_seen():
-    """The gate above can fail: 256 x 256 sums on 4 warps do not fit the registers."""
+    """The gate above can fail: 128 x 128 sums on one warp do not fit the registers."""
     layer = next(layer for layer in layers() if layer.channels == 128 and layer.dtype == torch.bfloat16)
-    case = (80, layer, configs.Config(256, 256, 32, 4, 3))
+    case = (80, layer, configs.Config(128, 128, 32, 1, 3))
     sass = compiled(case)
     with pytest.raises(AssertionError, match="registers"):
         check(*case, sass)

@@ -33,11 +33,11 @@ def test_unaligned_arguments_lose_the_vectors():
 
 
 def test_spills_are_seen():
-    tile = {"BM": 256, "BN": 256, "BK": 32}  # 65536 accumulators on 128 threads: 512 each, of 255 registers
-    sass = gate.inspect(kernels.matmul, POINTERS | SIZES, tile, 80, num_warps=4, num_stages=2)
+    tile = {"BM": 128, "BN": 128, "BK": 32}  # 16384 accumulators on 32 threads: 512 each, of 255 registers
+    sass = gate.inspect(kernels.matmul, POINTERS | SIZES, tile, 80, num_warps=1, num_stages=2)
     assert sass.spills > 0
     assert sass.registers == 255
-    assert sass.blocks_per_sm == 2
+    assert sass.blocks_per_sm == 8
 
 
 def test_recorded_launches_are_specialised_as_in_production():

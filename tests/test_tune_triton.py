@@ -1,6 +1,8 @@
 """The choice of a kernel: measured once, kept, the same in the next process; the library is one of the candidates."""
 
+import contextlib
 import json
+import types
 
 import pytest
 import torch
@@ -96,6 +98,33 @@ def test_nothing_is_measured_without_a_clock():
     assert tuner.chosen == {}
     with tune.use(tune.LIBRARY):
         assert tuner.choose(LAYER, pytest.fail) == tune.LIBRARY
+
+
+def test_the_clock_is_that_of_the_tensors_device(monkeypatch):
+    """The second GPU's kernels, while the first is current: events and caches are the second's."""
+    current, used = [0], []
+
+    @contextlib.contextmanager
+    def device(d):
+        current.append(d.index)
+        yield
+        current.pop()
+
+    class Event:
+        def __init__(self, enable_timing):
+            used.append(current[-1])
+
+        record = synchronize = lambda self: used.append(current[-1])
+        elapsed_time = lambda self, end: 5.0  # noqa: E731
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(L2_cache_size=4096))
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: used.append(device.index) or torch.zeros(n))
+    seconds = tune._seconds(lambda: used.append(current[-1]), torch.device("cuda", 1))
+    assert seconds == 5e-3
+    assert set(used) == {1}
+    assert current == [0]
 
 
 def test_the_file_names_gpu_and_versions(monkeypatch, tmp_path):

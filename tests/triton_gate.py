@@ -16,6 +16,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 
 ARCHS = (80, 90, 100)
@@ -115,12 +116,21 @@ def _triton(arch):
     return target, make_backend(target), create_function_from_signature
 
 
+# Triton parses a kernel's Python by `ast`, which loses count of its depth in CPython 3.11 where several threads parse.
+_PARSER = threading.Lock()
+
+
 def _compile(kernel, signature, constexprs, attrs, arch, options) -> Sass:
     target = _triton(arch)[0]
     import triton
     from triton.compiler import ASTSource
 
-    binary = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options)
+    class OneAtATime(ASTSource):
+        def make_ir(self, *args):
+            with _PARSER:
+                return super().make_ir(*args)
+
+    binary = triton.compile(OneAtATime(kernel, signature, constexprs, attrs), target=target, options=options)
     with _cubin(binary.asm["cubin"]) as path:
         usage = _tool("cuobjdump", "-res-usage", path)
         text = _tool("nvdisasm", "-c", path)

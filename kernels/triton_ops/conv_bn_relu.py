@@ -86,12 +86,14 @@ def _conv_bn_relu_fwd_kernel(
 
     if C % BLOCK_K == 0:
         # A step is one tap of BLOCK_K channels.
+        few: tl.constexpr = R <= 32 and S <= 32  # taps in a row or column: a bit for each
         rows = tl.zeros((BLOCK_M,), tl.int32)
         cols = tl.zeros((BLOCK_M,), tl.int32)
-        for i in tl.static_range(R):
-            rows |= ((top + i >= 0) & (top + i < below)).to(tl.int32) << i
-        for j in tl.static_range(S):
-            cols |= ((left + j >= 0) & (left + j < width)).to(tl.int32) << j
+        if few:
+            for i in tl.static_range(R):
+                rows |= ((top + i >= 0) & (top + i < below)).to(tl.int32) << i
+            for j in tl.static_range(S):
+                cols |= ((left + j >= 0) & (left + j < width)).to(tl.int32) << j
         steps: tl.constexpr = C // BLOCK_K * (R * S)
         first = tl.program_id(1) * steps // SPLIT_K
         last = (tl.program_id(1) + 1) * steps // SPLIT_K
@@ -102,9 +104,15 @@ def _conv_bn_relu_fwd_kernel(
             r = tap // S
             s = tap % S
             c = step // (R * S) * BLOCK_K
-            inside = ((rows >> r) & (cols >> s) & 1) != 0
+            if few:
+                inside = ((rows >> r) & (cols >> s) & 1) != 0
+            else:
+                inside = (top + r >= 0) & (top + r < below) & (left + s >= 0) & (left + s < width)
             a = tl.load(
-                x + (x_offsets + ((r * width + s) * C + c)), mask=inside[:, None], other=0.0, cache_modifier=".ca"
+                x + (x_offsets + ((r.to(index) * width + s) * C + c)),
+                mask=inside[:, None],
+                other=0.0,
+                cache_modifier=".ca",
             )
             if K % BLOCK_N == 0:
                 b = tl.load(w_rows + (tap * C + c))
@@ -126,7 +134,7 @@ def _conv_bn_relu_fwd_kernel(
             iw = left[:, None] + s[None, :]
             inside = (ih >= 0) & (ih < below[:, None]) & (iw >= 0) & (iw < width) & (at < total)[None, :]
             a = tl.load(
-                x + (corner[:, None] + ((r * width + s) * C + at % C)[None, :]),
+                x + (corner[:, None] + ((r.to(index) * width + s) * C + at % C)[None, :]),
                 mask=inside,
                 other=0.0,
                 cache_modifier=".ca",
@@ -168,7 +176,10 @@ def _finish_kernel(
     columns: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     block = tl.program_id(0)
     m = (block // columns) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (block % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # A thread takes 16 bytes of the sums: a whole vector of a 16-bit result would be two loads of float32 sums, each of
+    # which touches every sector and takes half of it.
+    vector: tl.constexpr = 128 // partial.dtype.element_ty.primitive_bitwidth
+    n = (block % columns) * BLOCK_N + tl.max_contiguous(tl.arange(0, BLOCK_N), vector)
     here = m.to(tl.int64)[:, None] * K + n[None, :]
     kept = (m < pixels)[:, None] & (n < K)[None, :]
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -65,20 +66,25 @@ def cache_file(name: str) -> Path:
     return Path(folder) / f"gpu-{re.sub(r'[^A-Za-z0-9.+-]+', '_', f'{name}-{versions}')}.json"
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """Median over at least 10 ms of runs, each after the caches were overwritten."""
-    flush = torch.empty(64 << 20, dtype=torch.int8, device="cuda")
-    call()
-    samples: list[float] = []
-    while sum(samples) < 10e-3 and len(samples) < 100:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        begin.record()
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median over at least 10 ms of runs, each after the caches of ``device`` were overwritten.
+
+    Events are recorded on the current device's stream: it is made current, whichever the caller works on.
+    """
+    with torch.cuda.device(device):
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
         call()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e-3)
-    return statistics.median(samples)
+        samples: list[float] = []
+        while sum(samples) < 10e-3 and len(samples) < 100:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end) * 1e-3)
+        return statistics.median(samples)
 
 
 class Tuner:
@@ -170,7 +176,8 @@ def tuner(device: torch.device) -> Tuner:
         else:
             measured = os.environ.get("RESNET_FAST_TUNE", "1") != "0"
             file = cache_file(torch.cuda.get_device_name(device))
-            _tuners[key] = Tuner(gpu_of(device), file, _seconds if measured else None)
+            measure = functools.partial(_seconds, device=device) if measured else None
+            _tuners[key] = Tuner(gpu_of(device), file, measure)
     return _tuners[key]
 
 

@@ -80,6 +80,45 @@ __global__ void async_not_shared_with_others(const float4* x, float4* y) {  // t
   asm volatile("cp.async.wait_all;" ::: "memory");
   y[threadIdx.x] = a[threadIdx.x ^ 1];
 }
+__global__ void global_race(float* x, float* y) {  // the other warp's element
+  x[threadIdx.x] = threadIdx.x;
+  __syncwarp();
+  y[threadIdx.x] = x[threadIdx.x ^ 32];
+}
+__global__ void global_write_after_read(float* x, float* y) {  // all warps read what the first then overwrites
+  const float v = x[threadIdx.x % 32];
+  y[threadIdx.x] = v;
+  if (threadIdx.x < 32) x[threadIdx.x] = v + 1;
+}
+__global__ void global_overwrite(float* y) { y[threadIdx.x % 32] = threadIdx.x; }
+__global__ void global_barrier_of_some(float* x, float* y) {  // the third warp is not among those that meet
+  x[threadIdx.x] = threadIdx.x;
+  if (threadIdx.x < 64) asm volatile("bar.sync 1, 64;" ::: "memory");
+  y[threadIdx.x] = x[(threadIdx.x + 32) % 96];
+}
+__global__ void global_atomic_after_store(int* x) {
+  x[threadIdx.x % 32] = 1;
+  if (threadIdx.x >= 32) atomicAdd(x + threadIdx.x % 32, 1);
+}
+__global__ void unfenced_flag_of_a_warp(float* data, int* flag, float* y) {
+  const int t = threadIdx.x % 32;
+  if (threadIdx.x < 32) { data[t] = 1; __syncwarp(); if (t == 0) atomicExch(flag, 1); }
+  else { while (atomicAdd(flag, 0) == 0) {} __threadfence_block(); y[t] = data[t]; }
+}
+__global__ void fenced_flag_of_a_warp(float* data, int* flag, float* y) {
+  const int t = threadIdx.x % 32;
+  if (threadIdx.x < 32) { data[t] = 1; __threadfence_block(); __syncwarp(); if (t == 0) atomicExch(flag, 1); }
+  else { while (atomicAdd(flag, 0) == 0) {} __threadfence_block(); y[t] = data[t]; }
+}
+__global__ void global_exchange(float* x, float* y, int rounds) {  // ordered: what the races above lack
+  #pragma unroll 1
+  for (int k = 0; k < rounds; ++k) {
+    x[threadIdx.x] = k + threadIdx.x;
+    __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x ^ 32];
+    __syncthreads();
+  }
+}
 __global__ void reads_other_block(float* x, float* y) {
   x[blockIdx.x * 32 + threadIdx.x] = 1;
   y[blockIdx.x * 32 + threadIdx.x] = x[(blockIdx.x ^ 1) * 32 + threadIdx.x];

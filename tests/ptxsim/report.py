@@ -1,6 +1,9 @@
 """What a launch cost."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
+
+_KINDS = ("load", "store", "atomic")
 
 
 @dataclass
@@ -26,7 +29,12 @@ class Report:
     rows: list[Row]
     classes: dict[str, dict[str, int]]
     mma_flops: dict[str, int]
-    buffers: dict[str, dict[str, int]] = field(default_factory=dict)
+    buffers: dict[str, dict[str, int]]
+
+    @classmethod
+    def of(cls, r: dict) -> "Report":
+        rows, buffers = [Row(*row) for row in r["rows"]], {b.pop("name"): b for b in r["buffers"]}
+        return cls(r["executed"], rows, r["classes"], r["mma_flops"], buffers)
 
     def total(self, what: str, *kinds: str) -> int:
         return sum(c[what] for k, c in self.classes.items() if not kinds or k in kinds)
@@ -38,14 +46,12 @@ class Report:
     @property
     def sectors(self) -> tuple[int, int]:
         """32-byte sectors of global requests: touched, and the least that their bytes need."""
-        kinds = ("load_global", "store_global", "atomic_global", "async_copy")
-        return self.total("units", *kinds), self.total("ideal", *kinds)
+        return tuple(self.total(u, *(f"{k}_global" for k in _KINDS), "async_copy") for u in ("units", "ideal"))
 
     @property
     def wavefronts(self) -> tuple[int, int]:
         """Shared-memory wavefronts: taken, and without bank conflicts."""
-        kinds = ("load_shared", "store_shared", "atomic_shared", "matrix")
-        return self.total("units", *kinds), self.total("ideal", *kinds)
+        return tuple(self.total(u, *(f"{k}_shared" for k in _KINDS), "matrix") for u in ("units", "ideal"))
 
     @property
     def divergent_branches(self) -> int:
@@ -62,14 +68,9 @@ class Report:
 
     def table(self, top: int = 20) -> str:
         """Source lines by warp instructions executed."""
-        lines: dict[str, list[int]] = {}
+        warps, units, ideal = Counter(), Counter(), Counter()
         for r in self.rows:
-            entry = lines.setdefault(r.source or "?", [0, 0, 0])
-            entry[0] += r.warps
-            entry[1] += r.units
-            entry[2] += r.ideal
-        order = sorted(lines.items(), key=lambda kv: -kv[1][0])[:top]
-        return "\n".join(
-            [f"{'warp instr.':>12} {'units':>10} {'ideal':>10}  source"]
-            + [f"{w:12} {u:10} {i:10}  {s}" for s, (w, u, i) in order]
-        )
+            for sums, n in ((warps, r.warps), (units, r.units), (ideal, r.ideal)):
+                sums[r.source or "?"] += n
+        lines = [f"{n:12} {units[s]:10} {ideal[s]:10}  {s}" for s, n in warps.most_common(top)]
+        return "\n".join([f"{'warp instr.':>12} {'units':>10} {'ideal':>10}  source", *lines])

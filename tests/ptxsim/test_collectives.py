@@ -208,3 +208,15 @@ def test_vector_width_and_state_spaces():
     assert np.array_equal(y.view(np.int32)[:, 1], x[:, 5].view(np.int8))
     assert np.array_equal(y.view(np.uint32)[:, 2], w[:, 5])
     assert np.array_equal(y.view(np.uint32)[:, 3], x[:, 3])
+
+
+def test_cache_policies_change_nothing():
+    """Opcodes with "::" may open a statement; the policy they make goes to hints alone."""
+    x, y = np.random.default_rng(0).integers(0, 256, (2, 32, 16)).astype(np.uint8)
+    body = (
+        "createpolicy.fractional.L2::evict_last.b64 %w0, 1.0;\n"
+        "ld.global.L1::evict_last.L2::cache_hint.v4.b32 {%r0,%r1,%r2,%r3}, [%a0], %w0;\n"
+        "st.global.L1::evict_first.v4.b32 [%a1], {%r0,%r1,%r2,%r3};"
+    )
+    per_thread(body, x, y, outputs=[y])
+    assert np.array_equal(x, y)

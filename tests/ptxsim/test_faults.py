@@ -27,6 +27,12 @@ PLANTED = {
     "warp_race": ("race", "same warp", 1, 32, [F(32)], []),
     "block_race": ("race", "warp", 1, 64, [F(64)], []),
     "write_after_read": ("race", "", 1, 64, [F(64)], []),
+    "global_race": ("race", "at arg0", 1, 64, [F(64), F(64)], []),
+    "global_write_after_read": ("race", "write over data read at arg0", 1, 96, [F(32), F(96)], []),
+    "global_overwrite": ("race", "write over data written at arg0", 1, 64, [F(32)], []),
+    "global_barrier_of_some": ("race", "at arg0", 1, 96, [F(96), F(96)], []),
+    "global_atomic_after_store": ("race", "", 1, 64, [np.zeros(32, np.int32)], []),
+    "unfenced_flag_of_a_warp": ("race", "not ordered after warp 0", 1, 64, [F(32), np.zeros(1, np.int32), F(32)], []),
     "half_warp_sync": ("race", "same warp", 1, 32, [F(32)], []),
     "async_too_early": ("async", "before its wait", 1, 32, [F(128), F(128)], []),
     "async_wrong_group": ("async", "before its wait", 1, 32, [F(128), F(128)], []),
@@ -83,6 +89,27 @@ def test_flag_behind_a_fence_is_no_conflict(faulty, seed):
     data, flag, y = F(32), np.zeros(1, np.int32), F(32)
     Kernel(faulty, "fenced_flag").launch(2, 32, data, flag, y, outputs=[y], seed=seed, limit=10**6)
     assert (y == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flag_of_a_warp_behind_a_fence_is_no_race(faulty, seed):
+    data, flag, y = F(32), np.zeros(1, np.int32), F(32)
+    Kernel(faulty, "fenced_flag_of_a_warp").launch(1, 64, data, flag, y, outputs=[y], seed=seed, limit=10**6)
+    assert (y == 1).all()
+
+
+def test_warps_exchange_through_global_memory(faulty):
+    """Barriers of the block order it, and each is needed."""
+    start = faulty.index(".visible .entry global_exchange(")
+    body = faulty[: faulty.index(".visible")] + faulty[start : start + faulty[start:].index("\n}") + 3]
+
+    def run(kernel):
+        y = F(64)
+        kernel.launch(1, 64, F(64), y, 3, outputs=[y])
+        return np.array_equal(y, 2 + (np.arange(64) ^ 32))
+
+    assert run(Kernel(body, "global_exchange"))
+    assert survivors(body, r"^\s*bar\.sync.*$", "global_exchange", run) == []
 
 
 def test_place_of_a_fault():

@@ -88,11 +88,11 @@ void access_global(Warp& w, const Inst&, u32 mask, const u64* address, u32 bytes
     if (a & (bytes - 1))
       throw Violation{"misaligned", std::to_string(bytes) + "-byte access to " + g.describe(a), i, a};
     if (kind == Access::Read)
-      g.check_read(*b, a, bytes, block, i);
+      g.check_read(*b, a, bytes, {block, w.id, i, w.clock});
     else {
       if (b->constant && kind != Access::ReadSync && kind != Access::ReadOnce)
         throw Violation{"read-only", "write to constant " + g.describe(a), i, a};
-      g.check(*b, a, bytes, kind, block, i);
+      g.check(*b, a, bytes, kind, {block, w.id, i, w.clock});
     }
     at[i] = b->host + (a - b->base);
   }

@@ -7,20 +7,15 @@ namespace {
 
 u32 threads_of(const Block& b) { return b.launch->block[0] * b.launch->block[1] * b.launch->block[2]; }
 
-void join(std::vector<u32>& into, const std::vector<u32>& from) {
-  for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
-}
-
 void publish(Warp& w, std::vector<u32>& known) {
-  known.resize(w.clock.seen.size());
-  join(known, w.clock.seen);
+  join_clocks(known, w.clock.seen);
   known[w.id] = std::max(known[w.id], w.clock.tick);
 }
 
 void release(Block& b, BarrierState& bar) {
   for (const auto& waiting : bar.waiting) {
     Warp& w = b.warps[waiting.warp];
-    join(w.clock.seen, bar.known);
+    join_clocks(w.clock.seen, bar.known);
     w.clock.update_limits(w.id);
     const Inst& I = b.launch->program->code[waiting.pc];
     if (I.n == 2) for_lanes(waiting.mask, [&](int i) { w.at<u32>(I.r[2])[i] = bar.reduced_count; });
@@ -47,7 +42,7 @@ void synchronise_warp(Warp& w, u32 mask) {
     for (u32 a = mask; a; a &= a - 1)
       for (u32 b = mask; b; b &= b - 1) c.pairs[__builtin_ctz(a) * kLanes + __builtin_ctz(b)] = c.tick;
   }
-  ++c.tick;
+  c.advance();
 }
 
 bool arrive_at_barrier(Warp& w, const Inst& I, u32 m, u32 pc) {

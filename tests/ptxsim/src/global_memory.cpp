@@ -1,6 +1,7 @@
 #include "global_memory.h"
 
 #include <algorithm>
+#include <new>
 
 void GlobalMemory::add(Buffer b) { buffers_.push_back(std::move(b)); }
 
@@ -10,6 +11,8 @@ void GlobalMemory::prepare(u32 granule_bytes) {
   for (Buffer& b : buffers_) {
     const u64 first = b.base >> shift_, n = ((b.base + b.size - 1) >> shift_) - first + 1;
     b.shadow = std::make_unique<Granule[]>(b.size ? n : 1);
+    b.traces.reset((Trace*)std::calloc(b.size ? n : 1, sizeof(Trace)));
+    if (!b.traces) throw std::bad_alloc();
     if (!b.size) continue;
     if (!b.init) {
       for (u64 g = 0; g < n; ++g) b.shadow[g].writer = kInitialised;
@@ -59,14 +62,31 @@ void GlobalMemory::conflict(const Buffer& b, u64 address, int lane, const char* 
       lane, address};
 }
 
-void GlobalMemory::check(Buffer& b, u64 address, u32 bytes, Access kind, u32 block, int lane) {
-  const u32 me = block + 1;
+void GlobalMemory::race(const Buffer& b, u64 address, int lane, const char* what, u32 stamp) const {
+  throw Violation{"race",
+                  std::string(what) + " at " + b.name + " + " + std::to_string(address - b.base) +
+                      ", not ordered after warp " + std::to_string(stamp & 31),
+                  lane, address};
+}
+
+// A read by another warp of this block that no barrier puts before this write.
+void GlobalMemory::check_readers(const Buffer& b, u64 address, const Trace& t, const Accessor& by) const {
+  for (const u32 read : {t.read, t.other_read})
+    if (read && !by.after(read) && ticks_.block_of(read >> 5) == by.block)
+      race(b, address, by.lane, "write over data read", read);
+}
+
+void GlobalMemory::check(Buffer& b, u64 address, u32 bytes, Access kind, const Accessor& by) {
+  const u32 me = by.block + 1, block = by.block;
+  const int lane = by.lane;
   const u64 first = b.base >> shift_;
-  Granule* g = &b.shadow[(address >> shift_) - first];
-  Granule* end = &b.shadow[((address + bytes - 1) >> shift_) - first] + 1;
-  for (; g != end; ++g) {
+  for (u64 k = (address >> shift_) - first, end = ((address + bytes - 1) >> shift_) - first; k <= end; ++k) {
+    Granule* g = &b.shadow[k];
+    Trace& t = b.traces[k];
     const u32 w = g->writer, id = w & kBlockBits;
     const bool foreign = id && id != me;
+    // The write of another warp of this block that no barrier puts before this access.
+    const bool unordered = id == me && t.write && !by.after(t.write);
     switch (kind) {
       case Access::Read:
       case Access::ReadOnce:
@@ -79,16 +99,22 @@ void GlobalMemory::check(Buffer& b, u64 address, u32 bytes, Access kind, u32 blo
         if (kind == Access::ReadOnce && id) conflict(b, address, lane, "ld.global.nc of data written by", id);
         if (kind == Access::Read && foreign && !ordered(id, block))
           conflict(b, address, lane, "read of data written by", id);
-        if (kind != Access::ReadSync)
+        if (kind == Access::Read && unordered) race(b, address, lane, "read of data written", t.write);
+        if (kind != Access::ReadSync) {
           g->reader = !g->reader || g->reader == me ? me : kMany;
-        else if (!g->reader)
+          trace_read(t, by.stamp());
+        } else if (!g->reader) {
           g->reader = me;
+        }
         break;
       case Access::Write:
         if (foreign && !ordered(id, block)) conflict(b, address, lane, "overwrites data of", id);
         if (g->reader && g->reader != me && !ordered(g->reader, block))
           conflict(b, address, lane, "overwrites data read by", g->reader);
+        if (unordered) race(b, address, lane, "write over data written", t.write);
+        check_readers(b, address, t, by);
         g->writer = (w & kInitialised) | me;
+        t.write = by.stamp();
         break;
       case Access::WriteSync:
       case Access::Atomic:
@@ -98,36 +124,12 @@ void GlobalMemory::check(Buffer& b, u64 address, u32 bytes, Access kind, u32 blo
               "atomic on " + b.name + " + " + std::to_string(address - b.base) + ", which nothing has written", lane,
               address};
         if (foreign && !(w & kAtomic) && !ordered(id, block)) conflict(b, address, lane, "atomic on plain data of", id);
+        if (unordered && !(w & kAtomic)) race(b, address, lane, "atomic on data written", t.write);
+        check_readers(b, address, t, by);
         g->writer = (w & kInitialised) | kAtomic | (foreign ? kMany : me);
+        t.write = by.stamp();
         if (kind == Access::Atomic && !g->reader) g->reader = me;
         break;
     }
   }
-}
-
-void GlobalMemory::fence(u32 block) {
-  Order& o = order_[block];
-  o.fenced = true;
-  for (auto& p : o.pending) o.acquired[p.first] = true;
-  o.pending.clear();
-}
-
-void GlobalMemory::synchronise(u32 block, u64 address, bool acquire, bool release) {
-  auto it = order_.find(block);
-  if (!acquire && !release && it == order_.end() && released_.empty()) return;
-  Order& o = order_[block];
-  auto& at = released_[address];
-  for (auto& p : at) (acquire ? o.acquired : o.pending)[p.first] = true;
-  if (release || o.fenced) {
-    at[block] = true;
-    for (auto& p : o.acquired) at[p.first] = true;
-  }
-}
-
-bool GlobalMemory::ordered(u32 writer, u32 block) const {
-  auto it = order_.find(block);
-  if (it == order_.end()) return false;
-  if (writer != kMany) return it->second.acquired.count(writer - 1) > 0;
-  // Several atomic writers are not named one by one; a block that has acquired is given the benefit.
-  return !it->second.acquired.empty();
 }

@@ -100,9 +100,7 @@ std::unique_ptr<Block> Launch::start_block(u32 index) {
     w.local.assign((size_t)program->kernel->local_bytes * kLanes, 0);
     w.live = threads - k * kLanes >= kLanes ? kFullMask : (1u << (threads - k * kLanes)) - 1;
     w.fragments.assign(1, {Fragment::Ready, 0, 0, w.live});
-    w.clock = WarpClock();
-    w.clock.seen.assign(warps, 0);
-    w.clock.limits.assign(warps, 63);
+    w.clock = WarpClock(memory.ticks(), index, warps);
     w.async.reset();
     for (auto& s : program->specials) fill_special(w, s.name, s.ref);
   }

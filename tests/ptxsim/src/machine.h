@@ -223,7 +223,7 @@ struct Launch {
   Warp* running_ = nullptr;
 };
 
-// schedule.cpp / barrier.cpp
+// warp.cpp / barrier.cpp
 void run_warp(Warp& w, u32 budget);
 bool runnable(const Warp& w);
 bool arrive_at_barrier(Warp& w, const Inst& inst, u32 mask, u32 pc);  // true: the lanes must wait

@@ -88,7 +88,7 @@ void atom(Warp& w, const Inst& I, u32 m) {
       w.block->shared.atomic((u32)address[i], p.bytes, w.id, i, w.clock);
       at[i] = w.block->shared.at((u32)address[i]);
     } else {
-      w.launch->memory.synchronise(w.block->index, address[i], p.acquire, p.release);
+      w.launch->memory.synchronise(w.block->index, w.clock, w.id, address[i], p.acquire, p.release);
     }
     u64 old = 0;
     std::memcpy(&old, at[i], p.bytes);

@@ -1,4 +1,4 @@
-// Branches, exits, barriers, fences. What they do to a warp is in schedule.cpp and barrier.cpp.
+// Branches, exits, barriers, fences. What they do to a warp is in warp.cpp and barrier.cpp.
 #include "lower.h"
 
 namespace {
@@ -74,11 +74,12 @@ void bar(Lower& l) {
 }
 
 void fence(Lower& l) {
-  bool wide = l.take("gl") || l.take("sys") || l.take("gpu");
+  // Of the scopes, the block's own orders its warps only.
+  l.inst.n = l.take("gl") || l.take("sys") || l.take("gpu");
   l.drop({"cta", "sc", "acq_rel", "acquire", "release", "cluster"});
   if (l.take("proxy")) l.drop({"async", "async::global", "alias", "async::shared::cta"});
   l.inst.cls = Class::Other;
-  l.inst.fn = wide ? (Handler)[](Warp & w, const Inst&, u32) { w.launch->memory.fence(w.block->index); } : nothing;
+  l.inst.fn = [](Warp& w, const Inst& I, u32) { w.launch->memory.fence(w.block->index, w.clock, w.id, I.n != 0); };
 }
 
 }  // namespace

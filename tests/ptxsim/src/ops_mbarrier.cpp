@@ -31,7 +31,7 @@ void complete_if_due(Warp& w, Mbarrier& b) {
   for (MbarrierCopy& c : b.copies) {
     Warp& writer = w.block->warps[c.warp];
     b.known[c.warp] = std::max(b.known[c.warp], writer.clock.tick);
-    ++writer.clock.tick;
+    writer.clock.advance();
   }
   b.copies.clear();
 }
@@ -47,13 +47,12 @@ void arrive(Warp& w, const Inst& I, u32 m) {
     const u32 n = p.count ? w.at<u32>(I.r[1])[i] : 1;
     if (n > b.pending) throw Violation{"barrier", "more arrivals at an mbarrier than it expects", i, address[i]};
     if (I.r[0] != kNone) w.at<u64>(I.r[0])[i] = (u64)b.phase << 32 | b.pending;
-    b.known.resize(w.clock.seen.size());
-    for (size_t k = 0; k < b.known.size(); ++k) b.known[k] = std::max(b.known[k], w.clock.seen[k]);
+    join_clocks(b.known, w.clock.seen);
     b.known[w.id] = std::max(b.known[w.id], w.clock.tick);
     b.pending -= n;
     complete_if_due(w, b);
   }
-  ++w.clock.tick;
+  w.clock.advance();
 }
 
 void async_arrive(Warp& w, const Inst& I, u32 m) {
@@ -91,7 +90,7 @@ void wait(Warp& w, const Inst& I, u32 m) {
         p.parity ? (b.phase & 1) != (w.at<u32>(I.r[1])[i] & 1) : b.phase != (u32)(w.at<u64>(I.r[1])[i] >> 32);
     if (!complete) continue;
     done |= 1u << i;
-    for (size_t k = 0; k < b.known.size(); ++k) w.clock.seen[k] = std::max(w.clock.seen[k], b.known[k]);
+    join_clocks(w.clock.seen, b.known);
     w.clock.warp_sync = std::max(w.clock.warp_sync, b.known.empty() ? 0 : b.known[w.id]);
     w.clock.update_limits(w.id);
   }

@@ -78,7 +78,7 @@ void load(Warp& w, const Inst& I, u32 m) {
       access_global(w, I, m, address, p.bytes, p.read, at);
       if (p.read == Access::ReadSync)
         for (u32 rest = m; rest; rest &= rest - 1)
-          w.launch->memory.synchronise(w.block->index, address[__builtin_ctz(rest)], p.acquire, false);
+          w.launch->memory.synchronise(w.block->index, w.clock, w.id, address[__builtin_ctz(rest)], p.acquire, false);
       break;
     case Space::Shared:
       check_shared_bounds(w, m, address, p.bytes);
@@ -132,7 +132,7 @@ void store(Warp& w, const Inst& I, u32 m) {
     const int i = __builtin_ctz(rest);
     copy_bytes(at[i], value[i], p.bytes);
     if (p.write == Access::WriteSync && space == Space::Global)
-      w.launch->memory.synchronise(w.block->index, address[i], false, p.release);
+      w.launch->memory.synchronise(w.block->index, w.clock, w.id, address[i], false, p.release);
   }
 }
 

@@ -11,6 +11,9 @@ namespace {
 
 enum class In : u8 { F16, BF16, TF32 };
 
+typedef u32 Bits4 __attribute__((vector_size(16)));
+constexpr u32 kTf32 = 0xffffe000u;  // the bits of a float that a tf32 operand keeps
+
 template <In kIn>
 void widen_8x8(const void* reg, float (&out)[8][8]) {
   const u16* h = (const u16*)reg;
@@ -29,10 +32,11 @@ void load_a(const Warp& w, const Inst& I, float (&a)[16][K]) {
   const Ref* r = I.r + 4;
   if constexpr (kIn == In::TF32) {
     for (int j = 0; j < K / 2; ++j) {  // register j: rows 8 (j % 2), columns 4 (j / 2)
-      float m[8][4];
-      const u32* v = w.at<u32>(r[j]);
-      for (int i = 0; i < kLanes; ++i) m[i / 4][i % 4] = bits_as<float>(v[i] & 0xffffe000u);
-      for (int i = 0; i < 8; ++i) std::memcpy(&a[i + 8 * (j % 2)][4 * (j / 2)], m[i], 16);
+      const Bits4* v = w.at<Bits4>(r[j]);
+      for (int i = 0; i < 8; ++i) {
+        const Bits4 row = v[i] & kTf32;
+        std::memcpy(&a[i + 8 * (j % 2)][4 * (j / 2)], &row, 16);
+      }
     }
   } else {
     for (int j = 0; j < K / 4; ++j) {
@@ -48,8 +52,16 @@ void load_b(const Warp& w, const Inst& I, float (&b)[K][8]) {
   const Ref* r = I.r + 8;
   if constexpr (kIn == In::TF32) {
     for (int j = 0; j < K / 4; ++j) {
-      const u32* v = w.at<u32>(r[j]);
-      for (int i = 0; i < kLanes; ++i) b[4 * j + i % 4][i / 4] = bits_as<float>(v[i] & 0xffffe000u);
+      const Bits4* v = w.at<Bits4>(r[j]);
+      for (int half = 0; half < 2; ++half) {  // 4 x 4 by two rounds of interleaving
+        const Bits4 r0 = v[4 * half], r1 = v[4 * half + 1], r2 = v[4 * half + 2], r3 = v[4 * half + 3];
+        const Bits4 p = __builtin_shuffle(r0, r2, Bits4{0, 4, 1, 5}), q = __builtin_shuffle(r1, r3, Bits4{0, 4, 1, 5});
+        const Bits4 s = __builtin_shuffle(r0, r2, Bits4{2, 6, 3, 7}), t = __builtin_shuffle(r1, r3, Bits4{2, 6, 3, 7});
+        const Bits4 columns[4] = {
+            __builtin_shuffle(p, q, Bits4{0, 4, 1, 5}) & kTf32, __builtin_shuffle(p, q, Bits4{2, 6, 3, 7}) & kTf32,
+            __builtin_shuffle(s, t, Bits4{0, 4, 1, 5}) & kTf32, __builtin_shuffle(s, t, Bits4{2, 6, 3, 7}) & kTf32};
+        for (int k = 0; k < 4; ++k) std::memcpy(&b[4 * j + k][4 * half], &columns[k], 16);
+      }
     }
   } else {
     for (int j = 0; j < K / 8; ++j) {

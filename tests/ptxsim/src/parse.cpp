@@ -286,7 +286,7 @@ void Parser::block() {
       skip_line();
     } else if (t.is(".file")) {
       skip_line();
-    } else if (t.kind == Token::Word && tokens_[i_ + 1].is(":")) {
+    } else if (t.kind == Token::Word && tokens_[i_ + 1].is(":") && !tokens_[i_ + 2].is(":")) {
       frame_->labels[word()] = kernel_->body.size();
       ++i_;
       if (peek().is(".branchtargets")) {

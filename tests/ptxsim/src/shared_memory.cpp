@@ -8,15 +8,13 @@ void SharedMemory::reset(u32 bytes, u32 granule_bytes, u32 warps) {
   if (bytes > capacity_) data_ = std::make_unique<u8[]>(bytes), capacity_ = bytes;
   size_ = bytes;
   const u32 n = (bytes + (1u << shift_) - 1) >> shift_;
-  flags_.assign(n, 0);
-  write_stamp_.assign(n, 0);
-  writer_.assign(n, 0);
+  cells_.assign(n, Cell());
   reads_.assign((size_t)n * warps, 0);
 }
 
 void SharedMemory::allow(u32 offset, u32 bytes) {
   if (!bytes) return;
-  for (u32 g = offset >> shift_; g <= (offset + bytes - 1) >> shift_; ++g) flags_[g] |= kAddressable;
+  for (u32 g = offset >> shift_; g <= (offset + bytes - 1) >> shift_; ++g) cells_[g].flags |= kAddressable;
 }
 
 void SharedMemory::fault(const char* kind, const char* what, u32 address, int lane) const {
@@ -33,11 +31,11 @@ void SharedMemory::race(const char* what, u32 address, u32 warp, int lane, u32 o
 }
 
 void SharedMemory::read_slow(u32 g, u32 address, u32 warp, int lane, const WarpClock& c) const {
-  const u8 f = flags_[g];
+  const u8 f = cells_[g].flags;
   if (f & kInFlight) fault("async", "read of the destination of a cp.async before its wait", address, lane);
   if (!(f & kWritten)) fault("uninitialised", "read of uninitialised shared memory", address, lane);
-  const u32 who = writer_[g], ww = who >> 5;
-  if (ww != warp || !lanes_ordered(c, write_stamp_[g], who & 31, lane))
+  const u32 who = cells_[g].writer, ww = who >> 5;
+  if (ww != warp || !lanes_ordered(c, cells_[g].stamp, who & 31, lane))
     race("read of data written", address, warp, lane, ww, who & 31);
 }
 
@@ -73,10 +71,11 @@ static inline bool any_above(const u32* reads, const u32* limits, u32 warps) {
 
 void SharedMemory::check_write(u32 g, u32 address, const void* value, u32 at, u32 n, u32 warp, int lane,
                                const WarpClock& c, bool is_atomic) {
-  const u8 f = flags_[g];
+  const Cell& cell = cells_[g];
+  const u8 f = cell.flags;
   if (f & kInFlight) fault("async", "write over the destination of a cp.async before its wait", address, lane);
   if ((f & kWritten) && !(is_atomic && (f & kAtomicWrite))) {
-    const u32 who = writer_[g], ww = who >> 5, stamp = write_stamp_[g];
+    const u32 who = cell.writer, ww = who >> 5, stamp = cell.stamp;
     const bool other =
         ww != warp ? stamp > c.seen[ww] : (int)(who & 31) != lane && !lanes_ordered(c, stamp, who & 31, lane);
     // Storing the value that is already there cannot be observed: compilers let replicated
@@ -95,9 +94,7 @@ void SharedMemory::write(u32 address, u32 bytes, const void* value, u32 warp, in
   for (u32 at = o; at < o + bytes; at += unit) {
     const u32 g = at >> shift_;
     check_write(g, address, (const u8*)value + (at - o), at, unit, warp, lane, c, false);
-    flags_[g] = (flags_[g] | kWritten) & ~kAtomicWrite;
-    write_stamp_[g] = c.tick;
-    writer_[g] = (u16)(warp << 5 | (u32)lane);
+    cells_[g].write(c.tick, warp, lane);
   }
   copy_bytes(data_.get() + o, value, bytes);
 }
@@ -105,11 +102,10 @@ void SharedMemory::write(u32 address, u32 bytes, const void* value, u32 warp, in
 void SharedMemory::atomic(u32 address, u32 bytes, u32 warp, int lane, const WarpClock& c) {
   const u32 o = address - kSharedBase;
   for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) {
-    if (!(flags_[g] & kWritten)) fault("uninitialised", "atomic on uninitialised shared memory", address, lane);
+    if (!(cells_[g].flags & kWritten)) fault("uninitialised", "atomic on uninitialised shared memory", address, lane);
     check_write(g, address, nullptr, o, bytes, warp, lane, c, true);
-    flags_[g] |= kAtomicWrite;
-    write_stamp_[g] = c.tick;
-    writer_[g] = (u16)(warp << 5 | (u32)lane);
+    cells_[g].write(c.tick, warp, lane);
+    cells_[g].flags |= kAtomicWrite;
   }
 }
 
@@ -117,16 +113,14 @@ void SharedMemory::begin_copy(u32 address, u32 bytes, u32 warp, int lane, const 
   const u32 o = address - kSharedBase;
   for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) {
     check_write(g, address, nullptr, o, bytes, warp, lane, c, false);
-    flags_[g] |= kInFlight;
+    cells_[g].flags |= kInFlight;
   }
 }
 
 void SharedMemory::land_copy(u32 address, u32 bytes, const void* value, u32 warp, int lane, const WarpClock& c) {
   const u32 o = address - kSharedBase;
   for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) {
-    flags_[g] = (flags_[g] | kWritten) & ~(kInFlight | kAtomicWrite);
-    write_stamp_[g] = c.tick;
-    writer_[g] = (u16)(warp << 5 | (u32)lane);
+    cells_[g].write(c.tick, warp, lane);
   }
   copy_bytes(data_.get() + o, value, bytes);
 }

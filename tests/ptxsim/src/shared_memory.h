@@ -2,22 +2,7 @@
 // races found by happens-before clocks. Only what the programming model orders counts as order:
 // block barriers, bar.warp.sync, mbarriers; not luck, not lockstep, not shuffles.
 #pragma once
-#include <memory>
-#include <vector>
-
-#include "types.h"
-
-// What one warp knows of the others. `tick` is its own time, advanced whenever it synchronises.
-struct WarpClock {
-  u32 tick = 1, warp_sync = 0;  // warp_sync: time of the last full bar.warp.sync
-  std::vector<u32> seen;  // per warp: the latest tick ordered before now
-  std::vector<u32> limits;  // per warp: the largest entry of reads_ that is ordered before now
-  std::unique_ptr<u32[]> pairs;  // [32][32], for bar.warp.sync of part of a warp; made when needed
-
-  void update_limits(u32 self) {  // after any change of the above
-    for (size_t w = 0; w < seen.size(); ++w) limits[w] = (w == self ? warp_sync : seen[w]) << 6 | 63;
-  }
-};
+#include "clock.h"
 
 // Stands for "some lane of the warp": what ldmatrix and wmma.load read reaches lanes other than the
 // one that names the address.
@@ -31,16 +16,17 @@ class SharedMemory {
   bool inside(u32 address, u32 bytes) const {
     const u32 o = address - kSharedBase;
     if (o >= size_ || size_ - o < bytes) return false;
-    return (flags_[o >> shift_] & flags_[(o + bytes - 1) >> shift_] & kAddressable) != 0;
+    return (cells_[o >> shift_].flags & cells_[(o + bytes - 1) >> shift_].flags & kAddressable) != 0;
   }
   u8* at(u32 address) { return data_.get() + (address - kSharedBase); }
 
   void read(u32 address, u32 bytes, u32 warp, int lane, const WarpClock& c) {
     const u32 o = address - kSharedBase, me = warp << 5 | (u32)lane;
     for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) {
-      const u32 who = writer_[g], ww = who >> 5, stamp = write_stamp_[g];
-      const bool plain = (flags_[g] & (kWritten | kInFlight)) == kWritten;
-      const bool ordered = stamp <= (ww == warp ? c.warp_sync : c.seen[ww]);
+      const Cell& cell = cells_[g];
+      const u32 who = cell.writer, ww = who >> 5;
+      const bool plain = (cell.flags & (kWritten | kInFlight)) == kWritten;
+      const bool ordered = cell.stamp <= (ww == warp ? c.warp_sync : c.seen[ww]);
       if (__builtin_expect(!plain || !(ordered || who == me), 0)) read_slow(g, address, warp, lane, c);
       u32& r = reads_[(size_t)g * warps_ + warp];
       const u32 mine = c.tick << 6 | (u32)lane;
@@ -56,6 +42,17 @@ class SharedMemory {
 
  private:
   enum : u8 { kAddressable = 1, kWritten = 2, kInFlight = 4, kAtomicWrite = 8 };
+  struct Cell {
+    u32 stamp = 0;  // of the last write
+    u16 writer = 0;  // warp << 5 | lane
+    u8 flags = 0;
+
+    void write(u32 tick, u32 warp, int lane) {
+      flags = (flags | kWritten) & ~(kInFlight | kAtomicWrite);
+      stamp = tick;
+      writer = (u16)(warp << 5 | (u32)lane);
+    }
+  };
   void read_slow(u32 g, u32 address, u32 warp, int lane, const WarpClock& clock) const;
   void check_readers(const u32* reads, u32 address, u32 warp, int lane, const WarpClock& clock) const;
   void check_write(u32 g, u32 address, const void* value, u32 offset_in_access, u32 n, u32 warp, int lane,
@@ -68,8 +65,6 @@ class SharedMemory {
 
   u32 size_ = 0, capacity_ = 0, shift_ = 2, warps_ = 1;
   std::unique_ptr<u8[]> data_;
-  std::vector<u8> flags_;
-  std::vector<u32> write_stamp_;
-  std::vector<u16> writer_;  // warp << 5 | lane
+  std::vector<Cell> cells_;
   std::vector<u32> reads_;  // [granule][warp]: tick << 6 | lane, kAnyLane = several
 };

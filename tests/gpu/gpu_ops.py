@@ -1,0 +1,112 @@
+"""Operators on the GPU against float64 on the CPU and eager on the GPU; exact on integers with every tile."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import Case, assert_error_rule, channels_last, random_case
+
+from resnet_fast import ops
+from resnet_fast._triton import bn_add_relu, bn_relu, tune
+from resnet_fast._triton.configs import Layer, tiles
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SHAPES = [
+    # batch, channels, size, filters, kernel, stride, padding
+    (2, 64, (9, 7), 64, 3, 1, 1),
+    (1, 32, (11, 6), 48, 3, 2, 1),
+    (3, 48, (5, 5), 17, 1, 2, 0),
+    (1, 3, (13, 10), 64, 7, 2, 3),
+    (2, 5, (6, 7), 3, (3, 1), (1, 2), (1, 0)),
+    (130, 16, (2, 1), 16, 3, 1, 1),
+]
+
+
+def moved(case, device):
+    """The case on the device."""
+    tensors = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+    return Case(
+        **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+        | {"bn": tuple(None if t is None else t.to(device) for t in case.bn)}
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_convolutions(gpu, shape, dtype):
+    case = random_case(*shape, dtype=dtype)
+    case.bn = tuple(t.float() for t in case.bn)
+    for op in ("conv_bn", "conv_bn_relu", "conv_bn_add_relu"):
+        there = moved(case, gpu)
+        eager = dataclasses.replace(there, bn=tuple(t.to(dtype) for t in there.bn)).eager(op)
+        out = there.fused(op)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert_error_rule(out.cpu(), case.exact(op), [eager.cpu()], op)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(t, "ieee") for t in DTYPES] + [(torch.float32, "tf32")], ids=str)
+@pytest.mark.parametrize(("channels", "filters"), [(64, 128), (32, 32), (16, 16), (20, 64)], ids=str)
+def test_every_tile_gives_exact_integers(gpu, channels, filters, dtype, precision):
+    """Of this GPU's own list, with undivided and split sums, and as the library does it."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    x, residual = torch.randint(-2, 3, (3, channels, 9, 8)), torch.randint(-2, 3, (3, filters, 9, 8))
+    weight = torch.randint(-2, 3, (filters, channels, 3, 3))
+    expected = (F.conv2d(x.double(), weight.double(), padding=1) + residual).relu().to(dtype)
+    x, residual, weight = (t.to(gpu, dtype) for t in (x, residual, weight))
+    layer = Layer(3, 9, 8, channels, filters, (3, 3), (1, 1), (1, 1), dtype, precision, True, True)
+    found = [dataclasses.replace(c, split_k=s) for c in tiles(layer, tune.gpu_of(x.device)) for s in (1, 3)]
+    for choice in [*found, tune.LIBRARY]:
+        with tune.use(choice):
+            y = ops.conv_bn_add_relu(x, residual, weight, padding=1)
+        assert torch.equal(y.cpu(), expected), choice
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_relu(gpu, dtype):
+    a, b = torch.randn(3, 5, 7, 11).to(dtype), torch.randn(3, 5, 7, 11).to(dtype)
+    a[1, 2, 3, 4] = torch.nan
+    out = ops.add_relu(a.to(gpu), channels_last(b.to(gpu))).cpu()
+    assert torch.equal(out.nan_to_num(7), F.relu(a + b).nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("add", [False, True], ids=["bn_relu", "bn_add_relu"])
+@pytest.mark.parametrize("shape", [(4, 64, 16, 17), (3, 24, 5, 5)], ids=str)
+def test_batch_norm(gpu, shape, add, dtype):
+    x, residual, dy = (channels_last(torch.randn(shape).to(dtype)) for _ in range(3))
+    gamma, beta = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+
+    def eager(device, dtype):
+        a, r, g, b = (t.to(device, dtype).detach().requires_grad_() for t in (x, residual, gamma, beta))
+        y = F.batch_norm(a, None, None, g, b, training=True, eps=1e-5)
+        y = F.relu(y + r if add else y)
+        return [t.detach().cpu() for t in (y, *torch.autograd.grad(y, (a, g, b), dy.to(device, dtype)))]
+
+    a, r, d, g, b = (t.to(gpu) for t in (x, residual, dy, gamma, beta))
+    results = []
+    for _ in range(2):
+        if add:
+            y, mean, _, invstd, mask = bn_add_relu.bn_add_relu_fwd(a, r, g, b)
+            dx, _, dgamma, dbeta = bn_add_relu.bn_add_relu_bwd(d, a, mask, mean, invstd, g)
+        else:
+            y, mean, _, invstd = bn_relu.bn_relu_fwd(a, g, b)
+            dx, dgamma, dbeta = bn_relu.bn_relu_bwd(d, a, mean, invstd, g, b)
+        results.append([t.cpu() for t in (y, dx, dgamma, dbeta)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))  # the same bits again
+    exact, same = eager("cpu", torch.float64), eager(gpu, dtype)
+    for what, *values in zip(("y", "dx", "dgamma", "dbeta"), results[0], exact, same, strict=True):
+        assert_error_rule(values[0], values[1], [values[2]], what)
+
+
+@pytest.mark.machine
+def test_more_than_32_bits_of_elements(gpu):
+    """2^31 elements and some: 4.3 GB a map in 16 bits."""
+    x = torch.zeros(33, 16, 2048, 2048, dtype=torch.float16, device=gpu).to(memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    x[-1, :, -1, -1] = 3
+    weight = torch.eye(16, dtype=torch.float16, device=gpu)[:, :, None, None]
+    y = ops.conv_bn_relu(x, weight)
+    assert torch.equal(y[-1, :, -1, -1], x[-1, :, -1, -1])
+    assert y.count_nonzero() == 16
+    assert ops.add_relu(x, y)[-1, :, -1, -1].tolist() == [6.0] * 16
