@@ -310,6 +310,16 @@ def test_no_work_for_gradients_that_nobody_needs():
     assert [(args[10], args[11]) for args in calls.found] == [(True, False)] * 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_share_no_memory(kind):
+    """Clipping and unscaling change them in place, one by one."""
+    m = getattr(blocks, kind)(16, 8, 2).train()
+    x = torch.randn(2, 16, 6, 6, requires_grad=True)
+    m(x).sum().backward()
+    grads = [x.grad, *(p.grad for p in m.parameters())]
+    assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
+
+
 def test_accumulation():
     fast, eager = twins(blocks.BasicBlock, reference.BasicBlock, 8, 8)
     halves = torch.randn(4, 8, 6, 6).chunk(2)
