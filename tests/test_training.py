@@ -425,30 +425,3 @@ def test_what_is_no_longer_the_pattern_runs_unfused(change, reason):
         assert any(reason.lower() in key.lower() for key in backends.fallbacks()), backends.fallbacks()
     with backends.use("cpu"), pytest.raises(RuntimeError, match="(?i)" + reason):
         m.train()(torch.randn(2, 8, 6, 6))
-
-
-def saved_bytes(m, x):
-    """Every storage that autograd keeps between forward and backward, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in m.parameters()}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = getattr(m.train(), "logits", m)(x)
-    del y
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "most"), [("cifar_resnet32", (8, 3, 32, 32), 0.77), ("ResNet32", (2, 3, 224, 224), 0.81)]
-)
-def test_bytes_kept_for_the_backward_pass(name, shape, most):
-    fast, eager = twins(getattr(resnet_fast, name), getattr(reference, name))
-    x = torch.randn(shape)
-    ratio = saved_bytes(fast, x) / saved_bytes(eager, x)
-    assert ratio <= most, ratio
