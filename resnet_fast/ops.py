@@ -527,7 +527,7 @@ def _register() -> None:
         torch.library.register_autograd(f"resnet_fast::{op}", without_gradient(op), lib=library)
     if find_spec("triton") is not None:
         backends.note_kernel("add_relu")
-        for op in _OPERATORS:
+        for op in (*_OPERATORS, *_TRAINING):
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
     for op in (*_OPERATORS, *_TRAINING):
