@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["saved_bytes"]
+__all__ = ["peak_bytes", "saved_bytes"]
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -45,3 +45,16 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
                     note(t)
         nodes += [following for following, _ in node.next_functions]
     return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that PyTorch's CPU allocator had given out at once during ``call()``, beyond what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak

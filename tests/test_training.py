@@ -34,8 +34,8 @@ def step(m, x, grad=None, autocast=False):
     return {"output": y.detach(), "x": x.grad} | grads | {k: v.clone() for k, v in m.named_buffers()}
 
 
-def assert_trains_as_eager(fast, eager, x, grad=None, factor=WINOGRAD_FACTOR, autocast=False):
-    with backends.use("cpu"):
+def assert_trains_as_eager(fast, eager, x, grad=None, factor=WINOGRAD_FACTOR, autocast=False, backend="cpu"):
+    with backends.use(backend):
         ours = step(fast, x, grad, autocast)
     exact = step(copy.deepcopy(eager).double(), x.double(), grad)
     theirs = [

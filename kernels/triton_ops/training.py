@@ -30,7 +30,7 @@ def _check_image(op: str, name: str, t: Tensor, like: tuple[str, Tensor] | None 
     if t.dim() != 4:
         _fail(op, f"{name} has {t.dim()} dimensions, want 4: [batch, channels, height, width]")
     check_dtype(f"{op}: {name}", t)
-    if not t.is_contiguous(memory_format=torch.channels_last):
+    if t.numel() > 0 and not t.is_contiguous(memory_format=torch.channels_last):
         _fail(op, f"{name} of shape {tuple(t.shape)} is not contiguous in channels_last")
     if like is None:
         return
