@@ -8,12 +8,10 @@ dtype.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,7 @@ from .memory import peak_bytes, saved_bytes
 from .timing import Spread, Timing
 from .verify import WrongResultError, rms
 
-__all__ = ["CASES", "PHASES", "VARIANTS", "Result", "results"]
+__all__ = ["CASES", "PHASES", "VARIANTS", "Result", "TrainingCase", "readme_table", "results", "table"]
 
 PHASES = ("forward", "backward", "step")
 BASELINE = "eager channels_last"
@@ -275,7 +273,3 @@ def _markdown(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
-
-
-def as_numbers(rows: list[Result]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(r) for r in rows]

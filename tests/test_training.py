@@ -310,6 +310,23 @@ def test_no_work_for_gradients_that_nobody_needs():
     assert [(args[10], args[11]) for args in calls.found] == [(True, False)] * 4
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_dropout_follows_the_fused_block(stride):
+    fast, eager = twins(blocks.Block, reference.Block, 16, 16, stride, 0.4)
+    # The mask is drawn in the order of memory.
+    x = torch.randn(3, 16, 8, 6).to(memory_format=torch.channels_last)
+    with backends.use("cpu"):
+        ours = step(fast, x)
+    exact, theirs = (
+        step(copy.deepcopy(eager).double(), x.double()),
+        step(eager.to(memory_format=torch.channels_last), x),
+    )
+    assert torch.equal(ours["output"] == 0, theirs["output"] == 0)
+    for name, value in ours.items():
+        if value.is_floating_point() and name not in ("conv1.bias", "conv2.bias", "downsample.0.bias"):
+            assert_error_rule(value, exact[name], [theirs[name]], name, WINOGRAD_FACTOR)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_share_no_memory(kind):
     """Clipping and unscaling change them in place, one by one."""
