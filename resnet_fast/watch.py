@@ -19,7 +19,7 @@ _kind = attrgetter("dtype", "device", "shape")
 _SETTINGS = {
     nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: attrgetter("eps", "training"),
-    nn.Dropout: attrgetter("training"),
+    nn.Dropout: attrgetter("training", "p"),
 }
 
 

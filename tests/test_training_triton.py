@@ -14,6 +14,7 @@ from test_training_ops import BROKEN, affine, opcheck_arguments
 
 import resnet_fast
 from resnet_fast import backends, blocks, reference
+from resnet_fast.__main__ import _chosen
 from resnet_fast._triton import training, tune
 from resnet_fast._triton.configs import A100, Layer, candidates
 
@@ -268,6 +269,7 @@ def test_the_choice_is_measured_for_each_role(tmp_path, role):
     assert asked == [*found, tune.LIBRARY]
     assert tune.Tuner(A100, tmp_path / "gpu.json", None).choose(layer, pytest.fail) == tune.LIBRARY
     assert tune.Tuner(A100, tmp_path / "gpu.json", None).choose(inference, pytest.fail) != tune.LIBRARY
+    assert _chosen(layer, tune.LIBRARY) == f"{role:<15} 3x3/1 128 -> 8x128x28x28: library"
 
 
 def layer_and_back(x, weight, scale_shift, coefficients):
