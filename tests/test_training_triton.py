@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -55,6 +56,38 @@ CASES = [
 
 def rows(count, channels):
     return torch.rand(count, channels) + 0.5
+
+
+def whole(*shape):
+    return channels_last(torch.randint(-2, 3, shape).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("channels", "filters", "stride"), [(64, 64, 1), (16, 32, 2)], ids=str)
+def test_every_tile_gives_exact_integers(simulated_device, channels, filters, stride, split):
+    """Sums of small integers are exact in any order: all tiles, eight warps too, and shared sums over pixels."""
+    x, weight = whole(2, channels, 10, 9), whole(filters, channels, 3, 3)
+    settings = ([stride, stride], [1, 1], 0)
+    exact = F.conv2d(x.double().relu(), weight.double(), None, stride, 1)
+    grad, residual = whole(*exact.shape), whole(*x.shape)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        *(grad.double(), x.double().relu(), weight.double(), None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1),
+        [True, True, False],
+    )
+    plain = torch.stack((torch.ones(channels), torch.zeros(channels)))
+    size = (2, 10, 9, channels, filters, (3, 3), (stride, stride), (1, 1), torch.bfloat16, "ieee", True, True)
+    for role in ("conv_moments", "data gradient", "weight gradient") if split == 1 else ("weight gradient",):
+        for config in candidates(Layer(*size, role), A100):
+            with tune.use(dataclasses.replace(config, split_k=split)):
+                if role == "conv_moments":
+                    y, _ = ops.conv_moments(x, plain, True, weight, None, *settings, True)
+                    assert torch.equal(y.double(), exact.bfloat16().double()), config
+                    continue
+                need = (role == "data gradient", role == "weight gradient")
+                rest = (residual, True, [x], [rows(2, channels)]) if need[0] else (None, False, [], [])
+                a, b, _ = ops.conv_backward(grad, None, None, x, plain, True, weight, *settings, *need, *rest)
+                expected = ((dx + residual.double()) * (x > 0)).bfloat16() if need[0] else dw.bfloat16()
+                assert torch.equal(a if need[0] else b, expected), config
 
 
 @pytest.mark.parametrize(("shape", "dtype", "which"), CASES, ids=str)

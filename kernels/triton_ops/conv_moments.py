@@ -166,7 +166,7 @@ def conv_moments(
     partial = torch.empty(blocks, 2, layer.out_channels, dtype=torch.float32, device=x.device) if moments else None
     launch.launch(
         _conv_moments_kernel,
-        (config.blocks(layer),),
+        (blocks * triton.cdiv(layer.out_channels, config.block_n),),
         (
             x,
             scale_shift,
