@@ -8,7 +8,7 @@ import sys
 import torch
 
 from . import device as devices
-from . import report, runner
+from . import report, runner, training
 from .cases import NETWORKS, OPERATORS
 from .device import DEVICES, DTYPES
 from .gpu_variants import GPU_VARIANTS, SLOW
@@ -18,6 +18,29 @@ from .variants import VARIANTS
 from .verify import WrongResultError
 
 QUICK = ("eager", "eager channels_last", "resnet_fast")
+
+
+def _training(options: argparse.Namespace) -> int:
+    """Forward, backward and step of every variant, interleaved; bfloat16 under autocast beside float32."""
+    rows: list[training.Result] = []
+    wrong = False
+    print(report.conditions())
+    for case in training.CASES:
+        if options.match not in case.group or (case.full and not options.full):
+            continue
+        print(f"{case.group}, {options.images} ...", flush=True)
+        names = [n for n, v in training.VARIANTS.items() if options.all_variants or not v.compiled]
+        measured, refused = training.results(case, names, options.images, options.rounds, options.seconds)
+        rows += measured
+        for name, reason in refused.items():
+            print(f"  {name} is not timed, {type(reason).__name__}: {reason}")
+            wrong = True
+    if not rows:
+        sys.exit(f"no case contains {options.match!r}")
+    print(f"\nGradients were checked against float64 before a step was timed.\n\n{training.table(rows)}\n")
+    print(f"{training.readme_table(rows)}\n")
+    print("written:", *map(str, report.save_training(rows)))
+    return int(wrong)
 
 
 def main() -> int:
@@ -31,6 +54,7 @@ def main() -> int:
     parser.add_argument("--cold", action="store_true", help="overwrite the GPU's cache before each call")
     parser.add_argument("--all-variants", action="store_true", help="torch.compile too")
     parser.add_argument("--peers", action="store_true", help="ONNX Runtime, OpenVINO, MNN and ncnn too")
+    parser.add_argument("--training", action="store_true", help="training steps instead of inference")
     parser.add_argument("--images", choices=KINDS, default="photographs", help="what is timed; all are verified")
     parser.add_argument("--operators", action="store_true", help="single operators, too")
     parser.add_argument("--full", action="store_true", help="resnet18 and resnet50, too")
@@ -40,6 +64,8 @@ def main() -> int:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
+    if options.training:
+        return _training(options)
     try:
         device = devices.of("cpu" if options.peers else options.device, options.dtype, options.cold)
     except ValueError as error:

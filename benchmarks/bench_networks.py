@@ -1,4 +1,4 @@
-"""Whole networks in inference. Training is eager PyTorch's own for now, so there is nothing to compare."""
+"""Whole networks in inference; training steps are measured by ``python -m benchmarks --training``."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import torch
 
 import resnet_fast
 
+from . import training
 from .device import CPU, Device
 from .runner import Result
 from .variants import BASELINE, OURS
 
-__all__ = ["RESULTS", "chart", "conditions", "save", "table"]
+__all__ = ["RESULTS", "chart", "conditions", "save", "save_training", "table"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,8 +103,21 @@ def save(results: list[Result], device: Device = CPU) -> list[Path]:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     paths = [stem.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
-    paths[0].write_text(f"{conditions(device)}\n\n{table(results)}\n")
-    numbers = {"conditions": conditions(device), "results": [dataclasses.asdict(r) for r in results]}
-    paths[1].write_text(json.dumps(numbers, indent=1) + "\n")
+    _write(paths, table(results), results, device)
     chart(results, paths[2], device)
     return paths
+
+
+def save_training(results: list[training.Result]) -> list[Path]:
+    """The same for training steps, without a chart."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S_training")
+    paths = [stem.with_suffix(suffix) for suffix in (".md", ".json")]
+    _write(paths, f"{training.table(results)}\n\n{training.readme_table(results)}", results)
+    return paths
+
+
+def _write(paths: list[Path], text: str, results: Sequence[Result | training.Result], device: Device = CPU) -> None:
+    paths[0].write_text(f"{conditions(device)}\n\n{text}\n")
+    numbers = {"conditions": conditions(device), "results": [dataclasses.asdict(r) for r in results]}
+    paths[1].write_text(json.dumps(numbers, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -54,10 +55,18 @@ def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tu
     x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         model.to("cuda", dtype)(x)
+    # Training chooses for itself: the forward pass, the gradient of the data and that of the weights.
+    getattr(model.train(), "logits", model)(x).sum().backward()
     print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
     for layer, choice in choices().items():
-        size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"
-        print(f"  {layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]} {layer.channels} -> {size}: {choice}")
+        print(f"  {_chosen(layer, choice)}")
+
+
+def _chosen(layer: Any, choice: object) -> str:
+    """One line: what the kernel is for, the convolution, the choice."""
+    size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"
+    filters = f"{layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]}"
+    return f"{layer.role:<15} {filters} {layer.channels} -> {size}: {choice}"
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from . import launch
 
-__all__ = ["cpu", "fallbacks", "isa", "status", "use"]
+__all__ = ["cpu", "fallbacks", "isa", "status", "training", "use"]
 
 Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
@@ -48,6 +48,17 @@ class _Cpu:
 
 
 cpu = _Cpu()
+
+
+class _Training:
+    """Switches of fused training."""
+
+    recompute_outputs: bool = False
+    """``True``: the sums that residual blocks give are not kept for the backward pass but formed again there, by a pass
+    over memory for each block and no convolution. A third less is kept; the results are the same bit for bit."""
+
+
+training = _Training()
 
 
 def loaded() -> bool:

@@ -1,7 +1,7 @@
-"""Residual blocks and stages that run as one operator in eval mode.
+"""Residual blocks and stages that run as one operator in eval mode, and as one autograd function in training.
 
-Each subclasses its twin in :mod:`resnet_fast.reference` and states its dataflow; in training mode, and wherever a
-kernel is missing, the twin's own ``forward`` runs.
+Each subclasses its twin in :mod:`resnet_fast.reference` and states its dataflow; wherever a kernel is missing, the
+twin's own ``forward`` runs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ class Block(Fused, reference.Block):
         shortcut = _shortcut(build, self.downsample, x)
         return build.conv(self.conv2, self.bn2, y, relu=self.relu2, residual=shortcut)
 
+    def parts(self) -> list[nn.Module]:
+        """All but the dropout, which comes after what is fused."""
+        return [module for module in self.modules() if module is not self.dropout]
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)
-        return super().forward(x) if y is None else y
+        return super().forward(x) if y is None else self.dropout(y)
 
 
 class BasicBlock(Fused, reference.BasicBlock):

@@ -264,6 +264,7 @@ class Fused(nn.Module):
     """Mixin: in eval mode, runs what :meth:`flow` states as one operator; otherwise, what the class behind it does."""
 
     _chain: Chain | None = None
+    _program: Program | None = None
     flow_is_forward: ClassVar[bool] = False  # the class that defines forward also says what it does
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -322,7 +323,7 @@ class Fused(nn.Module):
         if dtype not in ops.DTYPES[device] or x.dtype not in ops.DTYPES[device]:
             return f"no kernel for {dtype}"
         if torch.compiler.is_compiling():
-            return "training under torch.compile" if self.training else None
+            return None
         if type(x) not in (Tensor, nn.Parameter):
             return f"an input of type {type(x).__name__}"
         if torch.jit.is_tracing():
@@ -334,13 +335,17 @@ class Fused(nn.Module):
         return None
 
     def _trained(self, x: Tensor) -> Tensor | None:
-        """In training mode: one autograd function, recorded anew at every call: weights change at every step."""
-        recorder = Recorder(training=True)
-        self.flow(recorder, 0)
-        reason = recorder.reason(self.parts())
-        program = Program(recorder.pairs, recorder.layers)
-        reason = reason or program.reason()
-        weight = recorder.pairs[0][0].weight if recorder.pairs else x
+        """In training mode: one autograd function. What was recorded holds until a module changes, not a weight."""
+        program, reason = None if torch.compiler.is_compiling() else self._program, None
+        if program is None or not program.fresh():
+            recorder = Recorder(training=True)
+            self.flow(recorder, 0)
+            program = Program(recorder.pairs, recorder.layers)
+            reason = recorder.reason(self.parts()) or program.reason()
+            if reason is None and not torch.compiler.is_compiling():
+                program.watch = Watch(self.parts(), contents=False)
+                self._program = program
+        weight = program.pairs[0][0].weight if program.pairs else x
         autocast = _autocast_dtype(x)
         if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
             x = x.to(autocast)
@@ -377,9 +382,9 @@ class Fused(nn.Module):
 
     def train(self, mode: bool = True) -> Fused:
         if mode != self.training:
-            self._chain = None
+            self._chain = self._program = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack for themselves: packed filters are as large as the weights and bound to this CPU."""
-        return {name: value for name, value in self.__dict__.items() if name != "_chain"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program")}

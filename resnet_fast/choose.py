@@ -92,7 +92,7 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
 
 def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False) -> int:
     """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around."""
-    if weight.dtype == torch.float64:
+    if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
     k, c, *kernel = weight.shape
     if backward:

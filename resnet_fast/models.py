@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
 from .chain import Build, Fused
+from .pooling import MaxPool2d
 
 __all__ = [
     "CifarResNet",
@@ -30,6 +31,7 @@ class ResNet32(Fused, reference.ResNet32):
     __doc__ = reference.ResNet32.__doc__
     block = Block
     stage = Stage
+    pool = MaxPool2d
 
     def parts(self) -> list[nn.Module]:
         return [self, self.conv1]
@@ -70,6 +72,7 @@ class ResNet(_ConvBnReluStem, reference.ResNet):
     __doc__ = reference.ResNet.__doc__
     block: ClassVar[type[BasicBlock] | type[Bottleneck]] = BasicBlock
     stage = Stage
+    pool = MaxPool2d
 
     def stem(self, x: Tensor) -> Tensor:
         y = self.fused(x)

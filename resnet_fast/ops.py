@@ -352,10 +352,10 @@ def _fake_conv_moments(
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
     y = fake_conv(x, weight.to(x.dtype), bias, None, None, None, None, 0.0, stride, padding)
-    return y, _rows(x, 2, weight.shape[0] if moments else 0)
+    return y, statistics_rows(x, 2, weight.shape[0] if moments else 0)
 
 
-def _rows(like: Tensor, rows: int, channels: Any) -> Tensor:
+def statistics_rows(like: Tensor, rows: int, channels: Any) -> Tensor:
     """Statistics, in the type of the arithmetic."""
     return like.new_empty((rows, channels), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
@@ -365,7 +365,7 @@ def _fake_bn_apply(y: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_bn_backward_sums(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_image(grad, *grad.shape[1:]), _rows(grad, 3, grad.shape[1])
+    return empty_image(grad, *grad.shape[1:]), statistics_rows(grad, 3, grad.shape[1])
 
 
 def _fake_conv_backward(
@@ -387,7 +387,7 @@ def _fake_conv_backward(
     means: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = empty_image(x if need_x else x[:0], *x.shape[1:])
-    return dx, torch.empty_like(weight), _rows(x, 3 if finish else 0, x.shape[1])
+    return dx, torch.empty_like(weight), statistics_rows(x, 3 if finish else 0, x.shape[1])
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -453,7 +453,7 @@ def _add_relu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad, grad
 
 
-def _without_gradient(op: str) -> Any:
+def without_gradient(op: str) -> Any:
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"resnet_fast::{op} has no gradient of its own: use conv_bn_relu and its kin, or a module")
 
@@ -524,10 +524,10 @@ def _register() -> None:
     for op, fake in _TRAINING.items():
         torch.library.register_fake(f"resnet_fast::{op}", fake, lib=library)
     for op in ("pack_conv_bn", "residual_stage", *_TRAINING):
-        torch.library.register_autograd(f"resnet_fast::{op}", _without_gradient(op), lib=library)
+        torch.library.register_autograd(f"resnet_fast::{op}", without_gradient(op), lib=library)
     if find_spec("triton") is not None:
         backends.note_kernel("add_relu")
-        for op in _OPERATORS:
+        for op in (*_OPERATORS, *_TRAINING):
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
     for op in (*_OPERATORS, *_TRAINING):

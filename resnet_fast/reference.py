@@ -143,6 +143,7 @@ class ResNet32(nn.Module):
 
     block: ClassVar[type[Block]] = Block
     stage: ClassVar[type[nn.Sequential]] = nn.Sequential
+    pool: ClassVar[type[nn.MaxPool2d]] = nn.MaxPool2d
 
     def __init__(
         self, in_channel: int = 64, num_classes: int = 2, *, image_size: int = 224, dropout: float = 0.0
@@ -155,7 +156,7 @@ class ResNet32(nn.Module):
         self.num_classes = num_classes
         self.image_size = image_size
         self.conv1 = nn.Conv2d(3, in_channel, kernel_size=7, stride=2, padding=3)
-        self.maxpooling = nn.MaxPool2d(kernel_size=2)
+        self.maxpooling = self.pool(kernel_size=2)
         self.layer1 = self._make_layer(in_channel, 64, num_blocks=3, stride=1, dropout=dropout)
         self.layer2 = self._make_layer(64, 128, num_blocks=4, stride=2, dropout=dropout)
         self.layer3 = self._make_layer(128, 256, num_blocks=6, stride=2, dropout=dropout)
@@ -242,13 +243,14 @@ class ResNet(nn.Module):
 
     block: ClassVar[type[BasicBlock] | type[Bottleneck]] = BasicBlock
     stage: ClassVar[type[nn.Sequential]] = nn.Sequential
+    pool: ClassVar[type[nn.MaxPool2d]] = nn.MaxPool2d
 
     def __init__(self, layers: Sequence[int], num_classes: int = 1000) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = self.pool(kernel_size=3, stride=2, padding=1)
         expansion = self.block.expansion
         self.layer1 = _make_stage(self, 64, 64, layers[0], stride=1)
         self.layer2 = _make_stage(self, 64 * expansion, 128, layers[1], stride=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any
@@ -14,10 +15,11 @@ __all__ = ["Watch", "hooks_reason", "uncounted_reason"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _values = methodcaller("values")
 _version = attrgetter("_version")
+_kind = attrgetter("dtype", "device", "shape")
 _SETTINGS = {
     nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: attrgetter("eps", "training"),
-    nn.Dropout: attrgetter("training"),
+    nn.Dropout: attrgetter("training", "p"),
 }
 
 
@@ -44,9 +46,10 @@ class Watch:
 
     Contents are told by PyTorch's own count of in-place changes (``Tensor._version``) and by the address of the memory.
     Changes through ``Tensor.data`` or a NumPy view are not counted by PyTorch, so they are not seen here either.
+    Without ``contents`` only what tensors there are and their dtypes, devices and shapes count.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], contents: bool = True) -> None:
         self._modules = modules
         self._classes = [type(m) for m in modules]
         self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
@@ -57,9 +60,9 @@ class Watch:
         self._entries = self._entries_now()
         self._tensors = [t for t in self._entries if t is not None]
         # Aliases keep the memory from being given to someone else, whose address would look like the old one.
-        self._aliases = [t.detach() for t in self._tensors]
-        self._versions = list(map(_version, self._tensors))
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._aliases = [t.detach() for t in self._tensors if contents]
+        self._state: list[Callable[[Tensor], Any]] = [_version, Tensor.data_ptr] if contents else [_kind]
+        self._before = self._state_now()
 
     def _settings_now(self) -> list[Any]:
         return [get(m) for get, m in self._settings]
@@ -67,14 +70,16 @@ class Watch:
     def _entries_now(self) -> list[Tensor | None]:
         return list(chain.from_iterable(map(_values, self._stores)))
 
+    def _state_now(self) -> list[list[Any]]:
+        return [list(map(get, self._tensors)) for get in self._state]
+
     def unchanged(self) -> bool:
         # Loops in C throughout: this is asked before every fused call.
         entries = self._entries_now()
         return (
             len(entries) == len(self._entries)
             and all(map(is_, entries, self._entries))
-            and list(map(_version, self._tensors)) == self._versions
-            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and self._state_now() == self._before
             and self._settings_now() == self._settings_before
             and not any(self._hooks)
             and not any("forward" in m.__dict__ for m in self._modules[1:])

@@ -103,7 +103,8 @@ def test_compiled_guards_on_the_choice_of_backend_and_mode():
         assert torch.equal(compiled(x), eager(x))
     fast.train()
     compiled(x)
-    assert [bool(names) for names in seen] == [True, False, False]
+    assert [bool(names) for names in seen] == [True, False, True]
+    assert all("train_stage" in name for name in seen[2])
 
 
 @torch.no_grad()
@@ -112,14 +113,6 @@ def test_dynamic_shapes():
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((2, 3, 16, 16), (5, 3, 16, 16), (3, 3, 24, 20)):
         assert_same_model(compiled, eager, torch.randn(shape))
-
-
-def test_training_compiles():
-    fast, eager = small_model()
-    x = torch.randn(4, 3, 16, 16)
-    compiled = torch.compile(fast.train(), fullgraph=True, backend="aot_eager")
-    # aot_eager runs the same eager operators, batch norm decomposed or not: close, not equal.
-    assert torch.allclose(compiled(x), eager.train()(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -211,6 +204,7 @@ def test_fakes_are_as_large_as_the_packed_filters():
 @torch.no_grad()
 def test_forcing_a_backend_holds_while_compiling():
     fast = blocks.BasicBlock(8, 8).train()
+    fast.relu = torch.nn.GELU()
     compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    with backends.use("cpu"), pytest.raises(Exception, match="training under torch.compile"):
+    with backends.use("cpu"), pytest.raises(Exception, match="GELU where a ReLU was"):
         compiled(torch.randn(2, 8, 4, 4))

@@ -130,7 +130,6 @@ UNFUSED_AFTERWARDS = {
         "AvgPool2d",
     ),
     "projection of another kind": (lambda m: setattr(m, "downsample", nn.AvgPool2d(3, 1, 1)), "AvgPool2d"),
-    "dropout that goes on": (lambda m: m.dropout.train(), "Dropout"),
     "batch norm that goes on": (lambda m: m.bn1.train(), "training mode"),
     "weight norm": (lambda m: (parametrizations.weight_norm(m.conv1), scale_first(m)), "ParametrizedConv2d"),
     "pruning": (
@@ -192,6 +191,18 @@ def test_changes_that_end_the_fusion(name):
     assert [key for key in backends.fallbacks() if key.startswith("Block: ") and reason in key], backends.fallbacks()
     with backends.use("cpu"), pytest.raises(RuntimeError, match=r"backends.use\('cpu'\): Block cannot run fused"):
         fast(x)
+
+
+@torch.no_grad()
+def test_dropout_that_goes_on_follows_the_fused_block():
+    fast, _ = pair_of_blocks(dropout=0.5)
+    x = torch.randn(2, 16, 7, 7)
+    before = fast(x)
+    fast.dropout.train()
+    with backends.use("cpu"):
+        after = fast(x)
+    assert torch.equal(after, torch.where(after == 0, 0, 2 * before))
+    assert not torch.equal(after == 0, before == 0)
 
 
 @torch.no_grad()

@@ -47,6 +47,14 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "weight, int[2] stride, int[2] padding, int algorithm, bool need_x, bool need_weight, Tensor? residual, bool "
       "finish, Tensor[] ys, Tensor[] means) -> (Tensor, Tensor, Tensor)");
 
+  // A chain of those as one operator for torch.compile, in Python (resnet_fast/train_stage.py).
+  m.def(
+      "train_stage(Tensor x, Tensor[] tensors, bool[] present, int[] fields, float[] eps, bool[] batch, bool "
+      "recompute) -> Tensor[]");
+  m.def(
+      "train_stage_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] kept, bool[] present, int[] fields, "
+      "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
+
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");
 }

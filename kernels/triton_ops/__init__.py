@@ -5,6 +5,7 @@ that launches them through :mod:`resnet_fast.launch`.
 """
 
 from . import operators as _operators
+from . import training as _training
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
 OPERATORS = {
@@ -14,4 +15,8 @@ OPERATORS = {
     "conv_bn_add_relu": _operators.conv_bn_add_relu,
     "pack_conv_bn": _operators.pack_conv_bn,
     "residual_stage": _operators.residual_stage,
+    "conv_moments": _training.conv_moments,
+    "bn_apply": _training.bn_apply,
+    "bn_backward_sums": _training.bn_backward_sums,
+    "conv_backward": _training.conv_backward,
 }

@@ -30,6 +30,12 @@ class Layer:
     precision: str  # of the products: "tf32" or "ieee" in float32, "ieee" otherwise
     residual: bool
     relu: bool
+    role: str = "conv_bn_relu"  # in training: "conv_moments", "data gradient" or "weight gradient"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether offsets in a map need 64 bits."""
+        return max(self.batch * self.height * self.width * self.channels, self.pixels * self.out_channels) >= 2**31
 
     @property
     def out_height(self) -> int:
@@ -206,6 +212,8 @@ def estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
 
 def candidates(layer: Layer, gpu: Gpu, most: int = 6) -> list[Config]:
     """The configurations worth a measurement, at most ``most``, best expected first."""
+    if layer.role != "conv_bn_relu":
+        return training_candidates(layer, gpu)[:most]
     found = []
     for tile in tiles(layer, gpu):
         found.append(tile)
@@ -217,6 +225,35 @@ def candidates(layer: Layer, gpu: Gpu, most: int = 6) -> list[Config]:
                 Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, s) for s in splits
             ]
     return sorted(found, key=lambda c: (estimate(layer, c, gpu), c.blocks(layer)))[:most]
+
+
+# Kernels of training hold more registers: operands are normalised on their way, so they pass through them, and a
+# gradient is made of two maps. (block_m, block_n, num_warps), as above, for few blocks last.
+_TRAINING_TILES = [(128, 64, 8), (64, 64, 4), (128, 32, 4), (64, 32, 4), (64, 16, 4)]
+
+
+def training_candidates(layer: Layer, gpu: Gpu) -> list[Config]:
+    """Tiles of the kernels with batch norm at their ends. Of a weight gradient, ``block_m`` are output channels and
+    ``block_n`` input channels of one tap, ``block_k`` pixels, and ``split_k`` blocks share the pixels."""
+    exact = layer.dtype == torch.float32 and layer.precision == "ieee"
+    if layer.role == "weight gradient":
+        taps = layer.kernel[0] * layer.kernel[1]
+        found = []
+        for side in (64, 32):
+            m, n = (max(16, min(side, 1 << (c - 1).bit_length())) for c in (layer.out_channels, layer.channels))
+            blocks = -(-layer.out_channels // m) * -(-layer.channels // n) * taps
+            # Sums of 1024 pixels at least, and as many blocks as two rounds of the GPU have.
+            splits = max(1, min(layer.pixels // 1024, 2 * gpu.multiprocessors // blocks))
+            found.append(Config(m, n, 16 if exact else 32, 4, 2, splits))
+        return list(dict.fromkeys(found))
+    columns = layer.channels if layer.role == "data gradient" else layer.out_channels
+    products = layer.out_channels if layer.role == "data gradient" else layer.channels
+    padded = max(16, 1 << (columns - 1).bit_length())
+    block_k = next((k for k in (32, 16) if products % k == 0), 32)
+    suitable = [t for t in _TRAINING_TILES if t[1] <= padded and (not exact or t[0] * t[1] <= 4096)]
+    widest = max(t[1] for t in suitable)
+    found = [Config(m, n, min(block_k, 16) if exact else block_k, w, 2) for m, n, w in suitable if n == min(widest, 64)]
+    return sorted(found, key=lambda c: (estimate(layer, c, gpu), c.blocks(layer)))
 
 
 def default(layer: Layer, gpu: Gpu) -> Config:

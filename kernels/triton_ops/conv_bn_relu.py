@@ -267,7 +267,7 @@ def conv_bn_relu(
         PAD_W=layer.padding[1],
         RELU=layer.relu,
         PRECISION=layer.precision,
-        WIDE=max(layer.batch * layer.height * layer.width * layer.channels, layer.pixels * layer.out_channels) >= 2**31,
+        WIDE=layer.is_wide,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

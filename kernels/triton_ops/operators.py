@@ -19,7 +19,7 @@ from .configs import Layer
 from .tune import LIBRARY, Choice, tuner
 
 _ALIGN = 4  # floats: 16 bytes
-_MOST_PIXELS = 2**31 - 1
+MOST_PIXELS = 2**31 - 1
 
 
 def _padded(channels: int) -> int:
@@ -67,7 +67,7 @@ def pack_conv_bn(
 ) -> Tensor:
     if algorithm != 0:
         raise RuntimeError(f"algorithm is {algorithm}, want 0 on CUDA devices")
-    _check_dtype("weight", weight)
+    check_dtype("weight", weight)
     scale, shift = scale_shift(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
     channels, at = weight.shape[0], _padded(weight.shape[0])
     packed = torch.zeros(ops.cuda_packed_size(weight), dtype=torch.float32, device=weight.device)
@@ -86,12 +86,12 @@ def _unpack(packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype
     return filters.view(shape), packed[:k], packed[at : at + k]
 
 
-def _check_dtype(name: str, t: Tensor) -> None:
+def check_dtype(name: str, t: Tensor) -> None:
     if t.dtype not in ops.DTYPES["cuda"]:
         raise RuntimeError(f"{name} has dtype {t.dtype}, want float16, bfloat16 or float32")
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
@@ -110,10 +110,10 @@ def _layer(
     k, r, s, c = weight.shape
     layer = Layer(
         *(x.shape[0], *x.shape[2:], c, k, (r, s)),
-        *((stride[0], stride[1]), (padding[0], padding[1]), x.dtype, _precision(x.dtype), residual is not None, relu),
+        *((stride[0], stride[1]), (padding[0], padding[1]), x.dtype, precision(x.dtype), residual is not None, relu),
     )
-    if layer.pixels > _MOST_PIXELS:
-        raise RuntimeError(f"x gives {layer.pixels} output pixels, more than the {_MOST_PIXELS} that one launch covers")
+    if layer.pixels > MOST_PIXELS:
+        raise RuntimeError(f"x gives {layer.pixels} output pixels, more than the {MOST_PIXELS} that one launch covers")
     if y.numel() == 0:
         return y
     x = x.contiguous(memory_format=torch.channels_last)
@@ -132,7 +132,7 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tenso
     fields = ops.LAYER_FIELDS
     if x.dim() != 4:
         raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
-    _check_dtype("x", x)
+    check_dtype("x", x)
     if len(layers) != fields * len(filters) or not filters:
         raise RuntimeError(f"layers has {len(layers)} integers, want {fields} for each of {len(filters)} filters")
     for packed in filters:
@@ -173,7 +173,7 @@ def _conv(
         if residual is None
         else ops.fake_add_layer(x, residual, weight, *vectors, eps, stride, padding)
     )
-    _check_dtype("x", x)
+    check_dtype("x", x)
     if residual is not None and residual.dtype != x.dtype:
         raise RuntimeError(f"residual has dtype {residual.dtype}, want {x.dtype} as x has")
     scale, shift = scale_shift(weight, *vectors, eps)

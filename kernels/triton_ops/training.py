@@ -1,0 +1,257 @@
+"""The operators of training on CUDA devices: checks, and for each convolution the form that is fastest on this GPU.
+
+There are two forms: PyTorch's convolution between passes that normalise and sum, and kernels that do both on the way in
+and out of the convolution. Forward, gradient of the data and gradient of the weight choose for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fast import ops
+
+from . import batch_norm
+from . import conv_backward as backward
+from . import conv_moments as forward
+from .arguments import as_rows
+from .configs import Config, Layer
+from .operators import MOST_PIXELS, check_dtype, precision
+from .tune import LIBRARY, Choice, tuner
+
+
+def _fail(op: str, message: str) -> None:
+    raise RuntimeError(f"{op}: {message}")
+
+
+def _check_image(op: str, name: str, t: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    if t.dim() != 4:
+        _fail(op, f"{name} has {t.dim()} dimensions, want 4: [batch, channels, height, width]")
+    check_dtype(f"{op}: {name}", t)
+    if t.numel() > 0 and not t.is_contiguous(memory_format=torch.channels_last):
+        _fail(op, f"{name} of shape {tuple(t.shape)} is not contiguous in channels_last")
+    if like is None:
+        return
+    other, u = like
+    if t.shape != u.shape:
+        _fail(op, f"{name} has shape {tuple(t.shape)}, want {tuple(u.shape)} as {other} has")
+    if t.dtype != u.dtype:
+        _fail(op, f"{name} has dtype {t.dtype}, want {u.dtype} as {other} has")
+    if t.device != u.device:
+        _fail(op, f"{name} is on {t.device}, want {u.device} as {other} is")
+
+
+def _check_rows(op: str, name: str, t: Tensor | None, rows: int, like: Tensor) -> None:
+    shape = (rows, like.shape[1])
+    if t is None:
+        return
+    if tuple(t.shape) != shape or t.dtype != torch.float32 or not t.is_contiguous() or t.device != like.device:
+        _fail(
+            op,
+            f"{name} has shape {tuple(t.shape)} and dtype {t.dtype} on {t.device}, want a contiguous {shape} of "
+            f"float32 on {like.device}",
+        )
+
+
+def _check_sums(op: str, like: tuple[str, Tensor], ys: list[Tensor], means: list[Tensor]) -> None:
+    if len(ys) != len(means) or len(ys) > 2:
+        _fail(op, f"there are {len(ys)} ys and {len(means)} means, want as many of both, at most 2")
+    for y, mean in zip(ys, means, strict=True):
+        _check_image(op, "ys", y, like)
+        _check_rows(op, "means", mean, 2, like[1])
+
+
+def _check_algorithm(op: str, algorithm: int) -> None:
+    if algorithm != 0:
+        _fail(op, f"algorithm is {algorithm}, want 0 on CUDA devices")
+
+
+def _layer(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], added: bool, relu: bool, role: str
+) -> Layer:
+    k, c, r, s = weight.shape
+    layer = Layer(
+        *(x.shape[0], *x.shape[2:], c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
+        *(x.dtype, precision(x.dtype), added, relu, role),
+    )
+    if max(layer.pixels, x.shape[0] * x.shape[2] * x.shape[3]) > MOST_PIXELS:
+        _fail(role, f"x has or gives more than the {MOST_PIXELS} pixels that one launch covers")
+    return layer
+
+
+def _filters(weight: Tensor, x: Tensor) -> Tensor:
+    """``[K, R, S, C]`` in the dtype of the images; of a channels_last weight of that dtype no copy."""
+    return weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
+
+
+def conv_moments(
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    op = "conv_moments"
+    _check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    y = ops.fake_conv(x, weight.to(x.dtype), bias, None, None, None, None, 0.0, stride, padding)
+    if bias is not None and bias.shape != (weight.shape[0],):
+        _fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
+    _check_rows(op, "scale_shift", scale_shift, 2, x)
+    _check_algorithm(op, algorithm)
+    if moments and x.shape[0] == 0:
+        _fail(op, "x has no images, want at least one for mean and variance")
+    if min(*x.shape[2:], *y.shape[2:]) < 1:
+        _fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
+    statistics = ops.statistics_rows(x, 2, weight.shape[0] if moments else 0)
+    if y.numel() == 0:
+        return y, statistics
+    layer = _layer(x, weight, stride, padding, False, relu, op)
+    filters, wide_bias = _filters(weight, x), None if bias is None else bias.float().contiguous()
+
+    def run(choice: Choice) -> tuple[Tensor, Tensor | None]:
+        if isinstance(choice, Config):
+            return y, forward.conv_moments(layer, choice, x, scale_shift, filters, wide_bias, y, moments)
+        return forward.library(layer, x, scale_shift, filters, wide_bias, moments)
+
+    result, found = run(tuner(x.device).choose(layer, run))
+    return result, statistics if found is None else found
+
+
+def bn_apply(
+    y: Tensor, scale_shift: Tensor, residual: Tensor | None, residual_scale_shift: Tensor | None, relu: bool
+) -> Tensor:
+    op = "bn_apply"
+    _check_image(op, "y", y)
+    _check_rows(op, "scale_shift", scale_shift, 2, y)
+    if residual is not None:
+        _check_image(op, "residual", residual, ("y", y))
+    _check_rows(op, "residual_scale_shift", residual_scale_shift, 2, y)
+    out = torch.empty_like(y)
+    if y.numel() > 0:
+        added = None if residual is None else as_rows(residual)
+        batch_norm.bn_apply(as_rows(y), scale_shift, added, residual_scale_shift, as_rows(out), relu)
+    return out
+
+
+def bn_backward_sums(
+    grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    op = "bn_backward_sums"
+    _check_image(op, "grad", grad)
+    if positive is not None:
+        _check_image(op, "positive", positive, ("grad", grad))
+    _check_rows(op, "scale_shift", scale_shift, 2, grad)
+    _check_sums(op, ("grad", grad), ys, means)
+    out = torch.empty_like(grad)
+    if grad.numel() == 0:
+        return out, ops.statistics_rows(grad, 3, grad.shape[1]).zero_()
+    return out, _sums(grad, None, positive, scale_shift, ys, means, out)
+
+
+def _sums(
+    grad: Tensor,
+    added: Tensor | None,
+    positive: Tensor | None,
+    scale_shift: Tensor | None,
+    ys: list[Tensor],
+    means: list[Tensor],
+    out: Tensor,
+) -> Tensor:
+    images = [None if t is None else as_rows(t) for t in (added, positive)]
+    return batch_norm.bn_backward_sums(
+        as_rows(grad), *images, scale_shift, [as_rows(y) for y in ys], means, as_rows(out)
+    )
+
+
+def conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    need_x: bool,
+    need_weight: bool,
+    residual: Tensor | None,
+    finish: bool,
+    ys: list[Tensor],
+    means: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "conv_backward"
+    _check_image(op, "grad", grad)
+    _check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    result = ops.fake_conv(x, weight.to(x.dtype), None, None, None, None, None, 0.0, stride, padding)
+    _check_image(op, "grad", grad, ("the convolution's output", result))
+    if (y is None) != (coefficients is None):
+        _fail(op, "y and coefficients come together")
+    if y is not None:
+        _check_image(op, "y", y, ("grad", grad))
+    _check_rows(op, "coefficients", coefficients, 4, grad)
+    _check_rows(op, "scale_shift", scale_shift, 2, x)
+    if residual is not None:
+        _check_image(op, "residual", residual, ("x", x))
+    _check_sums(op, ("x", x), ys, means)
+    _check_algorithm(op, algorithm)
+    if finish and not need_x:
+        _fail(op, "finish without need_x")
+    dx = torch.empty_like(x) if need_x else x.new_empty((0, *x.shape[1:]))
+    dw, sums = torch.empty_like(weight), ops.statistics_rows(x, 3 if finish else 0, x.shape[1])
+    if min(x.numel(), grad.numel()) == 0:
+        return dx.zero_() if residual is None else dx.copy_(residual), dw.zero_(), sums.zero_()
+    filters = _filters(weight, x)
+
+    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        plain = filters.permute(0, 3, 1, 2)
+        settings = (None, stride, padding, [1, 1], False, [0, 0], 1, mask)
+        return torch.ops.aten.convolution_backward(gradient, image, plain, *settings)
+
+    def written() -> Tensor:
+        if y is None or coefficients is None:
+            return grad
+        dy = torch.empty_like(grad)
+        batch_norm.bn_input_gradient(as_rows(grad), as_rows(y), coefficients, as_rows(dy))
+        return dy
+
+    def data(choice: Choice, dy: Tensor | None = None) -> Tensor | None:
+        """Writes dx, returns the sums."""
+        if isinstance(choice, Config):
+            operands = (grad, y, coefficients, filters, residual, x, scale_shift)
+            return backward.data_gradient(data_layer, choice, *operands, finish, ys, means, dx)
+        found = library(written() if dy is None else dy, x, [True, False, False])[0]
+        if not finish:
+            torch.add(found, residual, out=dx) if residual is not None else dx.copy_(found)
+            return None
+        found = found.contiguous(memory_format=torch.channels_last)
+        return _sums(found, residual, x if relu or scale_shift is None else None, scale_shift, ys, means, dx)
+
+    def of_weight(choice: Choice, dy: Tensor | None = None) -> Tensor:
+        if isinstance(choice, Config):
+            operands = (grad, y, coefficients, x, scale_shift)
+            return backward.weight_gradient(weight_layer, choice, *operands, weight.dtype).permute(0, 3, 1, 2)
+        image = forward.activation(x, scale_shift, relu)
+        return library(written() if dy is None else dy, image, [False, True, False])[1]
+
+    choose = tuner(x.device).choose
+    data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
+    weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
+    data_choice = choose(data_layer, data) if need_x else None
+    weight_choice = choose(weight_layer, of_weight) if need_weight else None
+    dy = written() if LIBRARY in (data_choice, weight_choice) else None
+    if data_choice is not None:
+        found = data(data_choice, dy)
+        sums = sums if found is None else found
+    if weight_choice is not None:
+        dw.copy_(of_weight(weight_choice, dy))
+    return dx, dw, sums

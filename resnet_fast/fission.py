@@ -1,0 +1,316 @@
+"""Forward and backward of a chain of convolutions and batch norms on the operators of training, without autograd.
+
+Each batch norm is left as a scale and a shift of its convolution's output ``y``, applied where ``y`` is next read. So
+the normalised activations between two convolutions are never written, and the backward recomputes them. Kept for it are
+the chain's input, every ``y``, the sums of the residual connections and the statistics.
+
+    forward    y_i = conv_i(relu(scale * y_j + shift)), mean and variance of y_i taken as it is written
+    backward   dy = a * g + b * (y - mean) + c per channel, as it is read; g = the gradient behind the ReLU, and its
+               sums as it is written
+
+Source: the restructuring of batch norm by Jung et al., "Restructuring Batch Normalization to Accelerate CNN Training",
+2018 (fission into statistics and normalisation, each fused with a neighbour); the gradient in Ioffe and Szegedy 2015.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .choose import training_algorithm
+from .ops import LAYER_FIELDS, conv_size
+
+__all__ = ["TENSORS", "Backward", "Kept", "Layer", "counts", "dense", "forward", "layers_of", "scale_shift", "stored"]
+
+# Of each layer: weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given.
+TENSORS = 6
+
+
+class Layer(NamedTuple):
+    """A convolution with its batch norm, and what the forward and the backward must know of them beside tensors."""
+
+    source: int
+    residual: int
+    relu: bool
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    eps: float
+    normalized: bool
+    batch_statistics: bool
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass, a list over the layers each."""
+
+    ys: list[Tensor | None]  # None for a last one without batch norm: nothing reads it
+    sums: list[Tensor | None]  # values that are no batch norm of a y: residual sums
+    scales: list[Tensor | None]  # [scale; shift]
+    moments: list[Tensor]  # [mean; variance]
+
+
+class _Value(NamedTuple):
+    """A chain's input or a layer's result: a tensor, or a convolution's output that is normalised where it is read."""
+
+    tensor: Tensor
+    scale_shift: Tensor | None = None
+    relu: bool = False
+
+
+def layers_of(fields: list[int], eps: list[float], normalized: list[bool], batch: list[bool]) -> list[Layer]:
+    """The layers that a recorder wrote down as integers, those of ``residual_stage``."""
+    layers = []
+    for i, epsilon in enumerate(eps):
+        source, residual, relu, _, *sizes = fields[i * LAYER_FIELDS : (i + 1) * LAYER_FIELDS]
+        layers.append(
+            Layer(source, residual, bool(relu), sizes[:2], sizes[2:4], sizes[4:], epsilon, normalized[i], batch[i])
+        )
+    return layers
+
+
+def counts(layers: list[Layer], shape: torch.Size) -> list[int]:
+    """Values per channel of each layer's output, for an input of ``shape``."""
+    maps = [tuple(shape[2:])]
+    for layer in layers:
+        sizes = zip(maps[layer.source], layer.padding, layer.kernel, layer.stride, strict=True)
+        maps.append(tuple(conv_size(*size) for size in sizes))
+    return [shape[0] * h * w for h, w in maps[1:]]
+
+
+def dense(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, Kept]:
+    """The result of a chain, and what :class:`Backward` wants. ``x``: channels_last. ``tensors``: TENSORS a layer."""
+    convolve = torch.ops.resnet_fast.conv_moments.default
+    values, kept = [_Value(x)], Kept([], [], [], [])
+    for i, layer in enumerate(layers):
+        weight, bias, gamma, beta, mean, var = tensors[TENSORS * i : TENSORS * (i + 1)]
+        assert weight is not None
+        source = values[layer.source]
+        algorithm = training_algorithm(weight, layer.stride, source.tensor)
+        y, moments = convolve(*source, weight, bias, layer.stride, layer.padding, algorithm, layer.batch_statistics)
+        if mean is not None and var is not None:
+            moments = torch.stack((mean, var)).to(moments.dtype)
+        affine = scale_shift(moments, gamma, beta, layer.eps) if layer.normalized else None
+        value = _Value(y, affine, layer.relu)
+        if layer.residual >= 0:
+            value = _Value(_apply(value, _addable(values[layer.residual])))
+        values.append(value)
+        kept.ys.append(y)
+        kept.sums.append(value.tensor if value.scale_shift is None else None)
+        kept.scales.append(value.scale_shift)
+        kept.moments.append(moments)
+    last = values[-1]
+    return (last.tensor if last.scale_shift is None else _apply(last)), kept
+
+
+def stored(layers: list[Layer], kept: Kept, recompute: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The ys and sums worth keeping; with ``recompute`` the sums are formed again from the ys."""
+    ys, sums = list(kept.ys), list(kept.sums)
+    if not layers[-1].normalized:
+        ys[-1] = sums[-1] = None
+    return ys, [None if recompute and s is not y else s for s, y in zip(sums, ys, strict=True)]
+
+
+def scale_shift(moments: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    mean, var = moments.unbind(0)
+    scale = (var + eps).rsqrt_()
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    return torch.stack((scale, shift)).to(moments.dtype)
+
+
+def _apply(value: _Value, residual: _Value | None = None) -> Tensor:
+    added, affine = (None, None) if residual is None else residual[:2]
+    return torch.ops.resnet_fast.bn_apply.default(value.tensor, value.scale_shift, added, affine, value.relu)
+
+
+def _addable(value: _Value) -> _Value:
+    """A value that a sum may read: one with a ReLU to come is written out first."""
+    return _Value(_apply(value)) if value.scale_shift is not None and value.relu else value
+
+
+class Backward:
+    """One backward of a chain. Values are numbered as in the chain; ``value - 1`` is the layer that gives it."""
+
+    def __init__(
+        self, layers: list[Layer], x: Tensor, kept: Kept, tensors: list[Tensor | None], needs: list[bool]
+    ) -> None:
+        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted."""
+        self.layers, self.x, self.tensors, self.needs = layers, x, tensors, needs
+        self.ys, self.sums, self.scales, self.moments = kept.ys, list(kept.sums), kept.scales, kept.moments
+        self.pending: dict[int, Tensor] = {}
+        self.finished: dict[int, tuple[Tensor, Tensor]] = {}
+        self.readers: dict[int, list[int]] = {}
+        needed = [needs[0]]
+        for i, layer in enumerate(layers):
+            inputs = {layer.source, layer.residual} - {-1}
+            for value in inputs:
+                self.readers.setdefault(value, []).append(i)
+            own = needs[1 + TENSORS * i : 1 + TENSORS * i + 4]
+            needed.append(any(own) or any(needed[value] for value in inputs))
+        self.needed = needed
+        self._restore()
+        self.coefficients, self.inv_std = self._coefficients()
+        self.found: list[Tensor | None] = [None] * len(needs)
+        self._gammas: list[tuple[int, Tensor, Tensor]] = []  # where to, and the factors
+
+    def _restore(self) -> None:
+        """Residual sums that were not kept, as the forward pass formed them."""
+        values = [_Value(self.x)]
+        for i, (layer, y, scale) in enumerate(zip(self.layers, self.ys, self.scales, strict=True)):
+            total = self.sums[i]
+            if total is None and layer.residual >= 0:
+                assert y is not None
+                gamma, beta = self.tensors[TENSORS * i + 2 : TENSORS * i + 4]
+                affine = scale_shift(self.moments[i], gamma, beta, layer.eps)
+                total = self.sums[i] = _apply(_Value(y, affine, layer.relu), _addable(values[layer.residual]))
+            values.append(_Value(y if total is None else total, scale, layer.relu))  # type: ignore[arg-type]
+
+    def gradients(self, grad: Tensor) -> list[Tensor | None]:
+        """Of x and of ``tensors``, None where they are not needed; ``grad``: of the chain's result."""
+        self.pending[len(self.layers)] = dense(grad.to(self.x.dtype))
+        for i in reversed(range(len(self.layers))):
+            if self.needed[i + 1]:
+                self._layer(i)
+            self.sums[i] = None
+        self.found[0] = self.pending.get(0)
+        if self._gammas:
+            places, sums, inv_std = zip(*self._gammas, strict=True)
+            for place, product in zip(places, torch._foreach_mul(sums, inv_std), strict=True):
+                self._give(place, product)
+        return self.found
+
+    def _give(self, place: int, gradient: Tensor) -> None:
+        """A gradient in the dtype of the parameter."""
+        tensor = self.tensors[place - 1]
+        assert tensor is not None
+        self.found[place] = gradient.to(tensor.dtype)
+
+    def _coefficients(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """By layer: ``[a, b, constant, mean]`` of ``dy = a * g + b * (y - mean) + constant``, where b and the constant
+        still lack the sums of g as a factor; and 1 / std. All layers in one call of each operator."""
+        normalized = [i for i, layer in enumerate(self.layers) if layer.normalized and self.needed[i + 1]]
+        if not normalized:
+            return {}, {}
+        means, variances = zip(*(self.moments[i].unbind(0) for i in normalized), strict=True)
+        inv_std = torch._foreach_add(variances, [self.layers[i].eps for i in normalized])
+        torch._foreach_rsqrt_(inv_std)
+        gammas = [self.tensors[TENSORS * i + 2] for i in normalized]
+        a = [s if g is None else (s * g).to(s.dtype) for s, g in zip(inv_std, gammas, strict=True)]
+        # Batch norm by given statistics has no b and no constant.
+        batch = [self.layers[i].batch_statistics for i in normalized]
+        pixels = counts(self.layers, self.x.shape)
+        share = torch._foreach_mul(
+            a, [-1.0 / pixels[i] if own else 0.0 for i, own in zip(normalized, batch, strict=True)]
+        )
+        b = torch._foreach_mul(share, inv_std)
+        torch._foreach_mul_(b, inv_std)
+        rows = {i: torch.stack(row) for i, *row in zip(normalized, a, b, share, means, strict=True)}
+        return rows, dict(zip(normalized, inv_std, strict=True))
+
+    def _projection(self, i: int) -> int | None:
+        """The layer whose normalised output layer ``i`` adds, if nobody else reads it: they share their sums."""
+        residual = self.layers[i].residual
+        lazy = residual > 0 and self.scales[residual - 1] is not None and not self.layers[residual - 1].relu
+        return residual - 1 if lazy and self.readers[residual] == [i] else None
+
+    def _sum_inputs(self, value: int) -> tuple[list[Tensor], list[Tensor]]:
+        i = value - 1
+        read = [i] if self.layers[i].normalized else []
+        projection = self._projection(i)
+        if projection is not None:
+            read.append(projection)
+        return [self._y(j) for j in read], [self.moments[j] for j in read]
+
+    def _y(self, i: int) -> Tensor:
+        y = self.ys[i]
+        assert y is not None
+        return y
+
+    def _finish(self, value: int) -> tuple[Tensor, Tensor]:
+        """The gradient behind the ReLU of a value, and its sums."""
+        if value in self.finished:
+            return self.finished.pop(value)
+        i = value - 1
+        grad, positive, scale = self.pending.pop(value), None, None
+        if self.layers[i].relu:
+            lazy = self.scales[i] is not None
+            positive, scale = (self.ys[i], self.scales[i]) if lazy else (self.sums[i], None)
+        return torch.ops.resnet_fast.bn_backward_sums.default(grad, positive, scale, *self._sum_inputs(value))
+
+    def _layer(self, i: int) -> None:
+        layer, at = self.layers[i], 1 + TENSORS * i
+        weight, bias, gamma, beta = self.tensors[at - 1 : at + 3]
+        need_weight, need_bias, need_gamma, need_beta = self.needs[at : at + 4]
+        assert weight is not None
+        grad, sums = self._finish(i + 1)
+        if layer.residual >= 0 and self.needed[layer.residual]:
+            self._to_residual(i, grad, sums)
+        of_g, of_gy, *_ = sums.unbind(0)
+        coefficients = self.coefficients.get(i)
+        if coefficients is not None and layer.batch_statistics:
+            coefficients[1].mul_(of_gy)
+            coefficients[2].mul_(of_g)
+        if need_bias and bias is not None:
+            # A bias before batch norm by batch statistics moves the mean along: its gradient is zero.
+            if layer.batch_statistics:
+                self.found[at + 1] = torch.zeros_like(bias)
+            else:
+                self._give(at + 1, of_g if coefficients is None else of_g * coefficients[0])
+        if need_gamma and gamma is not None:
+            self._gammas.append((at + 2, of_gy, self.inv_std[i]))
+        if need_beta and beta is not None:
+            self._give(at + 3, of_g)
+        need_x = self.needed[layer.source]
+        if need_x or need_weight:
+            grad_weight = self._convolution(i, grad, coefficients, weight, need_x, need_weight)
+            self.found[at] = grad_weight if need_weight else None
+
+    def _to_residual(self, i: int, grad: Tensor, sums: Tensor) -> None:
+        value, projection = self.layers[i].residual, self._projection(i)
+        if projection is not None:
+            self.finished[value] = (grad, sums[::2].clone())  # gradients of two parameters: no alias
+        elif value in self.pending:
+            self.pending[value] = self.pending[value] + grad
+        else:
+            self.pending[value] = grad
+
+    def _convolution(
+        self, i: int, grad: Tensor, coefficients: Tensor | None, weight: Tensor, need_x: bool, need_weight: bool
+    ) -> Tensor:
+        """Adds to what is pending for the layer's input, or finishes it; returns the gradient of the weight."""
+        layer, value = self.layers[i], self.layers[i].source
+        lazy = value > 0 and self.scales[value - 1] is not None
+        x = self.x if value == 0 else self.ys[value - 1] if lazy else self.sums[value - 1]
+        assert x is not None
+        scale = self.scales[value - 1] if lazy else None
+        relu = value > 0 and self.layers[value - 1].relu
+        last = need_x and value > 0 and self.readers[value][0] == i and self.layers[value - 1].normalized
+        dx, dw, sums = torch.ops.resnet_fast.conv_backward.default(
+            grad,
+            None if coefficients is None else self.ys[i],
+            coefficients,
+            x,
+            scale,
+            relu and lazy,
+            weight,
+            layer.stride,
+            layer.padding,
+            training_algorithm(weight, layer.stride, x, backward=True),
+            need_x,
+            need_weight,
+            self.pending.pop(value, None) if need_x else None,
+            last,
+            *(self._sum_inputs(value) if last else ([], [])),
+        )
+        if last:
+            self.finished[value] = (dx, sums)
+        elif need_x:
+            self.pending[value] = dx
+        return dw

@@ -1,0 +1,123 @@
+"""Max pooling that keeps half a byte an output for its backward pass.
+
+PyTorch's own keeps its input, whose values the backward pass does not read, and an int64 index an output: after the
+stem of an ImageNet network a sixth of all that training keeps. Here the place within the window is kept, two in a byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import backends
+from .fission import dense
+
+__all__ = ["MaxPool2d"]
+
+_PLACES = 16  # of a window that four bits tell apart
+# Indices of so many outputs are turned into places at once: they stay in a CPU's cache.
+_AT_ONCE = 1 << 17
+
+
+class MaxPool2d(nn.MaxPool2d):
+    __doc__ = nn.MaxPool2d.__doc__
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            return super().forward(x)
+        kernel, padding = _pair(self.kernel_size), _pair(self.padding)
+        return _MaxPool.apply(x, kernel, _pair(self.stride), padding, self.ceil_mode)
+
+    def _fits(self, x: Tensor) -> bool:
+        kernel = _pair(self.kernel_size)
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and x.requires_grad
+            and x.dim() == 4
+            and x.numel() > 0
+            and kernel[0] * kernel[1] <= _PLACES
+            and x.shape[3] >= kernel[1]
+            and _pair(self.dilation) == [1, 1]
+            and not self.return_indices
+            and backends.selected() != "eager"
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+    ) -> Tensor:
+        x = dense(x)
+        out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil_mode)
+        ctx.shape, ctx.settings = x.shape, (kernel, stride, padding, [1, 1], ceil_mode)
+        ctx.save_for_backward(_places(indices, x.shape, kernel, stride, padding))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (places,) = ctx.saved_tensors
+        kernel, stride, padding, *_ = ctx.settings
+        indices = _indices(places, grad.shape, ctx.shape, kernel, stride, padding)
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its shape
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(dense(grad), x, *ctx.settings, indices)
+        return dx, None, None, None, None
+
+
+def _corners(like: Tensor, shape: torch.Size, width: int, stride: list[int], padding: list[int]) -> Tensor:
+    """Index of the first pixel of each window, as if there were pixels in the padding: ``[height, width, 1]``."""
+    rows, columns = (
+        torch.arange(n, device=like.device, dtype=torch.int32) * s - p
+        for n, s, p in zip(shape[2:], stride, padding, strict=True)
+    )
+    return (rows[:, None] * width + columns)[:, :, None]
+
+
+def _step(shape: torch.Size) -> int:
+    return max(1, _AT_ONCE // max(1, shape[1] * shape[2] * shape[3]))
+
+
+def _places(indices: Tensor, shape: torch.Size, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """uint8, two places in each; a place is ``row * kernel width + column`` within the window."""
+    width, size = shape[3], indices.shape
+    corners = _corners(indices, size, width, stride, padding)
+    places = torch.empty((indices.numel() + 1) // 2 * 2, dtype=torch.uint8, device=indices.device)
+    images = places[: indices.numel()].view(size[0], *size[2:], size[1])
+    for n in range(0, size[0], _step(size)):
+        some = indices[n : n + _step(size)].permute(0, 2, 3, 1).to(torch.int32) - corners
+        place = some.clone()
+        for row in range(1, kernel[0]):
+            place -= (some >= row * width).to(torch.int32) * (width - kernel[1])
+        images[n : n + _step(size)] = place
+    places[indices.numel() :] = 0
+    low, high = places.view(-1, 2).unbind(1)
+    return low | high << 4
+
+
+def _indices(
+    packed: Tensor, size: torch.Size, shape: torch.Size, kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    """What ``_places`` was given, int64, channels_last."""
+    width = shape[3]
+    places = torch.stack((packed & 15, packed >> 4), 1).view(-1)[: size.numel()].view(size[0], *size[2:], size[1])
+    corners = _corners(packed, size, width, stride, padding)
+    indices = torch.empty((size[0], *size[2:], size[1]), dtype=torch.int64, device=packed.device)
+    for n in range(0, size[0], _step(size)):
+        some = places[n : n + _step(size)].to(torch.int32)
+        index = some + corners
+        for row in range(1, kernel[0]):
+            index += (some >= row * kernel[1]).to(torch.int32) * (width - kernel[1])
+        indices[n : n + _step(size)] = index
+    return indices.permute(0, 3, 1, 2)

@@ -1,0 +1,122 @@
+"""The operators ``train_stage`` and ``train_stage_backward``: a chain in training mode for ``torch.compile``.
+
+``train_stage(x, tensors, present, fields, eps, batch, recompute)`` is the chain of :mod:`resnet_fast.fission` on any
+device whose operators it finds. ``tensors`` are those of ``TENSORS`` a layer that ``present`` marks: lists of tensors
+have no gaps. ``fields`` are the integers of ``residual_stage``; ``batch`` says whose statistics are the batch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift, stored
+
+
+def _spread(given: list[Tensor], present: list[bool]) -> list[Tensor | None]:
+    rest = iter(given)
+    return [next(rest) if there else None for there in present]
+
+
+def _layers(present: list[bool], fields: list[int], eps: list[float], batch: list[bool]) -> list[Layer]:
+    given = present[4::TENSORS]
+    return layers_of(fields, eps, [own or there for own, there in zip(batch, given, strict=True)], batch)
+
+
+def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    """The result; [mean; variance] of each layer; then what else the backward pass wants: ys and residual sums."""
+    *settings, recompute = rest
+    layers = _layers(*settings)
+    out, kept = forward(layers, dense(x), _spread(tensors, settings[0]))
+    ys, sums = stored(layers, kept, recompute)
+    inner = [s for s, y in zip(sums[:-1], ys, strict=False) if s is not None and s is not y]
+    return [out, *kept.moments, *(y for y in ys if y is not None), *inner]
+
+
+def train_stage_backward(
+    grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any
+) -> list[Tensor]:
+    """Gradients of x and of ``tensors``, those that ``needs`` marks. ``kept``: the results of ``train_stage`` but the
+    first, and the first, too, where it is a residual sum that is not formed again."""
+    *settings, needs = rest
+    layers, spread = _layers(*settings), _spread(tensors, settings[0])
+    count = len(layers)
+    moments, images = kept[:count], iter(kept[count:])
+    ys = [next(images) if i < count - 1 or layer.normalized else None for i, layer in enumerate(layers)]
+    scales: list[Tensor | None] = []
+    sums: list[Tensor | None] = []
+    for i, layer in enumerate(layers):
+        lazy = layer.normalized and layer.residual < 0
+        gamma, beta = spread[TENSORS * i + 2 : TENSORS * i + 4]
+        scales.append(scale_shift(moments[i], gamma, beta, layer.eps) if lazy else None)
+        sums.append(None if lazy else next(images, None) if layer.residual >= 0 else ys[i])
+    wanted = iter(needs[1:])
+    needed = [needs[0], *(there and next(wanted) for there in settings[0])]
+    found = Backward(layers, dense(x), Kept(ys, sums, scales, moments), spread, needed).gradients(grad)
+    return [g for g, need in zip(found, needed, strict=True) if need and g is not None]
+
+
+def _fake(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    *settings, recompute = rest
+    layers, weights = _layers(*settings), _spread(tensors, settings[0])[::TENSORS]
+    images, moments = [x], []
+    for layer, weight in zip(layers, weights, strict=True):
+        assert weight is not None
+        sizes = zip(images[layer.source].shape[2:], layer.padding, layer.kernel, layer.stride, strict=True)
+        images.append(ops.empty_image(x, weight.shape[0], *(ops.conv_size(*size) for size in sizes)))
+        moments.append(ops.statistics_rows(x, 2, weight.shape[0] if layer.normalized else 0))
+    ys = images[1:] if layers[-1].normalized else images[1:-1]
+    sums = [] if recompute else [y for y, layer in zip(images[1:-1], layers, strict=False) if layer.residual >= 0]
+    return [torch.empty_like(t) for t in (images[-1], *moments, *ys, *sums)]
+
+
+def _fake_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> list[Tensor]:
+    *_, needs = rest
+    image = [ops.empty_image(x, *x.shape[1:])] if needs[0] else []
+    return image + [torch.empty_like(t) for t, need in zip(tensors, needs[1:], strict=True) if need]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, tensors, *settings, recompute = inputs
+    layers = _layers(*settings)
+    out, *kept = output
+    ctx.settings, ctx.count = settings, len(tensors)
+    last = [out] if layers[-1].residual >= 0 and not recompute else []
+    ctx.save_for_backward(x, *tensors, *kept, *last)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, *saved = ctx.saved_tensors
+    tensors, kept = saved[: ctx.count], saved[ctx.count :]
+    # As in eager PyTorch, given statistics have no gradient.
+    parameters = [i % TENSORS < 4 for i, there in enumerate(ctx.settings[0]) if there]
+    own = zip(ctx.needs_input_grad[1], parameters, strict=True)
+    needs = [ctx.needs_input_grad[0], *(need and parameter for need, parameter in own)]
+    found: Any = iter([])
+    if grads[0] is not None:
+        found = iter(torch.ops.resnet_fast.train_stage_backward(grads[0], x, tensors, kept, *ctx.settings, needs))
+    grad_x, *others = (next(found, None) if need else None for need in needs)
+    return grad_x, others, None, None, None, None, None
+
+
+def _register() -> None:
+    library = torch.library.Library("resnet_fast", "IMPL")
+    library.impl("train_stage", train_stage, "CompositeExplicitAutograd")
+    library.impl("train_stage_backward", train_stage_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("resnet_fast::train_stage", _fake, lib=library)
+    torch.library.register_fake("resnet_fast::train_stage_backward", _fake_backward, lib=library)
+    torch.library.register_autograd("resnet_fast::train_stage", _backward, setup_context=_setup, lib=library)
+    torch.library.register_autograd(
+        "resnet_fast::train_stage_backward", ops.without_gradient("train_stage_backward"), lib=library
+    )
+    # Registrations live as long as their library object.
+    globals()["_library"] = library
+
+
+if backends.loaded():
+    _register()

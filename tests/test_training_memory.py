@@ -1,0 +1,130 @@
+"""What training keeps for the backward pass: counted, for eager and fused networks alike; max pooling; recomputing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import channels_last, permuted, twins
+from torch import nn
+
+import resnet_fast
+from benchmarks.memory import saved_bytes
+from resnet_fast import backends, blocks, reference
+from resnet_fast.pooling import MaxPool2d
+
+
+@pytest.fixture(autouse=True)
+def keep_outputs():
+    yield
+    backends.training.recompute_outputs = False
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "most", "recomputed"),
+    [
+        ("ResNet32", (2, 3, 224, 224), 0.65, 0.52),
+        ("cifar_resnet32", (8, 3, 32, 32), 0.77, 0.58),
+        ("resnet50", (2, 3, 64, 64), 0.81, 0.62),
+    ],
+)
+def test_bytes_kept_for_the_backward_pass(name, shape, most, recomputed):
+    fast, eager = twins(getattr(resnet_fast, name), getattr(reference, name))
+    x = channels_last(torch.randn(shape))
+
+    def kept(m):
+        run = getattr(m.train(), "logits", m)
+        return saved_bytes(m, lambda: run(x))
+
+    theirs = kept(eager)
+    ratio = kept(fast) / theirs
+    backends.training.recompute_outputs = True
+    less = kept(fast) / theirs
+    print(f"{name}: {theirs} bytes eager, {ratio:.3f} fused, {less:.3f} with outputs recomputed")
+    assert ratio <= most
+    assert less <= recomputed
+
+
+def test_the_counter_counts():
+    """A map each for the two convolutions of eager PyTorch, one for the ReLU between, which is its own second input."""
+    m = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    x = torch.randn(2, 4, 5, 5)
+    assert saved_bytes(m, lambda: m(x)) == 2 * x.nbytes
+
+
+class Hoarder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.hidden = [x + 1]
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_the_counter_looks_into_contexts():
+    x = torch.randn(3, 5, requires_grad=True)
+    assert saved_bytes(nn.Identity(), lambda: Hoarder.apply(x)) == x.nbytes
+
+
+@pytest.mark.parametrize("kind", ["Block", "BasicBlock", "Bottleneck"])
+def test_recomputed_outputs_change_no_bit(kind):
+    block = getattr(blocks, kind)
+    m = blocks.Stage(block(16, 16, 2), block(16 * getattr(block, "expansion", 1), 16, 1)).train()
+    x = torch.randn(3, 16, 9, 7)
+    results = []
+    for recompute in (False, True):
+        backends.training.recompute_outputs = recompute
+        own, copied = x.clone().requires_grad_(), copy.deepcopy(m)
+        y = copied(own)
+        y.square().mean().backward()
+        results.append([y, own.grad, *(p.grad for p in copied.parameters()), *copied.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+POOLS = [
+    ((2, 3, 8, 8), {"kernel_size": 2}),
+    ((3, 5, 9, 7), {"kernel_size": 2}),
+    ((2, 64, 13, 16), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ((1, 3, 7, 5), {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0), "ceil_mode": True}),
+    ((40, 16, 18, 17), {"kernel_size": 4, "stride": 3}),
+]
+
+
+@pytest.mark.parametrize("values", ["random", "ties", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "options"), POOLS, ids=str)
+def test_max_pooling_equals_pytorchs(shape, options, dtype, values):
+    x = torch.randn(shape).to(dtype)
+    if values == "ties":
+        x = torch.zeros(shape, dtype=dtype)
+    elif values == "nan":
+        x[0, 1, 2:4, 3] = torch.nan
+    results = []
+    for kind, layout in ((MaxPool2d, permuted), (nn.MaxPool2d, channels_last)):
+        own = layout(x.clone()).requires_grad_()
+        y = kind(**options).train()(own)
+        y.backward(torch.arange(y.numel()).view(y.shape).to(dtype))
+        results.append((y, own.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_max_pooling_keeps_half_a_byte_an_output():
+    pool, x = MaxPool2d(2).train(), torch.randn(2, 3, 9, 7, requires_grad=True)
+    assert saved_bytes(pool, lambda: pool(x)) == 2 * 3 * 4 * 3 // 2
+    (grad,) = torch.autograd.grad(pool(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("case", ["eval", "eager", "large window", "narrow", "three dimensions", "vmap"])
+def test_max_pooling_runs_pytorchs_where_it_does_not_fit(case):
+    pool = MaxPool2d(5 if case == "large window" else 3, padding=1).train(case != "eval")
+    x = torch.randn(2, 3, 9, 2 if case == "narrow" else 9, requires_grad=True)
+    x = x[0] if case == "three dimensions" else x
+    with backends.use("eager" if case == "eager" else "auto"):
+        y = torch.func.vmap(pool)(x[None])[0] if case == "vmap" else pool(x)
+    assert torch.equal(y, F.max_pool2d(x, pool.kernel_size, padding=1))
+    assert "_MaxPool" not in str(y.grad_fn)
