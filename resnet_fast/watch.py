@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any
@@ -9,16 +10,33 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-__all__ = ["Watch", "hooks_reason", "uncounted_reason"]
+__all__ = ["DROPOUTS", "Watch", "attributes", "hooks_reason", "uncounted_reason"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _values = methodcaller("values")
 _version = attrgetter("_version")
-_SETTINGS = {
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_SETTINGS: dict[type, Callable[[Any], Any]] = {
     nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: attrgetter("eps", "training"),
-    nn.Dropout: attrgetter("training"),
+    **dict.fromkeys(DROPOUTS, attrgetter("training", "p")),
 }
+
+
+# What every module has; ``training`` is asked for where it matters.
+_OF_ALL_MODULES = {*vars(nn.Module()), "_chain", "_fusion", "_is_full_backward_hook"}
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What the code of ``forward`` may ask for beside children and tensors."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_ALL_MODULES}
 
 
 def hooks_reason(parts: list[nn.Module]) -> str | None:
@@ -46,8 +64,10 @@ class Watch:
     Changes through ``Tensor.data`` or a NumPy view are not counted by PyTorch, so they are not seen here either.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], opened: Sequence[nn.Module] = ()) -> None:
         self._modules = modules
+        # Where a module's own code was looked into, its other attributes count, too.
+        self._attributes = [(vars(m).get, list(now), list(now.values())) for m in opened if (now := attributes(m))]
         self._classes = [type(m) for m in modules]
         self._children = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
         self._hooks = [getattr(m, hooks) for m in modules[1:] for hooks in _HOOKS]
@@ -76,6 +96,7 @@ class Watch:
             and list(map(_version, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and self._settings_now() == self._settings_before
+            and all(all(map(is_, map(get, names), before)) for get, names, before in self._attributes)
             and not any(self._hooks)
             and not any("forward" in m.__dict__ for m in self._modules[1:])
             and list(map(type, self._modules)) == self._classes

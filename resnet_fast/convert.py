@@ -1,0 +1,170 @@
+"""``fuse``: the fused operators in networks that people already have; ``unfuse``: and back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .plan import Plan
+
+__all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
+
+
+@dataclass
+class Fusion:
+    """What a fused module carries: its plan for each mode, or the reason why it has none."""
+
+    plans: dict[bool, Plan | str]
+
+    def __post_init__(self) -> None:
+        # Where both modes do the same, it does not matter in which mode a part is.
+        self.same = self.plans[False] is self.plans[True]
+
+    def plan_for(self, owner: nn.Module) -> Plan | str:
+        plan = self.plans[owner.training]
+        if isinstance(plan, str):
+            return plan
+        if plan.segments[0].owner is not owner:  # a shallow copy of the module, as DataParallel makes
+            plan = plan.bound_to(owner)
+        if not self.same and plan.mixed(owner):
+            return "parts of it are in another mode"
+        return plan
+
+    def each(self) -> list[Plan]:
+        return list({id(p): p for p in self.plans.values() if isinstance(p, Plan)}.values())
+
+    def forget(self) -> None:
+        for plan in self.each():
+            for segment in plan.segments:
+                segment._chain = None
+
+
+class FusedTraced(nn.Module):
+    """Mixin of the classes that :func:`fuse` makes: runs the plan, or else the forward of the class behind it."""
+
+    original_class: ClassVar[type[nn.Module]]
+    _fusion: Fusion
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._fusion.plan_for(self)
+        if isinstance(plan, str):
+            reason = plan
+        elif kwargs or len(args) != plan.inputs:
+            reason = "called with other arguments"
+        elif not all(isinstance(a, Tensor) for a in args):
+            return super().forward(*args, **kwargs)
+        elif plan.whole:
+            y = plan.segments[0].fused(args[0])
+            return super().forward(*args) if y is None else y
+        else:
+            changed = plan.reason(self)
+            if changed is None:
+                return plan.run(self, args)
+            reason = changed
+        backends.decline(type(self).__name__, reason)
+        return super().forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> FusedTraced:
+        if mode != self.training:
+            self._fusion.forget()
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class behind, as there is no name to find this one by."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
+        if type(self) not in args:
+            return (function, args, *rest)
+        return (_again, (self.original_class, function, args.index(type(self)), *args), *rest)
+
+
+def _again(kind: type[nn.Module], function: Any, place: int, *args: Any) -> Any:
+    args = (*args[:place], fused_class(kind), *args[place + 1 :])
+    return function(*args)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``kind`` that runs plans, the same at every call: ``forward`` has the signature of the original."""
+    if kind in _classes:
+        return _classes[kind]
+
+    @functools.wraps(kind.forward)
+    def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    names = {"original_class": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}
+    _classes[kind] = type(f"Fused{kind.__name__}", (FusedTraced, kind), names)
+    return _classes[kind]
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is not a module that can be looked into."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, whose code is compiled already: fuse the model before it is scripted")
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """``model`` with convolution, batch norm, ReLU and residual add fused wherever its code computes that.
+
+    Equivalent to ``model``: the results are those of ``model(x)`` but for rounding, and so are the gradients.
+
+    Each module's own ``forward`` is traced; where it is ``conv -> batch norm [-> + residual] [-> ReLU]``, once or in
+    a chain with one input and one result (a residual block, a ``Sequential`` of blocks, the stem inside a larger
+    forward), the module gets a subclass of its class that runs the chain as one operator. Nothing else changes:
+    parameters, buffers, names, ``state_dict``, flags and hooks are the same objects. What was found at ``fuse`` is
+    watched: after replaced layers, new hooks, changed attributes, the original forward runs, and
+    :func:`resnet_fast.backends.fallbacks` says why. What does not match stays as it is: :func:`report` says why.
+
+    Args:
+        model: any network; on any device, in any mode. Modules that are fused already stay as they are.
+        inplace: fuse ``model`` itself, not a deep copy of it.
+
+    Returns:
+        The fused network.
+
+    Raises:
+        TypeError: ``model`` is not a module, or compiled by TorchScript.
+    """
+    from .survey import Survey  # with torch.fx: not needed where nothing is fused
+
+    check_model(model)
+    model = model if inplace else copy.deepcopy(model)
+    for module, finding in Survey(model).findings.items():
+        if finding.fuses and not isinstance(module, FusedTraced):
+            fusion = Fusion(finding.plans)
+            for plan in fusion.each():
+                plan.bind(module)
+            module.__class__ = fused_class(type(module))  # type: ignore[assignment]
+            module.__dict__["_fusion"] = fusion
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """``model`` as it was before :func:`fuse`: every module has its own class again.
+
+    Args:
+        model: a network; what :func:`fuse` did not touch stays as it is.
+        inplace: change ``model`` itself, not a deep copy of it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    model = model if inplace else copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, FusedTraced):
+            del module.__dict__["_fusion"]
+            module.__class__ = module.original_class  # type: ignore[assignment]
+    return model
