@@ -143,7 +143,7 @@ class Recorder:
         if not self.pairs:
             return "no convolutions"
         for module in parts[1:]:
-            if type(module) in DROPOUTS:
+            if type(module) in DROPOUTS and isinstance(module, nn.modules.dropout._DropoutNd):
                 if module.training and module.p > 0:
                     return f"a {type(module).__name__} in training mode"
             elif module not in self._stands_for and type(module) is not nn.Sequential and not isinstance(module, Fused):

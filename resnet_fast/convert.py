@@ -145,7 +145,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             fusion = Fusion(finding.plans)
             for plan in fusion.each():
                 plan.bind(module)
-            module.__class__ = fused_class(type(module))  # type: ignore[assignment]
+            module.__class__ = fused_class(type(module))
             module.__dict__["_fusion"] = fusion
     return model
 

@@ -24,7 +24,7 @@ _SAMPLE = torch.empty(0)
 
 
 class RefusedError(Exception):
-    """The forward of ``module`` cannot be written down, for the reason given. ``effects``: it does more than compute."""
+    """The forward of ``module`` cannot be written down, for that reason. ``effects``: it does more than compute."""
 
     def __init__(self, module: nn.Module, why: str, effects: bool = False) -> None:
         super().__init__(why)
