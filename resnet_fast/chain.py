@@ -154,7 +154,7 @@ class Recorder:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants on the device of ``x``, None where it is off."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if device in ops.DTYPES and torch.is_autocast_enabled(device) else None
 
 
 def _eps(bn: nn.BatchNorm2d | None) -> float:
@@ -298,8 +298,9 @@ class Fusing:
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows."""
-        reason = self._call_reason(x)
-        if reason is None and self.training:
+        training, autocast = self.training, _autocast_dtype(x)
+        reason = self._call_reason(x, training, autocast)
+        if reason is None and training:
             return self._trained(x)
         if reason is None and torch.compiler.is_compiling():
             return self._traced(x)
@@ -309,9 +310,7 @@ class Fusing:
             self.flow(recorder, 0)
             reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
             chain = self._chain = Chain(self, recorder) if reason is None else None
-        autocast = None
         if chain is not None:
-            autocast = _autocast_dtype(x)
             if autocast is not None and torch.float64 not in (x.dtype, chain.dtype):
                 x = x.to(autocast)
             elif x.dtype != chain.dtype:
@@ -325,21 +324,20 @@ class Fusing:
             return _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
         return chain.run(x)
 
-    def _call_reason(self, x: Tensor) -> str | None:
+    def _call_reason(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
         """Why this call cannot run fused, or None, as far as that does not depend on the weights."""
         device = backends.kind(x)
-        reason = backends.unfused_reason(_operator(self.training), device)
+        reason = backends.unfused_reason(_operator(training), device)
         if reason is not None:
             return reason
         if device not in ops.DTYPES:
             return f"no kernel for {device} tensors"
         if x.dim() != 4:
             return f"an input of {x.dim()} dimensions"
-        dtype = _autocast_dtype(x) or x.dtype
-        if dtype not in ops.DTYPES[device] or x.dtype not in ops.DTYPES[device]:
-            return f"no kernel for {dtype}"
+        if x.dtype not in ops.DTYPES[device] or (autocast or x.dtype) not in ops.DTYPES[device]:
+            return f"no kernel for {autocast or x.dtype}"
         if torch.compiler.is_compiling():
-            return "training under torch.compile" if self.training else None
+            return "training under torch.compile" if training else None
         if type(x) not in (Tensor, nn.Parameter):
             return f"an input of type {type(x).__name__}"
         if torch.jit.is_tracing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,9 @@ class Fusion:
 
     def __post_init__(self) -> None:
         # Where both modes do the same, it does not matter in which mode a part is.
-        self.same = self.plans[False] is self.plans[True]
+        plan = self.plans[False]
+        self.same = plan is self.plans[True]
+        self.one = plan.segments[0] if self.same and isinstance(plan, Plan) and plan.whole else None
 
     def plan_for(self, owner: nn.Module) -> Plan | str:
         plan = self.plans[owner.training]
@@ -52,20 +55,20 @@ class FusedTraced(nn.Module):
     _fusion: Fusion
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._fusion.plan_for(self)
+        plan, inputs = self._fusion.plan_for(self), _inputs(self.original_class.forward, self, args, kwargs)
+        if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
+            return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
         if isinstance(plan, str):
             reason = plan
-        elif kwargs or len(args) != plan.inputs:
-            reason = "called with other arguments"
-        elif not all(isinstance(a, Tensor) for a in args):
-            return super().forward(*args, **kwargs)
+        elif inputs is None:
+            reason = "called with other arguments than it was traced with"
         elif plan.whole:
-            y = plan.segments[0].fused(args[0])
-            return super().forward(*args) if y is None else y
+            y = plan.segments[0].fused(inputs[0])
+            return super().forward(*args, **kwargs) if y is None else y
         else:
             changed = plan.reason(self)
             if changed is None:
-                return plan.run(self, args)
+                return plan.run(self, inputs)
             reason = changed
         backends.decline(type(self).__name__, reason)
         return super().forward(*args, **kwargs)
@@ -84,6 +87,22 @@ class FusedTraced(nn.Module):
         return (_again, (self.original_class, function, args.index(type(self)), *args), *rest)
 
 
+def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> list[Any] | None:
+    """The arguments without a default, if the others are left at theirs."""
+    signature = inspect.signature(forward)
+    try:
+        given = signature.bind(module, *args, **kwargs).arguments
+    except TypeError:  # which the forward itself will raise
+        return None
+    inputs = []
+    for name, p in list(signature.parameters.items())[1:]:
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            inputs.append(given[name])
+        elif name in given and given[name] is not p.default:
+            return None
+    return inputs
+
+
 def _again(kind: type[nn.Module], function: Any, place: int, *args: Any) -> Any:
     args = (*args[:place], fused_class(kind), *args[place + 1 :])
     return function(*args)
@@ -99,6 +118,12 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(kind.forward)
     def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
+        fusion = self._fusion
+        # Most calls: a module that is one chain in both modes, and the tensor that it wants.
+        if fusion.one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            segment = fusion.one if fusion.one.owner is self else fusion.one.bound_to(self)
+            y = segment.fused(args[0])
+            return kind.forward(self, *args) if y is None else y
         return self._forward(*args, **kwargs)
 
     names = {"original_class": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}

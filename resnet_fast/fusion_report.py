@@ -110,6 +110,8 @@ def _add_fused(
         count = sum(len(segment.layers) for segment in plan.segments)
         if len(plan.segments) > 1:
             details.append(f"in {len(plan.segments)} chains")
+        if finding is not None and finding.leftover is not None and not plan.whole:
+            details.append(finding.leftover)
         for training, other in plans.items():
             if isinstance(other, str):
                 details.append(f"not in {'training' if training else 'eval'} mode: {other}")

@@ -39,7 +39,7 @@ def original(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "original_class", type(module))
 
 
-def _dense_channels(t: Tensor) -> bool:
+def _is_channels_last(t: Tensor) -> bool:
     return t.dim() == 4 and t.stride(1) == 1 and t.shape[1] > 1 and t.shape[2] * t.shape[3] > 1
 
 
@@ -201,12 +201,12 @@ class Segment(Fusing):
     def fused(self, x: Tensor) -> Tensor | None:
         """In the memory format that PyTorch's own operators would give: code around may ask for ``view``."""
         y = super().fused(x)
-        return y if y is None or self._is_channels_last(x) else y.contiguous()
-
-    def _is_channels_last(self, x: Tensor) -> bool:
-        """A convolution's result is channels_last where its input or its weight is."""
-        convolutions = (find(self.owner, layer.conv) for layer in self.layers)
-        return _dense_channels(x) or any(_dense_channels(conv.weight) for conv in convolutions)  # type: ignore[union-attr, arg-type]
+        if y is None or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
+            return y
+        # A convolution's result is channels_last where its input or its weight is.
+        convolutions: Any = (find(self.owner, layer.conv) for layer in self.layers)
+        last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv in convolutions)
+        return y if last else y.contiguous()
 
     def flow(self, build: Build, x: Any) -> Any:
         owner = self.owner

@@ -80,7 +80,7 @@ def check_inference(network, fused, x, factor=2):
             out = first_tensor(copy.deepcopy(fused).to(memory_format=layout)(x.contiguous(memory_format=layout)))
             assert out.stride() == theirs.stride()
             assert_error_rule(out, exact, eager, factor=factor)
-    assert backends.fallbacks() == {}
+    assert backends.fallbacks() == {}, backends.fallbacks()
 
 
 def training_step(m, x, weights):
