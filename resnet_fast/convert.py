@@ -55,7 +55,9 @@ class FusedTraced(nn.Module):
     _fusion: Fusion
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan, inputs = self._fusion.plan_for(self), _inputs(self.original_class.forward, self, args, kwargs)
+        plan = self._fusion.plan_for(self)
+        plain = not kwargs and not isinstance(plan, str) and len(args) == plan.inputs
+        inputs = list(args) if plain else _inputs(self.original_class.forward, self, args, kwargs)
         if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
             return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
         if isinstance(plan, str):
@@ -84,7 +86,8 @@ class FusedTraced(nn.Module):
         function, args, *rest = reduced
         if type(self) not in args:
             return (function, args, *rest)
-        return (_again, (self.original_class, function, args.index(type(self)), *args), *rest)
+        place = args.index(type(self))
+        return (_again, (self.original_class, function, args[:place], args[place + 1 :]), *rest)
 
 
 def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> list[Any] | None:
@@ -103,9 +106,8 @@ def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> list[Any
     return inputs
 
 
-def _again(kind: type[nn.Module], function: Any, place: int, *args: Any) -> Any:
-    args = (*args[:place], fused_class(kind), *args[place + 1 :])
-    return function(*args)
+def _again(kind: type[nn.Module], function: Any, before: Any, after: Any) -> Any:
+    return function(*before, fused_class(kind), *after)
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -151,7 +151,7 @@ def _asked_for_gradients() -> bool:
 @contextmanager
 def _undisturbed(root: nn.Module, training: bool) -> Iterator[None]:
     """All flags at ``training``. Whatever the code inside changed in attributes is put back, and told of."""
-    modules = list(root.modules())
+    modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]  # compiled: nothing to see
     before = [dict(m.__dict__) for m in modules]
     children = [dict(m._modules) for m in modules]
     random_states = (torch.random.get_rng_state(), random.getstate())

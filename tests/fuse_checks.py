@@ -89,7 +89,9 @@ def training_step(m, x, weights):
     x = x.clone().requires_grad_()
     y = first_tensor(m(x))
     y.backward(weights.to(y.dtype))
-    return {"output": y.detach(), "input": x.grad} | {k: p.grad for k, p in m.named_parameters()} | dict(m.named_buffers())
+    return (
+        {"output": y.detach(), "input": x.grad} | {k: p.grad for k, p in m.named_parameters()} | dict(m.named_buffers())
+    )
 
 
 def check_training(network, fused, x, factor=WINOGRAD_FACTOR):

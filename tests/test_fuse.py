@@ -251,7 +251,11 @@ LEFT = {
     "random numbers": (noisy, {}, "its forward draws random numbers"),
     "no_grad": (without_gradients, {}, "a context such as no_grad"),
     "autocast": (lambda m, x: torch.autocast("cpu")(body)(m, x), {}, "a context such as no_grad, autocast"),
-    "checkpoint": (lambda m, x: checkpoint(lambda x: body(m, x), x, use_reentrant=False), {}, "its forward cannot be traced"),
+    "checkpoint": (
+        lambda m, x: checkpoint(lambda x: body(m, x), x, use_reentrant=False),
+        {},
+        "its forward cannot be traced",
+    ),
     "grad mode": (asks_for_gradients, {}, "it asks whether gradients are recorded"),
     "called twice": (twice, {}, "called more than once"),
     "norm elsewhere": (pre_norm, {}, "its result is used before the batch norm, too"),
