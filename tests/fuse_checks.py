@@ -1,4 +1,4 @@
-"""What must hold for any network that somebody wrote and ``fuse`` speeds up; shared by the tests of several collections."""
+"""What must hold for any network that ``fuse`` speeds up; shared by the tests of several collections of networks."""
 
 import copy
 

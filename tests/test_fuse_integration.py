@@ -276,7 +276,7 @@ def test_other_arguments():
 
 
 def test_hooks():
-    """On a block: it stays fused, its stage does not. Inside of a block: the block falls back. Afterwards: all fused."""
+    """On a block: it stays fused, its stage does not. Inside of a block: the block falls back. Without: all fused."""
     fused, net = pair()
     x, seen = torch.randn(X), {}
 
