@@ -8,7 +8,7 @@ import sys
 import torch
 
 from . import report, runner
-from .cases import NETWORKS, OPERATORS
+from .cases import FUSED, NETWORKS, OPERATORS
 from .images import KINDS
 from .peers import PEERS
 from .variants import VARIANTS
@@ -37,7 +37,7 @@ def main() -> int:
     variants = options.variants or (
         list(VARIANTS) if options.all_variants else [*QUICK, *(PEERS if options.peers else ())]
     )
-    cases = [case for case in NETWORKS if options.full or not case.full]
+    cases = [case for case in (*NETWORKS, *FUSED) if options.full or not case.full]
     if options.operators:
         cases += [case for group in OPERATORS.values() for case in group]
     rows: list[runner.Result] = []

@@ -151,19 +151,14 @@ class Segment(Fusing):
     def training(self) -> bool:  # type: ignore[override]
         return self.owner.training
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Segment) and self._data() == other._data()
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _data(self) -> tuple[Any, ...]:
+    def data(self) -> tuple[Any, ...]:
         return self.layers, self.through, self.opened_parts, self.steps
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_chain"}
 
     def bound_to(self, owner: nn.Module) -> Segment:
-        segment = Segment(*self._data())
+        segment = Segment(*self.data())
         segment.owner = owner
         return segment
 
@@ -232,7 +227,7 @@ class Segment(Fusing):
         return values[-1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """The forward of a module in one mode: ``steps`` around ``segments``, or one segment that is all of it."""
 
@@ -246,6 +241,10 @@ class Plan:
     @property
     def whole(self) -> bool:
         return not self.steps
+
+    def data(self) -> tuple[Any, ...]:
+        segments = [segment.data() for segment in self.segments]
+        return segments, self.opened, self.steps, self.inputs, self.count, self.result
 
     def bind(self, owner: nn.Module) -> None:
         for segment in self.segments:

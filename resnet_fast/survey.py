@@ -185,7 +185,7 @@ class Survey:
 def _share(finding: Finding) -> None:
     """One plan for both modes, where they are the same: filters are packed once."""
     evaluation, training = finding.plans.get(False), finding.plans.get(True)
-    if isinstance(evaluation, Plan) and evaluation == training:
+    if isinstance(evaluation, Plan) and isinstance(training, Plan) and evaluation.data() == training.data():
         finding.plans[True] = evaluation
 
 
