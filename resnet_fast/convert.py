@@ -191,7 +191,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
     model = model if inplace else copy.deepcopy(model)
     for module in list(model.modules()):
-        if isinstance(module, FusedTraced):
+        if isinstance(module, FusedTraced) and "original_class" in vars(type(module)):
             del module.__dict__["_fusion"]
             module.__class__ = module.original_class  # type: ignore[assignment]
     return model

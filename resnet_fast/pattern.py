@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .chain import structure_reason
+from .tracing import IN_PLACE
 from .watch import DROPOUTS
 
 __all__ = ["Layer", "Match", "Run", "match", "what"]
@@ -115,10 +116,8 @@ def _writes(node: fx.Node, module: nn.Module | None) -> bool:
         return bool(getattr(module, "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or _is(node, (operator.iadd,)) or name in _IN_PLACE or node.kwargs.get("inplace") is True
-
-
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+    given = node.kwargs
+    return in_place or name in (*IN_PLACE, "setitem") or given.get("inplace") is True or given.get("out") is not None
 
 
 class _Matcher:

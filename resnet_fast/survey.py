@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from .chain import Fused
+from .convert import fused_class
 from .pattern import Match, Run, match, what
-from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step
+from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, original
 from .tracing import RefusedError, Trace, follow, is_foreign
 from .watch import hooks_reason
 
@@ -82,7 +83,7 @@ class Survey:
 
     def _study(self, module: nn.Module) -> Finding:
         finding = Finding()
-        foreign = is_foreign(module)
+        foreign = is_foreign(module) or _closed_class(module)
         if foreign is not None:
             finding.refused = foreign
             return finding
@@ -180,6 +181,14 @@ class Survey:
         common = set.intersection(*(set(_around(trace, n, itself=True)) for n in run.nodes)) - {""}
         below = (self.findings.get(module.get_submodule(name)) for name in common)
         return not any(f is not None and f.fuses for f in below)
+
+
+def _closed_class(module: nn.Module) -> str | None:
+    try:
+        fused_class(original(module))
+    except TypeError as error:
+        return f"a class that cannot be extended: {error}"
+    return None
 
 
 def _share(finding: Finding) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["RefusedError", "Trace", "follow", "is_foreign"]
+__all__ = ["IN_PLACE", "RefusedError", "Trace", "follow", "is_foreign"]
 
 _SAMPLE = torch.empty(0)
 
@@ -68,6 +69,24 @@ def _contexts() -> tuple[Any, ...]:
     )
 
 
+class _Symbol(fx.Proxy):
+    """A symbol that tells ``a += b`` from ``a = a + b``."""
+
+
+def _in_place(name: str) -> Callable[[_Symbol, Any], Any]:
+    function = getattr(operator, name)
+
+    def change(self: _Symbol, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return change
+
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+for _name in IN_PLACE:
+    setattr(_Symbol, f"__{_name}__", _in_place(_name))
+
+
 class _Tracer(fx.Tracer):
     """Runs forwards without hooks, and keeps an account of whose code is running."""
 
@@ -78,6 +97,9 @@ class _Tracer(fx.Tracer):
         self.opened: list[str] = []
         self.owners: dict[fx.Node, str] = {}
         self.contexts = _contexts()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Symbols for the arguments without a default; the others keep theirs."""

@@ -151,7 +151,8 @@ class _Train(torch.autograd.Function):
         ctx.is_sum = [value.scale_shift is None for value in values]
         sums = [value.tensor if value.scale_shift is None else None for value in values[1:]]
         scales = [value.scale_shift for value in values[1:]]
-        ctx.save_for_backward(x, out, *ys, *sums, *scales, *moments, *tensors)
+        ctx.dtype = out.dtype  # out itself may be changed in place, as behind a batch norm of PyTorch's
+        ctx.save_for_backward(x, *ys, *sums, *scales, *moments, *tensors)
         ctx.mark_non_differentiable(*moments)
         return out, *moments
 
@@ -160,10 +161,10 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         layers: list[_Layer] = ctx.layers
         count = len(layers)
-        x, out, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         ys, sums, scales, moments = (saved[i * count : (i + 1) * count] for i in range(4))
-        run = _Backward(layers, x, out, ys, sums, scales, moments, saved[4 * count :], ctx.needs_input_grad[1:])
-        return None, *run.gradients(_dense(grad.to(out.dtype)))
+        run = _Backward(layers, x, ys, sums, scales, moments, saved[4 * count :], ctx.needs_input_grad[1:])
+        return None, *run.gradients(_dense(grad.to(ctx.dtype)))
 
 
 def _scale_shift(moments: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -197,7 +198,6 @@ class _Backward:
         self,
         layers: list[_Layer],
         x: Tensor,
-        out: Tensor,
         ys: list[Tensor],
         sums: list[Tensor | None],
         scales: list[Tensor | None],
@@ -205,7 +205,7 @@ class _Backward:
         tensors: list[Tensor | None],
         needs: tuple[bool, ...],
     ) -> None:
-        self.layers, self.x, self.out, self.ys, self.sums, self.scales = layers, x, out, ys, sums, scales
+        self.layers, self.x, self.ys, self.sums, self.scales = layers, x, ys, sums, scales
         self.moments, self.tensors, self.needs = moments, tensors, needs
         self.pending: dict[int, Tensor] = {}
         self.finished: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,6 +1,8 @@
 """``fuse`` on small modules: what is the pattern, what is not, and why."""
 
 import copy
+import gc
+import operator
 import re
 
 import pytest
@@ -229,10 +231,12 @@ def pre_norm(m, x):
     return m.relu(m.bn1(y)) + y
 
 
-def writes_input(m, x):
-    y = m.bn1(m.conv1(x))
+def writes_in_between(m, x):
+    """The convolution reads ``x`` before it changes."""
+    x = x.clone()
+    y = m.conv1(x)
     x += 1
-    return m.relu(y) + x
+    return m.relu(m.bn1(y)) + x
 
 
 # Of the first convolution: nothing is fused with it, for this reason.
@@ -258,6 +262,7 @@ LEFT = {
     ),
     "grad mode": (asks_for_gradients, {}, "it asks whether gradients are recorded"),
     "called twice": (twice, {}, "called more than once"),
+    "in place in between": (writes_in_between, {}, "something is changed in place in between"),
     "norm elsewhere": (pre_norm, {}, "its result is used before the batch norm, too"),
     "own tensor": (lambda m, x: body(m, x) + torch.ones(8, 1, 1), {}, "its forward changes attributes"),
 }
@@ -299,3 +304,54 @@ def test_another_activation_stays_outside(activation):
         assert torch.allclose(fused(x), net(x), rtol=1e-4, atol=1e-5)
     rows = resnet_fast.report(fused).rows
     assert any(f"{type(activation).__name__} (relu) is not part of the pattern" in r.detail for r in rows), rows
+
+
+class Closed(Net):
+    def __init_subclass__(cls, **kwargs):
+        raise TypeError("no subclasses")
+
+
+def test_a_class_that_cannot_be_extended():
+    net = prepared(Closed(body))
+    rows = {row.name: row.detail for row in resnet_fast.report(resnet_fast.fuse(net, inplace=True)).rows}
+    assert type(net) is Closed
+    assert rows[""] == "a class that cannot be extended: no subclasses"
+
+
+def test_values_are_let_go_once_nobody_reads_them():
+    """As in the original code, and not at the end of the forward."""
+    alive = []
+
+    def dataflow(m, x):
+        y = m.relu(m.bn1(m.conv1(x)))
+        y = F.avg_pool2d(y, 1)
+        y = m.note(F.max_pool2d(y, 1))
+        return m.bn2(m.conv2(y)).sin()
+
+    class Note(nn.Module):
+        def forward(self, y):
+            gc.collect()
+            alive.append(sum(isinstance(t, torch.Tensor) and t.shape == (3, 8, 11, 13) for t in gc.get_objects()))
+            return y
+
+    net = prepared(Net(dataflow, note=Note()))
+    fused = resnet_fast.fuse(net)
+    with torch.no_grad():
+        for m in (net, fused):
+            m(torch.randn(3, 8, 11, 13))
+    assert alive[1] <= alive[0], alive
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m, y, x: F.relu6(y, inplace=True), lambda m, y, x: y.mul_(2), lambda m, y, x: operator.iadd(y, x.sin())],
+    ids=["activation", "mul_", "+="],
+)
+def test_what_comes_out_may_be_changed_in_place(change):
+    net = prepared(Net(lambda m, x: change(m, m.bn1(m.conv1(x)), x)))
+    del net.conv2, net.bn2
+    fused = resnet_fast.fuse(net)
+    assert resnet_fast.report(fused).fused == 1
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)  # as the kernels give it: nothing is copied
+    check_inference(net, fused, x, factor=3)
+    check_training(net, fused, x)
