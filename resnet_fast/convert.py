@@ -51,13 +51,13 @@ class Fusion:
 class FusedTraced(nn.Module):
     """Mixin of the classes that :func:`fuse` makes: runs the plan, or else the forward of the class behind it."""
 
-    original_class: ClassVar[type[nn.Module]]
-    _fusion: Fusion
+    fused_from: ClassVar[type[nn.Module]]
+    _resnet_fast: Fusion
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._fusion.plan_for(self)
+    def _fused_or_original(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._resnet_fast.plan_for(self)
         plain = not kwargs and not isinstance(plan, str) and len(args) == plan.inputs
-        inputs = list(args) if plain else _inputs(self.original_class.forward, self, args, kwargs)
+        inputs = list(args) if plain else _inputs(self.fused_from.forward, self, args, kwargs)
         if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
             return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
         if isinstance(plan, str):
@@ -77,7 +77,7 @@ class FusedTraced(nn.Module):
 
     def train(self, mode: bool = True) -> FusedTraced:
         if mode != self.training:
-            self._fusion.forget()
+            self._resnet_fast.forget()
         return super().train(mode)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -87,7 +87,7 @@ class FusedTraced(nn.Module):
         if type(self) not in args:
             return (function, args, *rest)
         place = args.index(type(self))
-        return (_again, (self.original_class, function, args[:place], args[place + 1 :]), *rest)
+        return (_again, (self.fused_from, function, args[:place], args[place + 1 :]), *rest)
 
 
 def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> list[Any] | None:
@@ -120,15 +120,15 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(kind.forward)
     def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
-        fusion = self._fusion
+        fusion = self._resnet_fast
         # Most calls: a module that is one chain in both modes, and the tensor that it wants.
         if fusion.one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             segment = fusion.one if fusion.one.owner is self else fusion.one.bound_to(self)
             y = segment.fused(args[0])
             return kind.forward(self, *args) if y is None else y
-        return self._forward(*args, **kwargs)
+        return self._fused_or_original(*args, **kwargs)
 
-    names = {"original_class": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}
+    names = {"fused_from": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}
     _classes[kind] = type(f"Fused{kind.__name__}", (FusedTraced, kind), names)
     return _classes[kind]
 
@@ -173,7 +173,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             for plan in fusion.each():
                 plan.bind(module)
             module.__class__ = fused_class(type(module))
-            module.__dict__["_fusion"] = fusion
+            module.__dict__["_resnet_fast"] = fusion
     return model
 
 
@@ -191,7 +191,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
     model = model if inplace else copy.deepcopy(model)
     for module in list(model.modules()):
-        if isinstance(module, FusedTraced) and "original_class" in vars(type(module)):
-            del module.__dict__["_fusion"]
-            module.__class__ = module.original_class  # type: ignore[assignment]
+        if isinstance(module, FusedTraced) and "fused_from" in vars(type(module)):
+            del module.__dict__["_resnet_fast"]
+            module.__class__ = module.fused_from  # type: ignore[assignment]
     return model

@@ -176,7 +176,7 @@ def _chains(model: nn.Module) -> dict[Fusing, str]:
         if isinstance(m, Fused):
             chains[m] = name
         elif isinstance(m, FusedTraced):
-            chains.update((segment, name) for plan in m._fusion.each() for segment in plan.segments)
+            chains.update((segment, name) for plan in m._resnet_fast.each() for segment in plan.segments)
     return chains
 
 

@@ -61,7 +61,7 @@ def report(model: nn.Module) -> Report:
     check_model(model)
     survey = Survey(model)
     names = {module: name for name, module in model.named_modules()}
-    convolutions = [m for m in names if isinstance(m, nn.Conv2d) or "Conv2d" in type(m).__name__]
+    convolutions = [m for m in names if not list(m.children()) and type(m).__name__.endswith("Conv2d")]
     rows: list[Row] = []
     covered: dict[nn.Module, str] = {}
     for module, name in names.items():
@@ -95,7 +95,7 @@ def _add_fused(
         inside, status, plans = module.parts(), "fused", {}
         count = len(recorder.pairs)
     elif isinstance(module, FusedTraced):
-        plans, status = module._fusion.plans, "fused"
+        plans, status = module._resnet_fast.plans, "fused"
     elif finding is not None and finding.fuses:
         plans, status = finding.plans, "could be fused"
         for plan in plans.values():

@@ -36,7 +36,7 @@ def find(owner: nn.Module, path: Path) -> nn.Module | None:
 
 def original(module: nn.Module) -> type[nn.Module]:
     """The class as it was before :func:`resnet_fast.fuse`."""
-    return getattr(type(module), "original_class", type(module))
+    return getattr(type(module), "fused_from", type(module))
 
 
 def _is_channels_last(t: Tensor) -> bool:

@@ -355,3 +355,27 @@ def test_what_comes_out_may_be_changed_in_place(change):
     x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)  # as the kernels give it: nothing is copied
     check_inference(net, fused, x, factor=3)
     check_training(net, fused, x)
+
+
+def test_methods_and_attributes_of_any_name():
+    """The subclass must not hide what its class calls."""
+
+    class Named(Net):
+        def forward(self, x):
+            return self._forward(x)
+
+        def _forward(self, x):
+            return self._fused(x, self.plan)
+
+        def _fused(self, x, plan):
+            return body(self, x) * plan
+
+    net = prepared(Named(None, plan=2.0))
+    fused, x = resnet_fast.fuse(net), torch.randn(2, 8, 6, 6)
+    names = set(dir(type(fused))) - set(dir(Named))
+    assert names == {"_fused_or_original", "fused_from"}
+    with torch.no_grad():
+        assert torch.allclose(fused(x), net(x), rtol=1e-4, atol=1e-5)
+        with backends.use("eager"):
+            assert torch.equal(fused(x), net(x))
+        assert torch.allclose(fused(x=x), net(x), rtol=1e-4, atol=1e-5)
