@@ -47,10 +47,12 @@ def is_foreign(module: nn.Module) -> str | None:
     kind = type(module)
     if "forward" in module.__dict__:
         return "a forward of its own"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a ScriptModule"
+    if isinstance(module, fx.GraphModule):
+        return "a graph of torch.fx"
     if kind.__call__ is not nn.Module.__call__:
         return "a __call__ of its own"
-    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
-        return f"a {kind.__name__}"
     # Wrappers (DDP, FSDP, averaged and quantised modules) act on more than their input. nn.Sequential does not.
     if kind.__module__.partition(".")[0] == "torch" and kind.forward is not nn.Sequential.forward:
         return f"a {kind.__name__}"
