@@ -379,3 +379,58 @@ def test_methods_and_attributes_of_any_name():
         with backends.use("eager"):
             assert torch.equal(fused(x), net(x))
         assert torch.allclose(fused(x=x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def kept(m, x):
+    y = m.relu(m.bn1(m.conv1(x)))
+    return m.bn2(m.conv2(y)) + y.sin()
+
+
+def changes_input(m, x):
+    y = body(m, x)
+    x += y
+    return m.relu(x)
+
+
+@pytest.mark.parametrize(("dataflow", "chains"), [(kept, 2), (changes_input, 1)])
+def test_values_that_others_see(dataflow, chains):
+    """What is read elsewhere, by the code or by the caller, must be there."""
+    net = prepared(Net(dataflow))
+    fused = resnet_fast.fuse(net)
+    assert len(fused._resnet_fast.plans[False].segments) == chains
+    results = []
+    for m in (fused, net):
+        x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            results.append((m(x), x))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Dropping(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_parts_in_another_mode():
+    """The dropout is a function, which goes by the flag of the module around it."""
+    net = prepared(Net(lambda m, x: m.bn2(m.conv2(m.drop(m.bn1(m.conv1(x))))), drop=Dropping()))
+    fused, x = resnet_fast.fuse(net), torch.randn(2, 8, 6, 6)
+    check_inference(net, fused, x, factor=3)
+    for m in (fused, net):
+        m.drop.train()
+    results = []
+    for m in (fused, net):
+        torch.manual_seed(1)
+        results.append(m(x))
+    assert torch.equal(*results)
+    assert backends.fallbacks() == {"FusedNet: parts of it are in another mode": 1}
+
+
+def test_a_convolution_that_two_modules_share():
+    shared = conv()
+    net = prepared(nn.Sequential(*(nn.Sequential(shared, nn.BatchNorm2d(8), nn.ReLU()) for _ in range(2))))
+    fused = resnet_fast.fuse(net)
+    rows = {row.name: row.detail for row in resnet_fast.report(fused).rows}
+    assert rows["0.0"] == "shared with another module"
+    assert resnet_fast.report(fused).fused == 0
