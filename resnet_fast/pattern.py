@@ -127,7 +127,7 @@ class _Matcher:
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.module = {n: _module(root, n) for n in self.nodes}
         calls = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
-        self.barred: dict[nn.Module | None, str] = {m: "called more than once" for m, n in calls.items() if n > 1}
+        self.barred: dict[Any, str] = {m: "called more than once" for m, n in calls.items() if n > 1}
         self.barred.update(barred)
         self.alias: dict[fx.Node, fx.Node] = {}
         for n in self.nodes:
