@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,25 +16,31 @@ from .plan import Plan
 __all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
 
 
-@dataclass
 class Fusion:
     """What a fused module carries: its plan for each mode, or the reason why it has none."""
 
-    plans: dict[bool, Plan | str]
-
-    def __post_init__(self) -> None:
+    def __init__(self, owner: nn.Module, plans: dict[bool, Plan | str]) -> None:
+        self.owner, self.plans = owner, plans
+        for own in self.each():
+            own.bind(owner)
         # Where both modes do the same, it does not matter in which mode a part is.
-        plan = self.plans[False]
-        self.same = plan is self.plans[True]
+        plan, training = plans[False], plans[True]
+        self.same = plan is training
         self.one = plan.segments[0] if self.same and isinstance(plan, Plan) and plan.whole else None
 
-    def plan_for(self, owner: nn.Module) -> Plan | str:
-        plan = self.plans[owner.training]
-        if isinstance(plan, str):
-            return plan
-        if plan.segments[0].owner is not owner:  # a shallow copy of the module, as DataParallel makes
-            plan = plan.bound_to(owner)
-        if not self.same and plan.mixed(owner):
+    @classmethod
+    def of(cls, owner: FusedTraced) -> Fusion:
+        """The owner's; made now for a shallow copy, which came with that of another module."""
+        fusion = owner._resnet_fast
+        if fusion.owner is not owner:
+            bound = {id(plan): plan.bound_to(owner) for plan in fusion.each()}
+            fusion = Fusion(owner, {mode: bound.get(id(plan), plan) for mode, plan in fusion.plans.items()})
+            owner.__dict__["_resnet_fast"] = fusion
+        return fusion
+
+    def plan_for(self, training: bool) -> Plan | str:
+        plan = self.plans[training]
+        if isinstance(plan, Plan) and not self.same and plan.mixed(self.owner):
             return "parts of it are in another mode"
         return plan
 
@@ -55,7 +60,7 @@ class FusedTraced(nn.Module):
     _resnet_fast: Fusion
 
     def _fused_or_original(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._resnet_fast.plan_for(self)
+        plan = Fusion.of(self).plan_for(self.training)
         plain = not kwargs and not isinstance(plan, str) and len(args) == plan.inputs
         inputs = list(args) if plain else _inputs(self.fused_from.forward, self, args, kwargs)
         if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
@@ -120,11 +125,10 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(kind.forward)
     def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
-        fusion = self._resnet_fast
+        fusion = Fusion.of(self)
         # Most calls: a module that is one chain in both modes, and the tensor that it wants.
         if fusion.one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            segment = fusion.one if fusion.one.owner is self else fusion.one.bound_to(self)
-            y = segment.fused(args[0])
+            y = fusion.one.fused(args[0])
             return kind.forward(self, *args) if y is None else y
         return self._fused_or_original(*args, **kwargs)
 
@@ -163,17 +167,14 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a module, or compiled by TorchScript.
     """
-    from .survey import Survey  # with torch.fx: not needed where nothing is fused
+    from .survey import Survey  # with what traces: not needed where nothing is fused
 
     check_model(model)
     model = model if inplace else copy.deepcopy(model)
     for module, finding in Survey(model).findings.items():
         if finding.fuses and not isinstance(module, FusedTraced):
-            fusion = Fusion(finding.plans)
-            for plan in fusion.each():
-                plan.bind(module)
+            module.__dict__["_resnet_fast"] = Fusion(module, finding.plans)
             module.__class__ = fused_class(type(module))
-            module.__dict__["_resnet_fast"] = fusion
     return model
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .chain import Fused, Recorder
 from .convert import FusedTraced, check_model
 from .plan import Plan, original
-from .survey import Finding, Survey
+
+if TYPE_CHECKING:
+    from .survey import Finding, Survey
 
 __all__ = ["Report", "Row", "report"]
 
@@ -58,6 +61,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module, or compiled by TorchScript.
     """
+    from .survey import Survey  # with what traces: not needed where nothing is fused
+
     check_model(model)
     survey = Survey(model)
     names = {module: name for name, module in model.named_modules()}

@@ -165,6 +165,12 @@ def test_copies(copied):
             for p in m.parameters():
                 p.mul_(1.1)
     assert_fused(other, net)
+    chains = [m._resnet_fast.one._chain for m in other.modules() if isinstance(m, FusedTraced) and m._resnet_fast.one]
+    assert any(chains)
+    other(torch.randn(X))
+    assert [
+        m._resnet_fast.one._chain for m in other.modules() if isinstance(m, FusedTraced) and m._resnet_fast.one
+    ] == chains
     if copied == "replica":
         assert not torch.equal(block[0].conv1.weight, other.layer1[0].conv1.weight)
 
@@ -515,11 +521,13 @@ def test_public_cifar_checkpoints():
 FUSES_RESNET50 = """
 import re, time
 from pytorchcv.models.resnet import resnet50
-import resnet_fast
+import resnet_fast, sys
+early = [m for m in sys.modules if m in ("resnet_fast.survey", "resnet_fast.tracing")]  # import does not load them
 net = resnet50()
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before, begin = peak(), time.process_time()
 fused = resnet_fast.fuse(net)
+assert not early
 print(time.process_time() - begin, (peak() - before) / sum(t.nbytes for t in net.state_dict().values()))
 """
 
