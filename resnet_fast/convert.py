@@ -125,7 +125,9 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(kind.forward)
     def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
-        fusion = Fusion.of(self)
+        fusion = self._resnet_fast
+        if fusion.owner is not self:
+            fusion = Fusion.of(self)
         # Most calls: a module that is one chain in both modes, and the tensor that it wants.
         if fusion.one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             y = fusion.one.fused(args[0])
