@@ -1,4 +1,4 @@
-# make bench | bench-peers | roofline | test | test-gpu | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | roofline | test | test-gpu | test-zoo | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 
@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 
-.PHONY: bench bench-peers roofline test test-gpu lint build format clean
+.PHONY: bench bench-peers roofline test test-gpu test-zoo lint build format clean
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -32,6 +32,10 @@ test: build
 # On a machine with an NVIDIA GPU; without one they fail.
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu/gpu_*.py $(ARGS)
+
+# Networks of torchvision and timm, which want a later torch than the extension is built for: the same build serves it.
+test-zoo: build $(VENV)-zoo/.installed
+	PYTHONPATH=$(CURDIR) $(abspath $(VENV)-zoo)/bin/python -m pytest tests/zoo $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(PY_FILES)
@@ -58,5 +62,10 @@ $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CXX_FILES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	touch $@
 
+$(VENV)-zoo/.installed: requirements-zoo.txt
+	$(PYTHON) -m venv $(VENV)-zoo
+	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-zoo.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info resnet_fast/*.so
+	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info resnet_fast/*.so

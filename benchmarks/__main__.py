@@ -9,7 +9,7 @@ import torch
 
 from . import device as devices
 from . import report, runner, training
-from .cases import NETWORKS, OPERATORS
+from .cases import FUSED, NETWORKS, OPERATORS
 from .device import DEVICES, DTYPES
 from .gpu_variants import GPU_VARIANTS, SLOW
 from .images import KINDS
@@ -77,7 +77,7 @@ def main() -> int:
     variants = options.variants or (list(known) if options.all_variants else quick)
     if unknown := set(variants) - set(known):
         parser.error(f"on {device.name} there is no variant {', '.join(sorted(unknown))}")
-    cases = [case for case in NETWORKS if options.full or not case.full]
+    cases = [case for case in (*NETWORKS, *FUSED) if options.full or not case.full]
     if options.operators:
         cases += [case for group in OPERATORS.values() for case in group]
     rows: list[runner.Result] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from resnet_fast.chain import Build, Fused
 
 from .images import KINDS, images
 
-__all__ = ["NETWORKS", "OPERATORS", "Case", "Twin"]
+__all__ = ["FUSED", "NETWORKS", "OPERATORS", "Case", "Twin"]
 
 
 class Twin(nn.Module):
@@ -27,6 +28,9 @@ class Twin(nn.Module):
 
     def fast(self) -> nn.Module:
         raise NotImplementedError
+
+    def compiled(self) -> nn.Module:
+        return torch.compile(self)  # type: ignore[return-value]
 
 
 class Network(Twin):
@@ -48,6 +52,49 @@ class Network(Twin):
         net = getattr(resnet_fast, self.name)()
         net.load_state_dict(self.net.state_dict())
         return Network(self.name, net).eval()
+
+
+class Foreign(Twin):
+    """A ResNet of pytorchcv, which nobody here wrote; its fast twin is what ``fuse`` makes of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        net = getattr(import_module("pytorchcv.models.resnet"), name)()
+        *maps, pool = net.features.children()
+        self.maps, self.pool, self.output = nn.Sequential(*maps), pool, net.output
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.maps(x)
+        return maps, self.output(torch.flatten(self.pool(maps), 1))
+
+    def fast(self) -> nn.Module:
+        return resnet_fast.fuse(self)
+
+
+class TrainingStep(Twin):
+    """Forward and backward of ``net`` in training mode: its last maps, the gradients of its first and last weight."""
+
+    # A weight gradient by Winograd's algorithm may err that much; whole networks stay below.
+    error_factor = 3.0
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weights = [p for p in self.net.parameters() if p.dim() == 4]
+        self.net.train()
+        self.net.zero_grad()
+        with torch.enable_grad():
+            maps, scores = self.net(x)
+            scores.square().mean().backward()
+        return maps.detach(), *(w.grad for w in (weights[0], weights[-1]) if w.grad is not None)
+
+    def fast(self) -> nn.Module:
+        return TrainingStep(resnet_fast.fuse(self.net))
+
+    def compiled(self) -> nn.Module:
+        return TrainingStep(torch.compile(self.net))  # type: ignore[arg-type]
 
 
 class ConvBnRelu(Twin):
@@ -114,10 +161,11 @@ class Case:
     make: Callable[[], Twin]
     kinds: tuple[str, ...] = ("random",)
     full: bool = False  # measured with --full only
+    what: str = "inference"
 
     @property
     def group(self) -> str:
-        return f"{self.model}, {'x'.join(map(str, self.shape))}, inference"
+        return f"{self.model}, {'x'.join(map(str, self.shape))}, {self.what}"
 
     def build(self) -> Twin:
         """The module in eval mode, the same in every run; statistics and affine weights as training leaves them."""
@@ -157,6 +205,17 @@ NETWORKS = [
     _network("resnet18", 8, 224, full=True),
     _network("resnet50", 8, 224, full=True),
 ]
+
+
+def _foreign(name: str, batch: int) -> list[Case]:
+    shape, title = (batch, 3, 224, 224), f"pytorchcv's {name}"
+    return [
+        Case(title, shape, lambda: Foreign(name), KINDS, full=True),
+        Case(title, shape, lambda: TrainingStep(Foreign(name)), KINDS, full=True, what="training"),
+    ]
+
+
+FUSED = [case for name in ("resnet18", "resnet34", "resnet50") for case in _foreign(name, 8)]
 
 # The four stages of the ImageNet networks, the three of the CIFAR networks.
 MAPS = [(8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7), (128, 16, 32), (128, 32, 16), (128, 64, 8)]

@@ -64,7 +64,7 @@ def eager_channels_last(module: Twin, x: Tensor) -> Call:
 @_variant("torch.compile, freezing")
 def compile_freezing(module: Twin, x: Tensor) -> Call:
     torch.compiler.reset()
-    compiled = torch.compile(in_layout(module, torch.channels_last))
+    compiled: Any = in_layout(module, torch.channels_last).compiled()
     # Dynamo and Inductor read this switch while they compile, which happens at the first call.
     with torch._inductor.config.patch(freezing=True):
         compiled(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ FEW = 4096
 FEW_FACTOR = 3.0
 
 
+T = TypeVar("T", bound=nn.Module)
+
+
 class WrongResultError(AssertionError):
     """A result outside the error rule. It has no time worth reporting."""
 
 
-def in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
+def in_layout(module: T, layout: torch.memory_format) -> T:
     """A copy with weights and buffers in ``layout``."""
     return copy.deepcopy(module).to(memory_format=layout)  # type: ignore[call-overload]
 

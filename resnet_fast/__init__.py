@@ -1,7 +1,9 @@
 """Residual networks for PyTorch with convolution, batch norm, ReLU and residual add fused into one kernel."""
 
 from . import backends, ops, reference
+from .convert import fuse, unfuse
 from .explain import explain
+from .fusion_report import report
 from .models import (
     CifarResNet,
     ResNet,
@@ -30,10 +32,13 @@ __all__ = [
     "cifar_resnet56",
     "cifar_resnet110",
     "explain",
+    "fuse",
     "ops",
     "reference",
+    "report",
     "resnet18",
     "resnet34",
     "resnet50",
     "resnet101",
+    "unfuse",
 ]

@@ -18,9 +18,9 @@ from torch.nn.modules import module as nn_module
 from . import backends, ops
 from .choose import algorithm_of_filter, algorithms
 from .training import Program
-from .watch import Watch, hooks_reason, uncounted_reason
+from .watch import DROPOUTS, Watch, hooks_reason, uncounted_reason
 
-__all__ = ["Build", "Chain", "Fused", "Recorder"]
+__all__ = ["Build", "Chain", "Fused", "Fusing", "Recorder", "structure_reason"]
 
 
 class Build(Protocol):
@@ -43,20 +43,28 @@ def _padding(conv: nn.Conv2d) -> list[int] | None:
     return [int(p) for p in conv.padding]
 
 
-def _layer_reason(conv: nn.Module, bn: nn.Module | None, training: bool) -> str | None:
-    """Why this pair cannot be fused, for inference or for training, or None."""
-    if type(conv) is not nn.Conv2d:
+def structure_reason(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
+    """Why no pair with this convolution and batch norm can be fused, whatever mode, device and dtype; or None."""
+    if conv is not None and type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} where a Conv2d was"
     if bn is not None and type(bn) is not nn.BatchNorm2d:
         return f"{type(bn).__name__} where a BatchNorm2d was"
+    if conv is None:
+        return None
     if conv.groups != 1:
         return f"{conv.groups} groups"
     if conv.dilation != (1, 1):
         return f"dilation {conv.dilation}"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode!r}"
-    if _padding(conv) is None:
-        return "uneven padding"
+    return "uneven padding" if _padding(conv) is None else None
+
+
+def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str | None:
+    """Why this pair cannot be fused as it is now, for inference or for training, or None."""
+    reason = structure_reason(conv, bn)
+    if reason is not None:
+        return reason
     if bn is not None and bn.training and not training:
         return "batch norm in training mode"
     if bn is not None and bn.running_mean is None and not training:
@@ -122,6 +130,12 @@ class Recorder:
             return x
         return block.flow(self, x)
 
+    def through(self, modules: list[nn.Module], reason: str | None) -> None:
+        """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
+        self._stands_for.update(modules)
+        if reason is not None:
+            self._reasons.insert(0, reason)
+
     def reason(self, parts: list[nn.Module]) -> str | None:
         """Why the chain cannot stand for all of ``parts``, or None."""
         if self._reasons:
@@ -129,9 +143,9 @@ class Recorder:
         if not self.pairs:
             return "no convolutions"
         for module in parts[1:]:
-            if type(module) is nn.Dropout:
+            if type(module) in DROPOUTS and isinstance(module, nn.modules.dropout._DropoutNd):
                 if module.training and module.p > 0:
-                    return "a Dropout in training mode"
+                    return f"a {type(module).__name__} in training mode"
             elif module not in self._stands_for and type(module) is not nn.Sequential and not isinstance(module, Fused):
                 return f"a {type(module).__name__} that is not part of the pattern"
         return hooks_reason(parts)
@@ -140,7 +154,7 @@ class Recorder:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants on the device of ``x``, None where it is off."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if device in ops.DTYPES and torch.is_autocast_enabled(device) else None
 
 
 def _eps(bn: nn.BatchNorm2d | None) -> float:
@@ -165,13 +179,13 @@ class Layers:
 class Chain:
     """The convolutions of a module in eval mode, folded and packed, for as long as the module stays as it is."""
 
-    def __init__(self, owner: Fused, recorder: Recorder) -> None:
+    def __init__(self, owner: Fusing, recorder: Recorder) -> None:
         self.layers = recorder.layers
         self.pairs = recorder.pairs
         self.dtype = recorder.pairs[0][0].weight.dtype
         self.device = recorder.pairs[0][0].weight.device
         # Watched before the weights are read: a change in between is seen at the next call.
-        self._watch = Watch(owner.parts())
+        self._watch = Watch(owner.parts(), owner.opened())
         self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [_eps(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
@@ -260,30 +274,34 @@ def _unfused(layers: list[int], eps: list[float], x: Tensor, *sources: Any) -> T
     return values[-1]
 
 
-class Fused(nn.Module):
-    """Mixin: in eval mode, runs what :meth:`flow` states as one operator; otherwise, what the class behind it does."""
+class Fusing:
+    """Runs what :meth:`flow` states as one operator."""
 
     _chain: Chain | None = None
     _program: Program | None = None
-    flow_is_forward: ClassVar[bool] = False  # the class that defines forward also says what it does
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "flow" in vars(cls) or "forward" in vars(cls):
-            cls.flow_is_forward = "flow" in vars(cls) and "forward" in vars(cls)
+    training: bool
 
     def flow(self, build: Build, x: Any) -> Any:
         """The dataflow from ``x`` to the result, by calls of ``build`` alone."""
         raise NotImplementedError(f"{type(self).__name__}.flow")
 
     def parts(self) -> list[nn.Module]:
-        """This module and every module that :meth:`flow` stands for: a change in one of them ends the chain."""
-        return list(self.modules())
+        """The owner, and every module that :meth:`flow` stands for: a change in one of them ends the chain."""
+        raise NotImplementedError(f"{type(self).__name__}.parts")
+
+    def opened(self) -> list[nn.Module]:
+        """Those of the parts whose attributes count, because :meth:`flow` was read from their code."""
+        return []
+
+    def label(self) -> str:
+        """The name in ``backends.fallbacks``"""
+        return type(self).__name__
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows."""
-        reason = self._call_reason(x)
-        if reason is None and self.training:
+        training, autocast = self.training, _autocast_dtype(x)
+        reason = self._call_reason(x, training, autocast)
+        if reason is None and training:
             return self._trained(x)
         if reason is None and torch.compiler.is_compiling():
             return self._traced(x)
@@ -293,9 +311,7 @@ class Fused(nn.Module):
             self.flow(recorder, 0)
             reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
             chain = self._chain = Chain(self, recorder) if reason is None else None
-        autocast = None
         if chain is not None:
-            autocast = _autocast_dtype(x)
             if autocast is not None and torch.float64 not in (x.dtype, chain.dtype):
                 x = x.to(autocast)
             elif x.dtype != chain.dtype:
@@ -303,25 +319,24 @@ class Fused(nn.Module):
             if x.device != chain.device:
                 reason = f"an input on {x.device}, weights on {chain.device}"
         if chain is None or reason is not None:
-            backends.decline(type(self).__name__, reason or "")
+            backends.decline(self.label(), reason or "")
             return None
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
             return _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
         return chain.run(x)
 
-    def _call_reason(self, x: Tensor) -> str | None:
+    def _call_reason(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
         """Why this call cannot run fused, or None, as far as that does not depend on the weights."""
         device = backends.kind(x)
-        reason = backends.unfused_reason(_operator(self.training), device)
+        reason = backends.unfused_reason(_operator(training), device)
         if reason is not None:
             return reason
         if device not in ops.DTYPES:
             return f"no kernel for {device} tensors"
         if x.dim() != 4:
             return f"an input of {x.dim()} dimensions"
-        dtype = _autocast_dtype(x) or x.dtype
-        if dtype not in ops.DTYPES[device] or x.dtype not in ops.DTYPES[device]:
-            return f"no kernel for {dtype}"
+        if x.dtype not in ops.DTYPES[device] or (autocast or x.dtype) not in ops.DTYPES[device]:
+            return f"no kernel for {autocast or x.dtype}"
         if torch.compiler.is_compiling():
             return None
         if type(x) not in (Tensor, nn.Parameter):
@@ -343,7 +358,7 @@ class Fused(nn.Module):
             program = Program(recorder.pairs, recorder.layers)
             reason = recorder.reason(self.parts()) or program.reason()
             if reason is None and not torch.compiler.is_compiling():
-                program.watch = Watch(self.parts(), contents=False)
+                program.watch = Watch(self.parts(), self.opened(), contents=False)
                 self._program = program
         weight = program.pairs[0][0].weight if program.pairs else x
         autocast = _autocast_dtype(x)
@@ -356,7 +371,7 @@ class Fused(nn.Module):
         if x.numel() == 0:
             reason = reason or "an empty input"
         if reason is not None:
-            backends.decline(type(self).__name__, reason)
+            backends.decline(self.label(), reason)
             return None
         return program.run(x)
 
@@ -366,7 +381,7 @@ class Fused(nn.Module):
         self.flow(recorder, 0)
         reason = recorder.reason(self.parts())
         if reason is not None:
-            backends.decline(type(self).__name__, reason)
+            backends.decline(self.label(), reason)
             return None
         if torch.is_grad_enabled() or _autocast_dtype(x) is not None:
             return self.flow(Layers(), x)
@@ -379,6 +394,20 @@ class Fused(nn.Module):
             for conv, bn in recorder.pairs
         ]
         return torch.ops.resnet_fast.residual_stage(x, filters, recorder.layers)
+
+
+class Fused(Fusing, nn.Module):
+    """Mixin: in eval mode, runs what :meth:`flow` states as one operator; otherwise, what the class behind it does."""
+
+    flow_is_forward: ClassVar[bool] = False  # the class that defines forward also says what it does
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "flow" in vars(cls) or "forward" in vars(cls):
+            cls.flow_is_forward = "flow" in vars(cls) and "forward" in vars(cls)
+
+    def parts(self) -> list[nn.Module]:
+        return list(self.modules())
 
     def train(self, mode: bool = True) -> Fused:
         if mode != self.training:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .chain import Chain, Fused, Recorder
+from .chain import Chain, Fused, Fusing, Recorder
 from .choose import NAMES
+from .convert import FusedTraced
 from .machine import Peak, cpu_name, measure_peak
 from .ops import LAYER_FIELDS
 
@@ -111,14 +112,14 @@ class Explanation:
 class _Event:
     """A call inside a forward pass: of a fused chain, or of a module that PyTorch runs."""
 
-    module: nn.Module
+    module: Any  # nn.Module or Fusing
     x: Tensor
     y: Tensor
     again: Callable[[], object]
 
     @property
     def fused(self) -> bool:
-        return isinstance(self.module, Fused)
+        return isinstance(self.module, Fusing)
 
 
 def _median_seconds(call: Callable[[], object], runs: int) -> float:
@@ -140,7 +141,7 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     """Notes the calls of fused chains and of ``leaves``. Fused modules are not hooked: that would unfuse them."""
     events: list[_Event] = []
 
-    def listen(module: Fused) -> Callable[[Tensor], Tensor | None]:
+    def listen(module: Fusing) -> Callable[[Tensor], Tensor | None]:
         run = type(module).fused
 
         def fused(x: Tensor) -> Tensor | None:
@@ -155,7 +156,7 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
         if inputs and isinstance(inputs[0], Tensor) and isinstance(y, Tensor):
             events.append(_Event(module, inputs[0], y, lambda: module.forward(*inputs, **named)))
 
-    wrapped = [m for m in model.modules() if isinstance(m, Fused)]
+    wrapped = list(_chains(model))
     hooks = [leaf.register_forward_hook(after, with_kwargs=True) for leaf in leaves]
     for m in wrapped:
         m.__dict__["fused"] = listen(m)
@@ -166,6 +167,17 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
             del m.__dict__["fused"]
         for hook in hooks:
             hook.remove()
+
+
+def _chains(model: nn.Module) -> dict[Fusing, str]:
+    """What runs fused, as its author wrote it or as ``fuse`` found it, and its name."""
+    chains: dict[Fusing, str] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, Fused):
+            chains[m] = name
+        elif isinstance(m, FusedTraced):
+            chains.update((segment, name) for plan in m._resnet_fast.each() for segment in plan.segments)
+    return chains
 
 
 def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
@@ -190,14 +202,15 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
         raise ValueError("model is in training mode, want model.eval()")
     if x.device.type != "cpu":
         raise ValueError(f"x is on {x.device}, want the CPU")
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    names.update(_chains(model))
     before = backends.fallbacks()
     with torch.no_grad():
         with _listening(model, []) as events:
             model(x)
         after = backends.fallbacks()
-        inside = {part for event in events for part in event.module.parts()}  # type: ignore[operator]
-        leaves = [m for m in names if not list(m.children()) and m not in inside and not isinstance(m, _IDLE)]
+        inside = {part for event in events for part in event.module.parts()}
+        leaves = [m for m in model.modules() if not list(m.children()) and m not in inside and not isinstance(m, _IDLE)]
         with _listening(model, leaves) as events:
             model(x)
         forward_seconds = _median_seconds(lambda: model(x), runs)
@@ -218,10 +231,10 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
     return Explanation(rows, wholes, forward_seconds, peak, new)
 
 
-def _chain_rows(event: _Event, names: dict[nn.Module, str], runs: int) -> list[Row]:
-    chain: Chain = event.module._chain  # type: ignore[assignment]
+def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
+    chain: Chain = event.module._chain
     recorder = Recorder()  # knows the modules of the chain
-    event.module.flow(recorder, 0)  # type: ignore[operator]
+    event.module.flow(recorder, 0)
     run = torch.ops.resnet_fast.residual_stage
     x = event.x.to(chain.dtype)
     filters, algorithms = chain.filters(x), chain.algorithms(x)

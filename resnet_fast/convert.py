@@ -1,0 +1,200 @@
+"""``fuse``: the fused operators in networks that people already have; ``unfuse``: and back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .plan import Plan
+
+__all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
+
+
+class Fusion:
+    """What a fused module carries: its plan for each mode, or the reason why it has none."""
+
+    def __init__(self, owner: nn.Module, plans: dict[bool, Plan | str]) -> None:
+        self.owner, self.plans = owner, plans
+        for own in self.each():
+            own.bind(owner)
+        # Where both modes do the same, it does not matter in which mode a part is.
+        plan, training = plans[False], plans[True]
+        self.same = plan is training
+        self.one = plan.segments[0] if self.same and isinstance(plan, Plan) and plan.whole else None
+
+    @classmethod
+    def of(cls, owner: FusedTraced) -> Fusion:
+        """The owner's; made now for a shallow copy, which came with that of another module."""
+        fusion = owner._resnet_fast
+        if fusion.owner is not owner:
+            bound = {id(plan): plan.bound_to(owner) for plan in fusion.each()}
+            fusion = Fusion(owner, {mode: bound.get(id(plan), plan) for mode, plan in fusion.plans.items()})
+            owner.__dict__["_resnet_fast"] = fusion
+        return fusion
+
+    def plan_for(self, training: bool) -> Plan | str:
+        plan = self.plans[training]
+        if isinstance(plan, Plan) and not self.same and plan.mixed(self.owner):
+            return "parts of it are in another mode"
+        return plan
+
+    def each(self) -> list[Plan]:
+        return list({id(p): p for p in self.plans.values() if isinstance(p, Plan)}.values())
+
+    def forget(self) -> None:
+        for plan in self.each():
+            for segment in plan.segments:
+                segment._chain = segment._program = None
+
+
+class FusedTraced(nn.Module):
+    """Mixin of the classes that :func:`fuse` makes: runs the plan, or else the forward of the class behind it."""
+
+    fused_from: ClassVar[type[nn.Module]]
+    _resnet_fast: Fusion
+
+    def _fused_or_original(self, *args: Any, **kwargs: Any) -> Any:
+        plan = Fusion.of(self).plan_for(self.training)
+        plain = not kwargs and not isinstance(plan, str) and len(args) == plan.inputs
+        inputs = list(args) if plain else _inputs(self.fused_from.forward, self, args, kwargs)
+        if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
+            return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
+        if isinstance(plan, str):
+            reason = plan
+        elif inputs is None:
+            reason = "called with other arguments than it was traced with"
+        elif plan.whole:
+            y = plan.segments[0].fused(inputs[0])
+            return super().forward(*args, **kwargs) if y is None else y
+        else:
+            changed = plan.reason(self)
+            if changed is None:
+                return plan.run(self, inputs)
+            reason = changed
+        backends.decline(type(self).__name__, reason)
+        return super().forward(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> FusedTraced:
+        if mode != self.training:
+            self._resnet_fast.forget()
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class behind, as there is no name to find this one by."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
+        if type(self) not in args:
+            return (function, args, *rest)
+        place = args.index(type(self))
+        return (_again, (self.fused_from, function, args[:place], args[place + 1 :]), *rest)
+
+
+def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> list[Any] | None:
+    """The arguments without a default, if the others are left at theirs."""
+    signature = inspect.signature(forward)
+    try:
+        given = signature.bind(module, *args, **kwargs).arguments
+    except TypeError:  # which the forward itself will raise
+        return None
+    inputs = []
+    for name, p in list(signature.parameters.items())[1:]:
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            inputs.append(given[name])
+        elif name in given and given[name] is not p.default:
+            return None
+    return inputs
+
+
+def _again(kind: type[nn.Module], function: Any, before: Any, after: Any) -> Any:
+    return function(*before, fused_class(kind), *after)
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``kind`` that runs plans, the same at every call: ``forward`` has the signature of the original."""
+    if kind in _classes:
+        return _classes[kind]
+
+    @functools.wraps(kind.forward)
+    def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
+        fusion = self._resnet_fast
+        if fusion.owner is not self:
+            fusion = Fusion.of(self)
+        # Most calls: a module that is one chain in both modes, and the tensor that it wants.
+        if fusion.one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            y = fusion.one.fused(args[0])
+            return kind.forward(self, *args) if y is None else y
+        return self._fused_or_original(*args, **kwargs)
+
+    names = {"fused_from": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}
+    _classes[kind] = type(f"Fused{kind.__name__}", (FusedTraced, kind), names)
+    return _classes[kind]
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is not a module that can be looked into."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a ScriptModule, whose code is compiled already: fuse the model before it is scripted")
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """``model`` with convolution, batch norm, ReLU and residual add fused wherever its code computes that.
+
+    Equivalent to ``model``: the results are those of ``model(x)`` but for rounding, and so are the gradients.
+
+    Each module's own ``forward`` is traced; where it is ``conv -> batch norm [-> + residual] [-> ReLU]``, once or in
+    a chain with one input and one result (a residual block, a ``Sequential`` of blocks, the stem inside a larger
+    forward), the module gets a subclass of its class that runs the chain as one operator. Nothing else changes:
+    parameters, buffers, names, ``state_dict``, flags and hooks are the same objects. What was found at ``fuse`` is
+    watched: after replaced layers, new hooks, changed attributes, the original forward runs, and
+    :func:`resnet_fast.backends.fallbacks` says why. What does not match stays as it is: :func:`report` says why.
+
+    Args:
+        model: any network; on any device, in any mode. Modules that are fused already stay as they are.
+        inplace: fuse ``model`` itself, not a deep copy of it.
+
+    Returns:
+        The fused network.
+
+    Raises:
+        TypeError: ``model`` is not a module, or compiled by TorchScript.
+    """
+    from .survey import Survey  # with what traces: not needed where nothing is fused
+
+    check_model(model)
+    model = model if inplace else copy.deepcopy(model)
+    for module, finding in Survey(model).findings.items():
+        if finding.fuses and not isinstance(module, FusedTraced):
+            module.__dict__["_resnet_fast"] = Fusion(module, finding.plans)
+            module.__class__ = fused_class(type(module))
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """``model`` as it was before :func:`fuse`: every module has its own class again.
+
+    Args:
+        model: a network; what :func:`fuse` did not touch stays as it is.
+        inplace: change ``model`` itself, not a deep copy of it.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    model = model if inplace else copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, FusedTraced) and "fused_from" in vars(type(module)):
+            del module.__dict__["_resnet_fast"]
+            module.__class__ = module.fused_from  # type: ignore[assignment]
+    return model

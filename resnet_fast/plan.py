@@ -1,0 +1,309 @@
+"""What a fused module runs: chains of its own layers, found by their paths, and around them what its forward did.
+
+A plan is plain data: paths, classes, settings. Modules are looked up when it runs, so that it goes with its module into
+copies and pickles, and sees what was replaced since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Build, Fusing, Recorder
+from .watch import attributes
+
+__all__ = ["LayerPaths", "Opened", "Plan", "Ref", "Segment", "Step", "find", "original"]
+
+Path = tuple[str, ...]
+
+# A ReLU that is a function in the code of forward.
+_RELU = nn.ReLU()
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
+
+
+def find(owner: nn.Module, path: Path) -> nn.Module | None:
+    module: nn.Module | None = owner
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class as it was before :func:`resnet_fast.fuse`."""
+    return getattr(type(module), "fused_from", type(module))
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and t.stride(1) == 1 and t.shape[1] > 1 and t.shape[2] * t.shape[3] > 1
+
+
+def _essence(value: Any) -> Any:
+    """Enough of an attribute to see that it is another one, in a copy or another process, too."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_essence, value))
+    if isinstance(value, dict):
+        return tuple((_essence(k), _essence(v)) for k, v in value.items())
+    if isinstance(value, FunctionType):
+        return value.__module__, value.__qualname__, value.__code__.co_firstlineno
+    if isinstance(value, BuiltinFunctionType):
+        return value.__module__, value.__qualname__
+    return type(value).__module__, type(value).__qualname__
+
+
+class Opened:
+    """A module whose code was read: what the code may depend on, beside tensors, must stay."""
+
+    def __init__(self, owner: nn.Module, path: Path) -> None:
+        module = find(owner, path)
+        assert module is not None
+        self.path = path
+        self.kind = original(module)
+        self.attributes = {name: _essence(value) for name, value in attributes(module).items()}
+        self.children = [(name, child is None) for name, child in module._modules.items()]
+        self._seen: tuple[nn.Module, list[str], list[Any], list[Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Opened) and self.__getstate__() == other.__getstate__()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def reason(self, owner: nn.Module) -> str | None:
+        """Why the code may do something else by now, or None. Asked at every call: at first, is all the same?"""
+        module = find(owner, self.path)
+        if self._seen is not None:
+            seen, names, values, children = self._seen
+            if (
+                module is seen
+                and all(map(is_, map(vars(module).get, names), values))
+                and list(module._modules.values()) == children
+                and original(module) is self.kind
+            ):
+                return None
+        name = ".".join(self.path) or "the module"
+        if module is None:
+            return f"{name} is gone"
+        if original(module) is not self.kind:
+            return f"a {type(module).__name__} where a {self.kind.__name__} was"
+        now = attributes(module)
+        for attribute, essence in self.attributes.items():
+            if attribute not in now or _essence(now[attribute]) != essence:
+                return f"another value of {self.kind.__name__}.{attribute}"
+        if [(child, m is None) for child, m in module._modules.items()] != self.children:
+            return f"other children of a {self.kind.__name__}"
+        self._seen = (module, list(self.attributes), [now[a] for a in self.attributes], list(module._modules.values()))
+        return None
+
+
+class LayerPaths(NamedTuple):
+    """``[relu](bn(conv(source)) [+ residual])``; values are numbered as in a chain: 0 is the input."""
+
+    conv: Path
+    bn: Path | None
+    relu: Path | None  # () for a function
+    source: int
+    residual: int | None
+
+
+class Ref(NamedTuple):
+    """A value of the forward that is under way."""
+
+    number: int
+
+
+@dataclass
+class Step:
+    """One node of the graph: a call, or the run of a segment."""
+
+    kind: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: int
+    free: tuple[int, ...] = ()  # values that nobody reads afterwards
+
+
+class Segment(Fusing):
+    """A chain of layers inside its owner, and the steps that they were."""
+
+    owner: nn.Module
+
+    def __init__(
+        self,
+        layers: list[LayerPaths],
+        through: list[tuple[Path, type[nn.Module]]],
+        opened: list[Opened],
+        steps: list[Step],
+    ) -> None:
+        self.layers, self.through, self.opened_parts, self.steps = layers, through, opened, steps
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.owner.training
+
+    def data(self) -> tuple[Any, ...]:
+        return self.layers, self.through, self.opened_parts, self.steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program")}
+
+    def bound_to(self, owner: nn.Module) -> Segment:
+        segment = Segment(*self.data())
+        segment.owner = owner
+        return segment
+
+    def label(self) -> str:
+        first = ".".join(self.layers[0].conv)
+        whole = not self.steps
+        return type(self.owner).__name__ if whole else f"{type(self.owner).__name__}, {first} and what follows"
+
+    def opened(self) -> list[nn.Module]:
+        found = (find(self.owner, o.path) for o in self.opened_parts)
+        return [m for m in found if m is not None]
+
+    def parts(self) -> list[nn.Module]:
+        paths = [path for path, _ in self.through]
+        for layer in self.layers:
+            paths += [path for path in layer[:3] if path]
+        found = (find(self.owner, path) for path in paths)
+        return list(dict.fromkeys((self.owner, *self.opened(), *(m for m in found if m is not None))))
+
+    def layer_modules(self) -> list[nn.Module]:
+        found = (find(self.owner, path) for layer in self.layers for path in layer[:2] if path)
+        return [m for m in found if m is not None]
+
+    def _changed(self) -> str | None:
+        for opened in self.opened_parts:
+            reason = opened.reason(self.owner)
+            if reason is not None:
+                return reason
+        for path, kind in self.through:
+            module = find(self.owner, path)
+            if type(module) is not kind:
+                return f"a {type(module).__name__} where a {kind.__name__} was"
+        return None
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """In the memory format that PyTorch's own operators would give: code around may ask for ``view``."""
+        y = super().fused(x)
+        if y is None or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
+            return y
+        # A convolution's result is channels_last where its input or its weight is.
+        convolutions: Any = (find(self.owner, layer.conv) for layer in self.layers)
+        last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv in convolutions)
+        return y if last else y.contiguous()
+
+    def flow(self, build: Build, x: Any) -> Any:
+        owner = self.owner
+        if isinstance(build, Recorder):
+            reason = self._changed()
+            if reason is None and any(find(owner, path) is None for layer in self.layers for path in layer[:3] if path):
+                reason = "a layer is gone"
+            identities = [find(owner, path) for path, kind in self.through if kind is nn.Identity]
+            build.through([m for m in (*self.opened(), *identities) if m is not None], reason)
+            if reason is not None:
+                return x
+        values = [x]
+        for conv, bn, relu, source, residual in self.layers:
+            values.append(
+                build.conv(
+                    find(owner, conv),
+                    None if bn is None else find(owner, bn),
+                    values[source],
+                    relu=None if relu is None else find(owner, relu) if relu else _RELU,
+                    residual=None if residual is None else values[residual],
+                )
+            )
+        return values[-1]
+
+
+@dataclass(eq=False)
+class Plan:
+    """The forward of a module in one mode: ``steps`` around ``segments``, or one segment that is all of it."""
+
+    segments: list[Segment]
+    opened: list[Opened] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    inputs: int = 1
+    count: int = 0
+    result: Any = None
+
+    @property
+    def whole(self) -> bool:
+        return not self.steps
+
+    def data(self) -> tuple[Any, ...]:
+        segments = [segment.data() for segment in self.segments]
+        return segments, self.opened, self.steps, self.inputs, self.count, self.result
+
+    def bind(self, owner: nn.Module) -> None:
+        for segment in self.segments:
+            segment.owner = owner
+
+    def bound_to(self, owner: nn.Module) -> Plan:
+        segments = [s.bound_to(owner) for s in self.segments]
+        return Plan(segments, self.opened, self.steps, self.inputs, self.count, self.result)
+
+    def reason(self, owner: nn.Module) -> str | None:
+        """Why the steps may not be those of the module any more, or None."""
+        return next((reason for o in self.opened if (reason := o.reason(owner)) is not None), None)
+
+    def mixed(self, owner: nn.Module) -> bool:
+        """Whether some of the modules whose code was read are in another mode than ``owner``."""
+        found = (find(owner, o.path) for o in self.opened or self.segments[0].opened_parts)
+        return any(m is not None and m.training != owner.training for m in found)
+
+    def run(self, owner: nn.Module, inputs: Sequence[Tensor]) -> Any:
+        values: list[Any] = [*inputs, *[None] * (self.count - len(inputs))]
+        for step in self.steps:
+            if step.kind == "run":
+                segment = self.segments[step.target]
+                y = segment.fused(_filled(step.args[0], values))
+                if y is None:
+                    for part in segment.steps:
+                        values[part.result] = _call(owner, part, values)
+                else:
+                    values[step.result] = y
+            else:
+                values[step.result] = _call(owner, step, values)
+            for i in step.free:
+                values[i] = None
+        return _filled(self.result, values)
+
+
+def _filled(arg: Any, values: list[Any]) -> Any:
+    kind = type(arg)
+    if kind is Ref:
+        return values[arg.number]
+    if kind is tuple or kind is list:
+        return kind(_filled(a, values) for a in arg)
+    if kind is dict:
+        return {name: _filled(a, values) for name, a in arg.items()}
+    if kind is slice:
+        return slice(_filled(arg.start, values), _filled(arg.stop, values), _filled(arg.step, values))
+    return arg
+
+
+def _call(owner: nn.Module, step: Step, values: list[Any]) -> Any:
+    if step.kind == "get_attr":
+        *path, name = step.target
+        return getattr(find(owner, tuple(path)), name)
+    args = [_filled(a, values) for a in step.args]
+    kwargs = {name: _filled(a, values) for name, a in step.kwargs.items()} if step.kwargs else {}
+    if step.kind == "call_module":
+        module = find(owner, step.target)
+        assert module is not None  # Plan.reason asked
+        return module(*args, **kwargs)
+    if step.kind == "call_method":
+        return getattr(args[0], step.target)(*args[1:], **kwargs)
+    return step.target(*args, **kwargs)

@@ -1,0 +1,291 @@
+"""Which modules of a network can be fused, wholly or in part, and why not the others: found from what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from .chain import Fused
+from .convert import fused_class
+from .pattern import Match, Run, match, what
+from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, original
+from .tracing import RefusedError, Trace, follow, is_foreign
+from .watch import hooks_reason
+
+__all__ = ["Finding", "Survey"]
+
+_ATTEMPTS = 64  # at a trace; after each, one more module is not looked into
+
+
+@dataclass
+class Finding:
+    """What came out for one module: a plan for each mode, or why there is none."""
+
+    plans: dict[bool, Plan | str] = field(default_factory=dict)
+    layers: int = 0
+    whole: bool = False
+    residual: bool = False
+    refused: str | None = None  # it could not be traced
+    leftover: str | None = None  # its own code does more with a layer's result than the pattern
+    reasons: dict[nn.Module, str] = field(default_factory=dict)  # of convolutions outside of runs
+
+    @property
+    def fuses(self) -> bool:
+        return any(isinstance(plan, Plan) for plan in self.plans.values())
+
+
+class Survey:
+    """Studies every module of ``model`` that has convolutions below it; ``findings`` has them, the outer ones last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.covered = {part for m in model.modules() if isinstance(m, Fused) for part in m.parts()}
+        self.barred = self._barred()
+        self.findings: dict[nn.Module, Finding] = {}
+        self._busy: set[nn.Module] = set()  # their forward has effects: they are never looked into from outside
+        self._study_below(model)
+
+    def _barred(self) -> dict[nn.Module, str]:
+        """Layers that are left alone, whatever is around them."""
+        parents: dict[nn.Module, int] = {}
+        for parent in self.model.modules():
+            for child in parent._modules.values():
+                if child is not None:
+                    parents[child] = parents.get(child, 0) + 1
+        barred: dict[nn.Module, str] = {}
+        for m, count in parents.items():
+            if count > 1 and isinstance(m, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
+                barred[m] = "shared with another module"
+            reason = hooks_reason([self.model, m])
+            if reason is not None and not list(m.children()):
+                barred[m] = reason
+        return barred
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        """What no trace looks into: layers of PyTorch, wrappers, what is fused by its author, modules with hooks."""
+        return (
+            is_foreign(module) is not None
+            or isinstance(module, Fused)
+            or module in self._busy
+            or hooks_reason([self.model, module]) is not None
+        )
+
+    def _study_below(self, module: nn.Module) -> None:
+        for child in module._modules.values():
+            if child is not None and child not in self.findings:
+                self._study_below(child)
+        if module in self.findings or module in self.covered:
+            return
+        if any(isinstance(m, nn.Conv2d) for m in module.modules()) and not isinstance(module, nn.Conv2d):
+            self.findings[module] = self._study(module)
+
+    def _study(self, module: nn.Module) -> Finding:
+        finding = Finding()
+        foreign = is_foreign(module) or _closed_class(module)
+        if foreign is not None:
+            finding.refused = foreign
+            return finding
+        stage = any(
+            (below := self.findings.get(child)) is not None and below.whole and self._has_blocks(child)
+            for child in module.children()
+        )
+        found: dict[bool, tuple[Trace, Match] | str] = {}
+        for training in (False, True):
+            try:
+                trace = self._trace(module, training, set())
+                found[training] = trace, match(module, trace.graph, self.barred)
+            except RefusedError as error:
+                found[training] = str(error)
+                if error.effects:
+                    self._busy.add(module)
+        seen = found[False]
+        if isinstance(seen, str):
+            finding.refused = seen
+            return finding
+        trace, matched = seen
+        finding.reasons = {module.get_submodule(str(n.target)): why for n, why in matched.reasons.items()}
+        finding.leftover = self._leftover(module, trace, matched)
+        if not stage and any(not isinstance(f, str) and f[1].is_all(f[0].graph) for f in found.values()):
+            self._take_whole(module, finding, found)
+        else:
+            self._take_parts(module, finding)
+        return finding
+
+    def _has_blocks(self, module: nn.Module) -> bool:
+        """Whether it is a stage: stages are not run together, lest small filters wait for large ones."""
+        below = (self.findings.get(child) for child in module.children())
+        return any(f is not None and f.whole and f.residual for f in below)
+
+    def _trace(self, module: nn.Module, training: bool, leaves: set[nn.Module]) -> Trace:
+        leaves = set(leaves)
+        for _ in range(_ATTEMPTS):
+            try:
+                return follow(module, training, lambda m: m in leaves or self._is_leaf(m))
+            except RefusedError as error:
+                if error.module is module or error.module in leaves:
+                    raise
+                leaves.add(error.module)
+        raise RefusedError(module, "too much of it cannot be traced")
+
+    def _leftover(self, module: nn.Module, trace: Trace, matched: Match) -> str | None:
+        """What reads a layer's result though it is not in the pattern, if its code meets the layer's in ``module``."""
+        if matched.leftover is None:
+            return None
+        node, value = matched.leftover
+        layer, around = set(_around(trace, value, itself=True)), _around(trace, node, itself=True)
+        if layer & set(around) - {""}:
+            return None
+        top = module._modules.get(around[-1])
+        name = what(module, node) if top is None else f"{type(top).__name__} ({around[-1]})"
+        return f"{name} is not part of the pattern"
+
+    def _take_whole(self, module: nn.Module, finding: Finding, found: dict[bool, tuple[Trace, Match] | str]) -> None:
+        for training, f in found.items():
+            if isinstance(f, str):
+                finding.plans[training] = f
+            elif not f[1].is_all(f[0].graph):
+                finding.plans[training] = "not the pattern alone in this mode"
+            else:
+                trace, matched = f
+                run = matched.runs[0]
+                opened = [Opened(module, _path(name)) for name in trace.opened]
+                segment = _segment(module, run, opened, list(matched.alias), [])
+                finding.plans[training] = Plan([segment])
+                finding.layers = len(run.layers)
+                finding.residual = any(layer.add is not None for layer in run.layers)
+        finding.whole = True
+        _share(finding)
+
+    def _take_parts(self, module: nn.Module, finding: Finding) -> None:
+        """Runs that are spread over the module's children; those inside of one child are the child's own affair."""
+        inner = {m for m, f in self.findings.items() if f.fuses and (f.layers > 1 or not f.whole)}
+        for training in (False, True):
+            try:
+                trace = self._trace(module, training, inner)
+                runs = [r for r in match(module, trace.graph, self.barred).runs if self._is_spread(module, trace, r)]
+                if not runs:
+                    return
+                opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
+                others = {m for name, m in module.named_modules() if name not in opened}
+                trace = self._trace(module, training, others)
+                plan = _plan(module, trace, match(module, trace.graph, self.barred).runs)
+                finding.plans[training] = plan
+                finding.layers = sum(len(segment.layers) for segment in plan.segments)
+            except RefusedError as error:
+                finding.plans[training] = str(error)
+        _share(finding)
+
+    def _is_spread(self, module: nn.Module, trace: Trace, run: Run) -> bool:
+        common = set.intersection(*(set(_around(trace, n, itself=True)) for n in run.nodes)) - {""}
+        below = (self.findings.get(module.get_submodule(name)) for name in common)
+        return not any(f is not None and f.fuses for f in below)
+
+
+def _closed_class(module: nn.Module) -> str | None:
+    try:
+        fused_class(original(module))
+    except TypeError as error:
+        return f"a class that cannot be extended: {error}"
+    return None
+
+
+def _share(finding: Finding) -> None:
+    """One plan for both modes, where they are the same: filters are packed once."""
+    evaluation, training = finding.plans.get(False), finding.plans.get(True)
+    if isinstance(evaluation, Plan) and isinstance(training, Plan) and evaluation.data() == training.data():
+        finding.plans[True] = evaluation
+
+
+def _path(name: str) -> Path:
+    return tuple(name.split(".")) if name else ()
+
+
+def _around(trace: Trace, node: fx.Node, itself: bool = False) -> list[str]:
+    """The modules whose code runs for ``node``, the innermost first, and with ``itself`` the module that it calls."""
+    name = str(node.target) if itself and node.op == "call_module" else trace.owners[node]
+    names = [name]
+    while "." in name:
+        name = name.rpartition(".")[0]
+        names.append(name)
+    return names if itself else [*names, ""]
+
+
+def _segment(module: nn.Module, run: Run, opened: list[Opened], through: list[fx.Node], steps: list[Step]) -> Segment:
+    number = {run.entry: 0, **{layer.value: i for i, layer in enumerate(run.layers, 1)}}
+    layers = []
+    for layer in run.layers:
+        relu = None if layer.relu is None else _path(str(layer.relu.target)) if layer.relu.op == "call_module" else ()
+        layers.append(
+            LayerPaths(
+                _path(str(layer.conv.target)),
+                None if layer.bn is None else _path(str(layer.bn.target)),
+                relu,
+                number[layer.source],
+                None if layer.residual is None else number[layer.residual],
+            )
+        )
+    paths = [_path(str(n.target)) for n in through if n.op == "call_module"]
+    kinds = [(path, type(module.get_submodule(".".join(path)))) for path in dict.fromkeys(paths)]
+    return Segment(layers, kinds, opened, steps)
+
+
+def _plan(module: nn.Module, trace: Trace, runs: list[Run]) -> Plan:
+    """Every node in its order; a run stands where its last node stood."""
+    nodes = list(trace.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    number = {n: i for i, n in enumerate(inputs)}
+    for n in nodes:
+        number.setdefault(n, len(number))
+    inside = {n: run for run in runs for n in run.nodes}
+    for run in runs:
+        for n in reversed(run.through):
+            if all(user in inside for user in n.users):
+                inside[n] = run
+    ends = {run.layers[-1].value: run for run in runs}
+    last_reader: dict[fx.Node, fx.Node] = {}
+    for n in nodes:
+        at = inside[n].layers[-1].value if n in inside else n
+        for a in (*n.all_input_nodes, *([ends[n].entry] if n in ends else [])):
+            if a not in last_reader or number[last_reader[a]] < number[at]:
+                last_reader[a] = at
+    opened = [Opened(module, _path(name)) for name in trace.opened]
+    plan = Plan([], opened, inputs=len(inputs), count=len(number))
+    for n in nodes:
+        free = tuple(number[a] for a, reader in last_reader.items() if reader is n and a is not n)
+        if n.op == "output":
+            plan.result = _refs(n.args[0], number)
+        elif n in ends:
+            run = ends[n]
+            steps = [_step(m, number, ()) for m in nodes if inside.get(m) is run]
+            plan.steps.append(Step("run", len(plan.segments), (Ref(number[run.entry]),), {}, number[n], free))
+            plan.segments.append(_segment(module, run, _opened(trace, run, opened), run.through, steps))
+        elif n.op != "placeholder" and n not in inside:
+            plan.steps.append(_step(n, number, free))
+    return plan
+
+
+def _opened(trace: Trace, run: Run, opened: list[Opened]) -> list[Opened]:
+    names = {name for n in (*run.nodes, *run.through) for name in _around(trace, n)}
+    return [o for o in opened if ".".join(o.path) in names]
+
+
+def _step(n: fx.Node, number: dict[fx.Node, int], free: tuple[int, ...]) -> Step:
+    target = _path(str(n.target)) if n.op in ("call_module", "get_attr") else n.target
+    return Step(n.op, target, _refs(n.args, number), _refs(n.kwargs, number), number[n], free)
+
+
+def _refs(arg: Any, number: dict[fx.Node, int]) -> Any:
+    """``arg`` with numbers in the place of nodes, and plain containers in the place of the graph's own."""
+    if isinstance(arg, fx.Node):
+        return Ref(number[arg])
+    if isinstance(arg, tuple):
+        return tuple(_refs(a, number) for a in arg)
+    if isinstance(arg, list):
+        return [_refs(a, number) for a in arg]
+    if isinstance(arg, dict):
+        return {name: _refs(a, number) for name, a in arg.items()}
+    if isinstance(arg, slice):
+        return slice(_refs(arg.start, number), _refs(arg.stop, number), _refs(arg.step, number))
+    return arg
