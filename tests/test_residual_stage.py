@@ -312,8 +312,8 @@ def test_a_filter_of_36_taps_is_not_taken_for_winograd(stride):
 
 def test_the_operators_have_no_gradient_and_say_so():
     weight = torch.randn(8, 4, 3, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="pack_conv_bn is for inference"):
+    with pytest.raises(RuntimeError, match="pack_conv_bn has no gradient of its own"):
         pack(weight, *[None] * 5, 0.0).sum().backward()
     x = torch.randn(1, 4, 6, 6, requires_grad=True)
-    with pytest.raises(RuntimeError, match="residual_stage is for inference"):
+    with pytest.raises(RuntimeError, match="residual_stage has no gradient of its own"):
         stage(x, [pack(weight.detach(), *[None] * 5, 0.0)], [0, -1, 1, 8, 3, 3, 1, 1, 1, 1]).sum().backward()
