@@ -171,10 +171,10 @@ void transform_inputs(const WinogradCall<T>& call, int width, int64_t panel, int
   }
 }
 
-// P tiles x V vectors of the product at one point, alone or on top of what other channels gave. Short sums err less than
-// a single long one, and Winograd's last transform multiplies what they err: the channels of a panel are summed apart.
-// With S = 1 the total stays in registers. Where these are too few for sums enough to hide the latency of the FMAs,
-// S = 2 panels are summed side by side, and the total waits in memory.
+// P tiles x V vectors of the product at one point, alone or on top of what other channels gave. Short sums err less
+// than a single long one, and Winograd's last transform multiplies what they err: the channels of a panel are summed
+// apart. With S = 1 the total stays in registers. Where these are too few for sums enough to hide the latency of the
+// FMAs, S = 2 panels are summed side by side, and the total waits in memory.
 template <typename T, int P, int V, int S>
 struct Product {
   typedef typename MakeIndices<P * V>::type All;
@@ -302,21 +302,26 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
   }
 }
 
-// Row I of G g for one column of the filter, `column` apart from top to bottom.
+// What the filter's transform multiplies by, at point A and at point B: odd, even, even.
+template <typename T>
+constexpr T kFactors[] = {T(kPointA / kDistanceA), T(1 / kDistanceA), T(kSquareA / kDistanceA),
+                          T(kPointB / kDistanceB), T(1 / kDistanceB), T(kSquareB / kDistanceB)};
+
+// Row I of G g for one column of the filter, `down` from one of its taps to the next.
 template <typename T, int I>
-RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_t down) {
-  typedef typename Simd<T>::Vec Vec;
+RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_t down, const T* factors) {
+  typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
   if (I == 0) return Simd<T>::load(g);
   if (I == 5) return Simd<T>::load(g + 2 * down);
-  constexpr T point = T(I < 3 ? kPointA : kPointB), square = T(I < 3 ? kSquareA : kSquareB);
-  constexpr T scale = T(1 / (I < 3 ? kDistanceA : kDistanceB));
-  const Vec even = (Simd<T>::load(g) + square * Simd<T>::load(g + 2 * down)) * scale;
-  const Vec odd = Simd<T>::load(g + down);
-  return I % 2 == 1 ? even + odd * (point * scale) : even - odd * (point * scale);
+  if (I > 2) factors += 3;
+  const typename Simd<T>::Vec odd = Simd<T>::load(g + down) * splat(factors[0], Lanes());
+  const typename Simd<T>::Vec even =
+      Simd<T>::load(g) * splat(factors[1], Lanes()) + Simd<T>::load(g + 2 * down) * splat(factors[2], Lanes());
+  return I % 2 == 1 ? even + odd : even - odd;
 }
 
-// The products of one vector of output channels, out of panels of V, at the six points of row I, for G tiles. The filter
-// is transformed in registers, once for each group of tiles, and never written.
+// The products of one vector of output channels, out of panels of V, at the six points of row I, for G tiles. The
+// filter is transformed in registers, once for each group of tiles, and never written.
 template <typename T, int V, int I, int G>
 struct RowProduct {
   typedef typename Simd<T>::Vec Vec;
@@ -335,9 +340,20 @@ struct RowProduct {
     ((sum[P * G + S] += splat(input[S * kInputPanel], typename MakeIndices<Simd<T>::lanes>::type()) * u), ...);
   }
 
-  template <int... P>
-  RESNET_FAST_INLINE void step(const T* const (&input)[kTileIn], int c, const Vec (&u)[kTileIn], Indices<P...>) {
-    (point<P>(input[P] + c, u[P], Tiles()), ...);
+  // transform_filter, each point multiplied as soon as it is there, by factors that are read where they are used: the
+  // sums leave few registers for anything else.
+  RESNET_FAST_INLINE void step(const T* const (&input)[kTileIn], int c, const Vec (&g)[3], const T* factors) {
+    typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
+    point<0>(input[0] + c, g[0], Tiles());
+    point<5>(input[5] + c, g[2], Tiles());
+    const Vec odd_a = g[1] * splat(factors[0], Lanes());
+    const Vec even_a = g[0] * splat(factors[1], Lanes()) + g[2] * splat(factors[2], Lanes());
+    point<1>(input[1] + c, even_a + odd_a, Tiles());
+    point<2>(input[2] + c, even_a - odd_a, Tiles());
+    const Vec odd_b = g[1] * splat(factors[3], Lanes());
+    const Vec even_b = g[0] * splat(factors[4], Lanes()) + g[2] * splat(factors[5], Lanes());
+    point<3>(input[3] + c, even_b + odd_b, Tiles());
+    point<4>(input[4] + c, even_b - odd_b, Tiles());
   }
 
   template <int P, int... S>
@@ -362,14 +378,14 @@ struct RowProduct {
                                     input + 3 * input_point,
                                     input + 4 * input_point,
                                     input + 5 * input_point};
+    const T* factors = kFactors<T>;
     for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width) {
+      asm("" : "+r"(factors));  // what is not known to stay the same is not kept in registers
       for (int v = 0; v < width; v += Simd<T>::lanes) __builtin_prefetch(ahead + v);
-      const Vec half[3] = {transform_filter_row<T, I>(filter, 3 * width),
-                           transform_filter_row<T, I>(filter + width, 3 * width),
-                           transform_filter_row<T, I>(filter + 2 * width, 3 * width)};
-      Vec u[kTileIn];
-      transform_filter<T>(half, u);
-      sums.step(rows, c, u, Points());
+      const Vec half[3] = {transform_filter_row<T, I>(filter, 3 * width, factors),
+                           transform_filter_row<T, I>(filter + width, 3 * width, factors),
+                           transform_filter_row<T, I>(filter + 2 * width, 3 * width, factors)};
+      sums.step(rows, c, half, factors);
     }
     sums.put(product, product_point, accumulate, Points());
   }
