@@ -34,6 +34,9 @@ except ImportError as error:
     _missing = f"resnet_fast._C {fault}: build it with a C++ compiler, pip install -e ."
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
 
+# Asked once: the compiler cannot look into the operator.
+_isa: Final = ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa() if _missing is None else 0]
+
 # Process-wide, as torch.backends' switches are: a plain global, so that torch.compile can guard on it.
 _selected: Name = "auto"
 _fallbacks: Counter[str] = Counter()
@@ -75,7 +78,7 @@ def isa() -> str:
     """Instruction set of the CPU kernels under ``ATEN_CPU_CAPABILITY``: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
     if _missing is not None:
         raise RuntimeError(_missing)
-    return ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa()]
+    return _isa
 
 
 # Operators and the devices that have a kernel of them; resnet_fast.ops fills it once all are registered. A plain set:

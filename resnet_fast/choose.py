@@ -35,8 +35,9 @@ _POINTS = 36
 
 _MULTIPLY = 1.15  # small matrix products run below the speed of a direct convolution
 _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its points
-_EXPAND = 4.4  # for each point of a filter that is transformed on the way, once for so many tiles:
-_TILES_AT_ONCE = 32
+# For each point of a filter that is transformed on the way, and for how many tiles it is transformed once: in registers,
+# or where these are too few, through memory.
+_EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
 
@@ -53,11 +54,12 @@ def algorithm(
         return DIRECT
     pairs = channels * out_channels
     products = _POINTS * tiles * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
-    passes = (tiles + _TILES_AT_ONCE - 1) // _TILES_AT_ONCE
+    expand, at_once = _EXPAND[backends.isa()]
+    passes = (tiles + at_once - 1) // at_once
     costs = (
         9 * pixels * pairs + _read(9 * pairs),
         products + _read(_POINTS * pairs),
-        products + _read(9 * pairs) + _POINTS * passes * _EXPAND * pairs,
+        products + _read(9 * pairs) + _POINTS * passes * expand * pairs,
     )
     return costs.index(min(costs))
 

@@ -70,8 +70,8 @@ static void direct(const Kernels<T>& table, const T* input, const T* residual, T
   table.conv(call);
 }
 
-static const Kernels<float> kFloat = kernel_table<float, 12, 12>("wide");
-static const Kernels<double> kDouble = kernel_table<double, 12, 12>("wide");
+static const Kernels<float> kFloat = kernel_table<float, 12, 12, 7, 14, 1>("wide");
+static const Kernels<double> kDouble = kernel_table<double, 12, 12, 7, 14, 1>("wide");
 
 extern "C" {
 int lanes_float() { return kFloat.lanes; }
@@ -82,7 +82,7 @@ void direct_double(const double* a, const double* b, double* c, const int64_t* d
 void add_relu_float(const float* a, const float* b, float* out, int64_t n) { kFloat.add_relu(a, b, out, n); }
 
 int64_t winograd_scratch(int channels, int tiles, int tiles_w, int group, int compact) {
-  return WinogradScratch(channels, tiles, tiles_w, kFloat.lanes, group, 2 * kFloat.lanes, compact).numel();
+  return WinogradScratch(channels, tiles, tiles_w, group, 2 * kFloat.lanes, compact).numel();
 }
 void winograd_float(const float* input, const float* residual, float* output, const float* filter, const float* bias,
                     float* scratch, const int64_t* s) {

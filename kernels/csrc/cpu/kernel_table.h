@@ -10,15 +10,16 @@
 namespace resnet_fast {
 namespace {
 
-// P rows of a register tile where the panel is full (two vectors), PH where it is half full (one vector).
-template <typename T, int P, int PH>
+// P rows of a register tile where the panel is full (two vectors), PH where it is half full (one vector); W, WH and S
+// for the products of Winograd.
+template <typename T, int P, int PH, int W, int WH, int S>
 constexpr Kernels<T> kernel_table(const char* isa) {
   return {isa,
           Simd<T>::lanes,
           2,
           P,
           conv<T, P, PH>,
-          winograd<T, P, PH>,
+          winograd<T, W, WH, S>,
           expand_filter<T, 2>,
           expand_filter<T, 1>,
           add_relu<T>,

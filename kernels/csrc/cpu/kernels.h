@@ -82,23 +82,28 @@ struct WinogradCall {
 
 // Unnamed, so that every file has its own: see above.
 namespace {
-// Channels of a compact filter that are transformed at a time: they stay in L2 beside the input of a few tiles.
-constexpr int kExpandedBytes = 64 * 1024;
+// Channels of a compact filter that are transformed at a time: a panel of them stays in L2.
+constexpr int kExpandedChannels = 64;
+
+// Channels of a tile of the transformed input that lie together, and are summed in one go: a cache line of floats.
+constexpr int kInputPanel = 16;
 
 // Elements of scratch memory for a call of so many tiles: the transformed input, the products, a strip of half
 // transformed rows, a block of a transformed filter.
 struct WinogradScratch {
-  int64_t row;  // of the transformed input: the channels of a tile, in whole vectors
+  int tiles;
+  int64_t input_panel;  // from one panel of the transformed input to the next
   int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
   int64_t input, products, strip;
   int filter_block;  // channels
   int64_t filter_point, filter;
 
-  WinogradScratch(int channels, int tiles, int tiles_w, int lanes, int panel_group, int panel, bool compact)
-      : row((channels + lanes - 1) / lanes * lanes), input_point(tiles * row + 16),
+  WinogradScratch(int channels, int tiles, int tiles_w, int panel_group, int panel, bool compact)
+      : tiles(tiles), input_panel(static_cast<int64_t>(tiles) * kInputPanel),
+        input_point((channels + kInputPanel - 1) / kInputPanel * input_panel + 16),
         product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16), input(kTilePoints * input_point),
         products(kTilePoints * product_point), strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
-        filter_block(kExpandedBytes / 4 / (kTilePoints * panel)), filter_point(filter_block * panel + 16),
+        filter_block(kExpandedChannels), filter_point(filter_block * panel + 16),
         filter(compact ? kTilePoints * filter_point : 0) {}
   int64_t numel() const { return input + products + strip + filter; }
 };

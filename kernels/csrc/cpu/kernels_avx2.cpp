@@ -6,7 +6,7 @@
 #include "kernel_table.h"
 
 namespace resnet_fast {
-extern const Kernels<float> kFloatAvx2 = kernel_table<float, 6, 12>("avx2");
-extern const Kernels<double> kDoubleAvx2 = kernel_table<double, 6, 12>("avx2");
+extern const Kernels<float> kFloatAvx2 = kernel_table<float, 6, 12, 3, 6, 2>("avx2");
+extern const Kernels<double> kDoubleAvx2 = kernel_table<double, 6, 12, 3, 6, 2>("avx2");
 }  // namespace resnet_fast
 #endif  // __x86_64__

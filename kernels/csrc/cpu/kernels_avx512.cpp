@@ -5,7 +5,7 @@
 #include "kernel_table.h"
 
 namespace resnet_fast {
-extern const Kernels<float> kFloatAvx512 = kernel_table<float, 12, 12>("avx512");
-extern const Kernels<double> kDoubleAvx512 = kernel_table<double, 12, 12>("avx512");
+extern const Kernels<float> kFloatAvx512 = kernel_table<float, 12, 12, 7, 14, 1>("avx512");
+extern const Kernels<double> kDoubleAvx512 = kernel_table<double, 12, 12, 7, 14, 1>("avx512");
 }  // namespace resnet_fast
 #endif  // __x86_64__

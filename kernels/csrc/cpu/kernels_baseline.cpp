@@ -3,6 +3,6 @@
 #include "kernel_table.h"
 
 namespace resnet_fast {
-extern const Kernels<float> kFloatBaseline = kernel_table<float, 4, 8>("baseline");
-extern const Kernels<double> kDoubleBaseline = kernel_table<double, 4, 8>("baseline");
+extern const Kernels<float> kFloatBaseline = kernel_table<float, 4, 8, 2, 4, 2>("baseline");
+extern const Kernels<double> kDoubleBaseline = kernel_table<double, 4, 8, 2, 4, 2>("baseline");
 }  // namespace resnet_fast

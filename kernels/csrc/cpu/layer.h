@@ -107,9 +107,8 @@ int64_t winograd_scratch(const Convolution<T>& conv) {
   const FilterLayout<T>& layout = conv.layout;
   const Blocking most = winograd_blocking(layout, conv.units(), layout.panels());
   return WinogradScratch(static_cast<int>(layout.channels), static_cast<int>(most.tiles),
-                         static_cast<int>(ceil_div(conv.width, kTileOut)), static_cast<int>(layout.lanes),
-                         static_cast<int>(most.panel_group), static_cast<int>(layout.panel),
-                         layout.algorithm == Algorithm::kCompactWinograd)
+                         static_cast<int>(ceil_div(conv.width, kTileOut)), static_cast<int>(most.panel_group),
+                         static_cast<int>(layout.panel), layout.algorithm == Algorithm::kCompactWinograd)
       .numel();
 }
 

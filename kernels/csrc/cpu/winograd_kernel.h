@@ -144,11 +144,10 @@ void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, T* s
   }
 }
 
-// To out[point][tile][channel], `row` from tile to tile, or with panels of channels apart, `panel` from one to the
-// next.
+// To out[point][panel][tile][channel of the panel]: panels of `width` channels, `panel` elements from one to the next.
 template <typename T>
-void transform_inputs(const WinogradCall<T>& call, int64_t row, int64_t panel, int64_t point, T* strip, T* out) {
-  constexpr int lanes = Simd<T>::lanes, width = product_panel<T>(lanes);
+void transform_inputs(const WinogradCall<T>& call, int width, int64_t panel, int64_t point, T* strip, T* out) {
+  constexpr int lanes = Simd<T>::lanes;
   constexpr int line = 64 / sizeof(T) > lanes ? 64 / sizeof(T) / lanes : 1;  // vectors of a cache line
   const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
   const int channels = (call.channels + lanes - 1) / lanes * lanes;
@@ -158,65 +157,91 @@ void transform_inputs(const WinogradCall<T>& call, int64_t row, int64_t panel, i
     const int tiles = call.tile_end - tile < in_row ? call.tile_end - tile : in_row;
     const T* input =
         call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
-    T* to = out + (tile - call.tile_begin) * row;
+    T* to = out + (tile - call.tile_begin) * width;
     int c = 0;
     for (; c + line * lanes <= channels; c += line * lanes) {
       transform_strip<T, line>(input + c, call.input_row, call.input_pixel, tiles, strip,
-                               to + c / width * panel + c % width, row, point);
+                               to + c / width * panel + c % width, width, point);
     }
     for (; c < channels; c += lanes) {
       transform_strip<T, 1>(input + c, call.input_row, call.input_pixel, tiles, strip,
-                            to + c / width * panel + c % width, row, point);
+                            to + c / width * panel + c % width, width, point);
     }
     tile += tiles;
   }
 }
 
-// Channels that are summed in one go, in two sums of every other one: short sums err less than a single long one, and
-// Winograd's last transform multiplies what they err.
-constexpr int kSumChannels = 32;
-
-// P tiles x V vectors of the product at one point, alone or on top of what other channels gave.
-template <typename T, int P, int V>
-void multiply_tile(const T* input, int64_t row, const T* filter, int channels, bool accumulate, T* product) {
+// P tiles x V vectors of the product at one point, alone or on top of what other channels gave. Short sums err less
+// than a single long one, and Winograd's last transform multiplies what they err: the channels of a panel are summed
+// apart. With S = 1 the total stays in registers. Where these are too few for sums enough to hide the latency of the
+// FMAs, S = 2 panels are summed side by side, and the total waits in memory.
+template <typename T, int P, int V, int S>
+struct Product {
   typedef typename MakeIndices<P * V>::type All;
   typedef typename MakeIndices<P>::type Rows;
   typedef typename MakeIndices<V>::type Vectors;
-  constexpr int width = V * Simd<T>::lanes;
-  Tile<T, P, V> even, odd;
-  even.start(All());
-  odd.start(All());
-  int64_t offset[P];
-  for (int p = 0; p < P; ++p) offset[p] = p * row;
-  for (const T* end = input + channels / 2 * 2; input != end; input += 2, filter += 2 * width) {
-    even.step(input, offset, filter, Rows(), Vectors());
-    odd.step(input + 1, offset, filter + width, Rows(), Vectors());
+  typedef Tile<T, P, V> Sums;
+  static constexpr int width = V * Simd<T>::lanes;
+
+  template <int... I>
+  static RESNET_FAST_INLINE void step(Sums& sums, const T* input, const T* filter, Indices<I...>) {
+    constexpr int64_t rows[P] = {I * kInputPanel...};
+    sums.step(input, rows, filter, Rows(), Vectors());
   }
-  if (channels % 2 != 0) even.step(input, offset, filter, Rows(), Vectors());
-  even.add(odd, All());
-  if (accumulate) even.add(product, width, All());
-  even.spill(product, All());
-}
+
+  static void run(const T* input, int64_t panel, const T* filter, int channels, bool accumulate, T* product) {
+    Sums total;
+    if (S == 1) {
+      total.start(All());
+      if (accumulate) total.add(product, width, All());
+    }
+    for (; channels > 0; channels -= S * kInputPanel) {
+      const int count = channels < kInputPanel ? channels : kInputPanel;
+      Sums one, other;
+      one.start(All());
+      if (S == 2) {
+        other.start(All());
+        const int both = channels < 2 * kInputPanel ? channels - count : kInputPanel;
+        for (int c = 0; c < both; ++c) {
+          step(one, input + c, filter + c * width, Rows());
+          step(other, input + panel + c, filter + (kInputPanel + c) * width, Rows());
+        }
+        for (int c = both; c < count; ++c) step(one, input + c, filter + c * width, Rows());
+        one.add(other, All());
+        if (accumulate) one.add(product, width, All());
+        one.spill(product, All());
+        accumulate = true;
+      } else {
+        for (int c = 0; c < count; ++c) step(one, input + c, filter + c * width, Rows());
+        total.add(one, All());
+      }
+      input += S * panel;
+      filter += S * kInputPanel * width;
+    }
+    if (S == 1) total.spill(product, All());
+  }
+};
 
 template <typename T>
 using MultiplyTile = void (*)(const T*, int64_t, const T*, int, bool, T*);
 
-template <typename T, int V, int... P>
+template <typename T, int V, int S, int... P>
 inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
-  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, P + 1, V>...};
+  static constexpr MultiplyTile<T> tiles[] = {Product<T, P + 1, V, S>::run...};
   return tiles[rows - 1];
 }
 
-template <typename T, int P, int V>
-void multiply_panel(const T* input, int64_t row, int tiles, const T* filter, int channels, bool accumulate,
-                    T* product) {
+// The same for all tiles, and channels [begin, end) of the transformed input, begin being the first of a panel.
+template <typename T, int P, int V, int S>
+void multiply(const T* input, const WinogradScratch& sizes, int begin, int end, const T* filter, T* product) {
   // Parts of equal size rather than full ones and a short rest, which could not hide the latency of its FMAs.
-  const int parts = (tiles + P - 1) / P;
+  const int parts = (sizes.tiles + P - 1) / P;
+  input += begin / kInputPanel * sizes.input_panel;
   for (int part = 0; part < parts; ++part) {
-    const int begin = tiles * part / parts, end = tiles * (part + 1) / parts;
-    select_multiply<T, V>(end - begin, typename MakeIndices<P>::type())(
-        input + begin * row, row, filter, channels, accumulate,
-        product + static_cast<int64_t>(begin) * V * Simd<T>::lanes);
+    const int first = sizes.tiles * part / parts, last = sizes.tiles * (part + 1) / parts;
+    select_multiply<T, V, S>(last - first, typename MakeIndices<P>::type())(
+        input + first * kInputPanel, sizes.input_panel, filter, end - begin, begin > 0,
+        product + static_cast<int64_t>(first) * V * Simd<T>::lanes);
   }
 }
 
@@ -261,42 +286,180 @@ void transform_output_tile(const WinogradCall<T>& call, const TilePlace& place, 
   }
 }
 
-// The products of one panel whose filter is transformed on the way, block of channels by block of channels.
-template <typename T, int P, int V>
-void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
-                      T* expanded, T* products) {
+// The products of one panel whose filter is transformed on the way, block of channels by block of channels, into memory
+// from where all tiles read it.
+template <typename T, int P, int V, int S>
+void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
+                       T* expanded, T* products) {
   constexpr int64_t width = V * Simd<T>::lanes;
   for (int c = 0; c < call.channels; c += sizes.filter_block) {
     const int channels = call.channels - c < sizes.filter_block ? call.channels - c : sizes.filter_block;
     expand_filter<T, V>(filter + c * 9 * width, channels, sizes.filter_point, expanded);
     for (int point = 0; point < kTilePoints; ++point) {
-      multiply_panel<T, P, V>(input + point * sizes.input_point + c, sizes.row, call.tile_end - call.tile_begin,
-                              expanded + point * sizes.filter_point, channels, c > 0,
-                              products + point * sizes.product_point);
+      multiply<T, P, V, S>(input + point * sizes.input_point, sizes, c, c + channels,
+                           expanded + point * sizes.filter_point, products + point * sizes.product_point);
     }
   }
 }
 
-template <typename T, int P, int PH>
+// What the filter's transform multiplies by, at point A and at point B: odd, even, even.
+template <typename T>
+constexpr T kFactors[] = {T(kPointA / kDistanceA), T(1 / kDistanceA), T(kSquareA / kDistanceA),
+                          T(kPointB / kDistanceB), T(1 / kDistanceB), T(kSquareB / kDistanceB)};
+
+// Row I of G g for one column of the filter, `down` from one of its taps to the next.
+template <typename T, int I>
+RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_t down, const T* factors) {
+  typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
+  if (I == 0) return Simd<T>::load(g);
+  if (I == 5) return Simd<T>::load(g + 2 * down);
+  if (I > 2) factors += 3;
+  const typename Simd<T>::Vec odd = Simd<T>::load(g + down) * splat(factors[0], Lanes());
+  const typename Simd<T>::Vec even =
+      Simd<T>::load(g) * splat(factors[1], Lanes()) + Simd<T>::load(g + 2 * down) * splat(factors[2], Lanes());
+  return I % 2 == 1 ? even + odd : even - odd;
+}
+
+// The products of one vector of output channels, out of panels of V, at the six points of row I, for G tiles. The
+// filter is transformed in registers, once for each group of tiles, and never written.
+template <typename T, int V, int I, int G>
+struct RowProduct {
+  typedef typename Simd<T>::Vec Vec;
+  typedef typename MakeIndices<kTileIn>::type Points;
+  typedef typename MakeIndices<G>::type Tiles;
+  static constexpr int width = V * Simd<T>::lanes;
+  Vec sum[kTileIn * G];
+
+  template <int... P>
+  RESNET_FAST_INLINE void start(Indices<P...>) {
+    ((sum[P] = Vec{}), ...);
+  }
+
+  template <int P, int... S>
+  RESNET_FAST_INLINE void point(const T* input, Vec u, Indices<S...>) {
+    ((sum[P * G + S] += splat(input[S * kInputPanel], typename MakeIndices<Simd<T>::lanes>::type()) * u), ...);
+  }
+
+  // transform_filter, each point multiplied as soon as it is there, by factors that are read where they are used: the
+  // sums leave few registers for anything else.
+  RESNET_FAST_INLINE void step(const T* const (&input)[kTileIn], int c, const Vec (&g)[3], const T* factors) {
+    typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
+    point<0>(input[0] + c, g[0], Tiles());
+    point<5>(input[5] + c, g[2], Tiles());
+    const Vec odd_a = g[1] * splat(factors[0], Lanes());
+    const Vec even_a = g[0] * splat(factors[1], Lanes()) + g[2] * splat(factors[2], Lanes());
+    point<1>(input[1] + c, even_a + odd_a, Tiles());
+    point<2>(input[2] + c, even_a - odd_a, Tiles());
+    const Vec odd_b = g[1] * splat(factors[3], Lanes());
+    const Vec even_b = g[0] * splat(factors[4], Lanes()) + g[2] * splat(factors[5], Lanes());
+    point<3>(input[3] + c, even_b + odd_b, Tiles());
+    point<4>(input[4] + c, even_b - odd_b, Tiles());
+  }
+
+  template <int P, int... S>
+  RESNET_FAST_INLINE void put_point(T* to, bool accumulate, Indices<S...>) {
+    if (accumulate) ((sum[P * G + S] += Simd<T>::load(to + S * width)), ...);
+    (Simd<T>::store(to + S * width, sum[P * G + S]), ...);
+  }
+
+  template <int... P>
+  RESNET_FAST_INLINE void put(T* to, int64_t point, bool accumulate, Indices<P...>) {
+    (put_point<P>(to + P * point, accumulate, Tiles()), ...);
+  }
+
+  // `ahead` is read next, a vector for each channel: filters come from memory, in an order that no CPU foresees.
+  static __attribute__((noinline)) void run(const T* input, int64_t input_point, const T* filter, const T* ahead,
+                                            int channels, bool accumulate, T* product, int64_t product_point) {
+    RowProduct sums;
+    sums.start(typename MakeIndices<kTileIn * G>::type());
+    const T* const rows[kTileIn] = {input,
+                                    input + input_point,
+                                    input + 2 * input_point,
+                                    input + 3 * input_point,
+                                    input + 4 * input_point,
+                                    input + 5 * input_point};
+    const T *factors = kFactors<T>, *row_factors = kFactors<T>;
+    for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width) {
+      asm("" : "+r"(factors), "+r"(row_factors));  // what is not known to stay the same is not kept in registers
+      for (int v = 0; v < width; v += Simd<T>::lanes) __builtin_prefetch(ahead + v);
+      const Vec half[3] = {transform_filter_row<T, I>(filter, 3 * width, row_factors),
+                           transform_filter_row<T, I>(filter + width, 3 * width, row_factors),
+                           transform_filter_row<T, I>(filter + 2 * width, 3 * width, row_factors)};
+      sums.step(rows, c, half, factors);
+    }
+    sums.put(product, product_point, accumulate, Points());
+  }
+};
+
+// Tiles of a group: as many as leave registers for the points of a row.
+constexpr int kTilesOfRow = 4;
+
+template <typename T, int V, int G, int... I>
+void multiply_rows(const WinogradScratch& sizes, const T* input, const T* filter, const T* ahead, int channels,
+                   bool accumulate, T* product, Indices<I...>) {
+  constexpr int width = V * Simd<T>::lanes;
+  (RowProduct<T, V, I, G>::run(input + I * kTileIn * sizes.input_point, sizes.input_point, filter, ahead + I * width,
+                               channels, accumulate, product + I * kTileIn * sizes.product_point, sizes.product_point),
+   ...);
+}
+
+// The products of one panel, panel of input channels by panel: the filter stays in L1 for all points and tiles.
+template <typename T, int V>
+void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
+                           T* products) {
+  typedef typename MakeIndices<kTileIn>::type Rows;
+  constexpr int64_t width = V * Simd<T>::lanes;
+  for (int c = 0; c < call.channels; c += kInputPanel, input += sizes.input_panel) {
+    const int channels = call.channels - c < kInputPanel ? call.channels - c : kInputPanel;
+    for (int v = 0; v < V; ++v) {
+      const T* block = filter + c * 9 * width + v * Simd<T>::lanes;
+      const T* ahead = filter + (c + kInputPanel) * 9 * width + (v == 0 ? 0 : 3 * width);
+      for (int tile = 0; tile < sizes.tiles; tile += kTilesOfRow) {
+        const T* in = input + tile * kInputPanel;
+        T* out = products + tile * width + v * Simd<T>::lanes;
+        switch (sizes.tiles - tile) {
+          case 1: multiply_rows<T, V, 1>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
+          case 2: multiply_rows<T, V, 2>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
+          case 3: multiply_rows<T, V, 3>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
+          default: multiply_rows<T, V, 4>(sizes, in, block, ahead, channels, c > 0, out, Rows());
+        }
+      }
+    }
+  }
+}
+
+// With 32 registers, transforming a filter again for every four tiles is cheaper than writing it once.
+template <typename T, int P, int V, int S>
+void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
+                      T* expanded, T* products) {
+  if (RESNET_FAST_VECTOR_BYTES == 64) {
+    multiply_in_registers<T, V>(call, sizes, input, filter, products);
+  } else {
+    multiply_expanded<T, P, V, S>(call, sizes, input, filter, expanded, products);
+  }
+}
+
+// W tiles and two vectors make a register tile of products, or WH tiles and one; S: see Product.
+template <typename T, int W, int WH, int S>
 void winograd(const WinogradCall<T>& call) {
   constexpr int lanes = Simd<T>::lanes, panel = 2 * lanes;
   const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
   const int tiles = call.tile_end - call.tile_begin;
-  const WinogradScratch sizes(call.channels, tiles, tiles_w, lanes, call.panel_group, panel, call.compact);
+  const WinogradScratch sizes(call.channels, tiles, tiles_w, call.panel_group, panel, call.compact);
   T* input = call.scratch;
   T* products = input + sizes.input;
   T* strip = products + sizes.products;
   T* expanded = strip + sizes.strip;
   const auto full = [&](int k) { return 2 * k + 1 < call.out_vectors; };
-  transform_inputs(call, sizes.row, product_panel<T>(lanes), sizes.input_point, strip, input);
+  transform_inputs(call, kInputPanel, sizes.input_panel, sizes.input_point, strip, input);
   for (int first = call.panel_begin; first < call.panel_end; first += call.panel_group) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
     if (call.compact) {
       const T* filter = call.filter + first * call.panel_stride;
       if (full(first)) {
-        multiply_compact<T, P / 2, 2>(call, sizes, input, filter, expanded, products);
+        multiply_compact<T, W, 2, S>(call, sizes, input, filter, expanded, products);
       } else {
-        multiply_compact<T, PH / 2, 1>(call, sizes, input, filter, expanded, products);
+        multiply_compact<T, WH, 1, S>(call, sizes, input, filter, expanded, products);
       }
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {
@@ -305,13 +468,10 @@ void winograd(const WinogradCall<T>& call) {
         const T* filter = call.filter + (first + k) * call.panel_stride + point * call.channels * width;
         T* product = products + point * sizes.product_point + static_cast<int64_t>(k) * tiles * panel;
         const T* in = input + point * sizes.input_point;
-        for (int c = 0; c < call.channels; c += kSumChannels) {
-          const int channels = call.channels - c < kSumChannels ? call.channels - c : kSumChannels;
-          if (full(first + k)) {
-            multiply_panel<T, P / 2, 2>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
-          } else {
-            multiply_panel<T, PH / 2, 1>(in + c, sizes.row, tiles, filter + c * width, channels, c > 0, product);
-          }
+        if (full(first + k)) {
+          multiply<T, W, 2, S>(in, sizes, 0, call.channels, filter, product);
+        } else {
+          multiply<T, WH, 1, S>(in, sizes, 0, call.channels, filter, product);
         }
       }
     }
