@@ -1,0 +1,46 @@
+// Element types of the kernels: 16-byte packs of them, and the way to float32 and back.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace resnet_fast::cuda {
+
+// What one thread moves in one access.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+// The 16-bit types are computed with in float32: one rounding, at the end.
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(__half v) { return __half2float(v); }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline void narrow(double v, double& out) { out = v; }
+__device__ inline void narrow(float v, float& out) { out = v; }
+__device__ inline void narrow(float v, __half& out) { out = __float2half_rn(v); }
+__device__ inline void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+
+// Two neighbours at once, which is one conversion for the 16-bit types.
+__device__ inline float2 widen2(__half2 v) { return __half22float2(v); }
+__device__ inline float2 widen2(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+__device__ inline uint32_t narrow2(float low, float high, __half) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(v);
+}
+__device__ inline uint32_t narrow2(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
+// Keeps NaN: fmax would drop it.
+template <typename F>
+__device__ F relu(F v) {
+  return v < 0 ? 0 : v;
+}
+
+}  // namespace resnet_fast::cuda
