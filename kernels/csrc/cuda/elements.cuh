@@ -26,6 +26,18 @@ __device__ inline void narrow(float v, __half& out) { out = __float2half_rn(v); 
 __device__ inline void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
 
 // Two neighbours at once, which is one conversion for the 16-bit types.
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <typename T>
+using pair_of = typename PairOf<T>::Type;
 __device__ inline float2 widen2(__half2 v) { return __half22float2(v); }
 __device__ inline float2 widen2(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 __device__ inline uint32_t narrow2(float low, float high, __half) {

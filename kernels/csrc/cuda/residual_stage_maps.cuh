@@ -1,0 +1,103 @@
+// Maps of the stage kernel between global memory (NHWC, or an image of three channels) and shared memory (planes).
+#pragma once
+
+#include "ptx.cuh"
+#include "residual_stage_shape.h"
+
+namespace resnet_fast::cuda::stage {
+
+// Zeros around a map of the stage's shape: the row above, the row below, the column between rows.
+template <class S>
+__device__ void zero_border(char* map) {
+  constexpr int kAbove = S::kPitch, kBelow = S::kPitch + 1, kBorder = kAbove + kBelow + S::kSize;
+  for (int i = threadIdx.x; i < kBorder * S::kPlanes; i += S::kThreads) {
+    const int at = i % kBorder, plane = i / kBorder;
+    const int cell = at < kAbove            ? at
+                     : at < kAbove + kBelow ? (S::kSize + 1) * S::kPitch + at - kAbove
+                                            : (at - kAbove - kBelow + 1) * S::kPitch;
+    *reinterpret_cast<uint4*>(map + plane * S::kPlaneBytes + 16 * cell) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// The same for the input of a strided block, in each of its planes.
+template <class S>
+__device__ void zero_strided_border(char* map) {
+  constexpr int kBorder = S::kPitch + 2 * S::kSize;
+  for (int i = threadIdx.x; i < kBorder * 2 * S::kInPlanes; i += S::kThreads) {
+    const int at = i % kBorder, plane = i / kBorder;
+    const int cell = at < S::kPitch ? at : (at - S::kPitch + 1) * S::kPitch;
+    *reinterpret_cast<uint4*>(map + plane * S::kInPlaneBytes + 16 * cell) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Starts the copies of one image's map into planes. An absent image becomes zeros; `from` is readable all the same.
+template <class S, typename T>
+__device__ void copy_map(char* map, const T* from, bool present) {
+  for (int i = threadIdx.x; i < S::kSize * S::kSize * S::kPlanes; i += S::kThreads) {
+    const int plane = i % S::kPlanes, pixel = i / S::kPlanes;
+    const int cell = (pixel / S::kSize + 1) * S::kPitch + pixel % S::kSize + 1;
+    ptx::copy_async(ptx::shared_address(map + plane * S::kPlaneBytes + 16 * cell), from + (present ? 8 * i : 0),
+                    present ? 16 : 0);
+  }
+}
+
+// The same of the map that a strided block reads.
+template <class S, typename T>
+__device__ void copy_strided_map(char* map, const T* from, bool present) {
+  constexpr int kSize = 2 * S::kSize;
+  for (int i = threadIdx.x; i < kSize * kSize * S::kInPlanes; i += S::kThreads) {
+    const int plane = i % S::kInPlanes, x = i / S::kInPlanes % kSize, y = i / S::kInPlanes / kSize;
+    const int cell = (y + 1) * S::kPitch + x / 2 + 1;
+    ptx::copy_async(ptx::shared_address(map + (x % 2 * S::kInPlanes + plane) * S::kInPlaneBytes + 16 * cell),
+                    from + (present ? 8 * i : 0), present ? 16 : 0);
+  }
+}
+
+// Writes one image's map out of its planes.
+template <class S, typename T>
+__device__ void store_map(T* to, const char* map) {
+  for (int i = threadIdx.x; i < S::kSize * S::kSize * S::kPlanes; i += S::kThreads) {
+    const int plane = i % S::kPlanes, pixel = i / S::kPlanes;
+    const int cell = (pixel / S::kSize + 1) * S::kPitch + pixel % S::kSize + 1;
+    *reinterpret_cast<uint4*>(to + 8 * i) = *reinterpret_cast<const uint4*>(map + plane * S::kPlaneBytes + 16 * cell);
+  }
+}
+
+// Starts the copies of an image of three channels as it lies in memory, behind the place of its cells.
+template <class S, typename T>
+__device__ void copy_image(char* map, const T* from, bool present) {
+  for (int i = threadIdx.x; i < S::kStemRawBytes / 16; i += S::kThreads) {
+    ptx::copy_async(ptx::shared_address(map + S::kStemCellsBytes + 16 * i), from + (present ? 8 * i : 0),
+                    present ? 16 : 0);
+  }
+}
+
+// Spreads the image, once it is there, into cells of four channels with zeros around: pixel (y, x) at (y + 1, x + 2).
+template <class S>
+__device__ void spread_image(char* map, bool channels_last) {
+  constexpr int kSize = S::kSize, kPairs = kSize * kSize / 2;
+  uint2* cells = reinterpret_cast<uint2*>(map);
+  const uint32_t* raw = reinterpret_cast<const uint32_t*>(map + S::kStemCellsBytes);
+  for (int i = threadIdx.x; i < kPairs; i += S::kThreads) {
+    // Two neighbours: three words, by channel or by pixel.
+    const uint32_t a = raw[channels_last ? 3 * i : i];
+    const uint32_t b = raw[channels_last ? 3 * i + 1 : i + kPairs];
+    const uint32_t c = raw[channels_last ? 3 * i + 2 : i + 2 * kPairs];
+    uint4 pair;
+    if (channels_last) {
+      pair = make_uint4(a, b & 0xffff, __byte_perm(b, c, 0x5432), c >> 16);
+    } else {
+      pair = make_uint4(__byte_perm(a, b, 0x5410), c & 0xffff, __byte_perm(a, b, 0x7632), c >> 16);
+    }
+    const int y = 2 * i / kSize, x = 2 * i % kSize;
+    *reinterpret_cast<uint4*>(cells + (y + 1) * S::kStemPitch + x + 2) = pair;
+  }
+  for (int i = threadIdx.x; i < 2 * (kSize + 2) + 2 * kSize; i += S::kThreads) {
+    const int rest = i - 2 * (kSize + 2);
+    const int row = rest >= 0 ? rest / 2 + 1 : i / (kSize + 2) * (kSize + 1);
+    const int column = rest >= 0 ? rest % 2 * (kSize + 1) : i % (kSize + 2);
+    cells[row * S::kStemPitch + column + 1] = make_uint2(0, 0);
+  }
+}
+
+}  // namespace resnet_fast::cuda::stage

@@ -1,0 +1,88 @@
+// Shapes of the stage kernel, as constants and pure functions: the kernel, its launcher and the tests share them.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fast::cuda {
+
+// What a stage begins with.
+enum class Entry {
+  kStem,  // an image of three channels and the 3x3 convolution before the first block
+  kMap,  // a map of the stage's own shape
+  kStrided,  // a map of half the channels and twice the size: the first block has stride 2 and a projection
+};
+
+// Copies in flight: one slice of filters is multiplied with while the next one comes.
+constexpr int kStageSlots = 2;
+
+// A map in shared memory: planes of 8 channels, in a plane a cell of 16 bytes for each pixel. Eight neighbours in a row
+// are 128 consecutive bytes, all banks once: for ldmatrix at any tap's offset, and for the sums of one 8x8 tile.
+// Reading or writing 16 bytes of each channel group of the same pixels, as global memory has them, touches several
+// planes: their distance, modulo the 8 cells that all banks hold, spreads them.
+constexpr int plane_cells(int cells, int planes) {
+  const int rest = 8 / (planes < 8 ? planes : 8) % 8;
+  return cells + (rest - cells % 8 + 8) % 8;
+}
+
+// Stage of residual blocks at kC channels and kS x kS pixels; a block of kWarps warps carries kN images.
+template <int kC, int kS, Entry kE, int kN, int kW>
+struct StageShape {
+  static constexpr int kChannels = kC, kSize = kS, kImages = kN, kWarps = kW, kThreads = 32 * kW;
+  static constexpr Entry kEntry = kE;
+  static constexpr int kPlanes = kC / 8, kSteps = kC / 16;
+
+  // Rows of zeros above and below; one column of zeros serves as the right of its row and the left of the next.
+  static constexpr int kPitch = kS + 1, kCells = (kS + 2) * kPitch + 1;
+  static constexpr int kPlaneBytes = 16 * plane_cells(kCells, kPlanes), kMapBytes = kPlanes * kPlaneBytes;
+
+  // The input of a strided block: even and odd columns in planes of their own, so that a stride of two pixels is a
+  // stride of one cell. Zeros above and on the left; no tap reaches the other sides.
+  static constexpr int kInChannels = kC / 2, kInPlanes = kInChannels / 8, kInSteps = kInChannels / 16;
+  static constexpr int kInCells = (2 * kS + 1) * kPitch;
+  static constexpr int kInPlaneBytes = 16 * plane_cells(kInCells, 2 * kInPlanes);
+  static constexpr int kInBytes = 2 * kInPlanes * kInPlaneBytes;
+
+  // The image of a stem: cells of 8 bytes, three channels and a zero. A pitch of half a bank row, modulo all of it,
+  // lets the lanes read two rows at once. Behind it the image as it comes from memory.
+  static constexpr int kStemPitch = 40, kStemCellsBytes = 8 * kStemPitch * (kS + 2), kStemRawBytes = 6 * kS * kS;
+
+  // Warps: 16 columns of output channels, a strip of 16 pixels (of two half maps where rows have 8), kRows rows of it.
+  static constexpr int kStrips = kS >= 16 ? kS / 16 : 1, kStripRows = kS >= 16 ? kS : kS / 2;
+  static constexpr int kColumns = kC / 16, kRowGroups = kW / (kN * kStrips * kColumns);
+  static constexpr int kRows = kStripRows / kRowGroups;
+  static_assert(kN * kStrips * kColumns * kRowGroups == kW, "warps divide the work evenly");
+  static_assert(kRows * kRowGroups == kStripRows, "warps divide the rows evenly");
+
+  // Filters come in slices: nine taps of 16 input channels, as fragments; scale and shift behind the last of a layer.
+  // The projection is one slice, and so is the stem: three columns of taps, four rows (the last zero) of four channels
+  // (the last zero) each.
+  static constexpr int kVectorBytes = 8 * kC, kSliceBytes = 9 * 32 * kC;
+  static constexpr int kProjectionBytes = kInSteps * 32 * kC, kStemBytes = 3 * 32 * kC;
+  static constexpr int kSlotBytes = kSliceBytes + kVectorBytes;
+  static constexpr int kEntrySlices = kE == Entry::kStem ? 1 : kE == Entry::kStrided ? 1 + kInSteps : 0;
+  // Convolutions of a full set of channels.
+  static constexpr int inner_layers(int blocks) { return 2 * blocks - (kE == Entry::kStrided ? 1 : 0); }
+  static constexpr int slices(int blocks) { return kEntrySlices + inner_layers(blocks) * kSteps; }
+  static constexpr int slice_bytes(int n) {
+    if (kE == Entry::kStem && n-- == 0) return kStemBytes + kVectorBytes;
+    if (kE == Entry::kStrided) {
+      if (n-- == 0) return kProjectionBytes + kVectorBytes;
+      if (n < kInSteps) return kSliceBytes + (n == kInSteps - 1 ? kVectorBytes : 0);
+      n -= kInSteps;
+    }
+    return kSliceBytes + (n % kSteps == kSteps - 1 ? kVectorBytes : 0);
+  }
+
+  // Shared memory: the block's map x; the map between its convolutions, in the place of what the entry reads; slots.
+  static constexpr int kEntryBytes = kE == Entry::kStem      ? kStemCellsBytes + kStemRawBytes
+                                     : kE == Entry::kStrided ? kInBytes
+                                                             : 0;
+  static constexpr int kMiddleBytes = kMapBytes > kEntryBytes ? kMapBytes : kEntryBytes;
+  static constexpr int kMiddle = kN * kMapBytes, kSlots = kMiddle + kN * kMiddleBytes;
+  static constexpr int kSharedBytes = kSlots + kStageSlots * kSlotBytes;
+  static_assert(kSharedBytes <= 163 * 1024, "fits a block of sm_80");
+
+  static constexpr int64_t grid(int64_t images) { return (images + kN - 1) / kN; }
+};
+
+}  // namespace resnet_fast::cuda
