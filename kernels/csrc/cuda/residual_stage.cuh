@@ -18,39 +18,59 @@ namespace stage {
 
 extern __shared__ __align__(128) char shared[];
 
-// The filters of all layers, slice after slice.
+// The filters of all layers, slice after slice, through two slots.
 template <class S>
 class Filters {
  public:
-  __device__ Filters(const void* from, int slices) : from_(static_cast<const char*>(from)), slices_(slices) {}
-
-  // Starts the copy of the next slice, if there is one.
-  __device__ void request() {
-    if (requested_ < slices_) {
-      const int bytes = S::slice_bytes(requested_);
-      char* slot = shared + S::kSlots + requested_ % kStageSlots * S::kSlotBytes;
-      for (int i = 16 * threadIdx.x; i < bytes; i += 16 * S::kThreads)
-        ptx::copy_async(ptx::shared_address(slot + i), from_ + i);
-      from_ += bytes;
+  // Starts the copy of the first slice.
+  __device__ Filters(const void* from, int slices) : from_(static_cast<const char*>(from)), slices_(slices) {
+    if (S::kFirstBytes > 0) {
+      copy<S::kFirstBytes>();
+      from_ += S::kFirstBytes;
+      ++slot_;
+    } else {
+      request();
     }
-    ++requested_;
     ptx::copy_async_commit();
   }
 
   // The next slice, once all warps are done with the one before and what they wrote to the maps is visible.
   __device__ const char* next() {
-    ptx::copy_async_wait<kStageSlots - 2>();
+    static_assert(kStageSlots == 2, "one slice in use, one on its way");
+    ptx::copy_async_wait<0>();
     __syncthreads();
-    request();
-    return shared + S::kSlots + used_++ % kStageSlots * S::kSlotBytes;
+    const char* slice = slot(slot_ ^ 1);
+    if (requested_ < slices_) request();
+    ptx::copy_async_commit();
+    return slice;
   }
 
   // What lies behind the last slice, once all are requested.
   __device__ const char* end() const { return from_; }
 
  private:
+  __device__ static char* slot(int i) { return shared + S::kSlots + (i & 1) * S::kSlotBytes; }
+
+  template <int kBytes>
+  __device__ void copy() {
+    constexpr int kAtOnce = 16 * S::kThreads;
+    const uint32_t to = ptx::shared_address(slot(slot_)) + 16 * threadIdx.x;
+    const char* from = from_ + 16 * threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kBytes; i += kAtOnce)
+      if (i + kAtOnce <= kBytes || i + 16 * static_cast<int>(threadIdx.x) < kBytes) ptx::copy_async(to + i, from + i);
+  }
+
+  // Always with the bytes where scale and shift may lie: what is there else belongs to the next slice.
+  __device__ void request() {
+    copy<S::kSlotBytes>();
+    from_ += S::kSliceBytes + (S::ends_layer(requested_) ? S::kVectorBytes : 0);
+    ++requested_;
+    ++slot_;
+  }
+
   const char* from_;
-  int slices_, requested_ = 0, used_ = 0;
+  int slices_, requested_ = 0, slot_ = 0;
 };
 
 // A convolution of the stage's own shape. Returns its scale and shift.
@@ -118,7 +138,6 @@ __device__ void residual_stage(const T* __restrict__ x, const void* __restrict__
   char* const maps = shared;
   char* const middles = shared + S::kMiddle;
 
-  Filters<S> stream(filters, S::slices(blocks));
 #pragma unroll 1
   for (int i = 0; i < S::kImages; ++i) {
     const bool present = first + i < images;
@@ -131,8 +150,7 @@ __device__ void residual_stage(const T* __restrict__ x, const void* __restrict__
     if constexpr (S::kEntry == Entry::kMap) zero_border<S>(middle);
     if constexpr (S::kEntry == Entry::kStrided) zero_strided_border<S>(middle);
   }
-#pragma unroll
-  for (int i = 0; i < kStageSlots - 1; ++i) stream.request();
+  Filters<S> stream(filters, S::slices(blocks));
 
   const Part<S> part;
   char* const map = maps + part.image * S::kMapBytes;

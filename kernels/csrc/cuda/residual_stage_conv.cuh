@@ -143,8 +143,8 @@ __device__ void write_sums(const Sums<S>& sums, char* map, const float* vectors,
           const float2 before = widen2(*reinterpret_cast<const pair_of<T>*>(word));
           v.x += before.x, v.y += before.y;
         }
-        if (kRelu) v.x = relu(v.x), v.y = relu(v.y);
-        *word = narrow2(v.x, v.y, T());
+        const uint32_t rounded = narrow2(v.x, v.y, T());
+        *word = kRelu ? relu2(rounded, T()) : rounded;
       }
     }
   }

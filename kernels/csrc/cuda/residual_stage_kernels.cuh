@@ -7,14 +7,24 @@ namespace resnet_fast::cuda {
 
 // f(entry's name, entry, channels, size, images a block, warps). The CIFAR networks' stages, and those of twice the
 // width; several images a block spare reads of the same filters where there are images enough.
-#define RESNET_FAST_STAGES(f)                                                                                     \
-  f(stem, Entry::kStem, 16, 32, 1, 8) f(map, Entry::kMap, 16, 32, 1, 8) f(strided, Entry::kStrided, 32, 16, 1, 8) \
-      f(map, Entry::kMap, 32, 16, 1, 8) f(strided, Entry::kStrided, 64, 8, 1, 8) f(map, Entry::kMap, 64, 8, 1, 8) \
-          f(strided, Entry::kStrided, 64, 8, 2, 8) f(map, Entry::kMap, 64, 8, 2, 8)                               \
-              f(strided, Entry::kStrided, 64, 8, 4, 16) f(map, Entry::kMap, 64, 8, 4, 16)                         \
-                  f(map, Entry::kMap, 32, 32, 1, 8) f(strided, Entry::kStrided, 64, 16, 1, 16)                    \
-                      f(map, Entry::kMap, 64, 16, 1, 16) f(strided, Entry::kStrided, 128, 8, 1, 16)               \
-                          f(map, Entry::kMap, 128, 8, 1, 16)
+// clang-format off
+#define RESNET_FAST_STAGES(f)               \
+  f(stem, Entry::kStem, 16, 32, 1, 8)       \
+  f(map, Entry::kMap, 16, 32, 1, 8)         \
+  f(strided, Entry::kStrided, 32, 16, 1, 8) \
+  f(map, Entry::kMap, 32, 16, 1, 8)         \
+  f(strided, Entry::kStrided, 64, 8, 1, 8)  \
+  f(map, Entry::kMap, 64, 8, 1, 8)          \
+  f(strided, Entry::kStrided, 64, 8, 2, 8)  \
+  f(map, Entry::kMap, 64, 8, 2, 8)          \
+  f(strided, Entry::kStrided, 64, 8, 4, 16) \
+  f(map, Entry::kMap, 64, 8, 4, 16)         \
+  f(map, Entry::kMap, 32, 32, 1, 8)         \
+  f(strided, Entry::kStrided, 64, 16, 1, 16) \
+  f(map, Entry::kMap, 64, 16, 1, 16)        \
+  f(strided, Entry::kStrided, 128, 8, 1, 16) \
+  f(map, Entry::kMap, 128, 8, 1, 16)
+// clang-format on
 
 // Registers: so few that a multiprocessor of sm_80 holds as many blocks as its shared memory does.
 template <class S>

@@ -59,18 +59,16 @@ struct StageShape {
   static constexpr int kVectorBytes = 8 * kC, kSliceBytes = 9 * 32 * kC;
   static constexpr int kProjectionBytes = kInSteps * 32 * kC, kStemBytes = 3 * 32 * kC;
   static constexpr int kSlotBytes = kSliceBytes + kVectorBytes;
-  static constexpr int kEntrySlices = kE == Entry::kStem ? 1 : kE == Entry::kStrided ? 1 + kInSteps : 0;
-  // Convolutions of a full set of channels.
-  static constexpr int inner_layers(int blocks) { return 2 * blocks - (kE == Entry::kStrided ? 1 : 0); }
-  static constexpr int slices(int blocks) { return kEntrySlices + inner_layers(blocks) * kSteps; }
-  static constexpr int slice_bytes(int n) {
-    if (kE == Entry::kStem && n-- == 0) return kStemBytes + kVectorBytes;
-    if (kE == Entry::kStrided) {
-      if (n-- == 0) return kProjectionBytes + kVectorBytes;
-      if (n < kInSteps) return kSliceBytes + (n == kInSteps - 1 ? kVectorBytes : 0);
-      n -= kInSteps;
-    }
-    return kSliceBytes + (n % kSteps == kSteps - 1 ? kVectorBytes : 0);
+  static constexpr int kFirstBytes = kE == Entry::kStem      ? kStemBytes + kVectorBytes
+                                     : kE == Entry::kStrided ? kProjectionBytes + kVectorBytes
+                                                             : 0;
+  // Slices of 3x3 convolutions: those of the strided one, whose input has half the channels, come first.
+  static constexpr int slices(int blocks) {
+    return 2 * blocks * kSteps - (kE == Entry::kStrided ? kSteps - kInSteps : 0);
+  }
+  // Whether scale and shift lie behind a slice.
+  static constexpr bool ends_layer(int slice) {
+    return (slice + 1 + (kE == Entry::kStrided ? kSteps - kInSteps : 0)) % kSteps == 0;
   }
 
   // Shared memory: the block's map x; the map between its convolutions, in the place of what the entry reads; slots.
