@@ -27,6 +27,16 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
 
+  // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
+  // packs; the last map, or where classes > 0 the scores of a linear layer behind its average pooling. CUDA only.
+  m.def("residual_network(Tensor x, Tensor packed, int[] layers, int classes=0) -> Tensor");
+  // The kernels of a stage, six integers each: what it begins with (0 an image and the stem, 1 a map, 2 a strided
+  // block), channels, height and width, images a block, threads a block, bytes of shared memory; and a launch of one.
+  m.def("residual_stage_kernels() -> int[]");
+  m.def(
+      "residual_stage_launch(int kernel, Tensor x, Tensor filters, Tensor(a!) y, int blocks, int classes, bool "
+      "channels_last) -> ()");
+
   // Training. A batch norm is [scale; shift] of its convolution's output y, applied where y is read.
   // y = conv2d([relu](scale * x + shift), weight, bias), and [mean; variance] of y
   m.def(

@@ -4,6 +4,8 @@ A file names an operator and holds its kernels, the geometry of its launches (pu
 that launches them through :mod:`resnet_fast.launch`.
 """
 
+from resnet_fast import residual_network as _network
+
 from . import operators as _operators
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
@@ -14,4 +16,5 @@ OPERATORS = {
     "conv_bn_add_relu": _operators.conv_bn_add_relu,
     "pack_conv_bn": _operators.pack_conv_bn,
     "residual_stage": _operators.residual_stage,
+    "residual_network": _network.residual_network,  # CUDA C++: a stage of it is a launch
 }

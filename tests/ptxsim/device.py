@@ -24,6 +24,9 @@ class SimulatedDevice:
         for name in names:
             self._cuda[name] = Kernel(ptx, name)
 
+    def has_cuda(self, name: str) -> bool:
+        return name in self._cuda
+
     def triton(self, kernel, grid, args, meta) -> None:
         binary, bound = compile_triton(kernel, *args, **meta)
         if id(binary) not in self._triton:

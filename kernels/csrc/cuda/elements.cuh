@@ -51,11 +51,11 @@ __device__ inline uint32_t narrow2(float low, float high, __nv_bfloat16) {
 
 // relu of two 16-bit elements in a word, in one instruction. Rounding keeps order and zero: it may come before.
 __device__ inline uint32_t relu2(uint32_t v, __half) {
-  const __half2 out = __hmax2_nan(reinterpret_cast<const __half2&>(v), __half2(0, 0));
+  const __half2 out = __hmax2_nan(reinterpret_cast<const __half2&>(v), __float2half2_rn(0.0f));
   return reinterpret_cast<const uint32_t&>(out);
 }
 __device__ inline uint32_t relu2(uint32_t v, __nv_bfloat16) {
-  const __nv_bfloat162 out = __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(v), __nv_bfloat162(0, 0));
+  const __nv_bfloat162 out = __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(v), __float2bfloat162_rn(0.0f));
   return reinterpret_cast<const uint32_t&>(out);
 }
 
