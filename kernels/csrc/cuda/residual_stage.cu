@@ -17,14 +17,14 @@ struct Kernel {
   const void *half, *bfloat16;
 };
 
-#define RESNET_FAST_STAGE_ROW(name, entry, channels, size, images, warps)                                            \
-  {entry,                                                                                                            \
-   channels,                                                                                                         \
-   size,                                                                                                             \
-   images,                                                                                                           \
-   cuda::StageShape<channels, size, entry, images, warps>::kThreads,                                                 \
-   cuda::StageShape<channels, size, entry, images, warps>::kSharedBytes,                                             \
-   reinterpret_cast<const void*>(&cuda::residual_stage_##name##_##channels##x##size##x##size##_##images##_float16),  \
+#define RESNET_FAST_STAGE_ROW(name, entry, channels, size, images, warps)                                           \
+  {entry,                                                                                                           \
+   channels,                                                                                                        \
+   size,                                                                                                            \
+   images,                                                                                                          \
+   cuda::StageShape<channels, size, entry, images, warps>::kThreads,                                                \
+   cuda::StageShape<channels, size, entry, images, warps>::kSharedBytes,                                            \
+   reinterpret_cast<const void*>(&cuda::residual_stage_##name##_##channels##x##size##x##size##_##images##_float16), \
    reinterpret_cast<const void*>(&cuda::residual_stage_##name##_##channels##x##size##x##size##_##images##_bfloat16)},
 const Kernel kKernels[] = {RESNET_FAST_STAGES(RESNET_FAST_STAGE_ROW)};
 #undef RESNET_FAST_STAGE_ROW
@@ -91,8 +91,6 @@ void residual_stage_launch(int64_t kernel, const Tensor& x, const Tensor& filter
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("residual_stage_kernels", TORCH_BOX(&residual_stage_kernels));
 }
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) {
-  m.impl("residual_stage_launch", TORCH_BOX(&residual_stage_launch));
-}
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) { m.impl("residual_stage_launch", TORCH_BOX(&residual_stage_launch)); }
 
 }  // namespace resnet_fast

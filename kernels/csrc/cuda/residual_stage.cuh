@@ -143,7 +143,10 @@ __device__ void residual_stage(const T* __restrict__ x, const void* __restrict__
     const bool present = first + i < images;
     const T* from = x + (present ? first + i : 0) * kInput;
     char *map = maps + i * S::kMapBytes, *middle = middles + i * S::kMiddleBytes;
-    if constexpr (S::kEntry == Entry::kStem) copy_image<S>(middle, from, present);
+    if constexpr (S::kEntry == Entry::kStem) {
+      copy_image<S>(middle, from, present);
+      zero_image<S>(middle);
+    }
     if constexpr (S::kEntry == Entry::kStrided) copy_strided_map<S>(middle, from, present);
     if constexpr (S::kEntry == Entry::kMap) copy_map<S>(map, from, present);
     zero_border<S>(map);

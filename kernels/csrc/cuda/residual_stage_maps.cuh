@@ -6,28 +6,36 @@
 
 namespace resnet_fast::cuda::stage {
 
-// Zeros around a map of the stage's shape: the row above, the row below, the column between rows.
-template <class S>
-__device__ void zero_border(char* map) {
-  constexpr int kAbove = S::kPitch, kBelow = S::kPitch + 1, kBorder = kAbove + kBelow + S::kSize;
-  for (int i = threadIdx.x; i < kBorder * S::kPlanes; i += S::kThreads) {
-    const int at = i % kBorder, plane = i / kBorder;
-    const int cell = at < kAbove            ? at
-                     : at < kAbove + kBelow ? (S::kSize + 1) * S::kPitch + at - kAbove
-                                            : (at - kAbove - kBelow + 1) * S::kPitch;
-    *reinterpret_cast<uint4*>(map + plane * S::kPlaneBytes + 16 * cell) = make_uint4(0, 0, 0, 0);
+// Zeros kCount cells, kStride apart, in each of kPlanes planes. Eight lanes that store at once keep to one plane.
+template <class S, int kCount, int kStride, int kPlanes, int kPlaneBytes>
+__device__ void zero_cells(char* first) {
+  constexpr int kRounded = (kCount + 7) / 8 * 8;
+  for (int i = threadIdx.x; i < kRounded * kPlanes; i += S::kThreads) {
+    const int at = i % kRounded, plane = i / kRounded;
+    if (at < kCount)
+      *reinterpret_cast<uint4*>(first + plane * kPlaneBytes + 16 * kStride * at) = make_uint4(0, 0, 0, 0);
   }
 }
 
-// The same for the input of a strided block, in each of its planes.
+// Zeros around a map of the stage's shape: the row above, the row below, the column between rows.
+template <class S>
+__device__ void zero_border(char* map) {
+  zero_cells<S, S::kPitch, 1, S::kPlanes, S::kPlaneBytes>(map);
+  zero_cells<S, S::kPitch + 1, 1, S::kPlanes, S::kPlaneBytes>(map + 16 * (S::kSize + 1) * S::kPitch);
+  zero_cells<S, S::kSize, S::kPitch, S::kPlanes, S::kPlaneBytes>(map + 16 * S::kPitch);
+}
+
+// The same for the input of a strided block: above and on the left.
 template <class S>
 __device__ void zero_strided_border(char* map) {
-  constexpr int kBorder = S::kPitch + 2 * S::kSize;
-  for (int i = threadIdx.x; i < kBorder * 2 * S::kInPlanes; i += S::kThreads) {
-    const int at = i % kBorder, plane = i / kBorder;
-    const int cell = at < S::kPitch ? at : (at - S::kPitch + 1) * S::kPitch;
-    *reinterpret_cast<uint4*>(map + plane * S::kInPlaneBytes + 16 * cell) = make_uint4(0, 0, 0, 0);
-  }
+  zero_cells<S, S::kPitch, 1, 2 * S::kInPlanes, S::kInPlaneBytes>(map);
+  zero_cells<S, 2 * S::kSize, S::kPitch, 2 * S::kInPlanes, S::kInPlaneBytes>(map + 16 * S::kPitch);
+}
+
+// The same for the cells of an image: all of them.
+template <class S>
+__device__ void zero_image(char* map) {
+  zero_cells<S, S::kStemCellsBytes / 16, 1, 1, 0>(map);
 }
 
 // Starts the copies of one image's map into planes. An absent image becomes zeros; `from` is readable all the same.
@@ -72,7 +80,7 @@ __device__ void copy_image(char* map, const T* from, bool present) {
   }
 }
 
-// Spreads the image, once it is there, into cells of four channels with zeros around: pixel (y, x) at (y + 1, x + 2).
+// Spreads the image, once it is there, into cells of four channels: pixel (y, x) at (y + 1, x + 2).
 template <class S>
 __device__ void spread_image(char* map, bool channels_last) {
   constexpr int kSize = S::kSize, kPairs = kSize * kSize / 2;
@@ -91,12 +99,6 @@ __device__ void spread_image(char* map, bool channels_last) {
     }
     const int y = 2 * i / kSize, x = 2 * i % kSize;
     *reinterpret_cast<uint4*>(cells + (y + 1) * S::kStemPitch + x + 2) = pair;
-  }
-  for (int i = threadIdx.x; i < 2 * (kSize + 2) + 2 * kSize; i += S::kThreads) {
-    const int rest = i - 2 * (kSize + 2);
-    const int row = rest >= 0 ? rest / 2 + 1 : i / (kSize + 2) * (kSize + 1);
-    const int column = rest >= 0 ? rest % 2 * (kSize + 1) : i % (kSize + 2);
-    cells[row * S::kStemPitch + column + 1] = make_uint2(0, 0);
   }
 }
 
