@@ -221,11 +221,11 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
         )
     if packed.device != x.device or packed.dtype != torch.float32:
         raise RuntimeError(f"packed is on {packed.device} in {packed.dtype}, want {x.device} and float32")
+    if classes < 0 or (classes > 0 and not has_head(found)):
+        raise RuntimeError(f"classes is {classes}, want 0{' or more' if has_head(found) else ''}")
     wanted = sum(s.floats() for s in found) + classes * found[-1].channels // 2 + classes
     if packed.numel() != wanted + -wanted % 4:
         raise RuntimeError(f"packed has {packed.numel()} floats, want {wanted + -wanted % 4}")
-    if classes < 0 or (classes > 0 and not has_head(found)):
-        raise RuntimeError(f"classes is {classes}, want 0: the last kernel has no linear layer")
     multiprocessors = (
         _SIMULATED_MULTIPROCESSORS
         if launch.is_simulated()

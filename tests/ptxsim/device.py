@@ -1,6 +1,7 @@
 """The simulated device behind the package's launch seam: same Python, same launch geometry, same compiled kernel."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -9,20 +10,28 @@ from .fresh import FreshTensors
 from .sim import Kernel, Report
 
 
+@functools.lru_cache(maxsize=64)
+def _kernel(ptx: str, name: str) -> Kernel:
+    """Parsed once a process: the devices of many tests share it."""
+    return Kernel(ptx, name)
+
+
 class SimulatedDevice:
     """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
 
     def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None):
         self.seed, self.limit, self.fresh = seed, limit, fresh
         self.launches: list[tuple[str, Report]] = []
-        self._cuda: dict[str, Kernel] = {}
+        self._cuda: dict[str, str] = {}  # PTX by kernel
         self._triton: dict[int, tuple] = {}
 
     def add_cuda(self, source: str, *names: str, flags=()) -> None:
         """Compiles CUDA C++ text (no torch headers; include the .cuh) and offers its extern "C" kernels by name."""
         ptx = compile_cuda(source, *flags)
         for name in names:
-            self._cuda[name] = Kernel(ptx, name)
+            if f".entry {name}(" not in ptx:
+                raise KeyError(f"the CUDA source has no extern \"C\" kernel {name!r}")
+            self._cuda[name] = ptx
 
     def has_cuda(self, name: str) -> bool:
         return name in self._cuda
@@ -43,7 +52,7 @@ class SimulatedDevice:
     def cuda(self, name, grid, block, shared, args) -> None:
         if name not in self._cuda:
             raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
-        self._run(self._cuda[name], grid, block, args, shared)
+        self._run(_kernel(self._cuda[name], name), grid, block, args, shared)
 
     def _run(self, kernel, grid, block, args, shared, names=()) -> None:
         init = {}

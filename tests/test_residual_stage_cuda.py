@@ -1,0 +1,242 @@
+"""The stage kernels in CUDA C++: compiled for sm_80, executed in the simulator behind the package's own launches."""
+
+import pytest
+import torch
+from stage_support import DTYPES, EagerStage, FastStage, add_kernels, input_of
+from support import EAGER_LAYOUTS, assert_error_rule, eager_results, twins
+
+from resnet_fast import backends, residual_network
+from resnet_fast.residual_network import kernels
+
+KERNELS = [pytest.param(k, id=k.name(torch.float16).removesuffix("_float16")) for k in kernels()]
+CIFAR = {(k.entry, k.channels): k for k in kernels() if k.images == 1 and k.channels * k.size == 512}
+
+
+@pytest.fixture
+def device(simulated_device):
+    add_kernels(simulated_device)
+    return simulated_device
+
+
+@pytest.fixture
+def insist(monkeypatch):
+    """Makes the launcher take one kernel, whatever the number of images."""
+
+    def choose(kernel):
+        monkeypatch.setattr(residual_network, "_choose", lambda *_: kernels().index(kernel))
+
+    return choose
+
+
+def run(device, network, x):
+    """The result and the report of the one launch that it took."""
+    before = len(device.launches)
+    with torch.no_grad():
+        y = network(x)
+    ((name, report),) = device.launches[before:]
+    assert name.startswith("residual_stage_")
+    return y, report
+
+
+def stage(kernel, blocks, dtype):
+    fast, eager = twins(FastStage, EagerStage, kernel.entry, kernel.channels, blocks)
+    return fast.to(dtype), eager.to(dtype)
+
+
+def test_there_are_kernels():
+    """The networks of the CIFAR family, and those of twice the width behind their first stage."""
+    have = {(k.entry, k.channels, k.size) for k in kernels()}
+    assert {("stem", 16, 32), ("strided", 32, 16), ("strided", 64, 8)} <= have
+    assert {("map", 32, 32), ("strided", 64, 16), ("strided", 128, 8)} <= have
+    assert {k.images for k in kernels() if k.channels == 64 and k.size == 8} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values(device, insist, kernel, dtype):
+    """Each kernel, with all its images and with one missing: within the error rule, every byte written, nothing read
+    that was not. (The simulator raises for the rest, and for races and accesses out of bounds.)"""
+    insist(kernel)
+    for batch, blocks in ((kernel.images, 2), (2 * kernel.images - 1, 1)) if kernel.images > 1 else ((2, 2),):
+        fast, eager = stage(kernel, blocks, dtype)
+        x = input_of(kernel, batch, dtype)
+        y, _ = run(device, fast, x)
+        exact, results = eager_results(eager, x)
+        assert_error_rule(y, exact, results)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert backends.fallbacks() == {}
+
+
+@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (3, 3), (8, 2), (1, 9)])
+def test_counts(device, batch, blocks):
+    for entry in (("stem", 16), ("strided", 32), ("map", 64)):
+        kernel = CIFAR[entry]
+        fast, eager = stage(kernel, blocks, torch.float16)
+        x = input_of(kernel, batch, torch.float16, torch.contiguous_format)
+        y, report = run(device, fast, x)
+        exact, results = eager_results(eager, x)
+        assert_error_rule(y, exact, results)
+        assert sum(report.mma_flops.values()) >= 2 * y.numel() * kernel.channels * 9 * (2 * blocks - 1)
+
+
+@pytest.mark.parametrize("layout", EAGER_LAYOUTS, ids=str)
+def test_images(device, layout):
+    """Images of either layout, and ones that do not begin at a multiple of 16 bytes, give the same bits."""
+    fast, eager = stage(CIFAR["stem", 16], 1, torch.float16)
+    x = input_of(CIFAR["stem", 16], 2, torch.float16, layout)
+    y, _ = run(device, fast, x)
+    exact, results = eager_results(eager, x)
+    assert_error_rule(y, exact, results)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    sliced = torch.stack([x, x], 2)[:, :, 0]
+    for same in (shifted, sliced):
+        assert torch.equal(run(device, fast, same)[0], y)
+
+
+def make_integers(model):
+    """Filters of few ones; batch norms that change signs and add small integers."""
+    generator = torch.Generator().manual_seed(1)
+
+    def integers(low, high, shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            few = torch.rand(module.weight.shape, generator=generator) < 1 / 32
+            module.weight.data.copy_(integers(-1, 2, few.shape) * few)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 0.0
+            module.running_var.fill_(1.0)
+            module.weight.data.copy_(integers(0, 2, module.weight.shape) * 2 - 1)
+            module.running_mean.copy_(integers(-2, 3, module.weight.shape))
+            module.bias.data.copy_(integers(-2, 3, module.bias.shape))
+
+
+def test_integers(device):
+    """Sums of small integers are exact: the result is float64's, to the bit."""
+    for kernel in CIFAR.values():
+        fast, eager = stage(kernel, 2, torch.float16)
+        make_integers(fast)
+        make_integers(eager)
+        x = torch.randint(-2, 3, input_of(kernel, 2, torch.float16).shape).half()
+        y, _ = run(device, fast, x)
+        exact, _ = eager_results(eager, x)
+        assert 8 < exact.abs().max() < 2048  # up to there float16 has all integers
+        assert torch.equal(y.double(), exact)
+
+
+def test_infinities_and_nans(device):
+    """They reach the pixels that eager's reach, and no other: no tap reads a neighbour row, column or image."""
+    for kernel in CIFAR.values():
+        fast, eager = stage(kernel, 1, torch.float16)
+        x = input_of(kernel, 2, torch.float16, torch.contiguous_format)
+        size = x.shape[-1]
+        for position, value in (((0, 0), torch.nan), ((size - 1, size - 1), torch.inf), ((5, 0), -torch.inf)):
+            spoiled = x.clone()
+            spoiled[1, 1, *position] = value
+            y, _ = run(device, fast, spoiled)
+            with torch.no_grad():
+                expected = eager(spoiled)
+            assert torch.equal(y.isnan(), expected.isnan())
+            assert torch.equal(y.isinf(), expected.isinf())
+            assert torch.equal(y[0], run(device, fast, x)[0][0])
+
+
+@pytest.mark.parametrize("kernel", [p for p in KERNELS if p.values[0] in CIFAR.values()])
+def test_repeatable(device, kernel):
+    """The order in which the simulator lets warps run does not matter, to the bit."""
+    fast, _ = stage(kernel, 2, torch.bfloat16)
+    x = input_of(kernel, 2, torch.bfloat16)
+    results = []
+    for seed in (0, 11, 222, 3333):
+        device.seed = seed
+        results.append(run(device, fast, x)[0])
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_images_a_block_do_not_matter(device, insist):
+    """Every kernel adds in the same order: how many images there are does not change an image's bits."""
+    for entry in ("map", "strided"):
+        results = []
+        for kernel in (k for k in kernels() if (k.entry, k.channels, k.size) == (entry, 64, 8)):
+            insist(kernel)
+            torch.manual_seed(0)
+            fast, _ = stage(kernel, 2, torch.float16)
+            results.append(run(device, fast, input_of(kernel, 5, torch.float16))[0])
+        assert len(results) == 3
+        assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_choice_of_kernel():
+    """One image a block until every multiprocessor has one."""
+    (stage_,) = residual_network.stages(_identity_block(64), (64, 8, 8), torch.float16)
+    images = [kernels()[residual_network._choose(stage_, n, 108)].images for n in (1, 108, 109, 216, 217, 10_000)]
+    assert images == [1, 1, 2, 2, 4, 4]
+
+
+def _identity_block(channels):
+    return [0, -1, 1, channels, 3, 3, 1, 1, 1, 1, 1, 0, 1, channels, 3, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "shape", "dtype"),
+    [
+        ({}, (16, 16, 16), torch.float16),  # no kernel for the size
+        ({}, (16, 32, 30), torch.float16),
+        ({}, (16, 32, 32), torch.float32),
+        ({2: 0}, (16, 32, 32), torch.float16),  # no ReLU
+        ({11: -1}, (16, 32, 32), torch.float16),  # no residual
+        ({6: 2}, (16, 32, 32), torch.float16),  # a stride without a projection
+        ({8: 0}, (16, 32, 32), torch.float16),  # no padding
+        ({10: 0}, (16, 32, 32), torch.float16),  # the second convolution reads the input
+    ],
+)
+def test_other_chains(change, shape, dtype):
+    layers = _identity_block(16)
+    assert residual_network.stages(layers, (16, 32, 32), torch.float16) is not None
+    for field, value in change.items():
+        layers[field] = value
+    assert residual_network.stages(layers, shape, dtype) is None
+
+
+def test_other_shapes_run_layer_by_layer(device):
+    fast, eager = stage(CIFAR["map", 64], 1, torch.float16)
+    x = torch.randn(2, 64, 8, 9).half()
+    with torch.no_grad():
+        y = fast(x)
+    assert [name for name, _ in device.launches] == ["_conv_bn_relu_fwd_kernel"] * 2
+    exact, results = eager_results(eager, x)
+    assert_error_rule(y, exact, results)
+
+
+def test_named_backends(device):
+    fast, _ = stage(CIFAR["map", 64], 1, torch.float16)
+    x = input_of(CIFAR["map", 64], 2, torch.float16)
+    with torch.no_grad(), backends.use("triton"):
+        fast(x)
+    assert [name for name, _ in device.launches] == ["_conv_bn_relu_fwd_kernel"] * 2
+
+
+def test_empty_batch(device):
+    fast, _ = stage(CIFAR["map", 64], 1, torch.float16)
+    with torch.no_grad():
+        assert fast(torch.empty(0, 64, 8, 8).half()).shape == (0, 64, 8, 8)
+    assert device.launches == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": (2, 64, 8)}, r"x has 3 dimensions, want 4"),
+        ({"x": (2, 64, 9, 9)}, r"layers and x of \(2, 64, 9, 9\), torch\.float16, are no chain of stages"),
+        ({"packed": (7,)}, r"packed has 7 floats, want \d+"),
+        ({"classes": -1}, r"classes is -1, want 0 or more"),
+    ],
+)
+def test_wrong_arguments(device, arguments, message):
+    layers = _identity_block(64)
+    (found,) = residual_network.stages(layers, (64, 8, 8), torch.float16)
+    x = torch.zeros(arguments.get("x", (2, 64, 8, 8)), dtype=torch.float16)
+    packed = torch.zeros(arguments.get("packed", (found.floats(),)))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.resnet_fast.residual_network(x, packed, layers, arguments.get("classes", 0))
