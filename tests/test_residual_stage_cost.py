@@ -1,0 +1,101 @@
+"""What the stage kernels cost: traffic, wavefronts and products as the simulator counts them, registers and
+instructions as ptxas made them for sm_80, sm_90 and sm_100."""
+
+import cuda_gate
+import pytest
+import torch
+from stage_support import DTYPES, EagerStage, FastStage, add_kernels, input_of
+from support import twins
+from triton_gate import ARCHS, SHARED_BLOCK
+
+from resnet_fast import residual_network
+from resnet_fast.residual_network import kernels
+
+KERNELS = [pytest.param(k, id=k.name(torch.float16).removesuffix("_float16")) for k in kernels()]
+MMA = 2 * 16 * 8 * 16  # operations of an mma.m16n8k16
+BLOCKS = 3
+
+
+def rows_of_a_warp(kernel):
+    """Tiles of 16 pixels one below the other, as StageShape::kRows has them."""
+    strips, rows = (kernel.size // 16, kernel.size) if kernel.size >= 16 else (1, kernel.size // 2)
+    return rows * kernel.images * strips * (kernel.channels // 16) // (kernel.threads // 32)
+
+
+def launch(device, monkeypatch, kernel):
+    """One block of threads, all its images: the report, the input, the network's parameters in bytes, the output."""
+    add_kernels(device)
+    monkeypatch.setattr(residual_network, "_choose", lambda *_: kernels().index(kernel))
+    fast, _ = twins(FastStage, EagerStage, kernel.entry, kernel.channels, BLOCKS)
+    fast.half()
+    x = input_of(kernel, kernel.images, torch.float16)
+    with torch.no_grad():
+        y = fast(x)
+    ((_, report),) = device.launches
+    convolutions = [m.weight for m in fast.modules() if isinstance(m, torch.nn.Conv2d)]
+    # Of a batch norm a scale and a shift in float32.
+    filters = sum(w.nbytes + 8 * w.shape[0] for w in convolutions)
+    return report, x, filters, y
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_counters(simulated_device, monkeypatch, kernel):
+    report, x, filters, y = launch(simulated_device, monkeypatch, kernel)
+    read, written = report.compulsory_bytes
+    touched, least = report.sectors
+    # Memory: images in, filters once, the last map out. The stem's filters are stored with zeros (48 rows for 27).
+    assert written == y.nbytes
+    assert x.nbytes + filters <= read <= x.nbytes + filters + 2 * 21 * 16 * (kernel.entry == "stem")
+    # Every request in whole sectors, and hardly a byte twice: what is copied behind a slice is 1/36 of it.
+    assert touched == least
+    assert 32 * touched <= 1.03 * (read + written)
+
+    # Shared memory: no access that a bank has to serve twice, in all of the kernel.
+    assert report.conflicts() == []
+    products = sum(report.mma_flops.values()) / MMA
+    operands = sum(
+        r.units
+        for r in report.rows
+        if r.kind == "matrix" or (r.kind == "load_shared" and ".v4" in r.text and "_conv.cuh" in r.source)
+    )
+    rows = rows_of_a_warp(kernel)
+    # A step of a warp: (rows + 2) x 3 matrices of input and 9 of filters, 4 wavefronts each, for 18 products a row.
+    print(f"{kernel.name(torch.float16)}: {operands / products:.2f} wavefronts a mma, {rows} rows a warp")
+    assert operands / products <= 1.06 * 4 * (3 * (rows + 2) + 9) / (18 * rows)
+
+    # Products: those of the convolutions as defined, none for padding; the stem's 27 are 48.
+    c, pixels = kernel.channels, kernel.images * kernel.size**2
+    useful = 9 * c * c * (2 * BLOCKS)
+    if kernel.entry == "stem":
+        useful += 48 * c
+    if kernel.entry == "strided":
+        useful += c // 2 * c - 9 * c // 2 * c
+    assert sum(report.mma_flops.values()) == 2 * pixels * useful
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled(kernel, arch):
+    for dtype in DTYPES:
+        sass = cuda_gate.kernels(arch)[kernel.name(dtype)]
+        assert sass.spills == sass.local == 0
+        assert sass.count("HMMA.16816.F32") == sass.count("HMMA") > 0
+        assert sass.count("LDSM") > 0
+        # Maps and filters 16 bytes a copy; out of the map, 16 bytes a store.
+        assert sass.count("LDGSTS.128") == sass.count("LDGSTS") > 0
+        assert sass.count("STG.128") > 0
+        # The linear layer's scores and parameters are the only narrow accesses.
+        narrow = sass.count("LDG") + sass.count("STG") - sass.count("STG.128")
+        assert narrow == 0 or kernel.size == 8
+        assert kernel.shared <= SHARED_BLOCK[80]
+
+        # As many blocks a multiprocessor as the shared memory admits.
+        expected = max(1, 164 * 1024 // (kernel.shared + 1024))
+        assert sass.blocks_per_sm(arch, kernel.threads, kernel.shared) >= expected
+
+        # Besides products: the copies of the next slice and, for few channels, all that comes between two layers.
+        loops = [loop for loop in sass.loops() if any(name.startswith("HMMA") for name in loop)]
+        worst = max(map(cuda_gate.per_mma, loops))
+        print(f"{kernel.name(dtype)} sm_{arch}: {sass.registers} registers, {worst:.2f} other instructions a mma")
+        most = 2.5 if kernel.channels == 16 else 1.25 if rows_of_a_warp(kernel) > 2 else 2.1
+        assert worst <= most
