@@ -82,6 +82,16 @@ __device__ inline void copy_async_4(uint32_t to, const void* from, uint32_t byte
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// 16 bytes of shared memory by its address.
+__device__ inline float4 load_shared(uint32_t address) {
+  float4 out;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+               : "r"(address)
+               : "memory");
+  return out;
+}
+
 // Closes a group of copies.
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
