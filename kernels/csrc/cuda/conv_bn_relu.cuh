@@ -15,52 +15,51 @@ namespace resnet_fast::cuda {
 // All taps from one range of pixels in shared memory.
 template <typename T, int kIndex, typename Sums>
 __device__ void halo_products(Sums& sums, const T* x, const T* weight, const ConvArgs& a, const ConvBlock& block,
-                              unsigned char* memory, int warp_m, int warp_n, int warp_k, int active) {
+                              unsigned char* memory, const ConvWarp& warp) {
   using Traits = ConvTraits<T, kIndex>;
+  using Loader = HaloLoad<T, kIndex>;
   using Multiply = TensorMath<T, kIndex>;
   constexpr ConvTile kTile = Traits::kTile;
   const uint32_t zeros = ptx::shared_address(memory);
-  HaloLoad<T, kIndex> load(x, weight, a, block, zeros);
+  Loader load(x, weight, a, block, zeros);
   if (threadIdx.x < kZeroBytes / 16) reinterpret_cast<uint4*>(memory)[threadIdx.x] = uint4{};
 
-  load.input(block.begin);
+  load.first_input();
 #pragma unroll
-  for (int stage = 0; stage < kTile.stages - 1; ++stage) {
-    // Every part has more steps than there are stages.
-    load.filters(stage);
+  for (int step = 0; step < kTile.stages - 1; ++step) {
+    load.filters(step);
     ptx::copy_async_commit();
   }
 
   // Which taps of this lane's pixels lie in their image: nine bits for each, three pixels a register.
   constexpr int kMasks = (kTile.mt + 2) / 3;
   uint32_t taps[kMasks] = {};
-  const int warp_first = warp_m * a.warp_rows;
 #pragma unroll
   for (int i = 0; i < kTile.mt; ++i) {
-    const int row = warp_first + 16 * i + Multiply::pixel();
-    if (16 * i >= a.warp_rows || row >= block.rows) continue;
-    const int64_t m = block.first + row;
+    const int row = 16 * i + Multiply::pixel();
+    if (row >= warp.rows) continue;
+    const int64_t m = block.first + warp.first + row;
     const int column = static_cast<int>(m % a.width), line = static_cast<int>(m / a.width % a.height);
     const uint32_t across = (column > 0 ? 1 : 0) | 2 | (column + 1 < a.width ? 4 : 0);
     const uint32_t mask = (line > 0 ? across : 0) | across << 3 | (line + 1 < a.height ? across << 6 : 0);
     taps[i / 3] |= mask << (9 * (i % 3));
   }
 
-  const uint32_t pixel = warp_first * Traits::kPitch + Multiply::pixel_offset(warp_k);
-  const uint32_t filter = warp_n * kTile.nt * 8 * Traits::kPitch + Multiply::filter_offset(warp_k);
-  int stage = 0;
+  const uint32_t pixel = warp.first * Traits::kPitch + Multiply::pixel_offset(warp.k);
+  const uint32_t filter = warp.n * kTile.nt * 8 * Traits::kPitch + Multiply::filter_offset(warp.k);
+#pragma unroll 1
   for (int part = block.begin; part < block.end; ++part) {
-    const bool last_part = part + 1 == block.end;
-    const uint32_t centre = load.centre(part) + pixel;
-    for (int step = 0; step < HaloLoad<T, kIndex>::kSteps; ++step) {
+    const bool more = part + 1 < block.end;
+    const uint32_t centre = load.centre() + pixel;
+#pragma unroll
+    for (int step = 0; step < Loader::kSteps; ++step) {
       ptx::copy_async_wait<kTile.stages - 2>();
       // After it all see what has arrived, and none reads any more from what the next copies overwrite.
       __syncthreads();
-      if (!last_part && step < HaloLoad<T, kIndex>::kSlices) load.input(part + 1, step);
-      if (!last_part || step + kTile.stages - 1 < HaloLoad<T, kIndex>::kSteps)
-        load.filters(stage == 0 ? kTile.stages - 1 : stage - 1);
+      const int next = step + kTile.stages - 1;
+      if (step < Loader::kSlices && more) load.next_input(step);
+      if (next < Loader::kSteps || more) load.filters(next);
       ptx::copy_async_commit();
-      const uint32_t filters = load.stage(stage) + filter;
 #pragma unroll
       for (int t = 0; t < kTile.taps; ++t) {
         const int tap = step * kTile.taps + t;
@@ -69,24 +68,19 @@ __device__ void halo_products(Sums& sums, const T* x, const T* weight, const Con
         // The zeros of the same bank, so that they collide with no neighbour's row.
         const uint32_t nothing = zeros | (here & 0x70);
         const auto pixels = [&](int i) {
-          const bool inside = taps[i / 3] >> (9 * (i % 3) + tap) & 1;
+          const bool inside = taps[i / 3] & 1u << (9 * (i % 3) + tap);
           return inside ? here + i * 16 * Traits::kPitch : nothing;
         };
-        const uint32_t at = filters + t * kTile.n() * Traits::kPitch;
-        if (active == kTile.mt)
-          Multiply::template multiply<true>(sums, pixels, at, active);
-        else
-          Multiply::template multiply<false>(sums, pixels, at, active);
+        Multiply::multiply(sums, pixels, load.stage(step) + filter + t * kTile.n() * Traits::kPitch, warp.active);
       }
-      stage = stage + 1 == kTile.stages ? 0 : stage + 1;
     }
+    load.advance();
   }
 }
 
 // Each step with both its operands.
 template <typename Loader, typename Multiply, typename Sums>
-__device__ void step_products(Sums& sums, Loader& load, const ConvBlock& block, uint32_t shared, int warp_rows, int warp_m,
-                              int warp_n, int warp_k, int active) {
+__device__ void step_products(Sums& sums, Loader& load, const ConvBlock& block, uint32_t shared, const ConvWarp& warp) {
   using Traits = typename Multiply::Traits;
   constexpr ConvTile kTile = Traits::kTile;
 #pragma unroll
@@ -94,10 +88,11 @@ __device__ void step_products(Sums& sums, Loader& load, const ConvBlock& block, 
     if (block.begin + stage < block.end) load.step(stage);
     ptx::copy_async_commit();
   }
-  const uint32_t pixel = shared + kZeroBytes + warp_m * warp_rows * Traits::kPitch + Multiply::pixel_offset(warp_k);
-  const uint32_t filter = shared + kZeroBytes + (kTile.m() + warp_n * kTile.nt * 8) * Traits::kPitch +
-                          Multiply::filter_offset(warp_k);
+  const uint32_t pixel = shared + kZeroBytes + warp.first * Traits::kPitch + Multiply::pixel_offset(warp.k);
+  const uint32_t filter = shared + kZeroBytes + (kTile.m() + warp.n * kTile.nt * 8) * Traits::kPitch +
+                          Multiply::filter_offset(warp.k);
   int stage = 0;
+#pragma unroll 1
   for (int step = block.begin; step < block.end; ++step) {
     ptx::copy_async_wait<kTile.stages - 2>();
     __syncthreads();
@@ -105,10 +100,7 @@ __device__ void step_products(Sums& sums, Loader& load, const ConvBlock& block, 
     ptx::copy_async_commit();
     const uint32_t at = pixel + stage * Loader::kStageBytes;
     const auto pixels = [&](int i) { return at + i * 16 * Traits::kPitch; };
-    if (active == kTile.mt)
-      Multiply::template multiply<true>(sums, pixels, filter + stage * Loader::kStageBytes, active);
-    else
-      Multiply::template multiply<false>(sums, pixels, filter + stage * Loader::kStageBytes, active);
+    Multiply::multiply(sums, pixels, filter + stage * Loader::kStageBytes, warp.active);
     stage = stage + 1 == kTile.stages ? 0 : stage + 1;
   }
 }
@@ -143,34 +135,23 @@ __global__ void __launch_bounds__(kConvTiles[kIndex].threads(), kConvTiles[kInde
   block.begin = static_cast<int>(int64_t{a.parts} * split / a.splits);
   block.end = static_cast<int>(int64_t{a.parts} * (split + 1) / a.splits);
 
-  const int warp = threadIdx.x / 32;
-  const int warp_m = warp % kTile.warps_m, warp_n = warp / kTile.warps_m % kTile.warps_n;
-  const int warp_k = warp / (kTile.warps_m * kTile.warps_n);
-  // Of the warp's runs of 16 pixels, those that hold any.
-  const int left = min(a.warp_rows, block.rows - warp_m * a.warp_rows);
-  const int active = left > 0 ? (left + 15) / 16 : 0;
+  const ConvWarp warp = conv_warp<kIndex>(block);
 
   float sums[kTile.mt][kTile.nt][4] = {};
   if constexpr (kTile.load == Load::kHalo) {
-    halo_products<T, kIndex>(sums, x, weight, a, block, memory, warp_m, warp_n, warp_k, active);
+    halo_products<T, kIndex>(sums, x, weight, a, block, memory, warp);
   } else if constexpr (kTile.load == Load::kGather) {
     const uint32_t shared = ptx::shared_address(memory);
     GatherLoad<T, kIndex> load(x, weight, a, block, shared);
-    step_products<GatherLoad<T, kIndex>, Multiply>(sums, load, block, shared, a.warp_rows, warp_m, warp_n, warp_k,
-                                                   active);
+    step_products<GatherLoad<T, kIndex>, Multiply>(sums, load, block, shared, warp);
   } else {
     MixedLoad<T, kIndex> load(x, weight, a, block, memory);
-    step_products<MixedLoad<T, kIndex>, Multiply>(sums, load, block, ptx::shared_address(memory), a.warp_rows, warp_m,
-                                                  warp_n, warp_k, active);
+    step_products<MixedLoad<T, kIndex>, Multiply>(sums, load, block, ptx::shared_address(memory), warp);
   }
 
-  // The sums take the place of the operands.
-  ptx::copy_async_wait<0>();
-  __syncthreads();
-  float* shared_sums = reinterpret_cast<float*>(memory);
-  gather_sums<kIndex>(sums, shared_sums, a, warp_m, warp_n, warp_k, active);
-  if (a.splits > 1 && !join_splits<kIndex>(shared_sums, partial, counters, a, block, split)) return;
-  finish<T, kIndex>(shared_sums, scale, shift, residual, y, a, block);
+  const ConvOutput output = join_warps<kIndex>(sums, memory, block, warp);
+  if (a.splits > 1 && !join_splits<kIndex>(sums, memory, partial, counters, a, output, split)) return;
+  finish<T, kIndex>(sums, scale, shift, residual, y, a, output);
 }
 
 }  // namespace resnet_fast::cuda

@@ -25,13 +25,14 @@ struct ConvTraits {
   static constexpr int kPack = Pack<T>::kSize;
   static constexpr int kRow = kTile.row_bytes / static_cast<int>(sizeof(T));  // elements
   static constexpr int kPieces = kTile.row_bytes / 16;
-  static constexpr int kFilterPieces = kTile.taps * kTile.n() * kPieces;
   static_assert(kThreads % kPieces == 0, "a thread keeps its piece of a row");
 };
 
 // The input pixels around a run of output pixels are one run, too: images lie one behind the other, and a tap is a
 // fixed distance in it. So a block copies one contiguous range, and a tap is an offset. Where a tap leaves its image the
 // range holds some other pixel; readers go to a row of zeros instead.
+//
+// All loops over steps are unrolled, so that slots and taps are constants; addresses only ever move on.
 template <typename T, int kIndex>
 class HaloLoad {
   using Traits = ConvTraits<T, kIndex>;
@@ -40,72 +41,104 @@ class HaloLoad {
 
  public:
   static constexpr int kSteps = 9 / kTile.taps;  // of one slice of channels
+  static_assert(kSteps % kTile.stages == 0, "a step always finds its filters in the same slot");
   // The next slice of channels arrives during these steps of the one before: its buffer is free from the first on, and
   // the copies must be `stages` - 1 steps old when they are used.
   static constexpr int kSlices = kSteps - kTile.stages + 2;
+  // Rows a thread copies in each of them, for images up to 48 pixels wide; what is left in wider ones follows the last.
+  static constexpr int kCopies = (kTile.m() + 2 * 48 + kRowsAtOnce * kSlices - 1) / (kRowsAtOnce * kSlices);
 
   __device__ HaloLoad(const T* x, const T* weight, const ConvArgs& a, const ConvBlock& block, uint32_t shared)
-      : pieces_(a.channels / Traits::kPack), channels_(a.channels), piece_(threadIdx.x % Traits::kPieces) {
+      : pieces_(a.channels / Traits::kPack), channels_(a.channels) {
     const int64_t image = int64_t{a.height} * a.width, last = block.first + block.rows - 1;
     const int64_t low = max(block.first - a.width - 1, block.first / image * image);
     const int64_t high = min(last + a.width + 1, (last / image + 1) * image - 1);
-    rows_ = static_cast<int>(high - low) + 1;
-    offset_ = static_cast<int>(block.first - low);
-    row_ = threadIdx.x / Traits::kPieces;
-    // As many rows in each slice of a copy; the last may find none left.
-    per_slice_ = (rows_ + kRowsAtOnce * kSlices - 1) / (kRowsAtOnce * kSlices) * kRowsAtOnce;
+    const int row = threadIdx.x / Traits::kPieces, piece = threadIdx.x % Traits::kPieces;
+    rows_ = static_cast<int>(high - low) + 1 - row;
     buffer_bytes_ = static_cast<int>(input_rows(kTile, a)) * Traits::kPitch;
-    input_ = shared + kZeroBytes;
-    filters_ = input_ + buffer_bytes_ * static_cast<int>(input_buffers(kTile, a));
-    x_ = x + (low + row_) * a.channels;
-    const int filter = threadIdx.x / Traits::kPieces;
-    filter_ = block.channel + filter;
-    out_channels_ = a.out_channels;
-    weight_ = weight + int64_t{filter_} * 9 * a.channels;
-    next_part_ = block.begin;
+    const uint32_t input = shared + kZeroBytes;
+    const uint32_t filters = input + buffer_bytes_ * static_cast<int>(input_buffers(kTile, a));
+    centre_ = input + static_cast<int>(block.first - low) * Traits::kPitch;
+    filters_ = filters;
+    input_to_ = input + row * Traits::kPitch + piece * 16;
+    filters_to_ = filters + row * Traits::kPitch + piece * 16;
+
+    piece_ = block.begin * Traits::kPieces + piece;
+    x_ = x + (low + row) * a.channels + piece_ * Traits::kPack;
+    const int filter = block.channel + row % kTile.n();
+    weight_ = weight + (int64_t{filter} * 9 + row / kTile.n()) * a.channels + piece_ * Traits::kPack;
+    filters_left_ = a.out_channels - filter;
   }
 
-  // Slice `slice` of the copy of channels `part`, or all of it.
-  __device__ void input(int part, int slice) { copy_rows(part, slice * per_slice_, (slice + 1) * per_slice_); }
-  __device__ void input(int part) { copy_rows(part, 0, rows_); }
-
-  // The filters of the next step, into the slot `stage`.
-  __device__ void filters(int stage) {
-    const int c = next_part_ * Traits::kPieces + piece_;
-    const T* from = weight_ + next_tap_ * channels_ + c * Traits::kPack;
-    const uint32_t to = filters_ + stage * kTile.filter_bytes() + row_ * Traits::kPitch + piece_ * 16;
-#pragma unroll
-    for (int i = 0; i * Traits::kThreads < Traits::kFilterPieces; ++i) {
-      // Row r of the step is filter r % n under tap r / n.
-      constexpr bool kEven = kTile.n() % kRowsAtOnce == 0;
-      const int r = i * kRowsAtOnce, tap = (kEven ? r : row_ + r) / kTile.n();
-      const int filter = r - tap * kTile.n();
-      if (Traits::kFilterPieces % Traits::kThreads != 0 && row_ + r >= kTile.taps * kTile.n()) break;
-      const bool there = filter_ + filter < out_channels_ && c < pieces_;
-      ptx::copy_async(to + r * Traits::kPitch, from + (int64_t{filter} * 9 + tap) * channels_, there ? 16 : 0);
+  // All of the first slice of channels.
+  __device__ void first_input() {
+    const T* from = x_;
+    uint32_t to = input_to_;
+    for (int row = 0; row < rows_; row += kRowsAtOnce) {
+      ptx::copy_async(to, from, piece_ < pieces_ ? 16 : 0);
+      from += int64_t{kRowsAtOnce} * channels_, to += kRowsAtOnce * Traits::kPitch;
     }
-    next_tap_ += kTile.taps;
-    if (next_tap_ == 9) next_tap_ = 0, ++next_part_;
   }
 
-  // Shared address of the first output pixel's row, as its own centre.
-  __device__ uint32_t centre(int part) const { return input_ + (part & 1) * buffer_bytes_ + offset_ * Traits::kPitch; }
-  __device__ uint32_t stage(int stage) const { return filters_ + stage * kTile.filter_bytes(); }
+  // Part `slice` of the next slice of channels, into the other buffer.
+  __device__ void next_input(int slice) {
+    if (slice == 0) {
+      next_to_ = input_to_ + (odd_ ? 0 : buffer_bytes_);
+      next_from_ = x_ + Traits::kRow;
+      next_rows_ = rows_;
+    }
+    const uint32_t bytes = piece_ + Traits::kPieces < pieces_ ? 16 : 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (i * kRowsAtOnce < next_rows_) ptx::copy_async(next_to_ + i * kRowsAtOnce * Traits::kPitch, next_from_, bytes);
+      next_from_ += int64_t{kRowsAtOnce} * channels_;
+    }
+    next_to_ += kCopies * kRowsAtOnce * Traits::kPitch;
+    next_rows_ -= kCopies * kRowsAtOnce;
+    if (slice == kSlices - 1) {
+#pragma unroll 1
+      for (; next_rows_ > 0; next_rows_ -= kRowsAtOnce) {
+        ptx::copy_async(next_to_, next_from_, bytes);
+        next_from_ += int64_t{kRowsAtOnce} * channels_, next_to_ += kRowsAtOnce * Traits::kPitch;
+      }
+    }
+  }
+
+  // The filters of step `step` of this slice of channels or, from kSteps on, of the next.
+  __device__ void filters(int step) {
+    const int part = step / kSteps, tap = step % kSteps * kTile.taps;
+    const T* from = weight_ + (part * Traits::kRow + tap * channels_);
+    const uint32_t to = filters_to_ + step % kTile.stages * kTile.filter_bytes();
+    const bool piece_there = piece_ + part * Traits::kPieces < pieces_;
+#pragma unroll
+    for (int r = 0; r < kTile.taps * kTile.n(); r += kRowsAtOnce) {
+      // Row r of the step is filter r % n under tap r / n; this thread's own row is in weight_ already.
+      constexpr bool kEven = kTile.n() % kRowsAtOnce == 0 || kRowsAtOnce % kTile.n() == 0;
+      static_assert(kEven, "rows of filters follow each other in whole steps");
+      if (r + kRowsAtOnce > kTile.taps * kTile.n() &&
+          r + static_cast<int>(threadIdx.x) / Traits::kPieces >= kTile.taps * kTile.n())
+        break;
+      const int filter = r % kTile.n();
+      const bool there = piece_there && filter < filters_left_;
+      ptx::copy_async(to + r * Traits::kPitch, from + (filter * 9 + r / kTile.n()) * channels_, there ? 16 : 0);
+    }
+  }
+
+  // On to the next slice of channels.
+  __device__ void advance() {
+    x_ += Traits::kRow, weight_ += Traits::kRow, piece_ += Traits::kPieces;
+    odd_ = !odd_;
+  }
+
+  // Shared addresses: of the first output pixel's row, as its own centre, and of a step's filters.
+  __device__ uint32_t centre() const { return centre_ + (odd_ ? buffer_bytes_ : 0); }
+  __device__ uint32_t stage(int step) const { return filters_ + step % kTile.stages * kTile.filter_bytes(); }
 
  private:
-  __device__ void copy_rows(int part, int from, int to) {
-    const int c = part * Traits::kPieces + piece_;
-    const uint32_t bytes = c < pieces_ ? 16 : 0;
-    const uint32_t at = input_ + (part & 1) * buffer_bytes_ + row_ * Traits::kPitch + piece_ * 16;
-    const int end = min(to, rows_) - row_;
-    for (int row = from; row < end; row += kRowsAtOnce)
-      ptx::copy_async(at + row * Traits::kPitch, x_ + int64_t{row} * channels_ + c * Traits::kPack, bytes);
-  }
-
-  int pieces_, channels_, piece_, rows_, offset_, row_, per_slice_, buffer_bytes_, filter_, out_channels_;
-  uint32_t input_, filters_;
-  const T *x_, *weight_;
-  int next_part_, next_tap_ = 0;
+  int pieces_, channels_, piece_, rows_, next_rows_, buffer_bytes_, filters_left_;
+  uint32_t centre_, filters_, input_to_, filters_to_, next_to_;
+  const T *x_, *weight_, *next_from_;
+  bool odd_ = false;
 };
 
 // The input that output pixel m sees under the filter's first tap: where it begins, and its coordinates. Pixels past

@@ -28,9 +28,9 @@ struct TensorMath {
     return (lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 16 + warp_k * kSlice;
   }
 
-  // One row of products. `pixels(i)`: address of this lane's row of the i-th 16 pixels; the last of those that hold any
-  // pixel is `active` - 1.
-  template <bool kAll, typename Address>
+  // One row of products. `pixels(i)`: address of this lane's row of the i-th 16 pixels, of which the first `active` hold
+  // pixels, the same number in all warps.
+  template <typename Address>
   __device__ static void multiply(float (&sums)[kTile.mt][kTile.nt][4], Address pixels, uint32_t filters, int active) {
     uint32_t at[kTile.mt];
 #pragma unroll
@@ -45,7 +45,7 @@ struct TensorMath {
       }
 #pragma unroll
       for (int i = 0; i < kTile.mt; ++i) {
-        if (!kAll && i >= active) break;
+        if (i >= kTile.always && i >= active) break;
         uint32_t a[4];
         ptx::ldmatrix_x4(a, at[i] + k * kTile.warps_k * kSlice);
         round(a);
@@ -84,7 +84,7 @@ struct PlainMath {
     return threadIdx.x % 4 * 2 * Traits::kPitch + warp_k * kSlice;
   }
 
-  template <bool kAll, typename Address>
+  template <typename Address>
   __device__ static void multiply(float (&sums)[kTile.mt][kTile.nt][4], Address pixels, uint32_t filters, int) {
     const uint32_t at = pixels(0);
 #pragma unroll

@@ -15,38 +15,42 @@ enum class Load {
 // What multiplies: tensor cores (float32 as TF32), or the plain units in exact float32.
 enum class Math { kTensor, kPlain };
 
-// A block computes m() pixels x n() channels. A warp owns mt x 16 of these pixels and nt x 8 of these channels; warps_k
-// warps share each such part, with a slice of the products each. Products come in rows of `row_bytes` a pixel, `taps`
-// rows a step (taps of one filter row, or one), and `stages` steps of filters are under way or in use at a time.
+// A block computes m() pixels x n() channels. A warp owns mt x 16 of these pixels, of which blocks with fewer pixels may
+// leave out all but `always`, and nt x 8 of these channels; warps_k warps share each such part, with a slice of the
+// products each. Products come in rows of `row_bytes` a pixel, `taps` rows a step (taps of one filter row, or one), and
+// `stages` steps of filters are under way or in use at a time.
 struct ConvTile {
   Load load;
   Math math;
-  int mt, nt, warps_m, warps_n, warps_k, row_bytes, taps, stages, blocks_per_sm;
+  int mt, always, nt, warps_m, warps_n, warps_k, row_bytes, taps, stages, blocks_per_sm;
 
   constexpr int m() const { return 16 * mt * warps_m; }
   constexpr int n() const { return 8 * nt * warps_n; }
-  constexpr int threads() const { return 32 * warps_m * warps_n * warps_k; }
+  constexpr int warps() const { return warps_m * warps_n * warps_k; }
+  constexpr int threads() const { return 32 * warps(); }
   // Rows lie 16 bytes apart from a multiple of 32: an odd number of 16-byte banks, so that any 8 rows in sequence fall
   // into different ones.
   constexpr int pitch() const { return row_bytes + 16; }
-  constexpr int sum_pitch() const { return n() + 8; }  // floats of a row of sums, when they pass shared memory
   constexpr int filter_bytes() const { return taps * n() * pitch(); }
+  // Once the warps that share a part have added their sums, each is left with this many times 16 of its pixels.
+  constexpr int kept() const { return (mt + warps_k - 1) / warps_k; }
+  constexpr int kept_floats() const { return warps() * kept() * nt * 128; }
 };
 
 constexpr ConvTile kConvTiles[] = {
     // 64 x 64 for each warp: half as many fragments loaded for each product as with 32 x 32. For 64 channels.
-    {Load::kHalo, Math::kTensor, 4, 8, 4, 1, 1, 64, 1, 4, 2},
+    {Load::kHalo, Math::kTensor, 4, 4, 8, 4, 1, 1, 64, 1, 3, 2},
     // Many pixels, few channels: the filters, which deep layers have more of than pixels, are read by few blocks.
-    {Load::kHalo, Math::kTensor, 9, 4, 2, 1, 2, 64, 3, 3, 2},
-    {Load::kHalo, Math::kTensor, 2, 4, 2, 2, 1, 64, 3, 3, 2},  // small batches
-    {Load::kHalo, Math::kTensor, 4, 2, 4, 1, 1, 32, 3, 3, 2},  // 16 channels
-    {Load::kGather, Math::kTensor, 4, 4, 2, 2, 1, 64, 1, 4, 2},
-    {Load::kGather, Math::kTensor, 2, 4, 4, 1, 1, 64, 1, 4, 2},  // 32 channels
-    {Load::kGather, Math::kTensor, 2, 4, 2, 2, 1, 64, 1, 4, 2},  // small batches
-    {Load::kMixed, Math::kTensor, 2, 4, 2, 2, 1, 64, 1, 3, 2},   // stems, odd channels
-    {Load::kMixed, Math::kTensor, 2, 2, 4, 1, 1, 64, 1, 3, 2},   // the same for few filters
-    {Load::kGather, Math::kPlain, 4, 4, 1, 2, 2, 64, 1, 4, 2},
-    {Load::kMixed, Math::kPlain, 4, 4, 1, 2, 2, 64, 1, 3, 2},
+    {Load::kHalo, Math::kTensor, 9, 6, 4, 2, 1, 2, 64, 3, 3, 2},
+    {Load::kHalo, Math::kTensor, 2, 2, 4, 2, 2, 1, 64, 3, 3, 2},  // small batches
+    {Load::kHalo, Math::kTensor, 4, 4, 2, 4, 1, 1, 32, 3, 3, 2},  // 16 channels
+    {Load::kGather, Math::kTensor, 4, 4, 4, 2, 2, 1, 64, 1, 4, 2},
+    {Load::kGather, Math::kTensor, 2, 2, 4, 4, 1, 1, 64, 1, 4, 2},  // 32 channels
+    {Load::kGather, Math::kTensor, 2, 2, 4, 2, 2, 1, 64, 1, 4, 2},  // small batches
+    {Load::kMixed, Math::kTensor, 2, 2, 4, 2, 2, 1, 64, 1, 3, 2},   // stems, odd channels
+    {Load::kMixed, Math::kTensor, 2, 2, 2, 4, 1, 1, 64, 1, 3, 2},   // the same for few filters
+    {Load::kGather, Math::kPlain, 4, 4, 4, 1, 2, 2, 64, 1, 4, 2},
+    {Load::kMixed, Math::kPlain, 4, 4, 4, 1, 2, 2, 64, 1, 3, 2},
 };
 constexpr int kConvTileCount = sizeof(kConvTiles) / sizeof(kConvTiles[0]);
 
@@ -59,7 +63,6 @@ struct ConvArgs {
   int32_t vectors;      // residual and y are aligned and their rows are whole 16-byte pieces
   int32_t pixels;       // output pixels of the batch
   int32_t tile_pixels;  // of them a block, at most m()
-  int32_t warp_rows;    // pixels a warp, a multiple of 16
   int32_t columns;      // blocks for all output channels
   int32_t parts;        // what splits share: slices of channels (kHalo) or steps
   int32_t splits;       // blocks that share a sum
@@ -94,7 +97,6 @@ constexpr int kRowInfoBytes = 16;  // where kMixed finds an output pixel's input
 constexpr ConvPlan plan_conv(ConvTile tile, ConvArgs a, int element_size) {
   const int64_t row = tile.row_bytes / element_size, taps = int64_t{a.kernel_h} * a.kernel_w;
   a.pixels = static_cast<int32_t>(int64_t{a.batch} * a.out_height * a.out_width);
-  a.warp_rows = static_cast<int32_t>(16 * ceil_div(ceil_div(a.tile_pixels, 16), tile.warps_m));
   a.columns = static_cast<int32_t>(ceil_div(a.out_channels, tile.n()));
   a.parts = static_cast<int32_t>(tile.load == Load::kHalo ? ceil_div(a.channels, row)
                                                           : ceil_div(taps * a.channels, row));
@@ -102,13 +104,14 @@ constexpr ConvPlan plan_conv(ConvTile tile, ConvArgs a, int element_size) {
   const int64_t operands = kZeroBytes + input_rows(tile, a) * input_buffers(tile, a) * tile.pitch() +
                            tile.stages * tile.filter_bytes() +
                            (tile.load == Load::kMixed ? tile.m() * kRowInfoBytes : 0);
-  const int64_t sums = int64_t{a.warp_rows} * tile.warps_m * tile.sum_pitch() * 4;
+  // Where warps share parts, their sums meet in the place of the operands.
+  const int64_t sums = tile.warps_k > 1 ? 4 * tile.kept_floats() : 0;
   const int64_t shared = operands > sums ? operands : sums;
   return {a,
           tiles,
           tile.threads(),
           static_cast<int>(shared),
-          a.splits > 1 ? tiles * a.splits * a.tile_pixels * tile.n() : 0,
+          a.splits > 1 ? tiles * a.splits * tile.kept_floats() : 0,
           a.splits > 1 ? 2 * tiles : 0};
 }
 
