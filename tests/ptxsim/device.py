@@ -1,6 +1,7 @@
 """The simulated device behind the package's launch seam: same Python, same launch geometry, same compiled kernel."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -9,11 +10,18 @@ from .fresh import FreshTensors
 from .sim import Kernel, Report
 
 
+@functools.cache
+def _kernel(source: str, flags: tuple[str, ...]) -> Kernel:
+    """The one kernel of a text; lowering a large one takes a second."""
+    return Kernel(compile_cuda(source, *flags))
+
+
 class SimulatedDevice:
     """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
 
-    def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None):
-        self.seed, self.limit, self.fresh = seed, limit, fresh
+    def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None, find_cuda=None):
+        """find_cuda: (source, flags) of a CUDA kernel that was not given by `add_cuda`, by its name, or None."""
+        self.seed, self.limit, self.fresh, self.find_cuda = seed, limit, fresh, find_cuda
         self.launches: list[tuple[str, Report]] = []
         self._cuda: dict[str, Kernel] = {}
         self._triton: dict[int, tuple] = {}
@@ -39,10 +47,13 @@ class SimulatedDevice:
 
     def cuda(self, name, grid, block, shared, args) -> None:
         if name not in self._cuda:
-            raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
-        self._run(self._cuda[name], grid, block, args, shared)
+            found = self.find_cuda(name) if self.find_cuda else None
+            if found is None:
+                raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
+            self._cuda[name] = _kernel(*found)
+        self._run(self._cuda[name], grid, block, args, shared, name=name)
 
-    def _run(self, kernel, grid, block, args, shared, names=()) -> None:
+    def _run(self, kernel, grid, block, args, shared, names=(), name=None) -> None:
         init = {}
         if self.fresh:
             maps = {k: self.fresh.bytes_of(a) for k, a in enumerate(args) if isinstance(a, torch.Tensor)}
@@ -57,7 +68,7 @@ class SimulatedDevice:
             seed=self.seed + len(self.launches),
             limit=self.limit,
         )
-        self.launches.append((kernel.name, report))
+        self.launches.append((name or kernel.name, report))
 
 
 @contextlib.contextmanager

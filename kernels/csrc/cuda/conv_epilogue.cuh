@@ -1,14 +1,16 @@
-// The end of the convolution. Sums stay in registers, in the layout of conv_math.cuh: those of warps that share a part are
-// exchanged through shared memory, those of split blocks go through global memory and are added in a fixed order. Then
-// scale, shift, residual and ReLU; lanes transpose among four of them what they read and write, 16 bytes at a time.
+// The end of the convolution. Sums stay in registers, in the layout of conv_math.cuh: those of warps that share a part
+// are exchanged through shared memory, those of split blocks go through global memory and are added in a fixed order.
+// Then scale, shift, residual and ReLU; lanes transpose among four of them what they read and write, 16 bytes at a
+// time.
 #pragma once
 
 #include "conv_load.cuh"
 
 namespace resnet_fast::cuda {
 
-// A warp's part of a block: pixels `first` .. `first` + `rows` - 1 of it, in `active` runs of 16 (the same number in all
-// warps, the last ones may hold no pixel), the n-th of its slices of channels and the k-th of its slices of products.
+// A warp's part of a block: pixels `first` .. `first` + `rows` - 1 of it, in `active` runs of 16 (the same number in
+// all warps, the last ones may hold no pixel), the n-th of its slices of channels and the k-th of its slices of
+// products.
 struct ConvWarp {
   int first, rows, active, n, k;
 };
@@ -48,7 +50,7 @@ __device__ ConvOutput join_warps(Sums& sums, unsigned char* memory, const ConvBl
     if (i >= warp.active || (i < kKept) == (warp.k == 0)) continue;
 #pragma unroll
     for (int j = 0; j < kTile.nt; ++j) {
-      const float(&v)[4] = sums[i][j];
+      const float (&v)[4] = sums[i][j];
       mine[(i % kKept * kTile.nt + j) * 32] = {v[0], v[1], v[2], v[3]};
     }
   }
@@ -60,7 +62,7 @@ __device__ ConvOutput join_warps(Sums& sums, unsigned char* memory, const ConvBl
 #pragma unroll
     for (int j = 0; j < kTile.nt; ++j) {
       const float4 v = other[(i * kTile.nt + j) * 32];
-      float(&sum)[4] = sums[i][j];
+      float (&sum)[4] = sums[i][j];
       if (i + kKept < kTile.mt && warp.k != 0) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sum[e] = sums[min(i + kKept, kTile.mt - 1)][j][e];
@@ -93,7 +95,7 @@ __device__ bool join_splits(Sums& sums, unsigned char* memory, float* partial, i
       if (16 * i >= output.rows) break;
 #pragma unroll
       for (int j = 0; j < kTile.nt; ++j) {
-        const float(&v)[4] = sums[i][j];
+        const float (&v)[4] = sums[i][j];
         here[split * kSize + (i * kTile.nt + j) * 32] = {v[0], v[1], v[2], v[3]};
       }
     }
@@ -112,11 +114,12 @@ __device__ bool join_splits(Sums& sums, unsigned char* memory, float* partial, i
     if (16 * i >= output.rows) break;
 #pragma unroll
     for (int j = 0; j < kTile.nt; ++j) {
-      float(&v)[4] = sums[i][j];
+      float (&v)[4] = sums[i][j];
       float4 sum = {};
 #pragma unroll 1
       for (int s = 0; s < a.splits; ++s) {
-        const float4 part = s == split ? float4{v[0], v[1], v[2], v[3]} : __ldcg(here + s * kSize + (i * kTile.nt + j) * 32);
+        const float4 part =
+            s == split ? float4{v[0], v[1], v[2], v[3]} : __ldcg(here + s * kSize + (i * kTile.nt + j) * 32);
         sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
       }
       v[0] = sum.x, v[1] = sum.y, v[2] = sum.z, v[3] = sum.w;

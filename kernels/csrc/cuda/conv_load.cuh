@@ -29,8 +29,8 @@ struct ConvTraits {
 };
 
 // The input pixels around a run of output pixels are one run, too: images lie one behind the other, and a tap is a
-// fixed distance in it. So a block copies one contiguous range, and a tap is an offset. Where a tap leaves its image the
-// range holds some other pixel; readers go to a row of zeros instead.
+// fixed distance in it. So a block copies one contiguous range, and a tap is an offset. Where a tap leaves its image
+// the range holds some other pixel; readers go to a row of zeros instead.
 //
 // All loops over steps are unrolled, so that slots and taps are constants; addresses only ever move on.
 template <typename T, int kIndex>
@@ -143,7 +143,7 @@ class HaloLoad {
 
 // The input that output pixel m sees under the filter's first tap: where it begins, and its coordinates. Pixels past
 // the end lie outside of every image.
-struct RowInfo {
+struct alignas(16) RowInfo {
   int64_t offset;  // in elements
   int row, column;
 };
