@@ -555,7 +555,7 @@ def _register() -> None:
         for op in _OPERATORS:
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
-    for op in (*_OPERATORS, *_TRAINING, "residual_network"):
+    for op in (*_OPERATORS, *_TRAINING, "conv_bn_relu_launch", "residual_network"):
         backends.note_kernel(op)
     # Registrations live as long as their library object.
     globals()["_library"] = library

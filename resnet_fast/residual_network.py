@@ -54,23 +54,19 @@ class Stage:
     def blocks(self) -> int:
         return (len(self.layers) - (self.entry != "map")) // 2
 
-    @property
-    def in_channels(self) -> int:
-        return {"stem": 3, "map": self.channels, "strided": self.channels // 2}[self.entry]
-
-    @property
-    def in_size(self) -> int:
-        return 2 * self.size if self.entry == "strided" else self.size
+    def weights(self) -> list[tuple[int, int, int, int]]:
+        """[K, R, S, C] of each layer."""
+        c = self.channels
+        shapes = [(c, 3, 3, c)] * len(self.layers)
+        if self.entry == "stem":
+            shapes[0] = (c, 3, 3, 3)
+        if self.entry == "strided":
+            shapes[:2] = [(c, 1, 1, c // 2), (c, 3, 3, c // 2)]
+        return shapes
 
     def floats(self) -> int:
-        """Length of its packed filters."""
-        c = self.channels
-        products = [9 * c] * len(self.layers)  # of an output
-        if self.entry == "stem":
-            products[0] = 48  # three columns of four rows of four channels
-        if self.entry == "strided":
-            products[:2] = [c // 2, 9 * c // 2]
-        return sum(p * c // 2 + 2 * c for p in products)
+        """Length of its packed filters. The stem's taps are three columns of four rows of four channels."""
+        return sum(k * (48 if c == 3 else r * s * c) // 2 + 2 * k for k, r, s, c in self.weights())
 
 
 @cache
@@ -109,18 +105,27 @@ def _stages(layers: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype)
             entry, channels, taken, at = "stem", out, [0], 1
             continue
         first = (at, -1, 1, out, 3, 3)
-        if rows[at : at + 2] == [
-            (*first, 1, 1, 1, 1),
-            (at + 1, at, 1, out, 3, 3, 1, 1, 1, 1),
-        ] and out == channels:
+        if (
+            rows[at : at + 2]
+            == [
+                (*first, 1, 1, 1, 1),
+                (at + 1, at, 1, out, 3, 3, 1, 1, 1, 1),
+            ]
+            and out == channels
+        ):
             entry = entry or "map"
             taken += [at, at + 1]
             at += 2
-        elif rows[at : at + 3] == [
-            (*first, 2, 2, 1, 1),
-            (at, -1, 0, out, 1, 1, 2, 2, 0, 0),
-            (at + 1, at + 2, 1, out, 3, 3, 1, 1, 1, 1),
-        ] and out == 2 * channels and size % 2 == 0:
+        elif (
+            rows[at : at + 3]
+            == [
+                (*first, 2, 2, 1, 1),
+                (at, -1, 0, out, 1, 1, 2, 2, 0, 0),
+                (at + 1, at + 2, 1, out, 3, 3, 1, 1, 1, 1),
+            ]
+            and out == 2 * channels
+            and size % 2 == 0
+        ):
             close()
             entry, channels, size, taken = "strided", out, size // 2, [at + 1, at, at + 2]
             at += 3
@@ -184,18 +189,14 @@ def pack(
 ) -> Tensor:
     """The filters of all stages in the order in which their kernels read them, in one tensor.
 
-    filters: by layer of the chain, as ``pack_conv_bn`` gives them on CUDA devices, for images of ``dtype``. head: weight
-    ``[classes, channels]`` and bias of the linear layer behind.
+    filters: by layer of the chain, as ``pack_conv_bn`` gives them on CUDA devices, for images of ``dtype``. head:
+    weight ``[classes, channels]`` and bias of the linear layer behind.
     """
     pieces: list[Tensor] = []
     for stage in found:
-        for i, layer in enumerate(stage.layers):
-            stem = stage.entry == "stem" and i == 0
-            projection = stage.entry == "strided" and i == 0
-            size = 1 if projection else 3
-            inputs = stage.in_channels if i < (stage.entry == "stem") + 2 * (stage.entry == "strided") else stage.channels
-            weight, scale, shift = ops.cuda_unpack(filters[layer], (stage.channels, size, size, inputs), dtype)
-            arranged = _stem_fragments(weight) if stem else _fragments(weight)
+        for layer, shape in zip(stage.layers, stage.weights(), strict=True):
+            weight, scale, shift = ops.cuda_unpack(filters[layer], shape, dtype)
+            arranged = _stem_fragments(weight) if shape[3] == 3 else _fragments(weight)
             pieces += [arranged.view(torch.float32), scale, shift]
     if head is not None:
         weight, bias = head
@@ -217,7 +218,8 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
     found = stages(layers, x.shape[1:], x.dtype)
     if found is None:
         raise RuntimeError(
-            f"layers and x of {tuple(x.shape)}, {x.dtype}, are no chain of stages that have kernels: {sorted(kernels())}"
+            f"layers and x of {tuple(x.shape)}, {x.dtype}, are no chain of stages that have kernels: "
+            + ", ".join(k.name(x.dtype) for k in kernels())
         )
     if packed.device != x.device or packed.dtype != torch.float32:
         raise RuntimeError(f"packed is on {packed.device} in {packed.dtype}, want {x.device} and float32")
@@ -237,11 +239,7 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
         channels_last = stage.entry != "stem" or not x.is_contiguous()
         x = _aligned(x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format))
         outputs = classes if stage is found[-1] else 0
-        y = (
-            x.new_empty((batch, outputs))
-            if outputs
-            else ops.empty_image(x, stage.channels, stage.size, stage.size)
-        )
+        y = x.new_empty((batch, outputs)) if outputs else ops.empty_image(x, stage.channels, stage.size, stage.size)
         args = (x, packed[at:], y, batch, stage.blocks, outputs, channels_last)
         grid = (-(-batch // kernel.images),)
         launch.cuda_launch(kernel.name(x.dtype), grid, (kernel.threads,), kernel.shared, args)

@@ -1,4 +1,4 @@
-"""What ptxas made of the extension's own CUDA kernels: read out of the library that is installed, for each architecture.
+"""What ptxas made of the extension's own CUDA kernels, for each architecture: read out of the installed library.
 
     sass = cuda_gate.kernels(90)["add_relu..."]
     assert sass.spills == 0 and sass.count("LDG.128")

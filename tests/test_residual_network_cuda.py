@@ -1,4 +1,4 @@
-"""Whole CIFAR networks on the stage kernels: three launches from the images to the scores, executed in the simulator."""
+"""Whole CIFAR networks on the stage kernels: three launches from images to scores, executed in the simulator."""
 
 import copy
 

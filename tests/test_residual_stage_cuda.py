@@ -131,9 +131,9 @@ def test_infinities_and_nans(device):
         fast, eager = stage(kernel, 1, torch.float16)
         x = input_of(kernel, 2, torch.float16, torch.contiguous_format)
         size = x.shape[-1]
-        for position, value in (((0, 0), torch.nan), ((size - 1, size - 1), torch.inf), ((5, 0), -torch.inf)):
+        for row, column, value in ((0, 0, torch.nan), (size - 1, size - 1, torch.inf), (5, 0, -torch.inf)):
             spoiled = x.clone()
-            spoiled[1, 1, *position] = value
+            spoiled[1, 1, row, column] = value
             y, _ = run(device, fast, spoiled)
             with torch.no_grad():
                 expected = eager(spoiled)

@@ -57,6 +57,14 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "weight, int[2] stride, int[2] padding, int algorithm, bool need_x, bool need_weight, Tensor? residual, bool "
       "finish, Tensor[] ys, Tensor[] means) -> (Tensor, Tensor, Tensor)");
 
+  // Convolution on CUDA devices: the tiles that there are (cuda/conv_plan.h), the geometry of a launch as [blocks,
+  // threads, shared bytes, floats and zeroed integers of workspace, completed args], and the launch itself.
+  m.def("conv_bn_relu_tiles() -> int[]");
+  m.def("conv_bn_relu_plan(int tile, int[] args, int element_size, bool aligned) -> int[]");
+  m.def(
+      "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
+      "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
+
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");
 }

@@ -1,12 +1,18 @@
 """Triton kernels and their launchers; installed as ``resnet_fast._triton`` and imported where a GPU wants them.
 
 A file names an operator and holds its kernels, the geometry of its launches (pure functions of shapes) and the function
-that launches them through :mod:`resnet_fast.launch`.
+that launches them through :mod:`resnet_fast.launch`. The files whose names begin with ``cuda`` do the latter for the
+kernels in CUDA C++, which the extension holds.
 """
 
+from resnet_fast import backends as _backends
 from resnet_fast import residual_network as _network
 
+from . import cuda_conv as _cuda_conv
 from . import operators as _operators
+
+if _backends.has_cuda_convolution():
+    _cuda_conv.register()
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
 OPERATORS = {

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fast import ops
+from resnet_fast import backends, ops
 
 from . import add_relu as elementwise
 from . import conv_bn_relu as kernels
+from . import cuda_conv
 from .configs import Layer
+from .cuda_configs import CudaConfig
 from .tune import LIBRARY, Choice, tuner
 
 _ALIGN = 4  # floats: 16 bytes
@@ -113,10 +115,12 @@ def _layer(
     def run(choice: Choice) -> Tensor:
         if choice == LIBRARY:
             return kernels.library(layer, x, weight, scale, shift, residual)
-        kernels.conv_bn_relu(layer, choice, x, weight, scale, shift, residual, y)  # type: ignore[arg-type]
+        launch = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
+        launch(layer, choice, x, weight, scale, shift, residual, y)  # type: ignore[arg-type]
         return y
 
-    return run(tuner(x.device).choose(layer, run))
+    backend = backends.selected()
+    return run(tuner(x.device).choose(layer, run, backend if backend in ("cuda", "triton") else "auto"))
 
 
 def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
