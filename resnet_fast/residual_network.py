@@ -20,7 +20,7 @@ from . import launch, ops
 
 __all__ = ["Stage", "kernels", "pack", "residual_network", "runs", "stages"]
 
-DTYPES: Final = (torch.float16, torch.bfloat16)
+DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 ENTRIES: Final = ("stem", "map", "strided")
 # Multiprocessors of the GPU for which the simulator's code is made, an A100.
 _SIMULATED_MULTIPROCESSORS: Final = 108
@@ -30,11 +30,15 @@ class Kernel(NamedTuple):
     """A kernel as the extension lists it: images, threads and bytes of shared memory are those of a block."""
 
     entry: str
+    itemsize: int  # of a channel
     channels: int
     size: int
     images: int
     threads: int
     shared: int
+
+    def dtypes(self) -> list[torch.dtype]:
+        return [dtype for dtype in DTYPES if dtype.itemsize == self.itemsize]
 
     def name(self, dtype: torch.dtype) -> str:
         suffix = str(dtype).removeprefix("torch.")
@@ -64,9 +68,14 @@ class Stage:
             shapes[:2] = [(c, 1, 1, c // 2), (c, 3, 3, c // 2)]
         return shapes
 
-    def floats(self) -> int:
+    def floats(self, dtype: torch.dtype) -> int:
         """Length of its packed filters. The stem's taps are three columns of four rows of four channels."""
-        return sum(k * (48 if c == 3 else r * s * c) // 2 + 2 * k for k, r, s, c in self.weights())
+        return sum(k * (48 if c == 3 else r * s * c) * dtype.itemsize // 4 + 2 * k for k, r, s, c in self.weights())
+
+    def kernels(self, dtype: torch.dtype) -> list[int]:
+        """The numbers of its kernels, by images a block."""
+        wanted = (self.entry, dtype.itemsize, self.channels, self.size)
+        return [i for i, k in enumerate(kernels()) if k[:4] == wanted]
 
 
 @cache
@@ -77,7 +86,7 @@ def kernels() -> tuple[Kernel, ...]:
     ):
         return ()
     rows = torch.ops.resnet_fast.residual_stage_kernels()
-    return tuple(Kernel(ENTRIES[rows[i]], *rows[i + 1 : i + 6]) for i in range(0, len(rows), 6))
+    return tuple(Kernel(ENTRIES[rows[i]], *rows[i + 1 : i + 7]) for i in range(0, len(rows), 7))
 
 
 def stages(layers: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> tuple[Stage, ...] | None:
@@ -132,8 +141,7 @@ def _stages(layers: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype)
         else:
             return None
     close()
-    have = {(k.entry, k.channels, k.size) for k in kernels()}
-    return tuple(found) if all(s.blocks > 0 and (s.entry, s.channels, s.size) in have for s in found) else None
+    return tuple(found) if all(s.blocks > 0 and s.kernels(dtype) for s in found) else None
 
 
 def has_head(found: Sequence[Stage]) -> bool:
@@ -142,43 +150,47 @@ def has_head(found: Sequence[Stage]) -> bool:
 
 
 def runs(found: Sequence[Stage], dtype: torch.dtype) -> bool:
-    """Whether the device behind the launches has the kernels of these stages."""
-    return all(
-        launch.has_cuda(k.name(dtype))
-        for s in found
-        for k in kernels()
-        if (k.entry, k.channels, k.size) == (s.entry, s.channels, s.size)
-    )
+    """Whether the device behind the launches has the kernels of these stages, and float32 may be multiplied as TF32."""
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return False
+    return all(launch.has_cuda(kernels()[i].name(dtype)) for stage in found for i in stage.kernels(dtype))
 
 
-def _choose(stage: Stage, images: int, multiprocessors: int) -> int:
+def _choose(stage: Stage, dtype: torch.dtype, images: int, multiprocessors: int) -> int:
     """Number of the kernel: as few images a block as keep the blocks at one for each multiprocessor.
 
     The images of a block share its reads of the filters; but before blocks carry several images, all multiprocessors
     should have one.
     """
-    fitting = sorted(
-        (k.images, number)
-        for number, k in enumerate(kernels())
-        if (k.entry, k.channels, k.size) == (stage.entry, stage.channels, stage.size)
-    )
-    return next((number for most, number in fitting if images <= most * multiprocessors), fitting[-1][1])
+    numbers = stage.kernels(dtype)
+    return next((i for i in numbers if images <= kernels()[i].images * multiprocessors), numbers[-1])
 
 
 def _fragments(weight: Tensor) -> Tensor:
-    """[K, R, S, C] in the order in which lanes read filters: by 16 channels of input, column, row, 16 channels of
-    output, lane (output channel mod 8, pair of input channels), and the lane's four words (8 of output, 8 of input)."""
+    """[K, R, S, C] in the order in which lanes read filters: by 32 bytes of input channels, column, row, 16 channels of
+    output, lane (output channel mod 8, word of the input's 16 bytes), and the lane's four words (8 channels of output,
+    16 bytes of input)."""
     k, r, s, c = weight.shape
-    parts = weight.view(k // 16, 2, 8, r, s, c // 16, 2, 4, 2)
+    word = 4 // weight.element_size()
+    parts = weight.view(k // 16, 2, 8, r, s, c // (8 * word), 2, 4, word)
     return parts.permute(5, 4, 3, 0, 2, 7, 1, 6, 8).reshape(-1)
 
 
 def _stem_fragments(weight: Tensor) -> Tensor:
-    """The same of [K, 3, 3, 3], seen as four rows of taps of four channels: a lane's pair of products is two channels
-    of one row, its number mod 4 tells the row's lowest bit and the channels, its word the row's highest bit."""
+    """The same of [K, 3, 3, 3], seen as four rows of taps of four channels. A lane has two channels of a row a word: its
+    number mod 4 tells the row's lowest bit and which two, the word's place the row's highest bit. In float32 the number
+    mod 4 is the channel, the word's place the row's lowest bit, and the rows' two halves are steps of their own."""
     k = weight.shape[0]
     parts = torch.nn.functional.pad(weight, (0, 1, 0, 0, 0, 1)).view(k // 16, 2, 8, 2, 2, 3, 2, 2)
+    if weight.element_size() == 4:
+        return parts.permute(5, 3, 0, 2, 6, 7, 1, 4).reshape(-1)
     return parts.permute(5, 0, 2, 4, 6, 1, 3, 7).reshape(-1)
+
+
+def _to_tf32(weight: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, halves away from zero, as the kernels round what they multiply with it."""
+    rounded = ((weight.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(weight.isfinite(), rounded, weight)
 
 
 def pack(
@@ -196,6 +208,7 @@ def pack(
     for stage in found:
         for layer, shape in zip(stage.layers, stage.weights(), strict=True):
             weight, scale, shift = ops.cuda_unpack(filters[layer], shape, dtype)
+            weight = _to_tf32(weight) if dtype == torch.float32 else weight
             arranged = _stem_fragments(weight) if shape[3] == 3 else _fragments(weight)
             pieces += [arranged.view(torch.float32), scale, shift]
     if head is not None:
@@ -225,7 +238,7 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
         raise RuntimeError(f"packed is on {packed.device} in {packed.dtype}, want {x.device} and float32")
     if classes < 0 or (classes > 0 and not has_head(found)):
         raise RuntimeError(f"classes is {classes}, want 0{' or more' if has_head(found) else ''}")
-    wanted = sum(s.floats() for s in found) + classes * found[-1].channels // 2 + classes
+    wanted = sum(s.floats(x.dtype) for s in found) + classes * (found[-1].channels * x.element_size() // 4 + 1)
     if packed.numel() != wanted + -wanted % 4:
         raise RuntimeError(f"packed has {packed.numel()} floats, want {wanted + -wanted % 4}")
     multiprocessors = (
@@ -235,7 +248,7 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
     )
     batch, at = x.shape[0], 0
     for stage in found:
-        kernel = kernels()[_choose(stage, batch, multiprocessors)]
+        kernel = kernels()[_choose(stage, x.dtype, batch, multiprocessors)]
         channels_last = stage.entry != "stem" or not x.is_contiguous()
         x = _aligned(x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format))
         outputs = classes if stage is found[-1] else 0
@@ -243,7 +256,7 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
         args = (x, packed[at:], y, batch, stage.blocks, outputs, channels_last)
         grid = (-(-batch // kernel.images),)
         launch.cuda_launch(kernel.name(x.dtype), grid, (kernel.threads,), kernel.shared, args)
-        at += stage.floats()
+        at += stage.floats(x.dtype)
         x = y
     return x
 
@@ -259,5 +272,5 @@ def _launcher(number: int) -> launch.Launcher:
 def register() -> None:
     """Gives the extension's kernels to the GPU behind the launches."""
     for number, kernel in enumerate(kernels()):
-        for dtype in DTYPES:
+        for dtype in kernel.dtypes():
             launch.gpu.register(kernel.name(dtype), _launcher(number))

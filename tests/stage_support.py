@@ -1,8 +1,10 @@
 """What the tests of the stage kernels share: networks to run, and the simulated device with the extension's kernels."""
 
+import copy
 from pathlib import Path
 
 import torch
+from support import EAGER_LAYOUTS, assert_error_rule
 from torch import nn
 
 from resnet_fast import blocks, reference, residual_network
@@ -15,8 +17,36 @@ DTYPES = residual_network.DTYPES
 
 def add_kernels(device):
     """Compiles all stage kernels for the simulated device, as the extension has them."""
-    names = [k.name(dtype) for k in residual_network.kernels() for dtype in DTYPES]
+    names = [k.name(dtype) for k in residual_network.kernels() for dtype in k.dtypes()]
     device.add_cuda(SOURCE, *names, flags=INCLUDE)
+
+
+def to_tf32(t):
+    """Rounded to the 10 bits of mantissa of TF32: to 11 places of the mantissa's 24 off, by adding and subtracting."""
+    high = t * (2**13 + 1)
+    return torch.where(t.isfinite(), high - (high - t), t)
+
+
+def low_precision(model, dtype):
+    """A copy of the eager model in ``dtype``; for float32, one whose convolutions multiply TF32, as on a GPU."""
+    model = copy.deepcopy(model).to(dtype)
+    for module in model.modules() if dtype == torch.float32 else ():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = to_tf32(module.weight.data)
+            module.register_forward_pre_hook(lambda module, inputs: (to_tf32(inputs[0]),))
+    return model
+
+
+def assert_rule(out, eager, x, method="__call__"):
+    """The error rule against ``eager``, of the weights that the fast model has."""
+    low = low_precision(eager, x.dtype)
+    with torch.no_grad():
+        exact = getattr(copy.deepcopy(eager).double(), method)(x.double())
+        results = [
+            getattr(low.to(memory_format=layout), method)(x.contiguous(memory_format=layout))
+            for layout in EAGER_LAYOUTS
+        ]
+    assert_error_rule(out, exact, results)
 
 
 class EagerStage(nn.Module):

@@ -4,15 +4,14 @@ instructions as ptxas made them for sm_80, sm_90 and sm_100."""
 import cuda_gate
 import pytest
 import torch
-from stage_support import DTYPES, EagerStage, FastStage, add_kernels, input_of
+from stage_support import EagerStage, FastStage, add_kernels, input_of
 from support import twins
 from triton_gate import ARCHS, SHARED_BLOCK
 
 from resnet_fast import residual_network
 from resnet_fast.residual_network import kernels
 
-KERNELS = [pytest.param(k, id=k.name(torch.float16).removesuffix("_float16")) for k in kernels()]
-MMA = 2 * 16 * 8 * 16  # operations of an mma.m16n8k16
+KERNELS = [pytest.param(k, id=k.name(k.dtypes()[0])) for k in kernels()]
 BLOCKS = 3
 
 
@@ -25,10 +24,12 @@ def rows_of_a_warp(kernel):
 def launch(device, monkeypatch, kernel):
     """One block of threads, all its images: the report, the input, the network's parameters in bytes, the output."""
     add_kernels(device)
+    dtype = kernel.dtypes()[0]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(residual_network, "_choose", lambda *_: kernels().index(kernel))
     fast, _ = twins(FastStage, EagerStage, kernel.entry, kernel.channels, BLOCKS)
-    fast.half()
-    x = input_of(kernel, kernel.images, torch.float16)
+    fast.to(dtype)
+    x = input_of(kernel, kernel.images, dtype)
     with torch.no_grad():
         y = fast(x)
     ((_, report),) = device.launches
@@ -45,14 +46,15 @@ def test_counters(simulated_device, monkeypatch, kernel):
     touched, least = report.sectors
     # Memory: images in, filters once, the last map out. The stem's filters are stored with zeros (48 rows for 27).
     assert written == y.nbytes
-    assert x.nbytes + filters <= read <= x.nbytes + filters + 2 * 21 * 16 * (kernel.entry == "stem")
+    assert x.nbytes + filters <= read <= x.nbytes + filters + kernel.itemsize * 21 * 16 * (kernel.entry == "stem")
     # Every request in whole sectors, and hardly a byte twice: what is copied behind a slice is 1/36 of it.
     assert touched == least
     assert 32 * touched <= 1.03 * (read + written)
 
     # Shared memory: no access that a bank has to serve twice, in all of the kernel.
     assert report.conflicts() == []
-    products = sum(report.mma_flops.values()) / MMA
+    # Of an mma: 32 bytes of input channels.
+    products = sum(report.mma_flops.values()) / (2 * 16 * 8 * 32 // kernel.itemsize)
     operands = sum(
         r.units
         for r in report.rows
@@ -60,7 +62,7 @@ def test_counters(simulated_device, monkeypatch, kernel):
     )
     rows = rows_of_a_warp(kernel)
     # A step of a warp: (rows + 2) x 3 matrices of input and 9 of filters, 4 wavefronts each, for 18 products a row.
-    print(f"{kernel.name(torch.float16)}: {operands / products:.2f} wavefronts a mma, {rows} rows a warp")
+    print(f"{kernel.name(x.dtype)}: {operands / products:.2f} wavefronts a mma, {rows} rows a warp")
     assert operands / products <= 1.06 * 4 * (3 * (rows + 2) + 9) / (18 * rows)
 
     # Products: those of the convolutions as defined, none for padding; the stem's 27 are 48.
@@ -76,10 +78,11 @@ def test_counters(simulated_device, monkeypatch, kernel):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiled(kernel, arch):
-    for dtype in DTYPES:
+    for dtype in kernel.dtypes():
         sass = cuda_gate.kernels(arch)[kernel.name(dtype)]
         assert sass.spills == sass.local == 0
-        assert sass.count("HMMA.16816.F32") == sass.count("HMMA") > 0
+        products = "HMMA.16816.F32" if kernel.itemsize == 2 else "HMMA.1688.F32.TF32"
+        assert sass.count(products) == sass.count("HMMA") > 0
         assert sass.count("LDSM") > 0
         # Maps and filters 16 bytes a copy; out of the map, 16 bytes a store.
         assert sass.count("LDGSTS.128") == sass.count("LDGSTS") > 0

@@ -30,8 +30,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
   // packs; the last map, or where classes > 0 the scores of a linear layer behind its average pooling. CUDA only.
   m.def("residual_network(Tensor x, Tensor packed, int[] layers, int classes=0) -> Tensor");
-  // The kernels of a stage, six integers each: what it begins with (0 an image and the stem, 1 a map, 2 a strided
-  // block), channels, height and width, images a block, threads a block, bytes of shared memory; and a launch of one.
+  // The kernels of a stage, seven integers each: what it begins with (0 an image and the stem, 1 a map, 2 a strided
+  // block), bytes of a channel, channels, height and width, images, threads and bytes of shared memory a block; and a
+  // launch of one.
   m.def("residual_stage_kernels() -> int[]");
   m.def(
       "residual_stage_launch(int kernel, Tensor x, Tensor filters, Tensor(a!) y, int blocks, int classes, bool "

@@ -36,6 +36,10 @@ template <>
 struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
 template <typename T>
 using pair_of = typename PairOf<T>::Type;
 __device__ inline float2 widen2(__half2 v) { return __half22float2(v); }
@@ -49,20 +53,20 @@ __device__ inline uint32_t narrow2(float low, float high, __nv_bfloat16) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
-// relu of two 16-bit elements in a word, in one instruction. Rounding keeps order and zero: it may come before.
-__device__ inline uint32_t relu2(uint32_t v, __half) {
-  const __half2 out = __hmax2_nan(reinterpret_cast<const __half2&>(v), __float2half2_rn(0.0f));
-  return reinterpret_cast<const uint32_t&>(out);
-}
-__device__ inline uint32_t relu2(uint32_t v, __nv_bfloat16) {
-  const __nv_bfloat162 out = __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(v), __float2bfloat162_rn(0.0f));
-  return reinterpret_cast<const uint32_t&>(out);
-}
-
 // Keeps NaN: fmax would drop it.
 template <typename F>
 __device__ F relu(F v) {
   return v < 0 ? 0 : v;
 }
+
+// Two neighbours of any type, rounded, and relu of them, for 16 bits in one instruction. Rounding keeps order and zero:
+// it may come before.
+__device__ inline float2 widen2(float2 v) { return v; }
+__device__ inline float2 round2(float2 v, float) { return v; }
+__device__ inline __half2 round2(float2 v, __half) { return __float22half2_rn(v); }
+__device__ inline __nv_bfloat162 round2(float2 v, __nv_bfloat16) { return __float22bfloat162_rn(v); }
+__device__ inline float2 relu2(float2 v) { return {relu(v.x), relu(v.y)}; }
+__device__ inline __half2 relu2(__half2 v) { return __hmax2_nan(v, __float2half2_rn(0.0f)); }
+__device__ inline __nv_bfloat162 relu2(__nv_bfloat162 v) { return __hmax2_nan(v, __float2bfloat162_rn(0.0f)); }
 
 }  // namespace resnet_fast::cuda

@@ -13,26 +13,39 @@ using cuda::Entry;
 
 struct Kernel {
   Entry entry;
-  int channels, size, images, threads, shared;
-  const void *half, *bfloat16;
+  int element_size, channels, size, images, threads, shared;
+  const void *first, *bfloat16;  // the first of float16, or of float32
 };
 
-#define RESNET_FAST_STAGE_ROW(name, entry, channels, size, images, warps)                                           \
-  {entry,                                                                                                           \
-   channels,                                                                                                        \
-   size,                                                                                                            \
-   images,                                                                                                          \
-   cuda::StageShape<channels, size, entry, images, warps>::kThreads,                                                \
-   cuda::StageShape<channels, size, entry, images, warps>::kSharedBytes,                                            \
-   reinterpret_cast<const void*>(&cuda::residual_stage_##name##_##channels##x##size##x##size##_##images##_float16), \
-   reinterpret_cast<const void*>(&cuda::residual_stage_##name##_##channels##x##size##x##size##_##images##_bfloat16)},
-const Kernel kKernels[] = {RESNET_FAST_STAGES(RESNET_FAST_STAGE_ROW)};
-#undef RESNET_FAST_STAGE_ROW
+template <typename F>
+const void* pointer(F* function) {
+  return reinterpret_cast<const void*>(function);
+}
+
+#define RESNET_FAST_STAGE_ROW(first, second, entry, bytes, channels, size, images, warps) \
+  {entry,                                                                                 \
+   bytes,                                                                                 \
+   channels,                                                                              \
+   size,                                                                                  \
+   images,                                                                                \
+   cuda::StageShape<bytes, channels, size, entry, images, warps>::kThreads,               \
+   cuda::StageShape<bytes, channels, size, entry, images, warps>::kSharedBytes,           \
+   first,                                                                                 \
+   second},
+#define RESNET_FAST_HALF_ROW(name, entry, bytes, channels, size, images, warps)                                       \
+  RESNET_FAST_STAGE_ROW(pointer(&cuda::RESNET_FAST_STAGE_NAME(name, channels, size, images, float16)),                \
+                        pointer(&cuda::RESNET_FAST_STAGE_NAME(name, channels, size, images, bfloat16)), entry, bytes, \
+                        channels, size, images, warps)
+#define RESNET_FAST_TF32_ROW(name, entry, bytes, channels, size, images, warps)                                        \
+  RESNET_FAST_STAGE_ROW(pointer(&cuda::RESNET_FAST_STAGE_NAME(name, channels, size, images, float32)), nullptr, entry, \
+                        bytes, channels, size, images, warps)
+const Kernel kKernels[] = {RESNET_FAST_STAGES(RESNET_FAST_HALF_ROW) RESNET_FAST_TF32_STAGES(RESNET_FAST_TF32_ROW)};
 
 std::vector<int64_t> residual_stage_kernels() {
   std::vector<int64_t> rows;
   for (const Kernel& k : kKernels)
-    for (const int field : {static_cast<int>(k.entry), k.channels, k.size, k.images, k.threads, k.shared})
+    for (const int field :
+         {static_cast<int>(k.entry), k.element_size, k.channels, k.size, k.images, k.threads, k.shared})
       rows.push_back(field);
   return rows;
 }
@@ -53,24 +66,28 @@ void residual_stage_launch(int64_t kernel, const Tensor& x, const Tensor& filter
   RESNET_FAST_CHECK(kernel >= 0 && kernel < kCount, "residual_stage_launch: kernel is ", kernel, ", want 0 to ",
                     kCount - 1);
   const Kernel& k = kKernels[kernel];
-  RESNET_FAST_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16,
-                    "residual_stage_launch: x has dtype ", dtype_name(x.scalar_type()), ", want float16 or bfloat16");
+  const void* function = x.scalar_type() == ScalarType::BFloat16 ? k.bfloat16 : k.first;
+  RESNET_FAST_CHECK(x.scalar_type() == ScalarType::BFloat16
+                        ? k.bfloat16 != nullptr
+                        : x.scalar_type() == (k.element_size == 2 ? ScalarType::Half : ScalarType::Float),
+                    "residual_stage_launch: x has dtype ", dtype_name(x.scalar_type()), ", want ",
+                    k.element_size == 2 ? "float16 or bfloat16" : "float32");
   check_same_dtype("residual_stage_launch", "y", y, "x", x);
   RESNET_FAST_CHECK(blocks > 0, "residual_stage_launch: blocks is ", blocks, ", want at least 1");
   RESNET_FAST_CHECK(classes >= 0 && (classes == 0 || k.size == 8), "residual_stage_launch: classes is ", classes,
                     " behind a stage of ", k.size, " x ", k.size, " pixels, which has no linear layer");
   const int64_t images = x.size(0), map = int64_t{k.channels} * k.size * k.size;
   const int64_t input = k.entry == Entry::kStem ? int64_t{3} * k.size * k.size : (k.entry == Entry::kMap ? 1 : 2) * map;
-  check_operand("x", x, x, 2 * images * input);
-  check_operand("y", y, x, 2 * images * (classes > 0 ? classes : map));
-  const int64_t steps = k.channels / 16, slices = 2 * blocks * steps - (k.entry == Entry::kStrided ? steps / 2 : 0);
-  check_operand("filters", filters, x, slices * 288 * k.channels + classes * (2 * k.channels + 4));
+  check_operand("x", x, x, k.element_size * images * input);
+  check_operand("y", y, x, k.element_size * images * (classes > 0 ? classes : map));
+  const int64_t steps = k.channels * k.element_size / 32,
+                slices = 2 * blocks * steps - (k.entry == Entry::kStrided ? steps / 2 : 0);
+  check_operand("filters", filters, x, slices * 288 * k.channels + classes * (k.element_size * k.channels + 4));
   const int64_t grid = (images + k.images - 1) / k.images;
   RESNET_FAST_CHECK(grid <= 2147483647, "residual_stage_launch: x has ", images, " images, more than a launch covers");
   if (grid == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const void* function = x.scalar_type() == ScalarType::Half ? k.half : k.bfloat16;
   // The default limit is 48 KB.
   const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared);
   RESNET_FAST_CHECK(error == cudaSuccess, "residual_stage_launch: ", k.shared,

@@ -5,8 +5,9 @@
 // with convolutions of 3x3, the first of stride 1, or of stride 2 with a projection (1x1 and batch norm) as its
 // shortcut; before it the network's stem where the stage is the first, behind it average pooling and the linear layer
 // where it is the last. A block of threads carries its images through all of it: maps stay in shared memory in the
-// type of the images, sums in float32 in registers, filters stream through two slots, the next slice on its way while
-// one is used. One barrier a slice orders all: maps are written between barriers, from registers.
+// type of the images, products of float32 are TF32's, sums in float32 in registers, filters stream through two slots,
+// the next slice on its way while one is used. One barrier a slice orders all: maps are written between barriers, from
+// registers.
 #pragma once
 
 #include "residual_stage_conv.cuh"
@@ -83,7 +84,7 @@ __device__ const float* convolve(Sums<S>& sums, const char* map, Filters<S>& fil
   for (int step = 0; step < S::kSteps; ++step) {
     slice = filters.next();
     multiply_slice<S, T, 1>(sums, mine, slice, part);
-    mine += 2 * S::kPlaneBytes;
+    mine += S::kPairBytes;
   }
   return reinterpret_cast<const float*>(slice + S::kSliceBytes);
 }
@@ -97,14 +98,14 @@ __device__ void enter_strided(char* x, char* middle, Filters<S>& filters, const 
   const char* slice = filters.next();
 #pragma unroll
   for (int step = 0; step < S::kInSteps; ++step)
-    multiply_projection<S, T>(sums, mine + step * 2 * S::kInPlaneBytes, slice, step, part);
+    multiply_projection<S, T>(sums, mine + step * S::kInPairBytes, slice, step, part);
   write_sums<S, T, false, false>(sums, x, reinterpret_cast<const float*>(slice + S::kProjectionBytes), part);
 
   clear<S>(sums);
 #pragma unroll 1
   for (int step = 0; step < S::kInSteps; ++step) {
     slice = filters.next();
-    multiply_slice<S, T, 2>(sums, mine + step * 2 * S::kInPlaneBytes, slice, part);
+    multiply_slice<S, T, 2>(sums, mine + step * S::kInPairBytes, slice, part);
   }
   __syncthreads();  // nobody reads the input any more
   write_sums<S, T, false, true>(sums, middle, reinterpret_cast<const float*>(slice + S::kSliceBytes), part);

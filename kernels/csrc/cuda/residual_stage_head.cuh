@@ -2,7 +2,7 @@
 #pragma once
 
 #include "elements.cuh"
-#include "residual_stage_shape.h"
+#include "residual_stage_maps.cuh"
 
 namespace resnet_fast::cuda::stage {
 
@@ -13,7 +13,8 @@ __device__ void average(float* means, float* rows, const char* map) {
   constexpr int kPairs = S::kChannels / 2;
   for (int i = threadIdx.x; i < S::kSize * kPairs; i += S::kThreads) {
     const int pair = i % kPairs, y = i / kPairs;
-    const char* mine = map + pair / 4 * S::kPlaneBytes + 16 * ((y + 1) * S::kPitch + 1) + pair % 4 * 4;
+    const int byte = 2 * pair * static_cast<int>(sizeof(T));
+    const char* mine = plane_of<S>(map, byte / 16) + byte % 16 + 16 * ((y + 1) * S::kPitch + 1);
     float2 sum = {0, 0};
 #pragma unroll
     for (int x = 0; x < S::kSize; ++x) {

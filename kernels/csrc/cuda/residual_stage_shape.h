@@ -15,36 +15,39 @@ enum class Entry {
 // Copies in flight: one slice of filters is multiplied with while the next one comes.
 constexpr int kStageSlots = 2;
 
-// A map in shared memory: planes of 8 channels, in a plane a cell of 16 bytes for each pixel. Eight neighbours in a row
-// are 128 consecutive bytes, all banks once: for ldmatrix at any tap's offset, and for the sums of one 8x8 tile.
-// Reading or writing 16 bytes of each channel group of the same pixels, as global memory has them, touches several
-// planes: their distance, modulo the 8 cells that all banks hold, spreads them.
-constexpr int plane_cells(int cells, int planes) {
-  const int rest = 8 / (planes < 8 ? planes : 8) % 8;
-  return cells + (rest - cells % 8 + 8) % 8;
-}
+// A map in shared memory: planes of 16 bytes of channels, in a plane a cell for each pixel. Eight neighbours in a row
+// are 128 consecutive bytes, all banks once: for ldmatrix at any tap's offset, and for the sums of one 8x8 tile. Planes
+// come in pairs, the 32 bytes of channels that one mma multiplies. Global memory has all channels of a pixel together,
+// so that reading or writing 16 bytes in each lane touches several planes at once: the two of a pair lie half of the
+// banks apart (4 cells modulo 8), and the pairs as many cells as the pixels that eight lanes see.
+constexpr int plane_cells(int cells) { return cells + (12 - cells % 8) % 8; }
+constexpr int pair_cells(int cells, int planes) { return 2 * plane_cells(cells) + (planes <= 4 ? 2 : 1); }
 
-// Stage of residual blocks at kC channels and kS x kS pixels; a block of kWarps warps carries kN images.
-template <int kC, int kS, Entry kE, int kN, int kW>
+// Stage of residual blocks at kC channels of kBytes and kS x kS pixels; a block of kWarps warps carries kN images.
+template <int kBytes, int kC, int kS, Entry kE, int kN, int kW>
 struct StageShape {
   static constexpr int kChannels = kC, kSize = kS, kImages = kN, kWarps = kW, kThreads = 32 * kW;
   static constexpr Entry kEntry = kE;
-  static constexpr int kPlanes = kC / 8, kSteps = kC / 16;
+  static constexpr int kPlanes = kC * kBytes / 16, kSteps = kPlanes / 2;
 
   // Rows of zeros above and below; one column of zeros serves as the right of its row and the left of the next.
   static constexpr int kPitch = kS + 1, kCells = (kS + 2) * kPitch + 1;
-  static constexpr int kPlaneBytes = 16 * plane_cells(kCells, kPlanes), kMapBytes = kPlanes * kPlaneBytes;
+  static constexpr int kPlaneBytes = 16 * plane_cells(kCells), kPairBytes = 16 * pair_cells(kCells, kPlanes);
+  static constexpr int kMapBytes = kSteps * kPairBytes;
 
   // The input of a strided block: even and odd columns in planes of their own, so that a stride of two pixels is a
   // stride of one cell. Zeros above and on the left; no tap reaches the other sides.
-  static constexpr int kInChannels = kC / 2, kInPlanes = kInChannels / 8, kInSteps = kInChannels / 16;
+  static constexpr int kInChannels = kC / 2, kInPlanes = kPlanes / 2, kInSteps = kInPlanes / 2;
   static constexpr int kInCells = (2 * kS + 1) * kPitch;
-  static constexpr int kInPlaneBytes = 16 * plane_cells(kInCells, 2 * kInPlanes);
-  static constexpr int kInBytes = 2 * kInPlanes * kInPlaneBytes;
+  static constexpr int kInPlaneBytes = 16 * plane_cells(kInCells);
+  static constexpr int kInPairBytes = 16 * pair_cells(kInCells, 2 * kInPlanes);
+  static constexpr int kInBytes = 2 * kInSteps * kInPairBytes;
 
-  // The image of a stem: cells of 8 bytes, three channels and a zero. A pitch of half a bank row, modulo all of it,
-  // lets the lanes read two rows at once. Behind it the image as it comes from memory.
-  static constexpr int kStemPitch = 40, kStemCellsBytes = 8 * kStemPitch * (kS + 2), kStemRawBytes = 6 * kS * kS;
+  // The image of a stem: cells of three channels and a zero. With 16-bit channels lanes read two rows at once: a pitch
+  // of half a bank row, modulo all of it, keeps these apart. Behind it the image as it comes from memory.
+  static constexpr int kStemPitch = 40, kStemCellBytes = 4 * kBytes;
+  static constexpr int kStemCellsBytes = kStemCellBytes * kStemPitch * (kS + 2);
+  static constexpr int kStemRawBytes = 3 * kBytes * kS * kS;
 
   // Warps: 16 columns of output channels, a strip of 16 pixels (of two half maps where rows have 8), kRows rows of it.
   static constexpr int kStrips = kS >= 16 ? kS / 16 : 1, kStripRows = kS >= 16 ? kS : kS / 2;
@@ -53,11 +56,11 @@ struct StageShape {
   static_assert(kN * kStrips * kColumns * kRowGroups == kW, "warps divide the work evenly");
   static_assert(kRows * kRowGroups == kStripRows, "warps divide the rows evenly");
 
-  // Filters come in slices: nine taps of 16 input channels, as fragments; scale and shift behind the last of a layer.
+  // Filters come in slices: nine taps of a pair of planes, as fragments; scale and shift behind the last of a layer.
   // The projection is one slice, and so is the stem: three columns of taps, four rows (the last zero) of four channels
   // (the last zero) each.
   static constexpr int kVectorBytes = 8 * kC, kSliceBytes = 9 * 32 * kC;
-  static constexpr int kProjectionBytes = kInSteps * 32 * kC, kStemBytes = 3 * 32 * kC;
+  static constexpr int kProjectionBytes = kInSteps * 32 * kC, kStemBytes = 48 * kBytes * kC;
   static constexpr int kSlotBytes = kSliceBytes + kVectorBytes;
   static constexpr int kFirstBytes = kE == Entry::kStem      ? kStemBytes + kVectorBytes
                                      : kE == Entry::kStrided ? kProjectionBytes + kVectorBytes
