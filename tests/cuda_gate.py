@@ -1,17 +1,20 @@
 """What ptxas made of the extension's own CUDA kernels, for each architecture: read out of the installed library.
 
-    sass = cuda_gate.kernels(90)["add_relu..."]
+    sass = cuda_gate.kernels(90, name)[name]
     assert sass.spills == 0 and sass.count("LDG.128")
 
 The library is read with the cuobjdump of the Triton wheel; nothing is compiled here.
 """
 
 import collections
+import contextlib
 import functools
+import pathlib
 import re
+import tempfile
 from dataclasses import dataclass
 
-from triton_gate import SHARED_SM, _tool
+from triton_gate import SHARED_SM, _cubin, _tool
 
 from resnet_fast import _C
 
@@ -69,9 +72,26 @@ def per_mma(loop: collections.Counter) -> float:
 
 
 @functools.cache
-def kernels(arch: int) -> dict[str, Kernel]:
-    """All of the extension's kernels for an architecture, by name."""
-    usage = _tool("cuobjdump", "-res-usage", "-arch", f"sm_{arch}", _C.__file__)
+def _cubins(arch: int) -> dict[str, bytes]:
+    """The extension's cubins for an architecture, by file name: one of each source file."""
+    names = re.findall(rf"\S+\.sm_{arch}\.cubin", _tool("cuobjdump", "-lelf", _C.__file__))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        _tool("cuobjdump", "-lelf", "-xelf", f"sm_{arch}.cubin", _C.__file__)
+        return {name: pathlib.Path(name).read_bytes() for name in names}
+
+
+@functools.cache
+def kernels(arch: int, containing: str) -> dict[str, Kernel]:
+    """By name, the kernels for an architecture that were compiled together with the one ``containing``."""
+    for data in _cubins(arch).values():
+        with _cubin(data) as path:
+            usage = _tool("cuobjdump", "-res-usage", path)
+            if f"Function {containing}:" in usage:
+                return _parse(usage, _tool("cuobjdump", "-sass", path))
+    raise LookupError(f"the extension has no kernel {containing} for sm_{arch}: was TORCH_CUDA_ARCH_LIST set?")
+
+
+def _parse(usage: str, sass: str) -> dict[str, Kernel]:
     resources = {
         name: (int(registers), int(stack) + int(local))
         for name, registers, stack, local in re.findall(
@@ -79,7 +99,7 @@ def kernels(arch: int) -> dict[str, Kernel]:
         )
     }
     found = {}
-    for part in _tool("cuobjdump", "-sass", "-arch", f"sm_{arch}", _C.__file__).split("Function : ")[1:]:
+    for part in sass.split("Function : ")[1:]:
         name = part.split(None, 1)[0]
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", part)
         found[name] = Kernel(*resources[name], tuple((int(at, 16), text) for at, text in code))
