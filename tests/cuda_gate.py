@@ -21,17 +21,19 @@ import triton.backends.nvidia
 import resnet_fast._C
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__path__[0], "bin")
+_NAME = r"_ZN11resnet_fast4cuda\d+([a-z_0-9]+_kernel)I(6__half|13__nv_bfloat16|f|d)((?:L[bi]\d+E)*)E"
 _TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
 
 
 @dataclass(frozen=True)
 class Binary:
-    """One kernel for one architecture. stack and local: bytes a thread; shared: static bytes a block."""
+    """One kernel for one architecture. values: of its template's arguments after the type, a convolution's tile or flags;
+    stack and local: bytes a thread; shared: static bytes a block."""
 
     arch: int
     stem: str  # "conv_bn_relu_fwd_kernel"
     dtype: str
-    tile: int | None
+    values: tuple[int, ...]
     registers: int
     stack: int
     local: int
@@ -105,11 +107,11 @@ def _read(cubin):
             code[name].append(instruction[1].strip())
     found = []
     for mangled, lines in code.items():
-        m = re.match(r"_ZN11resnet_fast4cuda\d+([a-z_0-9]+_kernel)I([\dA-Za-z_]+?)(?:Li(\d+))?E", mangled)
+        m = re.match(_NAME, mangled)
         assert m, f"a kernel of another form: {mangled}"
         registers, stack, shared, local = usage[mangled]
-        tile = int(m[3]) if m[3] else None
-        found.append(Binary(arch, m[1], _TYPES.get(m[2], m[2]), tile, registers, stack, local, shared, tuple(lines)))
+        values = tuple(map(int, re.findall(r"L[bi](\d+)E", m[3])))
+        found.append(Binary(arch, m[1], _TYPES[m[2]], values, registers, stack, local, shared, tuple(lines)))
     return found
 
 

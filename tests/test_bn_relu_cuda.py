@@ -127,7 +127,7 @@ def test_any_layout_and_no_affine(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_traffic(device, dtype):
     """Each activation moves as often as the equations ask for, in whole sectors; shared memory has no conflicts."""
-    x, residual, dy, gamma, beta = data((4, 64, 16, 16), dtype)
+    x, residual, dy, gamma, beta = data((4, 64, 10, 25), dtype)  # no vector of sums is as long as the mask
     ours(x, residual, dy, gamma, beta)
     ours(x, None, dy, gamma, beta)
     n, mask = x.nbytes, x.numel() // 8

@@ -1,4 +1,4 @@
-"""Whole networks on the kernels in CUDA C++: the same modules on CPU tensors, every kernel executed by the simulator."""
+"""Whole networks on the kernels in CUDA C++: the same modules on CPU tensors, every kernel run by the simulator."""
 
 import copy
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 
 import torch
 
@@ -11,16 +12,21 @@ from .sim import Kernel, Report
 
 
 @functools.cache
-def _kernel(source: str, flags: tuple[str, ...]) -> Kernel:
-    """The one kernel of a text; lowering a large one takes a second."""
-    return Kernel(compile_cuda(source, *flags))
+def _kernel(source: str, flags: tuple[str, ...], part: str) -> Kernel:
+    """The kernel of a text whose mangled name holds `part`; lowering a large one takes a second."""
+    ptx = compile_cuda(source, *flags)
+    names = [n for n in re.findall(r"\.entry\s+([\w$]+)", ptx) if part in n]
+    if len(names) != 1:
+        raise KeyError(f"{part!r} is in the names {names}, want one kernel")
+    return Kernel(ptx, names[0])
 
 
 class SimulatedDevice:
     """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
 
     def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None, find_cuda=None):
-        """find_cuda: (source, flags) of a CUDA kernel that was not given by `add_cuda`, by its name, or None."""
+        """find_cuda: (source, flags, part of the mangled name) of a CUDA kernel that was not given by `add_cuda`, by
+        its name at the launch, or None."""
         self.seed, self.limit, self.fresh, self.find_cuda = seed, limit, fresh, find_cuda
         self.launches: list[tuple[str, Report]] = []
         self._cuda: dict[str, Kernel] = {}

@@ -103,7 +103,7 @@ __device__ void over_rows(const float (&first)[8], const float (&second)[8], con
 
 // Block p: mean, less row 0 of x, and sum of squared deviations of rows p * part_rows ..., to partial[p, 0 and 1, C].
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kBnThreads)
+__global__ void __launch_bounds__(kBnThreads, 2)
     bn_stats_partial_kernel(const T* __restrict__ x, double* __restrict__ partial, const __grid_constant__ BnArgs a) {
   const BnThread t = bn_thread(a);
   const int64_t first = blockIdx.x * a.part_rows;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kBnThreads)
 // Block p: sums of dz and dz * (x - mean) of its rows, to partial[p, 0 and 1, C]. With kAdd the mask tells where the
 // ReLU passes, and dz, the gradient of the residual, is written.
 template <typename T, bool kVector, bool kAdd>
-__global__ void __launch_bounds__(kBnThreads)
+__global__ void __launch_bounds__(kBnThreads, 2)
     bn_backward_sums_kernel(const T* __restrict__ dy, const T* __restrict__ x, const uint8_t* __restrict__ mask,
                             const float* __restrict__ mean, const float* __restrict__ invstd,
                             const float* __restrict__ gamma, const float* __restrict__ beta, T* __restrict__ dz,
