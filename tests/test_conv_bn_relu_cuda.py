@@ -1,4 +1,4 @@
-"""The convolution in CUDA C++: compiled for sm_80 by nvcc, executed in the simulator behind the operators' launchers."""
+"""The convolution in CUDA C++: compiled for sm_80 by nvcc, run in the simulator behind the operators' own launchers."""
 
 import dataclasses
 

@@ -217,9 +217,14 @@ def test_other_shapes_run_layer_by_layer(device):
 def test_named_backends(device):
     fast, _ = stage(CIFAR["map", 64], 1, torch.float16)
     x = input_of(CIFAR["map", 64], 2, torch.float16)
-    with torch.no_grad(), backends.use("triton"):
-        fast(x)
-    assert [name for name, _ in device.launches] == ["_conv_bn_relu_fwd_kernel"] * 2
+    for backend, kernels_ in (
+        ("cuda", [CIFAR["map", 64].name(torch.float16)]),
+        ("triton", ["_conv_bn_relu_fwd_kernel"] * 2),
+    ):
+        device.launches.clear()
+        with torch.no_grad(), backends.use(backend):
+            fast(x)
+        assert [name for name, _ in device.launches] == kernels_
 
 
 def test_exact_float32_runs_layer_by_layer(device, monkeypatch):

@@ -66,6 +66,11 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
+  // Batch norm on CUDA devices: the geometry for an image of rows x channels (cuda/batch_norm_plan.h), and the
+  // launches.
+  m.def("batch_norm_plan(int rows, int channels) -> int[]");
+  m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
+
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");
 }

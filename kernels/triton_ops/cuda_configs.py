@@ -7,6 +7,7 @@ extension: there is one copy of them. The model needs no GPU.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,11 +22,12 @@ _LOADS = ("halo", "gather", "mixed")
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of ``conv_bn_relu_tiles``; ``pixels`` and ``channels`` are the most that a block computes."""
+    """A row of ``conv_bn_relu_tiles``; a block computes at most ``pixels``, and works as for ``least`` of them."""
 
     load: str
     plain: bool  # exact float32 on the plain units
     pixels: int
+    least: int
     channels: int
     threads: int
     row_bytes: int
@@ -36,7 +38,7 @@ class Tile:
 
 @functools.cache
 def tiles() -> tuple[Tile, ...]:
-    fields = 9
+    fields = 10
     numbers = torch.ops.resnet_fast.conv_bn_relu_tiles()
     rows = [numbers[i : i + fields] for i in range(0, len(numbers), fields)]
     return tuple(Tile(_LOADS[load], bool(plain), *rest) for load, plain, *rest in rows)
@@ -93,11 +95,12 @@ def estimate(layer: Layer, config: CudaConfig, gpu: Gpu) -> float:
     """Clocks of the busiest multiprocessor, by the rule of :func:`.configs.estimate`; good for ranking alone."""
     made, tile = plan(layer, config), tiles()[config.tile]
     assert made is not None
-    rounds = -(-made.blocks * config.splits // gpu.multiprocessors)
+    load = made.blocks * config.splits / gpu.multiprocessors
+    rounds = math.ceil(load) + 0.1 * load  # of two that take the same rounds, the one with less work
     parts = -(-made.args[_PARTS] // config.splits)
     taps = layer.kernel[0] * layer.kernel[1] if tile.load == "halo" else 1
     row = parts * taps * tile.row_bytes  # bytes of the products of a pixel
-    pixels = -(-config.tile_pixels // (16 * tile.warps_m)) * 16 * tile.warps_m
+    pixels = max(tile.least, -(-config.tile_pixels // (16 * tile.warps_m)) * 16 * tile.warps_m)
     rate = 64 if tile.plain else 1024 * 2 / layer.dtype.itemsize
     multiply = pixels * tile.channels * row / layer.dtype.itemsize / rate
     # One element at a time: some 8 instructions on 4 schedulers of 32 lanes.

@@ -42,12 +42,13 @@ const ConvTile& tile_of(int64_t tile) {
   return cuda::kConvTiles[tile];
 }
 
-// One row for each tile: load, math, pixels, channels, threads, bytes of a row of products, warps that share a part.
+// One row for each tile: load, math, the most pixels and the least that it computes for, channels, threads, bytes of a
+// row of products, and the warps along pixels, channels and products.
 std::vector<int64_t> conv_bn_relu_tiles() {
   std::vector<int64_t> rows;
   for (const ConvTile& t : cuda::kConvTiles) {
-    for (const int64_t field : {static_cast<int>(t.load), static_cast<int>(t.math), t.m(), t.n(), t.threads(),
-                                t.row_bytes, t.warps_m, t.warps_n, t.warps_k})
+    for (const int64_t field : {static_cast<int>(t.load), static_cast<int>(t.math), t.m(), 16 * t.always * t.warps_m,
+                                t.n(), t.threads(), t.row_bytes, t.warps_m, t.warps_n, t.warps_k})
       rows.push_back(field);
   }
   return rows;

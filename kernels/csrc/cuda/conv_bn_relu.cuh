@@ -60,8 +60,7 @@ __device__ void halo_products(Sums& sums, const T* x, const T* weight, const Con
   for (int i = 0; i < kTile.mt; ++i) {
     const int row = 16 * i + Multiply::pixel();
     if (row >= warp.rows) continue;
-    const int64_t m = block.first + warp.first + row;
-    const int column = static_cast<int>(m % a.width), line = static_cast<int>(m / a.width % a.height);
+    const int m = block.first + warp.first + row, column = m % a.width, line = m / a.width % a.height;
     const uint32_t across = (column > 0 ? 1 : 0) | 2 | (column + 1 < a.width ? 4 : 0);
     const uint32_t mask = (line > 0 ? across : 0) | across << 3 | (line + 1 < a.height ? across << 6 : 0);
     taps[i / 3] |= mask << (9 * (i % 3));
@@ -155,33 +154,43 @@ __global__ void __launch_bounds__(kConvTiles[kIndex].threads(), kConvTiles[kInde
                             float* partial, int* counters, const __grid_constant__ ConvArgs a) {
   constexpr ConvTile kTile = kConvTiles[kIndex];
   using Multiply = typename MathOf<T, kIndex>::type;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char shared[];
 
   const int tile = blockIdx.x / a.columns, split = blockIdx.y;
   ConvBlock block;
-  block.first = int64_t{tile} * a.tile_pixels;
-  block.rows = static_cast<int>(min(int64_t{a.tile_pixels}, a.pixels - block.first));
+  block.first = tile * a.tile_pixels;
+  block.rows = min(a.tile_pixels, a.pixels - block.first);
   block.channel = blockIdx.x % a.columns * kTile.n();
   block.begin = static_cast<int>(int64_t{a.parts} * split / a.splits);
   block.end = static_cast<int>(int64_t{a.parts} * (split + 1) / a.splits);
 
   const ConvWarp warp = conv_warp<kIndex>(block);
 
+  // Once a block; any barrier before the end lets all threads see it.
+  float* constants = reinterpret_cast<float*>(shared);
+  for (int i = threadIdx.x; i < kTile.n(); i += kTile.threads()) {
+    const int channel = block.channel + i;
+    constants[i] = channel < a.out_channels ? scale[channel] : 0;
+    constants[kTile.n() + i] = channel < a.out_channels ? shift[channel] : 0;
+  }
+  unsigned char* memory = shared + kTile.constant_bytes();
+
   float sums[kTile.mt][kTile.nt][4] = {};
   if constexpr (kTile.load == Load::kHalo) {
     halo_products<T, kIndex>(sums, x, weight, a, block, memory, warp);
   } else if constexpr (kTile.load == Load::kGather) {
-    const uint32_t shared = ptx::shared_address(memory);
-    GatherLoad<T, kIndex> load(x, weight, a, block, shared);
-    step_products<GatherLoad<T, kIndex>, Multiply>(sums, load, block, shared, warp);
+    GatherLoad<T, kIndex> load(x, weight, a, block, ptx::shared_address(memory));
+    step_products<GatherLoad<T, kIndex>, Multiply>(sums, load, block, ptx::shared_address(memory), warp);
   } else {
     MixedLoad<T, kIndex> load(x, weight, a, block, memory);
     step_products<MixedLoad<T, kIndex>, Multiply>(sums, load, block, ptx::shared_address(memory), warp);
   }
 
-  const ConvOutput output = join_warps<kIndex>(sums, memory, block, warp);
-  if (a.splits > 1 && !join_splits<kIndex>(sums, memory, partial, counters, a, output, split)) return;
-  finish<T, kIndex>(sums, scale, shift, residual, y, a, output);
+  ConvOutput output = join_warps<kIndex>(sums, memory, block, warp);
+  // Blocks that are done have no rows left, rather than return: lanes exchange what they write, and behind a branch the
+  // compiler would not know that they are together.
+  if (a.splits > 1 && !join_splits<kIndex>(sums, partial, counters, a, output, split)) output.rows = 0;
+  finish<T, kIndex>(sums, constants + output.channel - block.channel, residual, y, a, output);
 }
 
 }  // namespace resnet_fast::cuda

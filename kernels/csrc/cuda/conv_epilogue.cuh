@@ -4,6 +4,8 @@
 // time.
 #pragma once
 
+#include <type_traits>
+
 #include "conv_load.cuh"
 
 namespace resnet_fast::cuda {
@@ -26,8 +28,7 @@ __device__ ConvWarp conv_warp(const ConvBlock& block) {
 
 // What a warp brings to its end: `rows` pixels from `first` of all on, channels from `channel` on.
 struct ConvOutput {
-  int64_t first;
-  int rows, channel;
+  int first, rows, channel;
 };
 
 // Each of two warps that share a part adds the other's sums to its own for half of the pixels, and keeps these: they
@@ -78,21 +79,20 @@ __device__ ConvOutput join_warps(Sums& sums, unsigned char* memory, const ConvBl
 // are done; the last one waits for those that are still writing and adds all in the order of the parts, so that it does
 // not matter who was last. Returns whether this block has the whole sum.
 template <int kIndex, typename Sums>
-__device__ bool join_splits(Sums& sums, unsigned char* memory, float* partial, int* counters, const ConvArgs& a,
-                            const ConvOutput& output, int split) {
+__device__ bool join_splits(Sums& sums, float* partial, int* counters, const ConvArgs& a, const ConvOutput& output,
+                            int split) {
   constexpr ConvTile kTile = kConvTiles[kIndex];
-  int& arrived = *reinterpret_cast<int*>(memory);
   int* counter = counters + int64_t{blockIdx.x} * 2;
-  __syncthreads();
-  if (threadIdx.x == 0) arrived = atomicAdd(counter, 1);
-  __syncthreads();
+  const bool early = __syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) != a.splits - 1);
   constexpr int kSize = kTile.kept_floats() / 4;
   float4* here = reinterpret_cast<float4*>(partial) + int64_t{blockIdx.x} * a.splits * kSize +
                  threadIdx.x / 32 * (kTile.kept() * kTile.nt * 32) + threadIdx.x % 32;
-  if (arrived != a.splits - 1) {
+  // The same in all lanes, and this way the compiler knows: it keeps them together for the exchanges to come.
+  const int runs = __shfl_sync(~0u, (output.rows + 15) / 16, 0);
+  if (__any_sync(~0u, early)) {
 #pragma unroll
     for (int i = 0; i < kTile.kept(); ++i) {
-      if (16 * i >= output.rows) break;
+      if (i >= runs) break;
 #pragma unroll
       for (int j = 0; j < kTile.nt; ++j) {
         const float (&v)[4] = sums[i][j];
@@ -111,7 +111,7 @@ __device__ bool join_splits(Sums& sums, unsigned char* memory, float* partial, i
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kTile.kept(); ++i) {
-    if (16 * i >= output.rows) break;
+    if (i >= runs) break;
 #pragma unroll
     for (int j = 0; j < kTile.nt; ++j) {
       float (&v)[4] = sums[i][j];
@@ -145,95 +145,130 @@ __device__ inline void transpose4(uint32_t (&v)[4]) {
   }
 }
 
-template <typename T, int kIndex, typename Sums>
-__device__ void finish(const Sums& sums, const float* scale, const float* shift, const T* residual, T* y,
-                       const ConvArgs& a, const ConvOutput& output) {
-  constexpr ConvTile kTile = kConvTiles[kIndex];
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  float factor[kTile.nt][2], summand[kTile.nt][2];
-#pragma unroll
-  for (int j = 0; j < kTile.nt; ++j) {
-    const int channel = output.channel + 8 * j + 2 * quad;
-    float2 f = {}, s = {};
-    if (channel + 1 < a.out_channels && a.out_channels % 2 == 0) {
-      f = *reinterpret_cast<const float2*>(scale + channel), s = *reinterpret_cast<const float2*>(shift + channel);
-    } else {
-      if (channel < a.out_channels) f.x = scale[channel], s.x = shift[channel];
-      if (channel + 1 < a.out_channels) f.y = scale[channel + 1], s.y = shift[channel + 1];
-    }
-    factor[j][0] = f.x, factor[j][1] = f.y, summand[j][0] = s.x, summand[j][1] = s.y;
-  }
-  const auto affine = [&](int i, int j, int h, int e) {
-    return fmaf(sums[i][j][2 * h + e], factor[j][e], summand[j][e]);
-  };
-  const auto bounded = [&](float v) { return a.relu ? relu(v) : v; };
+// Scale and shift of a lane's channels, and what they make of its sums.
+template <int kIndex, typename Sums>
+class Affine {
+  static constexpr ConvTile kTile = kConvTiles[kIndex];
 
+ public:
+  // constants: scale, and n() floats on shift, from the warp's first channel on, in shared memory.
+  __device__ Affine(const Sums& sums, const float* constants, bool bounded) : sums_(sums), relu_(bounded) {
+#pragma unroll
+    for (int j = 0; j < kTile.nt; ++j) {
+      const float* here = constants + 8 * j + threadIdx.x % 4 * 2;
+      scale_[j] = *reinterpret_cast<const float2*>(here);
+      shift_[j] = *reinterpret_cast<const float2*>(here + kTile.n());
+    }
+  }
+
+  // The two neighbours of 8 h rows down from the i-th 16, and of the j-th 8 channels; r is added to them.
+  __device__ float2 operator()(int i, int j, int h, float2 r) const {
+    const float low = fmaf(sums_[i][j][2 * h], scale_[j].x, shift_[j].x) + r.x;
+    const float high = fmaf(sums_[i][j][2 * h + 1], scale_[j].y, shift_[j].y) + r.y;
+    return {relu_ ? relu(low) : low, relu_ ? relu(high) : high};
+  }
+
+ private:
+  const Sums& sums_;
+  float2 scale_[kTile.nt], shift_[kTile.nt];
+  bool relu_;
+};
+
+// Element by element, for odd channels and unaligned tensors.
+template <typename T, int kIndex, typename Finished>
+__device__ void write_elements(const Finished& finished, const T* residual, T* y, const ConvArgs& a,
+                               const ConvOutput& output) {
+  constexpr ConvTile kTile = kConvTiles[kIndex];
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kTile.kept(); ++i) {
-    // Rows that are not there take part in the exchanges, which want all lanes, and are not written.
-    if (!a.vectors) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * i + 8 * h + lane / 4;
 #pragma unroll
       for (int j = 0; j < kTile.nt; ++j) {
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const int row = 16 * i + v / 2 * 8 + lane / 4, channel = output.channel + 8 * j + 2 * quad + v % 2;
-          if (row >= output.rows || channel >= a.out_channels) continue;
-          const int64_t at = (output.first + row) * a.out_channels + channel;
-          const float z = affine(i, j, v / 2, v % 2) + (residual != nullptr ? widen(residual[at]) : 0);
-          narrow(bounded(z), y[at]);
-        }
-      }
-    } else if constexpr (sizeof(T) == 4) {
-      // Four lanes have 32 bytes in a row, a whole sector.
-#pragma unroll
-      for (int j = 0; j < kTile.nt; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = 16 * i + 8 * h + lane / 4, channel = output.channel + 8 * j + 2 * quad;
-          if (row >= output.rows || channel >= a.out_channels) continue;
-          const int64_t at = (output.first + row) * a.out_channels + channel;
-          float2 z = {affine(i, j, h, 0), affine(i, j, h, 1)};
-          if (residual != nullptr) {
-            const float2 r = *reinterpret_cast<const float2*>(residual + at);
-            z.x += r.x, z.y += r.y;
-          }
-          *reinterpret_cast<float2*>(y + at) = {bounded(z.x), bounded(z.y)};
-        }
-      }
-    } else {
-      // Four lanes hold two channels each of four pieces of eight: of as many neighbours or, in narrow tiles, of two
-      // neighbours in two pixels. Transposed, each has a whole piece.
-      using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-      constexpr int kAcross = kTile.nt >= 4 ? 4 : 2;
-      static_assert(kTile.nt % kAcross == 0);
-#pragma unroll
-      for (int group = 0; group < kTile.nt / 2; ++group) {
-        const auto tile_of = [&](int piece) { return group * 4 / (8 / kAcross) / kAcross * kAcross + piece % kAcross; };
-        const auto half_of = [&](int piece) { return kAcross == 4 ? group % 2 : piece / 2; };
-        const int row = 16 * i + 8 * half_of(quad) + lane / 4, channel = output.channel + 8 * tile_of(quad);
-        const bool there = row < output.rows && channel < a.out_channels;
-        const int64_t at = (output.first + row) * a.out_channels + channel;
-        uint32_t v[4] = {};
-        if (residual != nullptr) {
-          if (there) {
-            const uint4 r = *reinterpret_cast<const uint4*>(residual + at);
-            v[0] = r.x, v[1] = r.y, v[2] = r.z, v[3] = r.w;
-          }
-          transpose4(v);
-        }
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          float2 z = {affine(i, tile_of(p), half_of(p), 0), affine(i, tile_of(p), half_of(p), 1)};
-          if (residual != nullptr) {
-            const float2 r = widen2(reinterpret_cast<const Two&>(v[p]));
-            z.x += r.x, z.y += r.y;
-          }
-          v[p] = narrow2(bounded(z.x), bounded(z.y), T{});
-        }
-        transpose4(v);
-        if (there) *reinterpret_cast<uint4*>(y + at) = {v[0], v[1], v[2], v[3]};
+        const int channel = output.channel + 8 * j + lane % 4 * 2;
+        const int64_t at = int64_t{output.first + row} * a.out_channels + channel;
+        const bool low = row < output.rows && channel < a.out_channels;
+        const bool high = row < output.rows && channel + 1 < a.out_channels;
+        float2 r = {};
+        if (residual != nullptr) r = {low ? widen(residual[at]) : 0, high ? widen(residual[at + 1]) : 0};
+        const float2 z = finished(i, j, h, r);
+        if (low) narrow(z.x, y[at]);
+        if (high) narrow(z.y, y[at + 1]);
       }
     }
+  }
+}
+
+// float32: four lanes have 32 bytes in a row, a whole sector.
+template <int kIndex, typename Finished>
+__device__ void write_pieces(const Finished& finished, const float* residual, float* y, const ConvArgs& a,
+                             const ConvOutput& output) {
+  constexpr ConvTile kTile = kConvTiles[kIndex];
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kTile.kept(); ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * i + 8 * h + lane / 4;
+#pragma unroll
+      for (int j = 0; j < kTile.nt; ++j) {
+        const int channel = output.channel + 8 * j + lane % 4 * 2;
+        if (row >= output.rows || channel >= a.out_channels) continue;
+        const int64_t at = int64_t{output.first + row} * a.out_channels + channel;
+        const float2 r = residual != nullptr ? *reinterpret_cast<const float2*>(residual + at) : float2{};
+        *reinterpret_cast<float2*>(y + at) = finished(i, j, h, r);
+      }
+    }
+  }
+}
+
+// 16 bits: four lanes hold two channels each of four pieces of eight, those of four neighbours or, in narrow tiles, of
+// two neighbours in two pixels. Transposed, each has a whole piece. Rows that are not there take part in the exchange,
+// which wants all lanes.
+template <int kIndex, typename T, typename Finished>
+__device__ void write_pieces(const Finished& finished, const T* residual, T* y, const ConvArgs& a,
+                             const ConvOutput& output) {
+  using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  constexpr ConvTile kTile = kConvTiles[kIndex];
+  constexpr int kAcross = kTile.nt >= 4 ? 4 : 2;
+  static_assert(kTile.nt % kAcross == 0);
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+#pragma unroll
+  for (int i = 0; i < kTile.kept(); ++i) {
+#pragma unroll
+    for (int group = 0; group < kTile.nt / 2; ++group) {
+      const auto tile_of = [&](int piece) { return kAcross == 4 ? group / 2 * 4 + piece : piece % 2; };
+      const auto half_of = [&](int piece) { return kAcross == 4 ? group % 2 : piece / 2; };
+      const int row = 16 * i + 8 * half_of(quad) + lane / 4, channel = output.channel + 8 * tile_of(quad);
+      const bool there = row < output.rows && channel < a.out_channels;
+      const int64_t at = int64_t{output.first + row} * a.out_channels + channel;
+      uint32_t v[4] = {};
+      if (residual != nullptr) {
+        const uint4 r = ptx::load_if(there, residual + at);
+        v[0] = r.x, v[1] = r.y, v[2] = r.z, v[3] = r.w;
+        transpose4(v);
+      }
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        const float2 z = finished(i, tile_of(p), half_of(p), widen2(reinterpret_cast<const Two&>(v[p])));
+        v[p] = narrow2(z.x, z.y, T{});
+      }
+      transpose4(v);
+      ptx::store_if(there, y + at, {v[0], v[1], v[2], v[3]});
+    }
+  }
+}
+
+template <typename T, int kIndex, typename Sums>
+__device__ void finish(const Sums& sums, const float* constants, const T* residual, T* y, const ConvArgs& a,
+                       const ConvOutput& output) {
+  const Affine<kIndex, Sums> finished(sums, constants, a.relu);
+  if (a.vectors) {
+    write_pieces<kIndex>(finished, residual, y, a, output);
+  } else {
+    write_elements<T, kIndex>(finished, residual, y, a, output);
   }
 }
 

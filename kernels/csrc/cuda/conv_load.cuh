@@ -13,8 +13,7 @@ namespace resnet_fast::cuda {
 // What a block of threads works on: output pixels first .. first + rows - 1, output channels from `channel` on, the
 // parts begin .. end - 1 of the sum.
 struct ConvBlock {
-  int64_t first;
-  int rows, channel, begin, end;
+  int first, rows, channel, begin, end;
 };
 
 template <typename T, int kIndex>
@@ -50,21 +49,22 @@ class HaloLoad {
 
   __device__ HaloLoad(const T* x, const T* weight, const ConvArgs& a, const ConvBlock& block, uint32_t shared)
       : pieces_(a.channels / Traits::kPack), channels_(a.channels) {
-    const int64_t image = int64_t{a.height} * a.width, last = block.first + block.rows - 1;
-    const int64_t low = max(block.first - a.width - 1, block.first / image * image);
-    const int64_t high = min(last + a.width + 1, (last / image + 1) * image - 1);
+    // All pixels of the batch fit 32 bits, as they do in the output; their offsets may not.
+    const int image = a.height * a.width, last = block.first + block.rows - 1;
+    const int before = min(a.width + 1, block.first % image), after = min(a.width + 1, image - 1 - last % image);
+    const int low = block.first - before;
     const int row = threadIdx.x / Traits::kPieces, piece = threadIdx.x % Traits::kPieces;
-    rows_ = static_cast<int>(high - low) + 1 - row;
+    rows_ = before + block.rows + after - row;
     buffer_bytes_ = static_cast<int>(input_rows(kTile, a)) * Traits::kPitch;
     const uint32_t input = shared + kZeroBytes;
     const uint32_t filters = input + buffer_bytes_ * static_cast<int>(input_buffers(kTile, a));
-    centre_ = input + static_cast<int>(block.first - low) * Traits::kPitch;
+    centre_ = input + before * Traits::kPitch;
     filters_ = filters;
     input_to_ = input + row * Traits::kPitch + piece * 16;
     filters_to_ = filters + row * Traits::kPitch + piece * 16;
 
     piece_ = block.begin * Traits::kPieces + piece;
-    x_ = x + (low + row) * a.channels + piece_ * Traits::kPack;
+    x_ = x + int64_t{low + row} * a.channels + piece_ * Traits::kPack;
     const int filter = block.channel + row % kTile.n();
     weight_ = weight + (int64_t{filter} * 9 + row / kTile.n()) * a.channels + piece_ * Traits::kPack;
     filters_left_ = a.out_channels - filter;
@@ -148,11 +148,10 @@ struct alignas(16) RowInfo {
   int row, column;
 };
 
-__device__ inline RowInfo row_info(const ConvArgs& a, int64_t m, bool there) {
-  const int column = static_cast<int>(m % a.out_width), row = static_cast<int>(m / a.out_width % a.out_height);
-  const int64_t image = m / (int64_t{a.out_width} * a.out_height);
+__device__ inline RowInfo row_info(const ConvArgs& a, int m, bool there) {
+  const int column = m % a.out_width, row = m / a.out_width % a.out_height, image = m / a.out_width / a.out_height;
   const int top = row * a.stride_h - a.pad_h, left = column * a.stride_w - a.pad_w;
-  return {((image * a.height + top) * a.width + left) * a.channels, there ? top : INT32_MIN / 2, left};
+  return {((int64_t{image} * a.height + top) * a.width + left) * a.channels, there ? top : INT32_MIN / 2, left};
 }
 
 // Products in the order of the filter: taps outside, channels inside, `row` of them a step. A thread keeps its piece of

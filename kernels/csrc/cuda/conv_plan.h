@@ -31,6 +31,7 @@ struct ConvTile {
   // Rows lie 16 bytes apart from a multiple of 32: an odd number of 16-byte banks, so that any 8 rows in sequence fall
   // into different ones.
   constexpr int pitch() const { return row_bytes + 16; }
+  constexpr int constant_bytes() const { return 2 * n() * 4; }  // scale and shift, at the beginning of shared memory
   constexpr int filter_bytes() const { return taps * n() * pitch(); }
   // Once the warps that share a part have added their sums, each is left with this many times 16 of its pixels.
   constexpr int kept() const { return (mt + warps_k - 1) / warps_k; }
@@ -109,7 +110,7 @@ constexpr ConvPlan plan_conv(ConvTile tile, ConvArgs a, int element_size) {
                            (tile.load == Load::kMixed ? tile.m() * kRowInfoBytes : 0);
   // Where warps share parts, their sums meet in the place of the operands.
   const int64_t sums = tile.warps_k > 1 ? 4 * tile.kept_floats() : 0;
-  const int64_t shared = operands > sums ? operands : sums;
+  const int64_t shared = tile.constant_bytes() + (operands > sums ? operands : sums);
   return {a,
           tiles,
           tile.threads(),

@@ -101,8 +101,23 @@ __device__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Reads and writes of what is used once: out of the caches first.
-__device__ inline uint4 load_streaming(const void* from) { return __ldcs(static_cast<const uint4*>(from)); }
-__device__ inline void store_streaming(void* to, uint4 v) { __stcs(static_cast<uint4*>(to), v); }
+// 16 bytes of global memory, read (zeros where not `there`) or written under a predicate instead of in a branch, so
+// that the lanes of a warp stay together for what they exchange next.
+__device__ inline uint4 load_if(bool there, const void* from) {
+  uint4 out;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %4, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%5];\n}"
+      : "=&r"(out.x), "=&r"(out.y), "=&r"(out.z), "=&r"(out.w)
+      : "r"(static_cast<int>(there)), "l"(from));
+  return out;
+}
+
+__device__ inline void store_if(bool there, void* to, uint4 v) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                   static_cast<int>(there)),
+               "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 
 }  // namespace resnet_fast::cuda::ptx

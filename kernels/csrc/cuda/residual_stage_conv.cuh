@@ -162,8 +162,8 @@ __device__ void write_sums(const Sums<S>& sums, char* map, const float* vectors,
     const float2 shift = *reinterpret_cast<const float2*>(vectors + S::kChannels + channel);
 #pragma unroll
     for (int run = 0; run < 2; ++run) {
-      char* mine = plane_of<S>(map, byte / 16) + byte % 16 +
-                   16 * ((part.y(run) + 1) * S::kPitch + part.x(run) + lane / 4 + 1);
+      char* mine =
+          plane_of<S>(map, byte / 16) + byte % 16 + 16 * ((part.y(run) + 1) * S::kPitch + part.x(run) + lane / 4 + 1);
 #pragma unroll
       for (int tile = 0; tile < S::kRows; ++tile) {
         auto* pair = reinterpret_cast<pair_of<T>*>(mine + tile * 16 * S::kPitch);
