@@ -21,14 +21,16 @@ import triton.backends.nvidia
 import resnet_fast._C
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__path__[0], "bin")
-_NAME = r"_ZN11resnet_fast4cuda\d+([a-z_0-9]+_kernel)I(6__half|13__nv_bfloat16|f|d)((?:L[bi]\d+E)*)E"
 _TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
 
 
 @dataclass(frozen=True)
 class Binary:
-    """One kernel for one architecture. values: of its template's arguments after the type, a convolution's tile or flags;
-    stack and local: bytes a thread; shared: static bytes a block."""
+    """One kernel for one architecture.
+
+    dtype: the type its template begins with, else ""; values: the numbers after it, a convolution's tile or flags; stack
+    and local: bytes a thread; shared: static bytes a block.
+    """
 
     arch: int
     stem: str  # "conv_bn_relu_fwd_kernel"
@@ -107,11 +109,12 @@ def _read(cubin):
             code[name].append(instruction[1].strip())
     found = []
     for mangled, lines in code.items():
-        m = re.match(_NAME, mangled)
-        assert m, f"a kernel of another form: {mangled}"
+        length, rest = re.match(r"_ZN11resnet_fast4cuda(\d+)(\w+)", mangled).groups()
+        stem, arguments = rest[: int(length)], rest[int(length) :]
+        m = re.match(r"I(6__half|13__nv_bfloat16|f|d)((?:L[bi]\d+E)*)E", arguments)
+        dtype, values = (_TYPES[m[1]], tuple(map(int, re.findall(r"L[bi](\d+)E", m[2])))) if m else ("", ())
         registers, stack, shared, local = usage[mangled]
-        values = tuple(map(int, re.findall(r"L[bi](\d+)E", m[3])))
-        found.append(Binary(arch, m[1], _TYPES[m[2]], values, registers, stack, local, shared, tuple(lines)))
+        found.append(Binary(arch, stem, dtype, values, registers, stack, local, shared, tuple(lines)))
     return found
 
 
