@@ -28,8 +28,8 @@ _TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "
 class Binary:
     """One kernel for one architecture.
 
-    dtype: the type its template begins with, else ""; values: the numbers after it, a convolution's tile or flags; stack
-    and local: bytes a thread; shared: static bytes a block.
+    dtype: the type its template begins with, else ""; values: the numbers after it, a convolution's tile or flags;
+    stack and local: bytes a thread; shared: static bytes a block.
     """
 
     arch: int

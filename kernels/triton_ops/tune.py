@@ -206,8 +206,10 @@ def tuner(device: torch.device) -> Tuner:
 
 
 def choices() -> dict[Layer, tuple[Choice, dict[str, float]]]:
-    """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it; none
-    where the choice was read from the file."""
+    """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it.
+
+    Where the choice was read from the file there are none.
+    """
     return {
         layer: (choice, t.seconds.get(_key(layer, backend), {}))
         for t in _tuners.values()
