@@ -40,7 +40,7 @@ BATCH_NORM = {
 
 
 def find_cuda(name):
-    """Source, flags and, if there are others, a part of the mangled name of a kernel that the extension holds, too."""
+    """Source, flags and a part of the mangled name of one kernel, an instance that the extension holds, too."""
     found = re.fullmatch(r"(\w+)<(\w+), (\d+)>", name)
     if found is None:
         return None
@@ -51,7 +51,7 @@ def find_cuda(name):
         template __global__ void resnet_fast::cuda::conv_bn_relu_fwd_kernel<{t}, {number}>(
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::ConvArgs);"""
-        return source, FLAGS, None
+        return source, FLAGS, stem
     # All of a type at once: they are small, and a run of the compiler is not.
     instances = set()
     for kernel, flags, parameters in BATCH_NORM.values():

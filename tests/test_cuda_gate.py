@@ -1,6 +1,6 @@
 """What nvcc made of the CUDA kernels for sm_80, sm_90 and sm_100, read from the built extension."""
 
-import cuda_binaries as gate
+import cuda_gate as gate
 import pytest
 
 from resnet_fast._triton.cuda_configs import tiles

@@ -12,12 +12,13 @@ from .sim import Kernel, Report
 
 
 @functools.lru_cache(maxsize=128)
-def _kernel(ptx: str, name: str | None) -> Kernel:
+def _kernel(ptx: str, name: str) -> Kernel:
     """Lowered once a process, which takes a second for a large one: the devices of many tests share it."""
     return Kernel(ptx, name)
 
 
 def _entry(ptx: str, part: str) -> str:
+    """The kernel whose mangled name holds `part`."""
     names = [n for n in re.findall(r"\.entry\s+([\w$]+)", ptx) if part in n]
     if len(names) != 1:
         raise KeyError(f"{part!r} is in the names {names}, want one kernel")
@@ -28,11 +29,11 @@ class SimulatedDevice:
     """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
 
     def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None, find_cuda=None):
-        """find_cuda: by the name at the launch (source, flags, part of the mangled name) of a CUDA kernel that was not
-        given by `add_cuda`, or None. The part is None where the source has one kernel."""
+        """find_cuda: (source, flags, part of the mangled name) of a CUDA kernel that was not given by `add_cuda`, by
+        its name at the launch, or None."""
         self.seed, self.limit, self.fresh, self.find_cuda = seed, limit, fresh, find_cuda
         self.launches: list[tuple[str, Report]] = []
-        self._cuda: dict[str, tuple[str, str | None]] = {}  # PTX, and the kernel's name where it has several
+        self._cuda: dict[str, tuple[str, str]] = {}  # PTX and the kernel's name in it
         self._triton: dict[int, tuple] = {}
 
     def add_cuda(self, source: str, *names: str, flags=()) -> None:
@@ -66,7 +67,7 @@ class SimulatedDevice:
                 raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
             source, flags, part = found
             ptx = compile_cuda(source, *flags)
-            self._cuda[name] = ptx, _entry(ptx, part) if part else None
+            self._cuda[name] = ptx, _entry(ptx, part)
         self._run(_kernel(*self._cuda[name]), grid, block, args, shared, name=name)
 
     def _run(self, kernel, grid, block, args, shared, names=(), name=None) -> None:

@@ -17,20 +17,20 @@ import tempfile
 from dataclasses import dataclass
 
 import triton.backends.nvidia
+from triton_gate import SHARED_SM
 
 import resnet_fast._C
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__path__[0], "bin")
+_NAME = r"_ZN11resnet_fast4cuda\d+([a-z_0-9]+_kernel)I(6__half|13__nv_bfloat16|f|d)((?:L[bi]\d+E)*)E"
+_STAGE_NAME = r"(residual_stage_\w+)_(float16|bfloat16|float32)"
 _TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
 
 
 @dataclass(frozen=True)
 class Binary:
-    """One kernel for one architecture.
-
-    dtype: the type its template begins with, else ""; values: the numbers after it, a convolution's tile or flags;
-    stack and local: bytes a thread; shared: static bytes a block.
-    """
+    """One kernel for one architecture. values: of its template's arguments after the type, a convolution's tile or flags;
+    stack and local: bytes a thread; shared: static bytes a block."""
 
     arch: int
     stem: str  # "conv_bn_relu_fwd_kernel"
@@ -50,22 +50,36 @@ class Binary:
         """Instructions of that first part which have all its modifiers: "LDG.128" counts LDG.E.128, too."""
         return _count(self.opcodes, opcode)
 
+    def blocks_per_sm(self, threads: int, shared: int) -> int:
+        """Blocks an SM holds at once: 64K registers in units of 256 a warp, 64 warps, shared memory + 1 KB a block."""
+        warps = threads // 32
+        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * warps)
+        return min(32, 64 // warps, by_registers, SHARED_SM[self.arch] // (shared + 1024))
+
     @property
     def spills(self) -> int:
         return self.count("STL") + self.count("LDL")
 
     @functools.cached_property
+    def _loops(self) -> list[tuple[int, int]]:
+        """First and last instruction of each loop."""
+        at = {line: i for i, line in enumerate(self.code) if line.endswith(":")}
+        targets = ((i, re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) for i, line in enumerate(self.code))
+        return [(at[m[1] + ":"], i) for i, m in targets if m and at[m[1] + ":"] < i]
+
+    @functools.cached_property
     def main_loop(self) -> collections.Counter:
         """Opcodes of the innermost loop that has most of the products."""
-        at = {line: i for i, line in enumerate(self.code) if line.endswith(":")}
         products = "HMMA" if self.count("HMMA") else "FFMA"
-        loops = []
-        for i, line in enumerate(self.code):
-            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            if target and at[target[1] + ":"] < i:
-                body = _opcodes(self.code[at[target[1] + ":"] : i + 1])
-                loops.append((_count(body, products), -body.total(), body))
-        return max(loops, key=lambda found: found[:2])[2]
+        bodies = [_opcodes(self.code[first : last + 1]) for first, last in self._loops]
+        return max(bodies, key=lambda body: (_count(body, products), -body.total()))
+
+    @functools.cached_property
+    def inner_loops(self) -> list[collections.Counter]:
+        """Opcodes of the loops with products that hold no other loop with some."""
+        bodies = {loop: _opcodes(self.code[loop[0] : loop[1] + 1]) for loop in self._loops}
+        busy = [loop for loop, body in bodies.items() if _count(body, "HMMA")]
+        return [bodies[a] for a in busy if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in busy)]
 
 
 def _opcodes(code) -> collections.Counter:
@@ -109,12 +123,14 @@ def _read(cubin):
             code[name].append(instruction[1].strip())
     found = []
     for mangled, lines in code.items():
-        length, rest = re.match(r"_ZN11resnet_fast4cuda(\d+)(\w+)", mangled).groups()
-        stem, arguments = rest[: int(length)], rest[int(length) :]
-        m = re.match(r"I(6__half|13__nv_bfloat16|f|d)((?:L[bi]\d+E)*)E", arguments)
-        dtype, values = (_TYPES[m[1]], tuple(map(int, re.findall(r"L[bi](\d+)E", m[2])))) if m else ("", ())
         registers, stack, shared, local = usage[mangled]
-        found.append(Binary(arch, stem, dtype, values, registers, stack, local, shared, tuple(lines)))
+        if m := re.fullmatch(_STAGE_NAME, mangled):
+            found.append(Binary(arch, mangled, m[2], (), registers, stack, local, shared, tuple(lines)))
+            continue
+        m = re.match(_NAME, mangled)
+        assert m, f"a kernel of another form: {mangled}"
+        values = tuple(map(int, re.findall(r"L[bi](\d+)E", m[3])))
+        found.append(Binary(arch, m[1], _TYPES[m[2]], values, registers, stack, local, shared, tuple(lines)))
     return found
 
 
