@@ -55,9 +55,12 @@ def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tu
     with torch.no_grad():
         model.to("cuda", dtype)(x)
     print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
-    for layer, choice in choices().items():
+    for layer, (choice, seconds) in choices().items():
         size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"
         print(f"  {layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]} {layer.channels} -> {size}: {choice}")
+        if seconds:
+            fastest_first = sorted(seconds.items(), key=lambda found: found[1])
+            print("      us: " + ", ".join(f"{name} {s * 1e6:.1f}" for name, s in fastest_first))
 
 
 def main() -> None:

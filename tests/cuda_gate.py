@@ -29,8 +29,8 @@ _TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "
 
 @dataclass(frozen=True)
 class Binary:
-    """One kernel for one architecture. values: of its template's arguments after the type, say a convolution's tile;
-    stack and local: bytes a thread; shared: static bytes a block."""
+    """One kernel for one architecture. values: of its template's arguments after the type, a convolution's tile or
+    flags; stack and local: bytes a thread; shared: static bytes a block."""
 
     arch: int
     stem: str  # "conv_bn_relu_fwd_kernel"

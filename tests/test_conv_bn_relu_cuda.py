@@ -213,6 +213,26 @@ def test_candidates_are_few_and_fit():
                     assert plan(layer, config).shared <= A100.shared
 
 
+@pytest.mark.parametrize(("width", "load"), [(56, "halo"), (4000, "gather")])
+def test_wide_images(width, load):
+    """A halo is two rows of an image: where shared memory cannot hold it, taps are gathered one by one."""
+    layer = Layer(1, 40, width, 64, 64, (3, 3), (1, 1), (1, 1), torch.float16, "ieee", True, True)
+    found = candidates(layer, A100)
+    assert tiles()[found[0].tile].load == load
+    assert all(plan(layer, c).shared <= A100.shared for c in found)
+    assert load == "halo" or not any(tiles()[c.tile].load == "halo" for c in found)
+
+
+def test_rows_that_follow_the_last_slice(device):
+    """Images wider than 48 pixels: what the steps of a slice of channels do not copy follows after them."""
+    case = random_case(1, (3, 160), 72, 16, 3, 1, 1, torch.float16, whole)
+    halo = [i for i, t in enumerate(tiles()) if t.load == "halo" and not t.plain]
+    for tile in halo:
+        with tune.use(CudaConfig(tile, 64)):
+            assert torch.equal(plain(case), exact_sum(case))
+    assert len(device.launches) == len(halo)
+
+
 def test_what_cannot_be_is_refused():
     layer = Layer(1, 8, 8, 16, 16, (3, 3), (2, 2), (1, 1), torch.float16, "ieee", False, True)
     halo = next(i for i, t in enumerate(tiles()) if t.load == "halo")

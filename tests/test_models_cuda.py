@@ -45,6 +45,19 @@ def test_resnet32():
     check("ResNet32", (1, 3, 64, 64), torch.float16, 1 + 2 * 16 + 3, image_size=64)  # the stem, blocks, projections
 
 
+def test_named_backends():
+    """Either kind of kernels alone, by name."""
+    block = randomize_(resnet_fast.blocks.BasicBlock(16, 16)).eval()
+    x = torch.randn(1, 16, 4, 4)
+    with torch.no_grad(), cuda_device() as device:
+        assert backends.status()["cuda"] == backends.status()["triton"] == "loaded"
+        block(x)
+        with backends.use("triton"):
+            block(x)
+    kinds = ["cuda" if name.startswith("conv_bn_relu_fwd_kernel<") else "triton" for name, _ in device.launches]
+    assert kinds == ["cuda"] * 2 + ["triton"] * 2
+
+
 def test_what_has_no_kernel_is_named():
     block = resnet_fast.blocks.BasicBlock(16, 16).eval().double()
     with cuda_device(), torch.no_grad(), pytest.raises(RuntimeError, match=r"no kernel for torch\.float64"):

@@ -80,6 +80,23 @@ def test_a_named_backend_measures_its_own_kernels(tmp_path):
     assert len(json.loads(file.read_text())) == 3
 
 
+def test_choices_are_told_with_what_was_measured(monkeypatch, tmp_path):
+    """What `explain --device cuda` prints: for each layer its kernel, and the times of all candidates of every kind."""
+    found = candidates(LAYER, A100)
+    clock = Clock(lambda c: 1.0 if isinstance(c, CudaConfig) else 2.0)
+    tuner = tune.Tuner(A100, tmp_path / "gpu.json", clock)
+    monkeypatch.setattr(tune, "_tuners", {(False, 0): tuner})
+    tuner.choose(LAYER, clock.run)
+    choice, seconds = tune.choices()[LAYER]
+    assert str(choice).startswith("cuda halo ")
+    assert seconds == {str(c): 1.0 if isinstance(c, CudaConfig) else 2.0 for c in found}
+    assert {name.split()[0] for name in seconds} == {"cuda", "triton", "library"}
+    again = tune.Tuner(A100, tmp_path / "gpu.json", clock)
+    monkeypatch.setattr(tune, "_tuners", {(False, 0): again})
+    again.choose(LAYER, clock.run)
+    assert tune.choices()[LAYER] == (choice, {})
+
+
 def test_what_another_process_found_stays(tmp_path):
     """Two processes measure the same layer at once: both run what was stored first from then on."""
     file = tmp_path / "gpu.json"

@@ -120,25 +120,16 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 _RUNS = 6
 
 
-def _suitable(layer: Layer) -> Iterator[int]:
-    """Tiles that waste little: not much wider than the layer, and elements one by one only where it must be."""
+def _configs(layer: Layer, gpu: Gpu, load: str) -> Iterator[CudaConfig]:
+    """All that fit a multiprocessor, with tiles that are not much wider than the layer."""
     plain = layer.dtype == torch.float32 and layer.precision == "ieee"
-    fits = [
-        i
-        for i, t in enumerate(tiles())
-        if t.plain == plain and plan(layer, CudaConfig(i, min(t.pixels, 16)), True) is not None
-    ]
-    best = min((tiles()[i].load for i in fits), key=_LOADS.index)
-    fits = [i for i in fits if tiles()[i].load == best]
-    narrowest = min(tiles()[i].channels for i in fits)
-    yield from (i for i in fits if tiles()[i].channels < 2 * max(narrowest, layer.out_channels))
-
-
-def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
-    """The configurations worth a measurement, at most ``most``, best expected first."""
-    found = []
-    for i in _suitable(layer):
+    fits = [i for i, t in enumerate(tiles()) if t.plain == plain and t.load == load]
+    fits = [i for i in fits if plan(layer, CudaConfig(i, min(16, tiles()[i].pixels))) is not None]
+    narrowest = min((tiles()[i].channels for i in fits), default=0)
+    for i in fits:
         t = tiles()[i]
+        if t.channels >= 2 * max(narrowest, layer.out_channels):
+            continue
         fewest = -(-layer.pixels // t.pixels)
         for runs in range(fewest, fewest + _RUNS):
             # Pixels shared out evenly, in eights: rows of eight are what a load of fragments takes.
@@ -148,9 +139,16 @@ def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
                 made = plan(layer, config)
                 if made is None or made.shared > gpu.shared:
                     continue
-                if splits > 1 and made.blocks * splits > 2 * gpu.multiprocessors:
-                    continue
-                found.append(config)
+                if splits == 1 or made.blocks * splits <= 2 * gpu.multiprocessors:
+                    yield config
+
+
+def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
+    """The configurations worth a measurement, at most ``most``, best expected first.
+
+    Halos fall out where an image is too wide for shared memory; elements go one by one only where they must.
+    """
+    found = [*_configs(layer, gpu, "halo"), *_configs(layer, gpu, "gather")] or list(_configs(layer, gpu, "mixed"))
     unique = list(dict.fromkeys(found))
     return sorted(unique, key=lambda c: (estimate(layer, c, gpu), c.splits))[:most]
 

@@ -205,6 +205,13 @@ def tuner(device: torch.device) -> Tuner:
     return _tuners[key]
 
 
-def choices() -> dict[Layer, Choice]:
-    """What runs each layer that this process has met, on any GPU."""
-    return {layer: choice for t in _tuners.values() for (layer, _), choice in t.chosen.items()}
+def choices() -> dict[Layer, tuple[Choice, dict[str, float]]]:
+    """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it.
+
+    Where the choice was read from the file there are none.
+    """
+    return {
+        layer: (choice, t.seconds.get(_key(layer, backend), {}))
+        for t in _tuners.values()
+        for (layer, backend), choice in t.chosen.items()
+    }

@@ -20,21 +20,6 @@ __device__ inline void ldmatrix_x4(uint32_t (&out)[4], uint32_t address) {
                : "memory");
 }
 
-// The same, each matrix transposed.
-__device__ inline void ldmatrix_x4_trans(uint32_t (&out)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ inline void ldmatrix_x2(uint32_t (&out)[2], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(out[0]), "=r"(out[1])
-               : "r"(address)
-               : "memory");
-}
-
 // The products move no memory, so the compiler may schedule them.
 // sums += a b: a is 16x16, b 16x8, sums 16x8 in float32. The type of the elements comes as a tag.
 __device__ inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
@@ -75,11 +60,6 @@ __device__ inline void copy_async(uint32_t to, const void* from) {
 // The same of the first `bytes`, 0 to 16; zeros take the place of the rest.
 __device__ inline void copy_async(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-// 4 bytes, all of them or zeros: for operands that are not aligned to 16.
-__device__ inline void copy_async_4(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // 16 bytes of shared memory by its address.
