@@ -179,7 +179,8 @@ def _fragments(weight: Tensor) -> Tensor:
 def _stem_fragments(weight: Tensor) -> Tensor:
     """The same of [K, 3, 3, 3], seen as four rows of taps of four channels. A word has two channels of one row: the
     lane's number mod 4 tells the row's lowest bit and which two, the word's place the row's highest bit. In float32
-    that number is the channel, the word's place the row's lowest bit, and the rows' two halves are steps of their own."""
+    that number is the channel, the word's place the row's lowest bit, and the rows' two halves are steps of their
+    own."""
     k = weight.shape[0]
     parts = torch.nn.functional.pad(weight, (0, 1, 0, 0, 0, 1)).view(k // 16, 2, 8, 2, 2, 3, 2, 2)
     if weight.element_size() == 4:
