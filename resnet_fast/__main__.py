@@ -58,8 +58,11 @@ def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tu
     # Training chooses for itself: the forward pass, the gradient of the data and that of the weights.
     getattr(model.train(), "logits", model)(x).sum().backward()
     print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
-    for layer, choice in choices().items():
+    for layer, (choice, seconds) in choices().items():
         print(f"  {_chosen(layer, choice)}")
+        if seconds:
+            fastest_first = sorted(seconds.items(), key=lambda found: found[1])
+            print("      us: " + ", ".join(f"{name} {s * 1e6:.1f}" for name, s in fastest_first))
 
 
 def _chosen(layer: Any, choice: object) -> str:

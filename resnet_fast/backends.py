@@ -99,6 +99,11 @@ def has_kernel(op: str, device: str) -> bool:
     return (op, device) in _kernels
 
 
+def has_cuda_convolution() -> bool:
+    """Whether the extension holds the convolutions in CUDA C++."""
+    return has_kernel("conv_bn_relu_launch", "cuda")
+
+
 def kind(t: torch.Tensor) -> str:
     """The device whose kernels ``t`` takes: its own, or ``"cuda"`` while a simulated GPU stands behind the launches."""
     return "cuda" if launch.is_simulated() else t.device.type
@@ -116,8 +121,10 @@ def unfused_reason(op: str, device: str) -> str | None:
         return f"{device} tensors"
     if _selected in ("cuda", "triton") and device != "cuda":
         return f"{device} tensors"
-    if _selected == "cuda" and op != "add_relu":
-        return "no kernel in CUDA C++: backends.use('triton') has one"
+    if _selected == "cuda" and op == "conv_moments":
+        return "no training in CUDA C++: backends.use('triton') has it"
+    if _selected == "cuda" and op != "add_relu" and not has_cuda_convolution():
+        return "no kernel in CUDA C++ was compiled: backends.use('triton') has one"
     return None
 
 
@@ -133,11 +140,13 @@ def _cpu_status() -> str:
 def _cuda_status() -> str:
     if _missing is not None:
         return _missing
-    if not has_kernel("add_relu", "cuda"):
+    if not has_cuda_convolution():
         return "not compiled: no nvcc was found when resnet_fast was built"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not launch.is_simulated():
         return "compiled, but no CUDA device is visible"
-    return "loaded, add_relu only: convolutions run on Triton"
+    if not has_kernel("residual_stage", "cuda"):
+        return "compiled, but its operators need Triton, too: pip install triton"
+    return "loaded"
 
 
 def _triton_status() -> str:

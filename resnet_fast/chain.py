@@ -7,6 +7,7 @@ operators (where gradients are traced).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops
+from . import backends, ops, residual_network
 from .choose import algorithm_of_filter, algorithms
 from .training import Program
 from .watch import DROPOUTS, Watch, hooks_reason, uncounted_reason
@@ -179,17 +180,18 @@ class Layers:
 class Chain:
     """The convolutions of a module in eval mode, folded and packed, for as long as the module stays as it is."""
 
-    def __init__(self, owner: Fusing, recorder: Recorder) -> None:
+    def __init__(self, parts: list[nn.Module], recorder: Recorder, opened: Sequence[nn.Module] = ()) -> None:
         self.layers = recorder.layers
         self.pairs = recorder.pairs
         self.dtype = recorder.pairs[0][0].weight.dtype
         self.device = recorder.pairs[0][0].weight.device
         # Watched before the weights are read: a change in between is seen at the next call.
-        self._watch = Watch(owner.parts(), owner.opened())
+        self._watch = Watch(parts, opened)
         self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [_eps(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
         self._filters: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}  # by what the input is
+        self._networks: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}  # likewise, and by classes
 
     def fresh(self) -> bool:
         return self._watch.unchanged()
@@ -214,16 +216,44 @@ class Chain:
             for i, algorithm in enumerate(self.algorithms(x)):
                 packed = self._packed.get((i, algorithm, dtype))
                 if packed is None:
-                    weight, *vectors = self.sources[i]
-                    assert weight is not None
-                    with torch.no_grad():
-                        packed = torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[i], algorithm)
-                    self._packed[i, algorithm, dtype] = packed
+                    packed = self._packed[i, algorithm, dtype] = self._pack(i, dtype, algorithm)
                 filters.append(packed)
             self._filters[key] = filters
         return filters
 
+    def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
+        """The stages of the chain where each can run as one launch on the GPU of ``x``."""
+        if backends.kind(x) != "cuda" or backends.selected() == "triton":
+            return None
+        found = residual_network.stages(self.layers, x.shape[1:], x.dtype)
+        return found if found is not None and residual_network.runs(found, x.dtype) else None
+
+    def run_stages(
+        self,
+        x: Tensor,
+        stages: tuple[residual_network.Stage, ...],
+        head: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """A launch for each of :meth:`stages`; head: weight and bias of the linear layer behind average pooling."""
+        classes = 0 if head is None else head[0].shape[0]
+        key = (x.shape[1:], x.dtype, classes)
+        packed = self._networks.get(key)
+        if packed is None:
+            with torch.no_grad():
+                filters = [self._pack(i, x.dtype, 0) for i in range(len(self.pairs))]
+                packed = self._networks[key] = residual_network.pack(stages, filters, x.dtype, head)
+        return torch.ops.resnet_fast.residual_network(x, packed, self.layers, classes)
+
+    def _pack(self, layer: int, dtype: torch.dtype, algorithm: int) -> Tensor:
+        weight, *vectors = self.sources[layer]
+        assert weight is not None
+        with torch.no_grad():
+            return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], algorithm)
+
     def run(self, x: Tensor) -> Tensor:
+        stages = self.stages(x)
+        if stages is not None:
+            return self.run_stages(x, stages)
         return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers)
 
 
@@ -279,6 +309,7 @@ class Fusing:
 
     _chain: Chain | None = None
     _program: Program | None = None
+    _whole: Any = None  # of networks: see whole.py
     training: bool
 
     def flow(self, build: Build, x: Any) -> Any:
@@ -300,7 +331,7 @@ class Fusing:
     def fused(self, x: Tensor) -> Tensor | None:
         """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows."""
         training, autocast = self.training, _autocast_dtype(x)
-        reason = self._call_reason(x, training, autocast)
+        reason = self.cannot_run(x, training, autocast)
         if reason is None and training:
             return self._trained(x)
         if reason is None and torch.compiler.is_compiling():
@@ -310,7 +341,7 @@ class Fusing:
             recorder = Recorder()
             self.flow(recorder, 0)
             reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
-            chain = self._chain = Chain(self, recorder) if reason is None else None
+            chain = self._chain = Chain(self.parts(), recorder, self.opened()) if reason is None else None
         if chain is not None:
             if autocast is not None and torch.float64 not in (x.dtype, chain.dtype):
                 x = x.to(autocast)
@@ -325,8 +356,8 @@ class Fusing:
             return _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
         return chain.run(x)
 
-    def _call_reason(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
-        """Why this call cannot run fused, or None, as far as that does not depend on the weights."""
+    def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
+        """Why a call cannot run fused, or None, as far as that does not depend on the weights."""
         device = backends.kind(x)
         reason = backends.unfused_reason(_operator(training), device)
         if reason is not None:
@@ -411,9 +442,9 @@ class Fused(Fusing, nn.Module):
 
     def train(self, mode: bool = True) -> Fused:
         if mode != self.training:
-            self._chain = self._program = None
+            self._chain = self._program = self._whole = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack for themselves: packed filters are as large as the weights and bound to this CPU."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program", "_whole")}

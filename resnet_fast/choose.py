@@ -35,8 +35,8 @@ _POINTS = 36
 
 _MULTIPLY = 1.15  # small matrix products run below the speed of a direct convolution
 _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its points
-# For each point of a filter that is transformed on the way, and for how many tiles it is transformed once: in registers,
-# or where these are too few, through memory.
+# For each point of a filter that is transformed on the way, and for how many tiles it is transformed once: in
+# registers, or where these are too few, through memory.
 _EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18

@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+# Starts a CUDA kernel on the current stream: grid, block, bytes of shared memory, arguments.
+Launcher = Callable[[tuple[int, ...], tuple[int, ...], int, tuple[Any, ...]], None]
 Grid = Sequence[int] | Callable[[dict[str, Any]], Sequence[int]]
 
 
@@ -20,16 +22,21 @@ class Device(Protocol):
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None: ...
 
+    def has_cuda(self, name: str) -> bool: ...
+
 
 class GpuDevice:
     """The current CUDA device: Triton's own launcher, and the extension's registered launchers."""
 
     def __init__(self) -> None:
-        self._launchers: dict[str, Callable[..., None]] = {}
+        self._launchers: dict[str, Launcher] = {}
 
-    def register(self, name: str, launcher: Callable[..., None]) -> None:
+    def register(self, name: str, launcher: Launcher) -> None:
         """`launcher(grid, block, shared, args)` starts the CUDA kernel `name` on the current stream."""
         self._launchers[name] = launcher
+
+    def has_cuda(self, name: str) -> bool:
+        return name in self._launchers
 
     def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> None:
         with _guard(args):
@@ -91,6 +98,11 @@ def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: in
     if 0 in tuple(grid):
         return
     device().cuda(name, grid, block, shared, args)
+
+
+def has_cuda(name: str) -> bool:
+    """Whether the device behind the launches has the CUDA kernel `name`."""
+    return device().has_cuda(name)
 
 
 def _guard(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:

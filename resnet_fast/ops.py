@@ -328,6 +328,16 @@ def cuda_packed_size(weight: Tensor) -> Any:
     return 2 * ((weight.shape[0] + 3) // 4 * 4) + (weight.numel() * weight.element_size() + 3) // 4
 
 
+def cuda_unpack(packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The filters ``shape`` = [K, R, S, C], scale and shift of a filter packed for CUDA devices."""
+    k, r, s, c = shape
+    at = (k + 3) // 4 * 4
+    filters = packed[2 * at :].view(dtype)[: k * r * s * c]
+    if filters.numel() != k * r * s * c:
+        raise RuntimeError(f"filters has one of {packed.numel()} floats, too few for {k} x {c} x {r} x {s} of {dtype}")
+    return filters.view(shape), packed[:k], packed[at : at + k]
+
+
 LAYER_FIELDS = 10
 
 
@@ -338,6 +348,10 @@ def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
         _, h, w = maps[source]
         maps.append((k, conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)))
     return empty_image(x, *maps[-1])
+
+
+def _fake_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0) -> Tensor:
+    return _fake_stage(x, [], layers) if classes == 0 else x.new_empty((x.shape[0], classes))
 
 
 def _fake_conv_moments(
@@ -503,6 +517,15 @@ def _triton_operator(op: str) -> Any:
     return kernel
 
 
+def _register_network(library: Any) -> None:
+    """The stage kernels are CUDA C++ behind a launcher in Python: Triton is not needed."""
+    from . import residual_network
+
+    if residual_network.kernels():
+        residual_network.register()
+        library.impl("residual_network", residual_network.residual_network, "CUDA")
+
+
 def _register() -> None:
     library = torch.library.Library("resnet_fast", "IMPL")
     for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
@@ -521,16 +544,18 @@ def _register() -> None:
     )
     torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
     torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
+    torch.library.register_fake("resnet_fast::residual_network", _fake_network, lib=library)
     for op, fake in _TRAINING.items():
         torch.library.register_fake(f"resnet_fast::{op}", fake, lib=library)
-    for op in ("pack_conv_bn", "residual_stage", *_TRAINING):
+    for op in ("pack_conv_bn", "residual_stage", "residual_network", *_TRAINING):
         torch.library.register_autograd(f"resnet_fast::{op}", without_gradient(op), lib=library)
+    _register_network(library)
     if find_spec("triton") is not None:
         backends.note_kernel("add_relu")
         for op in (*_OPERATORS, *_TRAINING):
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
-    for op in (*_OPERATORS, *_TRAINING):
+    for op in (*_OPERATORS, *_TRAINING, "conv_bn_relu_launch", "residual_network"):
         backends.note_kernel(op)
     # Registrations live as long as their library object.
     globals()["_library"] = library

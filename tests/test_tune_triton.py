@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from resnet_fast._triton import tune
-from resnet_fast._triton.configs import A100, Config, Layer, candidates, default
+from resnet_fast._triton.configs import A100, Config, Layer
+from resnet_fast._triton.cuda_configs import CudaConfig
+from resnet_fast._triton.tune import candidates, default
 
 LAYER = Layer(8, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), torch.bfloat16, "ieee", True, True)
 
@@ -28,16 +30,18 @@ class Clock:
         self.asked.append(choice)
 
 
-def choose(file, seconds, layer=LAYER):
+def choose(file, seconds, layer=LAYER, backend="auto"):
     clock = Clock(seconds)
-    return tune.Tuner(A100, file, clock).choose(layer, clock.run), clock
+    return tune.Tuner(A100, file, clock).choose(layer, clock.run, backend), clock
 
 
 def test_the_fastest_wins_and_the_library_counts(tmp_path):
     found = candidates(LAYER, A100)
     choice, clock = choose(tmp_path / "a.json", lambda c: 1.0 if c == found[2] else 2.0)
     assert choice == found[2]
-    assert clock.asked == [*found, tune.LIBRARY]
+    assert clock.asked == found
+    assert {type(c) for c in found} == {Config, CudaConfig, str}
+    assert found[-1] == tune.LIBRARY
     choice, _ = choose(tmp_path / "b.json", lambda c: 1.0 if c == tune.LIBRARY else 2.0)
     assert choice == tune.LIBRARY
 
@@ -60,6 +64,39 @@ def test_kept_on_disk(tmp_path):
     choose(file, lambda c: 1.0 if c == tune.LIBRARY else 2.0, other)
     assert len(json.loads(file.read_text())) == 2
     assert [p.name for p in file.parent.iterdir()] == ["gpu.json"]  # no partial files
+
+
+def test_a_named_backend_measures_its_own_kernels(tmp_path):
+    """And its choices are kept apart from those of "auto", in the same file."""
+    file = tmp_path / "gpu.json"
+    for backend, kind in (("cuda", CudaConfig), ("triton", Config)):
+        choice, clock = choose(file, lambda c: 1.0, backend=backend)
+        assert clock.asked == candidates(LAYER, A100, backend)
+        assert {type(c) for c in clock.asked} == {kind}
+        again, clock = choose(file, lambda c: 0.0, backend=backend)
+        assert again == choice
+        assert clock.runs == 0
+        assert isinstance(default(LAYER, A100, backend), kind)
+    choice, _ = choose(file, lambda c: 1.0 if c == tune.LIBRARY else 2.0)
+    assert choice == tune.LIBRARY
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_choices_are_told_with_what_was_measured(monkeypatch, tmp_path):
+    """What `explain --device cuda` prints: for each layer its kernel, and the times of all candidates of every kind."""
+    found = candidates(LAYER, A100)
+    clock = Clock(lambda c: 1.0 if isinstance(c, CudaConfig) else 2.0)
+    tuner = tune.Tuner(A100, tmp_path / "gpu.json", clock)
+    monkeypatch.setattr(tune, "_tuners", {(False, 0): tuner})
+    tuner.choose(LAYER, clock.run)
+    choice, seconds = tune.choices()[LAYER]
+    assert str(choice).startswith("cuda halo ")
+    assert seconds == {str(c): 1.0 if isinstance(c, CudaConfig) else 2.0 for c in found}
+    assert {name.split()[0] for name in seconds} == {"cuda", "triton", "library"}
+    again = tune.Tuner(A100, tmp_path / "gpu.json", clock)
+    monkeypatch.setattr(tune, "_tuners", {(False, 0): again})
+    again.choose(LAYER, clock.run)
+    assert tune.choices()[LAYER] == (choice, {})
 
 
 def test_what_another_process_found_stays(tmp_path):

@@ -100,6 +100,9 @@ def launches(function, *args, **kwargs) -> list[tuple]:
         def cuda(self, name, grid, block, shared, args):
             pass
 
+        def has_cuda(self, name):
+            return False
+
     with launch.use_device(Recorder()):
         function(*args, **kwargs)
     return seen

@@ -27,6 +27,17 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
 
+  // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
+  // packs; the last map, or where classes > 0 the scores of a linear layer behind its average pooling. CUDA only.
+  m.def("residual_network(Tensor x, Tensor packed, int[] layers, int classes=0) -> Tensor");
+  // The kernels of a stage, seven integers each: what it begins with (0 an image and the stem, 1 a map, 2 a strided
+  // block), bytes of a channel, channels, height and width, images, threads and bytes of shared memory a block; and a
+  // launch of one.
+  m.def("residual_stage_kernels() -> int[]");
+  m.def(
+      "residual_stage_launch(int kernel, Tensor x, Tensor filters, Tensor(a!) y, int blocks, int classes, bool "
+      "channels_last) -> ()");
+
   // Training. A batch norm is [scale; shift] of its convolution's output y, applied where y is read.
   // y = conv2d([relu](scale * x + shift), weight, bias), and [mean; variance] of y
   m.def(
@@ -54,6 +65,19 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "train_stage_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] kept, bool[] present, int[] fields, "
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
+
+  // Convolution on CUDA devices: the tiles that there are (cuda/conv_plan.h), the geometry of a launch as [blocks,
+  // threads, shared bytes, floats and zeroed integers of workspace, completed args], and the launch itself.
+  m.def("conv_bn_relu_tiles() -> int[]");
+  m.def("conv_bn_relu_plan(int tile, int[] args, int element_size, bool aligned) -> int[]");
+  m.def(
+      "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
+      "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
+
+  // Batch norm on CUDA devices: the geometry for an image of rows x channels (cuda/batch_norm_plan.h), and the
+  // launches.
+  m.def("batch_norm_plan(int rows, int channels) -> int[]");
+  m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
 
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");

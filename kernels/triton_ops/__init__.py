@@ -1,11 +1,21 @@
 """Triton kernels and their launchers; installed as ``resnet_fast._triton`` and imported where a GPU wants them.
 
 A file names an operator and holds its kernels, the geometry of its launches (pure functions of shapes) and the function
-that launches them through :mod:`resnet_fast.launch`.
+that launches them through :mod:`resnet_fast.launch`. The files whose names begin with ``cuda`` do the latter for the
+kernels in CUDA C++, which the extension holds.
 """
 
+from resnet_fast import backends as _backends
+from resnet_fast import residual_network as _network
+
+from . import cuda_batch_norm as _cuda_batch_norm
+from . import cuda_conv as _cuda_conv
 from . import operators as _operators
 from . import training as _training
+
+if _backends.has_cuda_convolution():
+    _cuda_conv.register()
+    _cuda_batch_norm.register()
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
 OPERATORS = {
@@ -19,4 +29,5 @@ OPERATORS = {
     "bn_apply": _training.bn_apply,
     "bn_backward_sums": _training.bn_backward_sums,
     "conv_backward": _training.conv_backward,
+    "residual_network": _network.residual_network,  # CUDA C++: a stage of it is a launch
 }

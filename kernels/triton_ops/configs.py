@@ -70,7 +70,8 @@ class Config:
 
     def __str__(self) -> str:
         split = f" split {self.split_k}" if self.split_k > 1 else ""
-        return f"{self.block_m}x{self.block_n}x{self.block_k} {self.num_warps} warps {self.num_stages} stages{split}"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"triton {tile} {self.num_warps} warps {self.num_stages} stages{split}"
 
     def blocks(self, layer: Layer) -> int:
         """Blocks of one launch."""

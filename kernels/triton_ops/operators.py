@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fast import ops
+from resnet_fast import backends, ops
 
 from . import add_relu as elementwise
 from . import conv_bn_relu as kernels
+from . import cuda_conv
 from .configs import Layer
+from .cuda_configs import CudaConfig
 from .tune import LIBRARY, Choice, tuner
 
 _ALIGN = 4  # floats: 16 bytes
@@ -77,15 +79,6 @@ def pack_conv_bn(
     return packed
 
 
-def _unpack(packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    k, r, s, c = shape
-    at = _padded(k)
-    filters = packed[2 * at :].view(dtype)[: k * r * s * c]
-    if filters.numel() != k * r * s * c:
-        raise RuntimeError(f"filters has one of {packed.numel()} floats, too few for {k} x {c} x {r} x {s} of {dtype}")
-    return filters.view(shape), packed[:k], packed[at : at + k]
-
-
 def check_dtype(name: str, t: Tensor) -> None:
     if t.dtype not in ops.DTYPES["cuda"]:
         raise RuntimeError(f"{name} has dtype {t.dtype}, want float16, bfloat16 or float32")
@@ -122,10 +115,12 @@ def _layer(
     def run(choice: Choice) -> Tensor:
         if choice == LIBRARY:
             return kernels.library(layer, x, weight, scale, shift, residual)
-        kernels.conv_bn_relu(layer, choice, x, weight, scale, shift, residual, y)  # type: ignore[arg-type]
+        launch = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
+        launch(layer, choice, x, weight, scale, shift, residual, y)  # type: ignore[arg-type]
         return y
 
-    return run(tuner(x.device).choose(layer, run))
+    backend = backends.selected()
+    return run(tuner(x.device).choose(layer, run, backend if backend in ("cuda", "triton") else "auto"))
 
 
 def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
@@ -153,7 +148,7 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tenso
         y = ops.empty_image(image, k, height, width)
         if residual is not None and residual.shape != y.shape:
             raise RuntimeError(f"residual of layer {i} has shape {tuple(residual.shape)}, want {tuple(y.shape)}")
-        weight, scale, shift = _unpack(packed, (k, r, s, image.shape[1]), x.dtype)
+        weight, scale, shift = ops.cuda_unpack(packed, (k, r, s, image.shape[1]), x.dtype)
         values.append(_layer(image, weight, scale, shift, residual, y, bool(relu), stride, padding))
         # What no later layer reads goes back to the allocator.
         for v in (source, added):

@@ -1,7 +1,9 @@
 """Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
 
-The candidates are the tiles of :mod:`.configs` and PyTorch's own convolution followed by one fused pass, so that a
-fused layer is never slower than an unfused one, to the accuracy of the measurement. Choices are written to
+The candidates are the tiles of :mod:`.configs` (Triton), those of :mod:`.cuda_configs` (CUDA C++) where the extension
+holds them, and PyTorch's own convolution followed by one fused pass, so that a fused layer is never slower than an
+unfused one, to the accuracy of the measurement. ``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind
+of them; a choice among those is kept apart. Choices are written to
 ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
 kernels and so give the same bits. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs`
 expects.
@@ -24,14 +26,16 @@ from pathlib import Path
 import torch
 import triton
 
-from resnet_fast import launch
+from resnet_fast import backends, launch
 
-from .configs import A100, Config, Gpu, Layer, candidates, default
+from . import configs, cuda_configs
+from .configs import A100, Config, Gpu, Layer
+from .cuda_configs import CudaConfig
 
 __all__ = ["Tuner", "choices", "gpu_of", "tuner", "use"]
 
 LIBRARY = "library"
-Choice = Config | str
+Choice = Config | CudaConfig | str
 # A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
 # should not decide.
 _MARGIN = 0.02
@@ -41,7 +45,7 @@ _forced: Choice | None = None
 
 @contextlib.contextmanager
 def use(choice: Choice) -> Iterator[None]:
-    """Within the block every convolution runs with ``choice``, a :class:`Config` or ``"library"``, unmeasured."""
+    """Within the block every convolution runs with ``choice``, a configuration or ``"library"``, unmeasured."""
     global _forced
     before, _forced = _forced, choice
     try:
@@ -87,35 +91,54 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         return statistics.median(samples)
 
 
+def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
+    """What is measured: all of ``backend``'s kernels that are worth it, and the library where none was named."""
+    found: list[Choice] = []
+    if backend != "cuda":
+        found += configs.candidates(layer, gpu)
+    if backend != "triton" and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
+        found += cuda_configs.candidates(layer, gpu)
+    return found if backend in ("cuda", "triton") else [*found, LIBRARY]
+
+
+def default(layer: Layer, gpu: Gpu, backend: str = "auto") -> Choice:
+    """What runs where nothing may be measured: inside a CUDA graph's capture, or with tuning switched off."""
+    return cuda_configs.default(layer, gpu) if backend == "cuda" else configs.default(layer, gpu)
+
+
 class Tuner:
     """Choices for one GPU. ``measure``: seconds of a call; None to take the model's word."""
 
     def __init__(self, gpu: Gpu, file: Path | None, measure: Callable[[Callable[[], object]], float] | None) -> None:
         self.gpu, self.file, self.measure = gpu, file, measure
-        self.chosen: dict[Layer, Choice] = {}
+        self.chosen: dict[tuple[Layer, str], Choice] = {}
         self.seconds: dict[str, dict[str, float]] = {}
         self._stored = self._load()
 
-    def choose(self, layer: Layer, run: Callable[[Choice], object]) -> Choice:
-        """The choice for ``layer``; ``run(choice)`` computes it once, for the measurement."""
+    def choose(self, layer: Layer, run: Callable[[Choice], object], backend: str = "auto") -> Choice:
+        """The choice for ``layer``; ``run(choice)`` computes it once, for the measurement.
+
+        backend: ``"cuda"`` or ``"triton"`` where it was named, otherwise all take part.
+        """
         if _forced is not None:
             return _forced
-        choice = self.chosen.get(layer)
+        choice = self.chosen.get((layer, backend))
         if choice is None:
-            choice = self._stored.get(_key(layer))
+            key = _key(layer, backend)
+            choice = self._stored.get(key)
             if choice is None:
                 if self.measure is None or _capturing():
-                    return default(layer, self.gpu)  # not kept: a later call may measure
-                choice = self._measure(layer, run)
+                    return default(layer, self.gpu, backend)  # not kept: a later call may measure
+                choice = self._measure(layer, run, backend)
                 # Another process may have been first.
-                choice = self._stored.get(_key(layer), choice)
-            self.chosen[layer] = choice
+                choice = self._stored.get(key, choice)
+            self.chosen[layer, backend] = choice
         return choice
 
-    def _measure(self, layer: Layer, run: Callable[[Choice], object]) -> Choice:
+    def _measure(self, layer: Layer, run: Callable[[Choice], object], backend: str) -> Choice:
         assert self.measure is not None
         times: dict[Choice, float] = {}
-        for candidate in [*candidates(layer, self.gpu), LIBRARY]:
+        for candidate in candidates(layer, self.gpu, backend):
             try:
                 times[candidate] = self.measure(lambda c=candidate: run(c))  # type: ignore[misc]
             except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
@@ -124,16 +147,15 @@ class Tuner:
         for candidate, seconds in times.items():
             if seconds < times[best] * (1 - _MARGIN):
                 best = candidate
-        self.seconds[_key(layer)] = {str(c): s for c, s in times.items()}
-        self._store(_key(layer), best)
+        self.seconds[_key(layer, backend)] = {str(c): s for c, s in times.items()}
+        self._store(_key(layer, backend), best)
         return best
 
     def _load(self) -> dict[str, Choice]:
         if self.file is None or not self.file.exists():
             return {}
         try:
-            entries = json.loads(self.file.read_text())
-            return {k: v if v == LIBRARY else Config(**v) for k, v in entries.items()}
+            return {k: _parse(v) for k, v in json.loads(self.file.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             warnings.warn(f"resnet_fast: {self.file} is not readable and is measured anew: {error}", stacklevel=2)
             return {}
@@ -147,7 +169,7 @@ class Tuner:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # What another process found first stays, so that both run the same from then on.
             self._stored = {**self._stored, **self._load()}
-            entries = {k: dataclasses.asdict(c) if isinstance(c, Config) else c for k, c in self._stored.items()}
+            entries = {k: c if isinstance(c, str) else dataclasses.asdict(c) for k, c in self._stored.items()}
             handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=self.file.name)
             with open(handle, "w") as out:
                 json.dump(entries, out, indent=1, sort_keys=True)
@@ -156,8 +178,17 @@ class Tuner:
             warnings.warn(f"resnet_fast: measured choices cannot be kept in {self.file}: {error}", stacklevel=2)
 
 
-def _key(layer: Layer) -> str:
-    return " ".join(str(v) for v in dataclasses.astuple(layer)).replace("torch.", "")
+def _key(layer: Layer, backend: str) -> str:
+    text = " ".join(str(v) for v in dataclasses.astuple(layer)).replace("torch.", "")
+    return text if backend == "auto" else f"{backend}: {text}"
+
+
+def _parse(entry: str | dict[str, int]) -> Choice:
+    if isinstance(entry, str):
+        if entry != LIBRARY:
+            raise ValueError(f"unknown choice {entry!r}")
+        return entry
+    return CudaConfig(**entry) if "tile" in entry else Config(**entry)
 
 
 def _capturing() -> bool:
@@ -181,6 +212,13 @@ def tuner(device: torch.device) -> Tuner:
     return _tuners[key]
 
 
-def choices() -> dict[Layer, Choice]:
-    """What runs each layer that this process has met, on any GPU."""
-    return {layer: choice for t in _tuners.values() for layer, choice in t.chosen.items()}
+def choices() -> dict[Layer, tuple[Choice, dict[str, float]]]:
+    """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it.
+
+    Where the choice was read from the file there are none.
+    """
+    return {
+        layer: (choice, t.seconds.get(_key(layer, backend), {}))
+        for t in _tuners.values()
+        for (layer, backend), choice in t.chosen.items()
+    }

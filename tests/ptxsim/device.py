@@ -1,6 +1,8 @@
 """The simulated device behind the package's launch seam: same Python, same launch geometry, same compiled kernel."""
 
 import contextlib
+import functools
+import re
 
 import torch
 
@@ -9,20 +11,41 @@ from .fresh import FreshTensors
 from .sim import Kernel, Report
 
 
+@functools.lru_cache(maxsize=128)
+def _kernel(ptx: str, name: str) -> Kernel:
+    """Lowered once a process, which takes a second for a large one: the devices of many tests share it."""
+    return Kernel(ptx, name)
+
+
+def _entry(ptx: str, part: str) -> str:
+    """The kernel whose mangled name holds `part`."""
+    names = [n for n in re.findall(r"\.entry\s+([\w$]+)", ptx) if part in n]
+    if len(names) != 1:
+        raise KeyError(f"{part!r} is in the names {names}, want one kernel")
+    return names[0]
+
+
 class SimulatedDevice:
     """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
 
-    def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None):
-        self.seed, self.limit, self.fresh = seed, limit, fresh
+    def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None, find_cuda=None):
+        """find_cuda: (source, flags, part of the mangled name) of a CUDA kernel that was not given by `add_cuda`, by
+        its name at the launch, or None."""
+        self.seed, self.limit, self.fresh, self.find_cuda = seed, limit, fresh, find_cuda
         self.launches: list[tuple[str, Report]] = []
-        self._cuda: dict[str, Kernel] = {}
+        self._cuda: dict[str, tuple[str, str]] = {}  # PTX and the kernel's name in it
         self._triton: dict[int, tuple] = {}
 
     def add_cuda(self, source: str, *names: str, flags=()) -> None:
         """Compiles CUDA C++ text (no torch headers; include the .cuh) and offers its extern "C" kernels by name."""
         ptx = compile_cuda(source, *flags)
         for name in names:
-            self._cuda[name] = Kernel(ptx, name)
+            if f".entry {name}(" not in ptx:
+                raise KeyError(f'the CUDA source has no extern "C" kernel {name!r}')
+            self._cuda[name] = ptx, name
+
+    def has_cuda(self, name: str) -> bool:
+        return name in self._cuda or (self.find_cuda is not None and self.find_cuda(name) is not None)
 
     def triton(self, kernel, grid, args, meta) -> None:
         binary, bound = compile_triton(kernel, *args, **meta)
@@ -39,10 +62,15 @@ class SimulatedDevice:
 
     def cuda(self, name, grid, block, shared, args) -> None:
         if name not in self._cuda:
-            raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
-        self._run(self._cuda[name], grid, block, args, shared)
+            found = self.find_cuda(name) if self.find_cuda else None
+            if found is None:
+                raise KeyError(f"the simulated device has no CUDA kernel {name!r}: see add_cuda")
+            source, flags, part = found
+            ptx = compile_cuda(source, *flags)
+            self._cuda[name] = ptx, _entry(ptx, part)
+        self._run(_kernel(*self._cuda[name]), grid, block, args, shared, name=name)
 
-    def _run(self, kernel, grid, block, args, shared, names=()) -> None:
+    def _run(self, kernel, grid, block, args, shared, names=(), name=None) -> None:
         init = {}
         if self.fresh:
             maps = {k: self.fresh.bytes_of(a) for k, a in enumerate(args) if isinstance(a, torch.Tensor)}
@@ -57,7 +85,7 @@ class SimulatedDevice:
             seed=self.seed + len(self.launches),
             limit=self.limit,
         )
-        self.launches.append((kernel.name, report))
+        self.launches.append((name or kernel.name, report))
 
 
 @contextlib.contextmanager

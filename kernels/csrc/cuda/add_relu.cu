@@ -4,23 +4,13 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
+#include "launch.h"
 
 namespace resnet_fast {
 namespace {
-
-cudaStream_t current_stream(const Tensor& t) {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(t.get_device_index()).nativeHandle());
-#else
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-#endif
-}
 
 bool dense_like(const Tensor& t, const Tensor& out) {
   int64_t span = 1;
@@ -42,8 +32,7 @@ void launch(const Tensor& a, const Tensor& b, Tensor& out) {
   RESNET_FAST_CHECK(blocks <= 2147483647, "add_relu: a has ", n, " elements, more than one launch covers");
   cuda::add_relu_fwd_kernel<T><<<static_cast<unsigned>(blocks), cuda::kAddReluThreads, 0, current_stream(out)>>>(
       pa, pb, po, n, aligned(pa) && aligned(pb) && aligned(po));
-  const cudaError_t error = cudaGetLastError();
-  RESNET_FAST_CHECK(error == cudaSuccess, "add_relu: launch failed: ", cudaGetErrorString(error));
+  check_launch("add_relu");
 }
 
 Tensor add_relu(const Tensor& a, const Tensor& b) {

@@ -1,10 +1,7 @@
 // y = relu(a + b) over n elements, 16 bytes a thread and access.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "elements.cuh"
 
 namespace resnet_fast::cuda {
 
@@ -18,27 +15,9 @@ constexpr int64_t add_relu_blocks(int64_t n) {
 }
 
 template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T value[kSize];
-};
-
-// The 16-bit types are added in float32: one rounding, at the end.
-__device__ inline double widen(double v) { return v; }
-__device__ inline float widen(float v) { return v; }
-__device__ inline float widen(__half v) { return __half2float(v); }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void narrow(double v, double& out) { out = v; }
-__device__ inline void narrow(float v, float& out) { out = v; }
-__device__ inline void narrow(float v, __half& out) { out = __float2half_rn(v); }
-__device__ inline void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
-
-// Keeps NaN: fmax would drop it.
-template <typename T>
 __device__ T add_relu_element(T a, T b) {
-  const auto sum = widen(a) + widen(b);
   T out;
-  narrow(sum < 0 ? 0 : sum, out);
+  narrow(relu(widen(a) + widen(b)), out);
   return out;
 }
 

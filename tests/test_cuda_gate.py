@@ -1,0 +1,86 @@
+"""What nvcc made of the CUDA kernels for sm_80, sm_90 and sm_100, read from the built extension."""
+
+import cuda_gate as gate
+import pytest
+
+from resnet_fast._triton.cuda_configs import tiles
+
+ARCHS = (80, 90, 100)
+CONVOLUTION = "conv_bn_relu_fwd_kernel"
+
+
+def convolutions(arch=None):
+    return [k for k in gate.kernels() if k.stem == CONVOLUTION and arch in (None, k.arch)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_instance_is_there(arch):
+    """The tests of values execute these instances; none is shipped that they do not know."""
+    expected = {(t, i) for i, tile in enumerate(tiles()) for t in ("float16", "bfloat16", "float32") if not tile.plain}
+    expected |= {("float32", i) for i, tile in enumerate(tiles()) if tile.plain}
+    assert {(k.dtype, k.values[0]) for k in convolutions(arch)} == expected
+
+
+def test_nothing_spills():
+    for k in gate.kernels():
+        what = f"sm_{k.arch} {k.stem}<{k.dtype}, {k.values}>: {k.registers} registers"
+        assert k.spills == k.stack == k.local == 0, what
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_convolutions(arch):
+    for k in convolutions(arch):
+        tile = tiles()[k.values[0]]
+        what = f"sm_{k.arch} {k.dtype} {tile}: {k.registers} registers, {dict(k.opcodes.most_common(8))}"
+        # Two blocks fit a multiprocessor: 64K registers, in units of 256 a warp.
+        assert 2 * tile.threads // 32 * -(-k.registers * 32 // 256) * 256 <= 65536, what
+        # All of it is dynamic, and so in the plan; sm_90 and later set 1 KB apart for the system.
+        assert k.shared == (0 if arch == 80 else 1024), what
+        assert (k.count("HMMA") > 0) is not tile.plain, what
+        assert k.count("LDGSTS.128") > 0 or tile.load == "mixed", what
+        if k.dtype != "float32":
+            assert k.count("LDG.128") > 0, what  # the residual
+            assert k.count("STG.128") > 0, what
+        if tile.plain:
+            assert k.main_loop["FFMA"] >= 512, what
+        else:
+            # Fragments come by ldmatrix alone.
+            products = sum(n for name, n in k.main_loop.items() if name.startswith("HMMA"))
+            loads = sum(n for name, n in k.main_loop.items() if name.startswith("LDSM"))
+            assert 0 < loads <= products, what
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_batch_norm(arch):
+    found = [k for k in gate.kernels() if k.stem.startswith("bn_") and k.arch == arch and k.values]
+    assert {(k.stem, k.dtype, k.values[0]) for k in found} == {
+        (stem, dtype, vector)
+        for stem in (
+            "bn_stats_partial_kernel",
+            "bn_apply_kernel",
+            "bn_backward_sums_kernel",
+            "bn_backward_apply_kernel",
+        )
+        for dtype in ("float16", "bfloat16", "float32")
+        for vector in (0, 1)
+    }
+    for k in found:
+        what = f"sm_{k.arch} {k.stem}<{k.dtype}, {k.values}>: {k.registers} registers, {k.opcodes.most_common(6)}"
+        assert k.registers <= 96, what  # two blocks of 256 threads on a multiprocessor, and more
+        # Images go in whole pieces of 16 bytes, if they can.
+        assert (k.count("LDG.128") > 0) is (k.values[0] == 1), what
+        if "apply" in k.stem:
+            assert (k.count("STG.128") > 0) is (k.values[0] == 1), what
+
+
+# Instructions of the main loop beside each mma on sm_80, of which seven cost nothing: an mma keeps a scheduler's tensor
+# core busy for eight clocks. For whole blocks; of 9 runs of 16 pixels 8 may hold pixels (28x28, batch 8).
+@pytest.mark.parametrize(("tile", "runs", "most"), [(0, (4, 4), 2.2), (1, (9, 9), 1.8), (1, (8, 9), 1.8)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_main_loop(tile, runs, most, dtype):
+    (kernel,) = (k for k in convolutions(80) if (k.dtype, k.values) == (dtype, (tile,)))
+    loop = kernel.main_loop
+    products = sum(n for name, n in loop.items() if name.startswith("HMMA"))
+    others = (loop.total() - products) / (products * runs[0] / runs[1])
+    print(f"tile {tile}, {runs[0]} of {runs[1]} runs: {others:.2f} instructions beside each mma")
+    assert others <= most
