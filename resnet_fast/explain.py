@@ -16,6 +16,7 @@ from .chain import Chain, Fused, Fusing, Recorder
 from .choose import NAMES
 from .convert import FusedTraced
 from .machine import Peak, cpu_name, measure_peak
+from .models import CifarResNet
 from .ops import LAYER_FIELDS
 
 __all__ = ["Explanation", "Row", "Whole", "explain"]
@@ -158,6 +159,9 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
 
     wrapped = list(_chains(model))
     hooks = [leaf.register_forward_hook(after, with_kwargs=True) for leaf in leaves]
+    networks = [m for m in model.modules() if isinstance(m, CifarResNet)]
+    for m in networks:
+        m.__dict__["few_images"] = 0  # stage by stage, not as a whole
     for m in wrapped:
         m.__dict__["fused"] = listen(m)
     try:
@@ -165,6 +169,8 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     finally:
         for m in wrapped:
             del m.__dict__["fused"]
+        for m in networks:
+            del m.__dict__["few_images"]
         for hook in hooks:
             hook.remove()
 

@@ -66,13 +66,27 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
     stage = Stage
     _whole: Whole | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    # Beyond so few images, what a call costs besides the kernels does not count, and each stage has its own order.
+    few_images = 4
+
+    def whole(self, x: Tensor) -> Whole | None:
+        """What runs the network as one operator on the device of ``x``, or None."""
         # A subclass may do something else on the way; the compiler looks into the stages.
-        if type(self) is not CifarResNet or torch.compiler.is_compiling() or backends.kind(x) != "cuda":
-            return super().forward(x)
+        if type(self) is not CifarResNet or torch.compiler.is_compiling():
+            return None
         if self._whole is None:
             self._whole = Whole()
-        y = self._whole.scores(self, x)
+        return self._whole
+
+    def features(self, x: Tensor) -> Tensor:
+        few = backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
+        whole = self.whole(x) if few else None
+        y = None if whole is None else whole.features(self, x)
+        return super().features(x) if y is None else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.whole(x) if backends.kind(x) == "cuda" else None
+        y = None if whole is None else whole.scores(self, x)
         return super().forward(x) if y is None else y
 
     def stem(self, x: Tensor) -> Tensor:

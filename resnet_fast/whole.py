@@ -1,4 +1,5 @@
-"""A whole network as one operator, from the image to the scores, where a GPU has kernels for all of it."""
+"""A whole network as one operator: from the image to the scores where a GPU has kernels for all of it, on CPUs to the
+last feature map."""
 
 from __future__ import annotations
 
@@ -23,23 +24,35 @@ class Whole:
     def __init__(self) -> None:
         self._chain: Chain | None = None
 
-    def scores(self, model: Any, x: Tensor) -> Tensor | None:
-        """``model(x)`` for a network of ``stem``, ``layer1`` to ``layer3``, ``avgpool`` and ``fc``, or None."""
+    def _ready(self, model: Any, x: Tensor) -> tuple[Chain, Tensor] | None:
+        """The chain of all convolutions and ``x`` in the dtype that it wants, where no gradient is asked for."""
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if model.training or model.cannot_run(x, False, autocast) is not None or not residual_network.kernels():
+        if model.training or model.cannot_run(x, False, autocast) is not None:
             return None
         chain = self._chain
         if chain is None or not chain.fresh():
             chain = self._chain = _record(model)
         if chain is None or x.device != chain.device:
             return None
-        x = x if autocast is None else x.to(autocast)
+        x = x if autocast is None or torch.float64 in (x.dtype, chain.dtype) else x.to(autocast)
         if autocast is None and x.dtype != chain.dtype:
             return None
-        head = (model.fc.weight, model.fc.bias)
-        if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad() or head[0].requires_grad):
+        wanted = torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad() or model.fc.weight.requires_grad)
+        return None if wanted else (chain, x)
+
+    def features(self, model: Any, x: Tensor) -> Tensor | None:
+        """``model.features(x)`` as one chain, or None."""
+        ready = self._ready(model, x)
+        return None if ready is None else ready[0].run(ready[1])
+
+    def scores(self, model: Any, x: Tensor) -> Tensor | None:
+        """``model(x)`` for a network of ``stem``, ``layer1`` to ``layer3``, ``avgpool`` and ``fc``, or None."""
+        ready = self._ready(model, x) if residual_network.kernels() else None
+        if ready is None:
             return None
+        chain, x = ready
+        head = (model.fc.weight, model.fc.bias)
         stages = chain.stages(x)
         if stages is None or not residual_network.has_head(stages) or head[0].shape[1] != stages[-1].channels:
             return None
