@@ -66,7 +66,9 @@ def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tu
 
 
 def _chosen(layer: Any, choice: object) -> str:
-    """One line: what the kernel is for, the convolution, the choice."""
+    """One line: what the kernel is for, the convolution, the choice. A chain of convolutions has a name for itself."""
+    if isinstance(layer, str):
+        return f"{layer}: {choice}"
     size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"
     filters = f"{layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]}"
     return f"{layer.role:<15} {filters} {layer.channels} -> {size}: {choice}"

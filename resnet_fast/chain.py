@@ -8,6 +8,8 @@ operators (where gradients are traced).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -226,7 +228,25 @@ class Chain:
         if backends.kind(x) != "cuda" or backends.selected() == "triton":
             return None
         found = residual_network.stages(self.layers, x.shape[1:], x.dtype)
-        return found if found is not None and residual_network.runs(found, x.dtype) else None
+        if found is None or not residual_network.runs(found, x.dtype):
+            return None
+        return found if self._in_stages(x, found) else None
+
+    def _in_stages(self, x: Tensor, stages: tuple[residual_network.Stage, ...]) -> bool:
+        """Whether a launch a stage is faster here than a launch a convolution: measured once on the GPU of ``x``."""
+        if x.shape[0] == 0 or not backends.has_kernel("residual_stage", "cuda"):
+            return True
+        from ._triton.tune import FORMS, tuner
+
+        forms = dict(zip(FORMS, (lambda: self.run_stages(x, stages), lambda: self._run_layers(x)), strict=True))
+        chain = f"chain {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+        backend = backends.selected()
+        return tuner(x.device).choose_form(chain, forms, backend if backend == "cuda" else "auto") == FORMS[0]
+
+    @cached_property
+    def _digest(self) -> str:
+        """Names the chain's shape in the file of what was measured."""
+        return sha256(repr(self.layers).encode()).hexdigest()[:12]
 
     def run_stages(
         self,
@@ -254,6 +274,9 @@ class Chain:
         stages = self.stages(x)
         if stages is not None:
             return self.run_stages(x, stages)
+        return self._run_layers(x)
+
+    def _run_layers(self, x: Tensor) -> Tensor:
         return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers)
 
 

@@ -6,7 +6,10 @@ import types
 
 import pytest
 import torch
+from stage_support import add_kernels
+from support import randomize_
 
+from resnet_fast import blocks
 from resnet_fast._triton import tune
 from resnet_fast._triton.configs import A100, Config, Layer
 from resnet_fast._triton.cuda_configs import CudaConfig
@@ -97,6 +100,37 @@ def test_choices_are_told_with_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "_tuners", {(False, 0): again})
     again.choose(LAYER, clock.run)
     assert tune.choices()[LAYER] == (choice, {})
+
+
+def test_a_launch_a_stage_or_a_launch_a_convolution(simulated_device, monkeypatch, tmp_path):
+    """A chain that could run in stages does so where that was the faster form, and keeps to it."""
+    add_kernels(simulated_device)
+    torch.manual_seed(0)
+    stage = randomize_(blocks.Stage(blocks.BasicBlock(16, 16), blocks.BasicBlock(16, 16))).half().eval()
+    x = torch.randn(1, 16, 32, 32).half()
+    file = tmp_path / "gpu.json"
+    results = {}
+    for slow, launches in ((tune.FORMS[1], 1), (tune.FORMS[0], 4)):
+        file.unlink(missing_ok=True)
+        times = iter([2.0 if form == slow else 1.0 for form in tune.FORMS])
+
+        def measure(call, times=times):
+            call()
+            return next(times)
+
+        with tune.use(default(LAYER, A100)):
+            for _ in range(2):  # the second reads the file
+                tuner = tune.Tuner(A100, file, measure)
+                monkeypatch.setattr(tune, "tuner", lambda device, tuner=tuner: tuner)
+                with torch.no_grad():
+                    stage(x)
+                    before = len(simulated_device.launches)
+                    results[slow] = stage(x)
+                assert len(simulated_device.launches) - before == launches
+                (name,) = {key for key, _ in tuner.chosen}
+                assert name.startswith("chain ")
+                assert name.endswith(" 1x16x32x32 float16")
+    torch.testing.assert_close(*results.values(), rtol=1e-2, atol=1e-2)
 
 
 def test_what_another_process_found_stays(tmp_path):

@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -35,6 +36,8 @@ from .cuda_configs import CudaConfig
 __all__ = ["Tuner", "choices", "gpu_of", "tuner", "use"]
 
 LIBRARY = "library"
+# How a chain of convolutions runs: a stage of it a launch, or a convolution a launch.
+FORMS = ("stages", "layers")
 Choice = Config | CudaConfig | str
 # A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
 # should not decide.
@@ -111,7 +114,7 @@ class Tuner:
 
     def __init__(self, gpu: Gpu, file: Path | None, measure: Callable[[Callable[[], object]], float] | None) -> None:
         self.gpu, self.file, self.measure = gpu, file, measure
-        self.chosen: dict[tuple[Layer, str], Choice] = {}
+        self.chosen: dict[tuple[Layer | str, str], Choice] = {}
         self.seconds: dict[str, dict[str, float]] = {}
         self._stored = self._load()
 
@@ -122,23 +125,40 @@ class Tuner:
         """
         if _forced is not None:
             return _forced
-        choice = self.chosen.get((layer, backend))
+        fallback = functools.partial(default, layer, self.gpu, backend)
+        return self._choose(layer, backend, lambda: candidates(layer, self.gpu, backend), fallback, run)
+
+    def choose_form(self, chain: str, forms: dict[str, Callable[[], object]], backend: str = "auto") -> str:
+        """Which of :data:`FORMS` runs the chain of convolutions ``chain``; the first where none is measured."""
+        found = self._choose(chain, backend, lambda: list(forms), lambda: next(iter(forms)), lambda form: forms[form]())
+        assert isinstance(found, str)
+        return found
+
+    def _choose(
+        self,
+        what: Layer | str,
+        backend: str,
+        among: Callable[[], list[Any]],
+        unmeasured: Callable[[], Choice],
+        run: Callable[[Any], object],
+    ) -> Choice:
+        choice = self.chosen.get((what, backend))
         if choice is None:
-            key = _key(layer, backend)
+            key = _key(what, backend)
             choice = self._stored.get(key)
             if choice is None:
                 if self.measure is None or _capturing():
-                    return default(layer, self.gpu, backend)  # not kept: a later call may measure
-                choice = self._measure(layer, run, backend)
+                    return unmeasured()  # not kept: a later call may measure
+                choice = self._measure(key, among(), run)
                 # Another process may have been first.
                 choice = self._stored.get(key, choice)
-            self.chosen[layer, backend] = choice
+            self.chosen[what, backend] = choice
         return choice
 
-    def _measure(self, layer: Layer, run: Callable[[Choice], object], backend: str) -> Choice:
+    def _measure(self, key: str, among: list[Choice], run: Callable[[Choice], object]) -> Choice:
         assert self.measure is not None
         times: dict[Choice, float] = {}
-        for candidate in candidates(layer, self.gpu, backend):
+        for candidate in among:
             try:
                 times[candidate] = self.measure(lambda c=candidate: run(c))  # type: ignore[misc]
             except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
@@ -147,8 +167,8 @@ class Tuner:
         for candidate, seconds in times.items():
             if seconds < times[best] * (1 - _MARGIN):
                 best = candidate
-        self.seconds[_key(layer, backend)] = {str(c): s for c, s in times.items()}
-        self._store(_key(layer, backend), best)
+        self.seconds[key] = {str(c): s for c, s in times.items()}
+        self._store(key, best)
         return best
 
     def _load(self) -> dict[str, Choice]:
@@ -178,14 +198,14 @@ class Tuner:
             warnings.warn(f"resnet_fast: measured choices cannot be kept in {self.file}: {error}", stacklevel=2)
 
 
-def _key(layer: Layer, backend: str) -> str:
-    text = " ".join(str(v) for v in dataclasses.astuple(layer)).replace("torch.", "")
+def _key(what: Layer | str, backend: str) -> str:
+    text = what if isinstance(what, str) else " ".join(str(v) for v in dataclasses.astuple(what)).replace("torch.", "")
     return text if backend == "auto" else f"{backend}: {text}"
 
 
 def _parse(entry: str | dict[str, int]) -> Choice:
     if isinstance(entry, str):
-        if entry != LIBRARY:
+        if entry not in (LIBRARY, *FORMS):
             raise ValueError(f"unknown choice {entry!r}")
         return entry
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
@@ -212,9 +232,10 @@ def tuner(device: torch.device) -> Tuner:
     return _tuners[key]
 
 
-def choices() -> dict[Layer, tuple[Choice, dict[str, float]]]:
+def choices() -> dict[Layer | str, tuple[Choice, dict[str, float]]]:
     """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it.
 
+    Chains of layers that could run a stage a launch stand beside them, by name.
     Where the choice was read from the file there are none.
     """
     return {
