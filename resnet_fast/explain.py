@@ -160,8 +160,8 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     wrapped = list(_chains(model))
     hooks = [leaf.register_forward_hook(after, with_kwargs=True) for leaf in leaves]
     networks = [m for m in model.modules() if isinstance(m, CifarResNet)]
-    for m in networks:
-        m.__dict__["few_images"] = 0  # stage by stage, not as a whole
+    for network in networks:
+        network.__dict__["few_images"] = 0  # stage by stage, not as a whole
     for m in wrapped:
         m.__dict__["fused"] = listen(m)
     try:
@@ -169,8 +169,8 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     finally:
         for m in wrapped:
             del m.__dict__["fused"]
-        for m in networks:
-            del m.__dict__["few_images"]
+        for network in networks:
+            del network.__dict__["few_images"]
         for hook in hooks:
             hook.remove()
 
