@@ -65,7 +65,7 @@ def _record(model: Any) -> Chain | None:
     head = [model.avgpool, model.fc]
     if type(head[0]) is not nn.AdaptiveAvgPool2d or head[0].output_size not in (1, (1, 1)):
         return None
-    if type(head[1]) is not nn.Linear or head[1].weight.dtype != model.conv1.weight.dtype:
+    if type(head[1]) is not nn.Linear:
         return None
     recorder = Recorder()
     value = model.flow(recorder, 0)
@@ -75,4 +75,4 @@ def _record(model: Any) -> Chain | None:
         value = recorder.block(stage, value)
     if recorder.reason([m for m in parts if m not in head]) or hooks_reason(parts) or uncounted_reason(parts):
         return None
-    return Chain(parts, recorder)
+    return Chain(parts, recorder) if head[1].weight.dtype == model.conv1.weight.dtype else None
