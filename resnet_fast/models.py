@@ -69,23 +69,24 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
     # Beyond so few images, what a call costs besides the kernels does not count, and each stage has its own order.
     few_images = 4
 
-    def whole(self, x: Tensor) -> Whole | None:
-        """What runs the network as one operator on the device of ``x``, or None."""
-        # A subclass may do something else on the way; the compiler looks into the stages.
-        if type(self) is not CifarResNet or torch.compiler.is_compiling():
+    def whole(self, x: Tensor, device: str) -> Whole | None:
+        """What runs the network as one operator, if ``x`` takes the kernels of ``device``."""
+        # A subclass may do something else on the way; whoever traces looks into the stages.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if traced or type(self) is not CifarResNet or backends.kind(x) != device:
             return None
         if self._whole is None:
             self._whole = Whole()
         return self._whole
 
     def features(self, x: Tensor) -> Tensor:
-        few = backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
-        whole = self.whole(x) if few else None
-        y = None if whole is None else whole.features(self, x)
+        whole = self.whole(x, "cpu")
+        few = whole is not None and x.dim() == 4 and x.shape[0] <= self.few_images
+        y = whole.features(self, x) if whole is not None and few else None
         return super().features(x) if y is None else y
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = self.whole(x) if backends.kind(x) == "cuda" else None
+        whole = self.whole(x, "cuda")
         y = None if whole is None else whole.scores(self, x)
         return super().forward(x) if y is None else y
 
