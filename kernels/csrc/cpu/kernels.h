@@ -66,6 +66,7 @@ struct WinogradCall {
   T* output;
   int64_t output_image, output_row, output_pixel;
   int height, width;  // of the output
+  bool mixed;  // smaller tiles at the far edges, where the map is no multiple of a tile
   int tile_begin, tile_end;
 
   const T* filter;  // panels of [point][channel][output channel of the panel], or compact: [channel][tap][...]
@@ -82,8 +83,44 @@ struct WinogradCall {
 
 // Unnamed, so that every file has its own: see above.
 namespace {
-// Channels of a compact filter that are transformed at a time: a panel of them stays in L2.
-constexpr int kExpandedChannels = 64;
+// How one side of a map is cut: tiles of kTileOut outputs, and a last one that is smaller, where that saves products.
+// A tile of 3 outputs needs the points 0, +-A, B, infinity, one of 2 needs 0, +-A, infinity: both take the values of the
+// filter that are there anyway. A tile of 1 output is computed as one of 2.
+struct TileSide {
+  int tiles, edge;  // edge: outputs of the last tile
+
+  TileSide(int size, bool mixed)
+      : tiles((size + kTileOut - 1) / kTileOut),
+        edge(!mixed || size % kTileOut == 0 ? kTileOut : size % kTileOut == 3 ? 3 : 2) {}
+  int outputs(int tile) const { return tile + 1 == tiles ? edge : kTileOut; }
+  // Does a smaller last tile do without this point?
+  bool skips(int point) const { return point == 4 ? edge < 4 : point == 3 && edge < 3; }
+};
+
+// Tiles that skip a point leave no gap there: at each point those that have it follow each other. Points share four
+// lists of tiles, by whether the last row and the last column of tiles skip them.
+struct Tiling {
+  TileSide rows, columns;
+
+  Tiling(int height, int width, bool mixed) : rows(height, mixed), columns(width, mixed) {}
+  int list(int point) const { return 2 * rows.skips(point / kTileIn) + columns.skips(point % kTileIn); }
+};
+
+// Tiles so far on each list.
+struct TileCounts {
+  int of[4] = {0, 0, 0, 0};
+
+  void add(int tiles, bool small_row, bool small_column) {
+    of[0] += tiles;
+    if (!small_column) of[1] += tiles;
+    if (!small_row) of[2] += tiles;
+    if (!small_row && !small_column) of[3] += tiles;
+  }
+};
+
+// Channels of a compact filter that are transformed at a time, for one vector of output channels and a row of points:
+// they stay in L1.
+constexpr int kExpandedChannels = 32;
 
 // Channels of a tile of the transformed input that lie together, and are summed in one go: a cache line of floats.
 constexpr int kInputPanel = 16;
@@ -95,7 +132,6 @@ struct WinogradScratch {
   int64_t input_panel;  // from one panel of the transformed input to the next
   int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
   int64_t input, products, strip;
-  int filter_block;  // channels
   int64_t filter_point, filter;
 
   WinogradScratch(int channels, int tiles, int tiles_w, int panel_group, int panel, bool compact)
@@ -103,8 +139,7 @@ struct WinogradScratch {
         input_point((channels + kInputPanel - 1) / kInputPanel * input_panel + 16),
         product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16), input(kTilePoints * input_point),
         products(kTilePoints * product_point), strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
-        filter_block(kExpandedChannels), filter_point(filter_block * panel + 16),
-        filter(compact ? kTilePoints * filter_point : 0) {}
+        filter_point(kExpandedChannels * panel / 2), filter(compact ? kTileIn * filter_point : 0) {}
   int64_t numel() const { return input + products + strip + filter; }
 };
 }  // namespace

@@ -80,11 +80,11 @@ template <typename T>
 void winograd_gradient(const WinogradCall<T>& call, int64_t panel, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
   constexpr int width = product_panel<T>(Simd<T>::lanes);
-  const int tiles_h = (call.height + kTileOut - 1) / kTileOut, tiles_w = (call.width + kTileOut - 1) / kTileOut;
+  const Tiling tiling(call.height, call.width, false);
   for (int tile = call.tile_begin; tile < call.tile_end; ++tile) {
-    const TilePlace place(tile, tiles_h, tiles_w);
-    const T* from =
-        call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
+    const TilePlace place(tile, tiling);
+    const T* from = call.input + place.image * call.input_image + kTileOut * place.row * call.input_row +
+                    kTileOut * place.column * call.input_pixel;
     for (int c = 0; c < call.channels; c += Simd<T>::lanes) {
       Vec half[kTileOut][kTileIn];
       for (int i = 0; i < kTileOut; ++i) {

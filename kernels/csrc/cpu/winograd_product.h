@@ -1,0 +1,227 @@
+// The products of Winograd: at each point, transformed tiles times the filter's values there.
+#pragma once
+
+#include "winograd_filter.h"
+
+namespace resnet_fast {
+namespace {
+
+// P tiles x V vectors of the product at one point, alone or on top of what other channels gave. Short sums err less
+// than a single long one, and Winograd's last transform multiplies what they err: the channels of a panel are summed
+// apart. With S = 1 the total stays in registers. Where these are too few for sums enough to hide the latency of the
+// FMAs, S = 2 panels are summed side by side, and the total waits in memory.
+template <typename T, int P, int V, int S>
+struct Product {
+  typedef typename MakeIndices<P * V>::type All;
+  typedef typename MakeIndices<P>::type Rows;
+  typedef typename MakeIndices<V>::type Vectors;
+  typedef Tile<T, P, V> Sums;
+  static constexpr int width = V * Simd<T>::lanes;
+
+  template <int... I>
+  static RESNET_FAST_INLINE void step(Sums& sums, const T* input, const T* filter, Indices<I...>) {
+    constexpr int64_t rows[P] = {I * kInputPanel...};
+    sums.step(input, rows, filter, Rows(), Vectors());
+  }
+
+  static void run(const T* input, int64_t panel, const T* filter, int channels, bool accumulate, T* product) {
+    Sums total;
+    if (S == 1) {
+      total.start(All());
+      if (accumulate) total.add(product, width, All());
+    }
+    for (; channels > 0; channels -= S * kInputPanel) {
+      const int count = channels < kInputPanel ? channels : kInputPanel;
+      Sums one, other;
+      one.start(All());
+      if (S == 2) {
+        other.start(All());
+        const int both = channels < 2 * kInputPanel ? channels - count : kInputPanel;
+        for (int c = 0; c < both; ++c) {
+          step(one, input + c, filter + c * width, Rows());
+          step(other, input + panel + c, filter + (kInputPanel + c) * width, Rows());
+        }
+        for (int c = both; c < count; ++c) step(one, input + c, filter + c * width, Rows());
+        one.add(other, All());
+        if (accumulate) one.add(product, width, All());
+        one.spill(product, All());
+        accumulate = true;
+      } else {
+        for (int c = 0; c < count; ++c) step(one, input + c, filter + c * width, Rows());
+        total.add(one, All());
+      }
+      input += S * panel;
+      filter += S * kInputPanel * width;
+    }
+    if (S == 1) total.spill(product, All());
+  }
+};
+
+template <typename T>
+using MultiplyTile = void (*)(const T*, int64_t, const T*, int, bool, T*);
+
+template <typename T, int V, int S, int... P>
+inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
+  static constexpr MultiplyTile<T> tiles[] = {Product<T, P + 1, V, S>::run...};
+  return tiles[rows - 1];
+}
+
+// The same for all tiles of a list, and channels [begin, end) of the transformed input, begin being the first of a panel.
+template <typename T, int P, int V, int S>
+void multiply(const T* input, const WinogradScratch& sizes, int tiles, int begin, int end, const T* filter,
+              T* product) {
+  // Parts of equal size rather than full ones and a short rest, which could not hide the latency of its FMAs.
+  const int parts = (tiles + P - 1) / P;
+  input += begin / kInputPanel * sizes.input_panel;
+  for (int part = 0; part < parts; ++part) {
+    const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
+    select_multiply<T, V, S>(last - first, typename MakeIndices<P>::type())(
+        input + first * kInputPanel, sizes.input_panel, filter, end - begin, begin > 0,
+        product + static_cast<int64_t>(first) * V * Simd<T>::lanes);
+  }
+}
+
+// The products of one vector of output channels, out of panels of V, at the six points of row I, for G tiles. The
+// filter is transformed in registers, once for each group of tiles, and never written.
+template <typename T, int V, int I, int G>
+struct RowProduct {
+  typedef typename Simd<T>::Vec Vec;
+  typedef typename MakeIndices<kTileIn>::type Points;
+  typedef typename MakeIndices<G>::type Tiles;
+  static constexpr int width = V * Simd<T>::lanes;
+  Vec sum[kTileIn * G];
+
+  template <int... P>
+  RESNET_FAST_INLINE void start(Indices<P...>) {
+    ((sum[P] = Vec{}), ...);
+  }
+
+  template <int P, int... S>
+  RESNET_FAST_INLINE void point(const T* input, Vec u, Indices<S...>) {
+    ((sum[P * G + S] += splat(input[S * kInputPanel], typename MakeIndices<Simd<T>::lanes>::type()) * u), ...);
+  }
+
+  // transform_filter, each point multiplied as soon as it is there, by factors that are read where they are used: the
+  // sums leave few registers for anything else.
+  RESNET_FAST_INLINE void step(const T* const (&input)[kTileIn], int c, const Vec (&g)[3], const T* factors) {
+    typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
+    point<0>(input[0] + c, g[0], Tiles());
+    point<5>(input[5] + c, g[2], Tiles());
+    const Vec odd_a = g[1] * splat(factors[0], Lanes());
+    const Vec even_a = g[0] * splat(factors[1], Lanes()) + g[2] * splat(factors[2], Lanes());
+    point<1>(input[1] + c, even_a + odd_a, Tiles());
+    point<2>(input[2] + c, even_a - odd_a, Tiles());
+    const Vec odd_b = g[1] * splat(factors[3], Lanes());
+    const Vec even_b = g[0] * splat(factors[4], Lanes()) + g[2] * splat(factors[5], Lanes());
+    point<3>(input[3] + c, even_b + odd_b, Tiles());
+    point<4>(input[4] + c, even_b - odd_b, Tiles());
+  }
+
+  template <int P, int... S>
+  RESNET_FAST_INLINE void put_point(T* to, bool accumulate, Indices<S...>) {
+    if (accumulate) ((sum[P * G + S] += Simd<T>::load(to + S * Simd<T>::lanes)), ...);
+    (Simd<T>::store(to + S * Simd<T>::lanes, sum[P * G + S]), ...);
+  }
+
+  template <int... P>
+  RESNET_FAST_INLINE void put(T* to, int64_t point, bool accumulate, Indices<P...>) {
+    (put_point<P>(to + P * point, accumulate, Tiles()), ...);
+  }
+
+  // `ahead` is read next, a vector for each channel: filters come from memory, in an order that no CPU foresees.
+  static __attribute__((noinline)) void run(const T* input, int64_t input_point, const T* filter, const T* ahead,
+                                            int channels, bool accumulate, T* product, int64_t product_point) {
+    RowProduct sums;
+    sums.start(typename MakeIndices<kTileIn * G>::type());
+    const T* const rows[kTileIn] = {input,
+                                    input + input_point,
+                                    input + 2 * input_point,
+                                    input + 3 * input_point,
+                                    input + 4 * input_point,
+                                    input + 5 * input_point};
+    const T *factors = kFactors<T>, *row_factors = kFactors<T>;
+    for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width) {
+      asm("" : "+r"(factors), "+r"(row_factors));  // what is not known to stay the same is not kept in registers
+      for (int v = 0; v < width; v += Simd<T>::lanes) __builtin_prefetch(ahead + v);
+      const Vec half[3] = {transform_filter_row<T, I>(filter, 3 * width, row_factors),
+                           transform_filter_row<T, I>(filter + width, 3 * width, row_factors),
+                           transform_filter_row<T, I>(filter + 2 * width, 3 * width, row_factors)};
+      sums.step(rows, c, half, factors);
+    }
+    sums.put(product, product_point, accumulate, Points());
+  }
+};
+
+// Tiles of a group: as many as leave registers for the points of a row.
+constexpr int kTilesOfRow = 4;
+
+template <typename T, int V, int G, int... I>
+void multiply_rows(const WinogradScratch& sizes, const T* input, const T* filter, const T* ahead, int channels,
+                   bool accumulate, T* product, Indices<I...>) {
+  constexpr int width = V * Simd<T>::lanes;
+  (RowProduct<T, V, I, G>::run(input + I * kTileIn * sizes.input_point, sizes.input_point, filter, ahead + I * width,
+                               channels, accumulate, product + I * kTileIn * sizes.product_point, sizes.product_point),
+   ...);
+}
+
+// The products of one panel, panel of input channels by panel: the filter stays in L1 for all points and tiles, whose
+// products are [point][vector][tile].
+template <typename T, int V>
+void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
+                           T* products) {
+  typedef typename MakeIndices<kTileIn>::type Rows;
+  constexpr int64_t width = V * Simd<T>::lanes;
+  for (int c = 0; c < call.channels; c += kInputPanel, input += sizes.input_panel) {
+    const int channels = call.channels - c < kInputPanel ? call.channels - c : kInputPanel;
+    for (int v = 0; v < V; ++v) {
+      const T* block = filter + c * 9 * width + v * Simd<T>::lanes;
+      const T* ahead = filter + (c + kInputPanel) * 9 * width + (v == 0 ? 0 : 3 * width);
+      for (int tile = 0; tile < sizes.tiles; tile += kTilesOfRow) {
+        const T* in = input + tile * kInputPanel;
+        T* out = products + (v * sizes.tiles + tile) * Simd<T>::lanes;
+        switch (sizes.tiles - tile) {
+          case 1: multiply_rows<T, V, 1>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
+          case 2: multiply_rows<T, V, 2>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
+          case 3: multiply_rows<T, V, 3>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
+          default: multiply_rows<T, V, 4>(sizes, in, block, ahead, channels, c > 0, out, Rows());
+        }
+      }
+    }
+  }
+}
+
+// The same, the filter being transformed into L1 for a row of points at a time: for more tiles, on lists of their own.
+template <typename T, int P, int S>
+void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
+                       const TileCounts& counts, const T* input, const T* filter, int vectors, T* expanded,
+                       T* products) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t width = vectors * lanes;
+  for (int c = 0; c < call.channels; c += kExpandedChannels) {
+    const int channels = call.channels - c < kExpandedChannels ? call.channels - c : kExpandedChannels;
+    for (int v = 0; v < vectors; ++v) {
+      const T* block = filter + c * 9 * width + v * lanes;
+      for (int i = 0; i < kTileIn; ++i) {
+        // Each row brings in its part of the block that comes next.
+        const T* ahead = filter + (c + kExpandedChannels) * 9 * width + (v * kTileIn + i) * lanes;
+        select_expand_row<T>(i, typename MakeIndices<kTileIn>::type())(block, ahead, width, channels,
+                                                                       sizes.filter_point, expanded);
+        for (int j = 0; j < kTileIn; ++j) {
+          const int point = kTileIn * i + j;
+          multiply<T, P, 1, S>(input + point * sizes.input_point, sizes, counts.of[tiling.list(point)], c, c + channels,
+                               expanded + j * sizes.filter_point,
+                               products + point * sizes.product_point + static_cast<int64_t>(v) * sizes.tiles * lanes);
+        }
+      }
+    }
+  }
+}
+
+// With 32 registers, transforming a filter in registers is cheaper than writing it, if it is for one group of tiles.
+template <typename T>
+constexpr bool in_registers(const WinogradCall<T>& call) {
+  return RESNET_FAST_VECTOR_BYTES == 64 && !call.mixed && call.tile_end - call.tile_begin <= kTilesOfRow;
+}
+
+}  // namespace
+}  // namespace resnet_fast
