@@ -103,6 +103,7 @@ struct Tiling {
   TileSide rows, columns;
 
   Tiling(int height, int width, bool mixed) : rows(height, mixed), columns(width, mixed) {}
+  bool plain() const { return rows.edge == kTileOut && columns.edge == kTileOut; }
   int list(int point) const { return 2 * rows.skips(point / kTileIn) + columns.skips(point % kTileIn); }
 };
 

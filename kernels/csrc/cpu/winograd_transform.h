@@ -206,17 +206,18 @@ TileCounts transform_inputs(const WinogradCall<T>& call, int width, int64_t pane
   return counts;
 }
 
-// One tile of M x N outputs, one vector of channels: product[list] is where it lies at the points of each list.
-template <typename T, int M, int N>
+// One tile of M x N outputs, one vector of channels: product[list] is where it lies at the points of each list, or
+// product[0] at all points.
+template <typename T, int M, int N, bool Lists>
 void transform_output_tile(const WinogradCall<T>& call, const Tiling& tiling, const TilePlace& place,
                            const T* const (&product)[4], int64_t point, int64_t channel) {
   typedef typename Simd<T>::Vec Vec;
   Vec half[kTileOut][kTileIn];
   const int64_t down = kTileIn * point;
-  const int third = 2 * tiling.rows.skips(3), fourth = 2 * tiling.rows.skips(4);
+  const int third = Lists ? 2 * tiling.rows.skips(3) : 0, fourth = Lists ? 2 * tiling.rows.skips(4) : 0;
   for (int j = 0; j < kTileIn; ++j) {
     if (!has_point<N>(j)) continue;
-    const int list = tiling.columns.skips(j);
+    const int list = Lists ? tiling.columns.skips(j) : 0;
     const T* from = product[list] + j * point;
     Vec m[kTileIn] = {Simd<T>::load(from), Simd<T>::load(from + down), Simd<T>::load(from + 2 * down)};
     if constexpr (has_point<M>(3)) m[3] = Simd<T>::load(product[list + third] + j * point + 3 * down);
@@ -267,10 +268,14 @@ void transform_outputs(const WinogradCall<T>& call, const Tiling& tiling, const 
       const T* const first = products + v * vector_step;
       const T* const at[4] = {first + counts.of[0] * tile_step, first + counts.of[1] * tile_step,
                               first + counts.of[2] * tile_step, first + counts.of[3] * tile_step};
+      if (tiling.plain()) {
+        transform_output_tile<T, 4, 4, false>(call, tiling, place, at, point, channel + v * Simd<T>::lanes);
+        continue;
+      }
       with_outputs(high, [&](auto m) {
         with_outputs(wide, [&](auto n) {
-          transform_output_tile<T, decltype(m)::value, decltype(n)::value>(call, tiling, place, at, point,
-                                                                           channel + v * Simd<T>::lanes);
+          transform_output_tile<T, decltype(m)::value, decltype(n)::value, true>(call, tiling, place, at, point,
+                                                                                 channel + v * Simd<T>::lanes);
         });
       });
     }
