@@ -92,10 +92,6 @@ constexpr int64_t kTransformedBytes = 512 * 1024;
 constexpr int64_t kMinTiles = 16;
 constexpr int64_t kMaxTiles = 32;
 
-// Where an image has so few tiles, a compact filter multiplies whole ones: the time goes into its transform, which is
-// done in registers for a few tiles that have the same points.
-constexpr int64_t kFewTiles = 4;
-
 template <typename T>
 Blocking winograd_blocking(const FilterLayout<T>& layout, int64_t tiles, int64_t panels) {
   const int64_t fit = kTransformedBytes / (kTilePoints * layout.channels * static_cast<int64_t>(sizeof(T)));
@@ -130,7 +126,7 @@ void winograd(const Convolution<T>& conv, const Part& part, T* scratch) {
   call.output = y.origin;
   call.output_image = y.image, call.output_row = y.row, call.output_pixel = y.pixel;
   call.height = static_cast<int>(conv.height), call.width = static_cast<int>(conv.width);
-  call.mixed = layout.algorithm == Algorithm::kWinograd || units_of(layout, conv.height, conv.width) > kFewTiles;
+  call.mixed = true;
   call.filter = conv.packed + layout.panels_begin();
   call.bias = conv.packed + layout.bias_begin();
   call.compact = layout.algorithm == Algorithm::kCompactWinograd;

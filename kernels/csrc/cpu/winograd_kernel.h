@@ -30,12 +30,12 @@ void winograd(const WinogradCall<T>& call) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
     if (call.compact) {
       const T* filter = call.filter + first * call.panel_stride;
-      if (!in_registers(call)) {
+      if (!in_registers(tiling, tiles)) {
         multiply_expanded<T, WH, S>(call, sizes, tiling, counts, input, filter, vectors_of(first), expanded, products);
       } else if (vectors_of(first) == 2) {
-        multiply_in_registers<T, 2>(call, sizes, input, filter, products);
+        multiply_in_registers<T, 2>(call, sizes, tiling, input, filter, products);
       } else {
-        multiply_in_registers<T, 1>(call, sizes, input, filter, products);
+        multiply_in_registers<T, 1>(call, sizes, tiling, input, filter, products);
       }
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {

@@ -81,15 +81,16 @@ void multiply(const T* input, const WinogradScratch& sizes, int tiles, int begin
   }
 }
 
-// The products of one vector of output channels, out of panels of V, at the six points of row I, for G tiles. The
-// filter is transformed in registers, once for each group of tiles, and never written.
-template <typename T, int V, int I, int G>
+// The products of one vector of output channels, out of panels of V, at the six points of row I, for a few tiles: G at
+// most points, G3 and G4 at those that smaller tiles may skip. The filter is transformed in registers, once for all
+// tiles, and never written.
+template <typename T, int V, int I, int G, int G3, int G4>
 struct RowProduct {
   typedef typename Simd<T>::Vec Vec;
-  typedef typename MakeIndices<kTileIn>::type Points;
-  typedef typename MakeIndices<G>::type Tiles;
   static constexpr int width = V * Simd<T>::lanes;
   Vec sum[kTileIn * G];
+
+  static constexpr int tiles(int point) { return point == 3 ? G3 : point == 4 ? G4 : G; }
 
   template <int... P>
   RESNET_FAST_INLINE void start(Indices<P...>) {
@@ -101,20 +102,25 @@ struct RowProduct {
     ((sum[P * G + S] += splat(input[S * kInputPanel], typename MakeIndices<Simd<T>::lanes>::type()) * u), ...);
   }
 
+  template <int P>
+  RESNET_FAST_INLINE void point(const T* input, Vec u) {
+    point<P>(input, u, typename MakeIndices<tiles(P)>::type());
+  }
+
   // transform_filter, each point multiplied as soon as it is there, by factors that are read where they are used: the
   // sums leave few registers for anything else.
   RESNET_FAST_INLINE void step(const T* const (&input)[kTileIn], int c, const Vec (&g)[3], const T* factors) {
     typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
-    point<0>(input[0] + c, g[0], Tiles());
-    point<5>(input[5] + c, g[2], Tiles());
+    point<0>(input[0] + c, g[0]);
+    point<5>(input[5] + c, g[2]);
     const Vec odd_a = g[1] * splat(factors[0], Lanes());
     const Vec even_a = g[0] * splat(factors[1], Lanes()) + g[2] * splat(factors[2], Lanes());
-    point<1>(input[1] + c, even_a + odd_a, Tiles());
-    point<2>(input[2] + c, even_a - odd_a, Tiles());
+    point<1>(input[1] + c, even_a + odd_a);
+    point<2>(input[2] + c, even_a - odd_a);
     const Vec odd_b = g[1] * splat(factors[3], Lanes());
     const Vec even_b = g[0] * splat(factors[4], Lanes()) + g[2] * splat(factors[5], Lanes());
-    point<3>(input[3] + c, even_b + odd_b, Tiles());
-    point<4>(input[4] + c, even_b - odd_b, Tiles());
+    point<3>(input[3] + c, even_b + odd_b);
+    point<4>(input[4] + c, even_b - odd_b);
   }
 
   template <int P, int... S>
@@ -125,7 +131,7 @@ struct RowProduct {
 
   template <int... P>
   RESNET_FAST_INLINE void put(T* to, int64_t point, bool accumulate, Indices<P...>) {
-    (put_point<P>(to + P * point, accumulate, Tiles()), ...);
+    (put_point<P>(to + P * point, accumulate, typename MakeIndices<tiles(P)>::type()), ...);
   }
 
   // `ahead` is read next, a vector for each channel: filters come from memory, in an order that no CPU foresees.
@@ -148,44 +154,57 @@ struct RowProduct {
                            transform_filter_row<T, I>(filter + 2 * width, 3 * width, row_factors)};
       sums.step(rows, c, half, factors);
     }
-    sums.put(product, product_point, accumulate, Points());
+    sums.put(product, product_point, accumulate, typename MakeIndices<kTileIn>::type());
   }
 };
 
-// Tiles of a group: as many as leave registers for the points of a row.
-constexpr int kTilesOfRow = 4;
+// Which tiles the code above is there for: up to four with the same points, or 2 x 2 of one map.
+inline bool in_registers(const Tiling& tiling, int tiles) {
+  // With 32 registers, transforming a filter in registers is cheaper than writing it, if it is for one group of tiles.
+  return RESNET_FAST_VECTOR_BYTES == 64 && tiles <= 4 &&
+         (tiling.plain() || (tiles == 4 && tiling.rows.tiles == 2 && tiling.columns.tiles == 2));
+}
 
-template <typename T, int V, int G, int... I>
-void multiply_rows(const WinogradScratch& sizes, const T* input, const T* filter, const T* ahead, int channels,
-                   bool accumulate, T* product, Indices<I...>) {
-  constexpr int width = V * Simd<T>::lanes;
-  (RowProduct<T, V, I, G>::run(input + I * kTileIn * sizes.input_point, sizes.input_point, filter, ahead + I * width,
-                               channels, accumulate, product + I * kTileIn * sizes.product_point, sizes.product_point),
-   ...);
+template <typename T, int V, int I>
+void multiply_row(const WinogradScratch& sizes, const Tiling& tiling, const T* input, const T* filter, const T* ahead,
+                  int channels, bool accumulate, T* product) {
+  const int all = tiling.rows.skips(I) ? sizes.tiles / 2 : sizes.tiles;
+  const int third = tiling.columns.skips(3) ? all / 2 : all, fourth = tiling.columns.skips(4) ? all / 2 : all;
+  const auto run = [&](auto row) {
+    row.run(input + I * kTileIn * sizes.input_point, sizes.input_point, filter, ahead + I * V * Simd<T>::lanes,
+            channels, accumulate, product + I * kTileIn * sizes.product_point, sizes.product_point);
+  };
+  switch (100 * all + 10 * third + fourth) {
+    case 111: return run(RowProduct<T, V, I, 1, 1, 1>());
+    case 211: return run(RowProduct<T, V, I, 2, 1, 1>());
+    case 221: return run(RowProduct<T, V, I, 2, 2, 1>());
+    case 222: return run(RowProduct<T, V, I, 2, 2, 2>());
+    case 333: return run(RowProduct<T, V, I, 3, 3, 3>());
+    case 422: return run(RowProduct<T, V, I, 4, 2, 2>());
+    case 442: return run(RowProduct<T, V, I, 4, 4, 2>());
+    default: return run(RowProduct<T, V, I, 4, 4, 4>());
+  }
+}
+
+template <typename T, int V, int... I>
+void multiply_rows(const WinogradScratch& sizes, const Tiling& tiling, const T* input, const T* filter, const T* ahead,
+                   int channels, bool accumulate, T* product, Indices<I...>) {
+  (multiply_row<T, V, I>(sizes, tiling, input, filter, ahead, channels, accumulate, product), ...);
 }
 
 // The products of one panel, panel of input channels by panel: the filter stays in L1 for all points and tiles, whose
 // products are [point][vector][tile].
 template <typename T, int V>
-void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
-                           T* products) {
-  typedef typename MakeIndices<kTileIn>::type Rows;
+void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
+                           const T* input, const T* filter, T* products) {
   constexpr int64_t width = V * Simd<T>::lanes;
   for (int c = 0; c < call.channels; c += kInputPanel, input += sizes.input_panel) {
     const int channels = call.channels - c < kInputPanel ? call.channels - c : kInputPanel;
     for (int v = 0; v < V; ++v) {
       const T* block = filter + c * 9 * width + v * Simd<T>::lanes;
       const T* ahead = filter + (c + kInputPanel) * 9 * width + (v == 0 ? 0 : 3 * width);
-      for (int tile = 0; tile < sizes.tiles; tile += kTilesOfRow) {
-        const T* in = input + tile * kInputPanel;
-        T* out = products + (v * sizes.tiles + tile) * Simd<T>::lanes;
-        switch (sizes.tiles - tile) {
-          case 1: multiply_rows<T, V, 1>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
-          case 2: multiply_rows<T, V, 2>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
-          case 3: multiply_rows<T, V, 3>(sizes, in, block, ahead, channels, c > 0, out, Rows()); break;
-          default: multiply_rows<T, V, 4>(sizes, in, block, ahead, channels, c > 0, out, Rows());
-        }
-      }
+      multiply_rows<T, V>(sizes, tiling, input, block, ahead, channels, c > 0,
+                          products + v * sizes.tiles * Simd<T>::lanes, typename MakeIndices<kTileIn>::type());
     }
   }
 }
@@ -215,12 +234,6 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
       }
     }
   }
-}
-
-// With 32 registers, transforming a filter in registers is cheaper than writing it, if it is for one group of tiles.
-template <typename T>
-constexpr bool in_registers(const WinogradCall<T>& call) {
-  return RESNET_FAST_VECTOR_BYTES == 64 && !call.mixed && call.tile_end - call.tile_begin <= kTilesOfRow;
 }
 
 }  // namespace
