@@ -70,13 +70,14 @@ RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_
 }
 
 // Row I of the points of a filter, for one vector of output channels: [channel][tap][width] -> [point][channel][lanes].
-// `ahead` is read next: filters come from memory, in an order that no CPU foresees.
+// `ahead`, two vectors for each channel, is read next: filters come from memory, in an order that no CPU foresees.
 template <typename T, int I>
 void expand_row(const T* filter, const T* ahead, int64_t width, int channels, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
   constexpr int lanes = Simd<T>::lanes;
   for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width, out += lanes) {
-    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(ahead + lanes, 0, 2);
     const Vec g[3] = {transform_filter_row<T, I>(filter, 3 * width, kFactors<T>),
                       transform_filter_row<T, I>(filter + width, 3 * width, kFactors<T>),
                       transform_filter_row<T, I>(filter + 2 * width, 3 * width, kFactors<T>)};

@@ -221,8 +221,8 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
     for (int v = 0; v < vectors; ++v) {
       const T* block = filter + c * 9 * width + v * lanes;
       for (int i = 0; i < kTileIn; ++i) {
-        // Each row brings in its part of the block that comes next.
-        const T* ahead = filter + (c + kExpandedChannels) * 9 * width + (v * kTileIn + i) * lanes;
+        // Each row brings in its part, a vector and a half, of the block that comes next.
+        const T* ahead = filter + (c + kExpandedChannels) * 9 * width + (v * kTileIn + i) * 3 / 2 * lanes;
         select_expand_row<T>(i, typename MakeIndices<kTileIn>::type())(block, ahead, width, channels,
                                                                        sizes.filter_point, expanded);
         for (int j = 0; j < kTileIn; ++j) {
