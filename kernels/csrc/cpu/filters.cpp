@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "huge_pages.h"
 #include "maps.h"
 
 namespace resnet_fast {
@@ -141,6 +142,7 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
                                        weight.device());
   T* data = static_cast<T*>(packed.data_ptr());
   T* panels = data + layout.panels_begin();
+  prefer_huge_pages(data, static_cast<size_t>(size[0]) * sizeof(T));
   std::fill(data, panels, T(0));
   data[0] = static_cast<T>(algorithm);
   for (int64_t k = 0; k < layout.out_channels; ++k) {

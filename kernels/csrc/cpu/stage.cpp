@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "geometry.h"
+#include "huge_pages.h"
 #include "layer.h"
 #include "team.h"
 
@@ -142,6 +143,7 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
                                            team_images * map_numel + threads * team_work)};
   Tensor scratch = torch::stable::empty({scratch_size, 1}, filters[0].scalar_type(), std::nullopt, x.device());
   T* data = static_cast<T*>(scratch.data_ptr());
+  prefer_huge_pages(data, static_cast<size_t>(scratch_size[0]) * sizeof(T));
 
   if (carried > 0) {
     // Whoever is free takes the next group: cores need not be equally fast.
