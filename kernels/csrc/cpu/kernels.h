@@ -119,8 +119,7 @@ struct TileCounts {
   }
 };
 
-// Channels of a compact filter that are transformed at a time, for one vector of output channels and a row of points:
-// they stay in L1.
+// Channels of a compact filter that are transformed at a time, for a row of points: they stay in L1.
 constexpr int kExpandedChannels = 32;
 
 // Channels of a tile of the transformed input that lie together, and are summed in one go: a cache line of floats.
@@ -140,7 +139,7 @@ struct WinogradScratch {
         input_point((channels + kInputPanel - 1) / kInputPanel * input_panel + 16),
         product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16), input(kTilePoints * input_point),
         products(kTilePoints * product_point), strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
-        filter_point(kExpandedChannels * panel / 2), filter(compact ? kTileIn * filter_point : 0) {}
+        filter_point(kExpandedChannels * panel + 16), filter(compact ? kTileIn * filter_point : 0) {}
   int64_t numel() const { return input + products + strip + filter; }
 };
 }  // namespace

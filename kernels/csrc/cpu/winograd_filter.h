@@ -69,35 +69,38 @@ RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_
   return I % 2 == 1 ? even + odd : even - odd;
 }
 
-// Row I of the points of a filter, for one vector of output channels: [channel][tap][width] -> [point][channel][lanes].
-// `ahead`, two vectors for each channel, is read next: filters come from memory, in an order that no CPU foresees.
-template <typename T, int I>
+// Row I of the points of a filter: V vectors, out of panels of `width`, [channel][tap][width] -> [point][channel][V
+// vectors]. `ahead`, two taps of each channel, is read next: filters come from memory, in an order that no CPU foresees.
+template <typename T, int V, int I>
 void expand_row(const T* filter, const T* ahead, int64_t width, int channels, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
-  constexpr int lanes = Simd<T>::lanes;
-  for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width, out += lanes) {
+  constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(T);
+  for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width) {
     __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(ahead + lanes, 0, 2);
-    const Vec g[3] = {transform_filter_row<T, I>(filter, 3 * width, kFactors<T>),
-                      transform_filter_row<T, I>(filter + width, 3 * width, kFactors<T>),
-                      transform_filter_row<T, I>(filter + 2 * width, 3 * width, kFactors<T>)};
-    Vec u[kTileIn];
-    transform_filter<T>(g, u);
-    Simd<T>::store(out, u[0]);
-    Simd<T>::store(out + point, u[1]);
-    Simd<T>::store(out + 2 * point, u[2]);
-    Simd<T>::store(out + 3 * point, u[3]);
-    Simd<T>::store(out + 4 * point, u[4]);
-    Simd<T>::store(out + 5 * point, u[5]);
+    __builtin_prefetch(ahead + line, 0, 2);
+    for (int v = 0; v < V; ++v, out += lanes) {
+      const T* from = filter + v * lanes;
+      const Vec g[3] = {transform_filter_row<T, I>(from, 3 * width, kFactors<T>),
+                        transform_filter_row<T, I>(from + width, 3 * width, kFactors<T>),
+                        transform_filter_row<T, I>(from + 2 * width, 3 * width, kFactors<T>)};
+      Vec u[kTileIn];
+      transform_filter<T>(g, u);
+      Simd<T>::store(out, u[0]);
+      Simd<T>::store(out + point, u[1]);
+      Simd<T>::store(out + 2 * point, u[2]);
+      Simd<T>::store(out + 3 * point, u[3]);
+      Simd<T>::store(out + 4 * point, u[4]);
+      Simd<T>::store(out + 5 * point, u[5]);
+    }
   }
 }
 
 template <typename T>
 using ExpandRow = void (*)(const T*, const T*, int64_t, int, int64_t, T*);
 
-template <typename T, int... I>
+template <typename T, int V, int... I>
 inline ExpandRow<T> select_expand_row(int row, Indices<I...>) {
-  static constexpr ExpandRow<T> rows[] = {expand_row<T, I>...};
+  static constexpr ExpandRow<T> rows[] = {expand_row<T, V, I>...};
   return rows[row];
 }
 

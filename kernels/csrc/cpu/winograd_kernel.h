@@ -17,6 +17,8 @@ namespace {
 template <typename T, int W, int WH, int S>
 void winograd(const WinogradCall<T>& call) {
   constexpr int lanes = Simd<T>::lanes, panel = 2 * lanes;
+  // Vectors of a compact filter at once: two where registers are few, so that each input that is read serves twice.
+  constexpr int at_once = S == 1 ? 1 : 2;
   const Tiling tiling(call.height, call.width, call.mixed);
   const int tiles = call.tile_end - call.tile_begin;
   const WinogradScratch sizes(call.channels, tiles, tiling.columns.tiles, call.panel_group, panel, call.compact);
@@ -28,21 +30,17 @@ void winograd(const WinogradCall<T>& call) {
   const TileCounts counts = transform_inputs(call, kInputPanel, sizes.input_panel, sizes.input_point, strip, input);
   for (int first = call.panel_begin; first < call.panel_end; first += call.panel_group) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
-    if (call.compact) {
-      const T* filter = call.filter + first * call.panel_stride;
-      if (!in_registers(tiling, tiles)) {
-        multiply_expanded<T, WH, S>(call, sizes, tiling, counts, input, filter, vectors_of(first), expanded, products);
-      } else if (vectors_of(first) == 2) {
-        multiply_in_registers<T, 2>(call, sizes, tiling, input, filter, products);
-      } else {
-        multiply_in_registers<T, 1>(call, sizes, tiling, input, filter, products);
-      }
+    const T* const filters = call.filter + first * call.panel_stride;
+    if (call.compact && vectors_of(first) == 2) {
+      multiply_compact<T, at_once == 2 ? W : WH, at_once, 2, S>(call, sizes, tiling, counts, input, filters, expanded, products);
+    } else if (call.compact) {
+      multiply_compact<T, WH, 1, 1, S>(call, sizes, tiling, counts, input, filters, expanded, products);
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {
       const int count = counts.of[tiling.list(point)];
       for (int k = 0; k < group; ++k) {
         const int64_t width = vectors_of(first + k) * lanes;
-        const T* filter = call.filter + (first + k) * call.panel_stride + point * call.channels * width;
+        const T* filter = filters + k * call.panel_stride + point * call.channels * width;
         T* product = products + point * sizes.product_point + static_cast<int64_t>(k) * tiles * panel;
         const T* in = input + point * sizes.input_point;
         if (vectors_of(first + k) == 2) {
@@ -53,11 +51,12 @@ void winograd(const WinogradCall<T>& call) {
       }
     }
     for (int k = 0; k < group; ++k) {
-      // A tile's vectors follow each other; where the filter is compact, a vector's tiles.
-      const int vectors = vectors_of(first + k), tile_step = call.compact ? lanes : vectors * lanes;
-      const int64_t vector_step = call.compact ? static_cast<int64_t>(tiles) * lanes : lanes;
+      // A tile's vectors follow each other, or a vector's tiles.
+      const int vectors = vectors_of(first + k);
+      const bool by_vector = call.compact && (at_once == 1 || in_registers(tiling, tiles));
       transform_outputs(call, tiling, products + static_cast<int64_t>(k) * tiles * panel, sizes.product_point,
-                        tile_step, vector_step, vectors, static_cast<int64_t>(first + k) * panel);
+                        by_vector ? lanes : vectors * lanes, by_vector ? tiles * lanes : lanes, vectors,
+                        static_cast<int64_t>(first + k) * panel);
     }
   }
 }

@@ -209,30 +209,39 @@ void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& s
   }
 }
 
-// The same, the filter being transformed into L1 for a row of points at a time: for more tiles, on lists of their own.
-template <typename T, int P, int S>
+// The same, the filter being transformed into L1 for a row of points at a time: for more tiles, on lists of their own. E
+// of the panel's V vectors at once: products are [point][V / E][tile][E].
+template <typename T, int P, int E, int V, int S>
 void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
-                       const TileCounts& counts, const T* input, const T* filter, int vectors, T* expanded,
-                       T* products) {
-  constexpr int lanes = Simd<T>::lanes;
-  const int64_t width = vectors * lanes;
+                       const TileCounts& counts, const T* input, const T* filter, T* expanded, T* products) {
+  constexpr int lanes = Simd<T>::lanes, width = V * lanes;
   for (int c = 0; c < call.channels; c += kExpandedChannels) {
     const int channels = call.channels - c < kExpandedChannels ? call.channels - c : kExpandedChannels;
-    for (int v = 0; v < vectors; ++v) {
-      const T* block = filter + c * 9 * width + v * lanes;
+    const T *block = filter + c * 9 * width, *next = block + kExpandedChannels * 9 * width;
+    for (int v = 0; v < V; v += E) {
       for (int i = 0; i < kTileIn; ++i) {
-        // Each row brings in its part, a vector and a half, of the block that comes next.
-        const T* ahead = filter + (c + kExpandedChannels) * 9 * width + (v * kTileIn + i) * 3 / 2 * lanes;
-        select_expand_row<T>(i, typename MakeIndices<kTileIn>::type())(block, ahead, width, channels,
-                                                                       sizes.filter_point, expanded);
+        // Each row brings in its part, a vector and a half for each of its own, of the block that comes next.
+        select_expand_row<T, E>(i, typename MakeIndices<kTileIn>::type())(
+            block + v * lanes, next + (v * kTileIn + i * E) * 3 / 2 * lanes, width, channels, sizes.filter_point,
+            expanded);
         for (int j = 0; j < kTileIn; ++j) {
           const int point = kTileIn * i + j;
-          multiply<T, P, 1, S>(input + point * sizes.input_point, sizes, counts.of[tiling.list(point)], c, c + channels,
+          multiply<T, P, E, S>(input + point * sizes.input_point, sizes, counts.of[tiling.list(point)], c, c + channels,
                                expanded + j * sizes.filter_point,
                                products + point * sizes.product_point + static_cast<int64_t>(v) * sizes.tiles * lanes);
         }
       }
     }
+  }
+}
+
+template <typename T, int P, int E, int V, int S>
+void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
+                      const TileCounts& counts, const T* input, const T* filter, T* expanded, T* products) {
+  if (in_registers(tiling, sizes.tiles)) {
+    multiply_in_registers<T, V>(call, sizes, tiling, input, filter, products);
+  } else {
+    multiply_expanded<T, P, E, V, S>(call, sizes, tiling, counts, input, filter, expanded, products);
   }
 }
 
