@@ -1,10 +1,10 @@
 """Which algorithm a convolution on the CPU takes: a model of its cost, checked against measurement.
 
 Costs are in multiply-adds of a direct convolution at full speed. Winograd's F(4x4, 3x3) multiplies 36 times for 16
-outputs where direct convolution multiplies 144 times, but transforms its input and output and computes the tiles at the
-edges whole. Its filters are four times as large, and where there are few tiles for each, reading them takes longer than
-multiplying by them: then they are read as they are, and transformed on the way. The factors were fitted to measured
-times (benchmarks/NOTES.md).
+outputs where direct convolution multiplies 144 times, but transforms its input and output; at the edges tiles of 3 or 2
+outputs take 5 or 4 points a side instead of 6. Its filters are four times as large, and where there are few tiles for
+each, reading them takes longer than multiplying by them: then they are read as they are, and transformed on the way. The
+factors were fitted to measured times (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -35,31 +35,39 @@ _POINTS = 36
 
 _MULTIPLY = 1.15  # small matrix products run below the speed of a direct convolution
 _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its points
-# For each point of a filter that is transformed on the way, and for how many tiles it is transformed once: in
-# registers, or where these are too few, through memory.
-_EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
+_AT_ONCE = 32  # tiles that are multiplied before filters pass by again
+# To transform a filter on the way, for each of its points and each pass.
+_EXPAND = {"avx512": 1.5, "avx2": 4.0, "baseline": 4.0}
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
+_READ_AGAIN = 2.0  # the same in later passes: from the cache that cores share
 
 
-def _read(elements: int) -> float:
-    return _READ * elements if elements > _KEPT_ELEMENTS else 0.0
+def _read(elements: int, passes: int) -> float:
+    return (_READ + _READ_AGAIN * (passes - 1)) * elements if elements > _KEPT_ELEMENTS else 0.0
+
+
+def _side(size: int) -> tuple[int, int]:
+    """Tiles along a side of a map, and the points that they have along it."""
+    whole, rest = divmod(size, TILE)
+    return whole + (rest > 0), 6 * whole + (0, 4, 4, 5)[rest]
 
 
 def algorithm(
-    channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], pixels: int, tiles: int
+    channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], images: int, size: tuple[int, int]
 ) -> int:
-    """The cheapest for a convolution with so many output pixels, or 4 x 4 tiles of them, in the batch."""
+    """The cheapest for a convolution with maps of ``size`` as its output."""
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
         return DIRECT
+    (rows, row_points), (columns, column_points) = _side(size[0]), _side(size[1])
     pairs = channels * out_channels
-    products = _POINTS * tiles * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
-    expand, at_once = _EXPAND[backends.isa()]
-    passes = (tiles + at_once - 1) // at_once
+    points = images * row_points * column_points
+    products = points * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
+    passes = (images * rows * columns + _AT_ONCE - 1) // _AT_ONCE
     costs = (
-        9 * pixels * pairs + _read(9 * pairs),
-        products + _read(_POINTS * pairs),
-        products + _read(9 * pairs) + _POINTS * passes * expand * pairs,
+        9 * images * size[0] * size[1] * pairs + _read(9 * pairs, 1),
+        products + _read(_POINTS * pairs, passes),
+        products + _read(9 * pairs, passes) + _POINTS * passes * _EXPAND[backends.isa()] * pairs,
     )
     return costs.index(min(costs))
 
@@ -69,8 +77,7 @@ def algorithm_of_filter(weight: torch.Tensor, stride: tuple[int, ...]) -> int:
     k, c, *kernel = weight.shape
     if weight.dtype == torch.float64:
         return DIRECT
-    many = 1 << 20
-    return algorithm(c, k, tuple(kernel), stride, many * TILE**2, many)
+    return algorithm(c, k, tuple(kernel), stride, 1 << 20, (TILE, TILE))
 
 
 def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list[int]:
@@ -85,9 +92,8 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
         c, h, w = maps[source]
         height, width = conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)
         maps.append((k, height, width))
-        tiles = batch * ((height + TILE - 1) // TILE) * ((width + TILE - 1) // TILE)
         exact = dtype == torch.float64
-        best = algorithm(c, k, (r, s), (stride_h, stride_w), batch * height * width, tiles)
+        best = algorithm(c, k, (r, s), (stride_h, stride_w), batch, (height, width))
         chosen.append(DIRECT if exact else best)
     return chosen
 
@@ -100,5 +106,4 @@ def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor,
     if backward:
         k, c = c, k
     batch, _, height, width = x.shape
-    tiles = batch * ((height + TILE - 1) // TILE) * ((width + TILE - 1) // TILE)
-    return algorithm(c, k, tuple(kernel), tuple(stride), batch * height * width, tiles)
+    return algorithm(c, k, tuple(kernel), tuple(stride), batch, (height, width))
