@@ -95,11 +95,23 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
   return values;
 }
 
+// Pixels that lie a multiple of this apart fall into the same set of L1, which then holds fewer of them than a tile has.
+constexpr int64_t kSetBytes = 4096;
+
 // Can the kernels read this tensor where it is? Dense channels, the right type, no halo, whole vectors if it is added.
 template <typename T>
 bool readable_in_place(const Tensor& x, const Value& v, int64_t lanes) {
   const bool type = x.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
-  return type && x.stride(1) == 1 && v.halo.empty() && (!v.is_residual || v.channels % lanes == 0);
+  const bool apart = x.stride(3) * static_cast<int64_t>(sizeof(T)) % kSetBytes != 0;
+  return type && apart && x.stride(1) == 1 && v.halo.empty() && (!v.is_residual || v.channels % lanes == 0);
+}
+
+// From one pixel of a map in scratch memory to the next. An input keeps its pixels close together unless whole vectors
+// of it are added: filter rows become single runs.
+template <typename T>
+int64_t pixel_step(const Value& v, bool input, int64_t lanes) {
+  const int64_t dense = input && !v.is_residual ? v.channels : round_up(v.channels, lanes);
+  return dense * static_cast<int64_t>(sizeof(T)) % (kSetBytes / 2) == 0 ? dense + 64 / sizeof(T) : dense;
 }
 
 // Gives each value a slot of scratch memory; a slot is used again once its value is dead.
@@ -112,9 +124,7 @@ Geometry place(const std::vector<Tensor>& inputs, std::vector<Value> values, boo
     Value& v = values[i];
     const bool input = i < inputs.size();
     if (input ? readable_in_place<T>(inputs[i], v, lanes) : direct_output && i + 1 == values.size()) continue;
-    // An input keeps its pixels close together unless whole vectors of it are added: filter rows become single runs.
-    const int64_t pixel = input && !v.is_residual ? v.channels : round_up(v.channels, lanes);
-    const MapShape shape{v.channels, v.height, v.width, pixel, v.halo};
+    const MapShape shape{v.channels, v.height, v.width, pixel_step<T>(v, input, lanes), v.halo};
     const int64_t born = static_cast<int64_t>(i) - static_cast<int64_t>(inputs.size());
     size_t slot = 0;
     while (slot < g.slots.size() && !(g.slots[slot] == shape && free_after[slot] < born)) ++slot;

@@ -115,6 +115,11 @@ void copy_in(const torch::stable::Tensor& from, int64_t first_image, const Map<T
     for (int64_t i = row_begin; i < row_end; ++i) {
       const int64_t n = i / shape.height, h = i % shape.height;
       const S* row = data + (first_image + n) * sn + h * sh;
+      if (sc == 1 && sw == shape.channels && to.pixel == shape.channels) {
+        T* out = to.at(n, h, 0);
+        for (int64_t j = 0; j < shape.width * shape.channels; ++j) out[j] = static_cast<T>(widen(row[j]));
+        continue;
+      }
       if (sc == 1) {
         for (int64_t w = 0; w < shape.width; ++w) {
           T* pixel = to.at(n, h, w);
