@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, ops, residual_network
 from .choose import algorithm_of_filter, algorithms
+from .pooling import pooling_window
 from .training import Program
 from .watch import DROPOUTS, Watch, hooks_reason, uncounted_reason
 
@@ -270,14 +271,15 @@ class Chain:
         with torch.no_grad():
             return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], algorithm)
 
-    def run(self, x: Tensor) -> Tensor:
-        stages = self.stages(x)
+    def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
+        """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
+        stages = None if pool else self.stages(x)
         if stages is not None:
             return self.run_stages(x, stages)
-        return self._run_layers(x)
+        return self._run_layers(x, pool)
 
-    def _run_layers(self, x: Tensor) -> Tensor:
-        return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers)
+    def _run_layers(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
+        return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
 
 
 class _Run(torch.autograd.Function):
@@ -351,8 +353,15 @@ class Fusing:
         """The name in ``backends.fallbacks``"""
         return type(self).__name__
 
-    def fused(self, x: Tensor) -> Tensor | None:
-        """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows."""
+    def fused(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
+        """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows.
+
+        pool: max pooling that takes the result, by the same operator where no gradient is wanted.
+        """
+        window = None if pool is None or self.training or backends.kind(x) != "cpu" else pooling_window(pool)
+        if pool is not None and (window is None or torch.compiler.is_compiling()):
+            y = self.fused(x)
+            return None if y is None else pool(y)
         training, autocast = self.training, _autocast_dtype(x)
         reason = self.cannot_run(x, training, autocast)
         if reason is None and training:
@@ -376,8 +385,9 @@ class Fusing:
             backends.decline(self.label(), reason or "")
             return None
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
-            return _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
-        return chain.run(x)
+            y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
+            return y if pool is None else pool(y)
+        return chain.run(x, window or ())
 
     def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
         """Why a call cannot run fused, or None, as far as that does not depend on the weights."""

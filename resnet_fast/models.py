@@ -45,6 +45,12 @@ class ResNet32(Fused, reference.ResNet32):
         y = self.fused(x)
         return super().stem(x) if y is None else y
 
+    def pooled_stem(self, x: Tensor) -> Tensor:
+        if type(self).stem is not ResNet32.stem:
+            return super().pooled_stem(x)  # a subclass has its own stem
+        y = self.fused(x, self.maxpooling)
+        return self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
+
 
 class _ConvBnReluStem(Fused):
     """The stem of both families below."""
@@ -104,6 +110,12 @@ class ResNet(_ConvBnReluStem, reference.ResNet):
     def stem(self, x: Tensor) -> Tensor:
         y = self.fused(x)
         return super().stem(x) if y is None else y
+
+    def pooled_stem(self, x: Tensor) -> Tensor:
+        if type(self).stem is not ResNet.stem:
+            return super().pooled_stem(x)  # a subclass has its own stem
+        y = self.fused(x, self.maxpool)
+        return self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
 
 
 class _BottleneckResNet(ResNet):

@@ -10,6 +10,7 @@ into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -341,13 +342,17 @@ def cuda_unpack(packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.d
 LAYER_FIELDS = 10
 
 
-def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
+def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
     maps: list[Any] = [x.shape[1:]]
     for i in range(0, len(layers), LAYER_FIELDS):
         source, _, _, k, r, s, stride_h, stride_w, pad_h, pad_w = layers[i : i + LAYER_FIELDS]
         _, h, w = maps[source]
         maps.append((k, conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)))
-    return empty_image(x, *maps[-1])
+    k, h, w = maps[-1]
+    if pool:
+        r, s, stride_h, stride_w, pad_h, pad_w = pool
+        h, w = conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)
+    return empty_image(x, k, h, w)
 
 
 def _fake_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0) -> Tensor:

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from . import backends
 from .fission import dense
+from .watch import hooks_reason
 
-__all__ = ["MaxPool2d"]
+__all__ = ["MaxPool2d", "pooling_window"]
 
 _PLACES = 16  # of a window that four bits tell apart
 # Indices of so many outputs are turned into places at once: they stay in a CPU's cache.
@@ -48,6 +49,16 @@ class MaxPool2d(nn.MaxPool2d):
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
         )
+
+
+def pooling_window(pool: nn.Module) -> list[int] | None:
+    """Window, stride and padding of ``pool``, each of two integers, where these say all that it does; or None."""
+    if type(pool) not in (nn.MaxPool2d, MaxPool2d) or "forward" in pool.__dict__ or hooks_reason([pool]) is not None:
+        return None
+    assert isinstance(pool, nn.MaxPool2d)
+    if _pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:
+        return None
+    return [*_pair(pool.kernel_size), *_pair(pool.stride), *_pair(pool.padding)]
 
 
 def _pair(value: Any) -> list[int]:

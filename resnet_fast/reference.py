@@ -180,10 +180,12 @@ class ResNet32(nn.Module):
     def stem(self, x: Tensor) -> Tensor:
         return self.conv1(x)
 
+    def pooled_stem(self, x: Tensor) -> Tensor:
+        return self.maxpooling(self.stem(x))
+
     def features(self, x: Tensor) -> Tensor:
         """The last feature map: ``[N, 3, image_size, image_size] -> [N, 512, ceil(image_size / 32), ...]``."""
-        x = self.maxpooling(self.stem(x))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
     def logits(self, x: Tensor) -> Tensor:
         """Class scores before the softmax, ``[N, num_classes]``."""
@@ -263,10 +265,12 @@ class ResNet(nn.Module):
     def stem(self, x: Tensor) -> Tensor:
         return self.relu(self.bn1(self.conv1(x)))
 
+    def pooled_stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.stem(x))
+
     def features(self, x: Tensor) -> Tensor:
         """The last feature map, ``[N, 512 * expansion, ceil(H / 32), ceil(W / 32)]``."""
-        x = self.maxpool(self.stem(x))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(torch.flatten(self.avgpool(self.features(x)), 1))

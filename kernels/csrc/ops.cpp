@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
-  m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers) -> Tensor");
+  m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers, int[] pool=[]) -> Tensor");
 
   // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
   // packs; the last map, or where classes > 0 the scores of a linear layer behind its average pooling. CUDA only.

@@ -123,11 +123,13 @@ def _layer(
     return run(tuner(x.device).choose(layer, run, backend if backend in ("cuda", "triton") else "auto"))
 
 
-def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int]) -> Tensor:
+def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
     fields = ops.LAYER_FIELDS
     if x.dim() != 4:
         raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
     check_dtype("x", x)
+    if pool:
+        raise RuntimeError(f"pool is {list(pool)}, want none: pooling behind a stage runs on its own on CUDA devices")
     if len(layers) != fields * len(filters) or not filters:
         raise RuntimeError(f"layers has {len(layers)} integers, want {fields} for each of {len(filters)} filters")
     for packed in filters:

@@ -19,5 +19,25 @@ void add_relu(const T* a, const T* b, T* out, int64_t n) {
   }
 }
 
+// One pixel of the output, all of its channels.
+template <typename T>
+void max_pool(const PoolCall<T>& call) {
+  typedef typename Simd<T>::Vec Vec;
+  for (int c = 0; c < call.channels; c += Simd<T>::lanes) {
+    Vec most = Simd<T>::load(call.input + c);
+    for (int r = 0; r < call.rows; ++r) {
+      for (int s = 0; s < call.columns; ++s) {
+        const Vec v = Simd<T>::load(call.input + r * call.row + s * call.pixel + c);
+        most = (v > most) | (v != v) ? v : most;  // whatever is compared with NaN, it stays
+      }
+    }
+    if (c + Simd<T>::lanes <= call.channels) {
+      Simd<T>::store(call.out + c, most);
+    } else {
+      for (int i = 0; c + i < call.channels; ++i) call.out[c + i] = most[i];
+    }
+  }
+}
+
 }  // namespace
 }  // namespace resnet_fast

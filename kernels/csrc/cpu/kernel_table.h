@@ -23,6 +23,7 @@ constexpr Kernels<T> kernel_table(const char* isa) {
           expand_filter<T, 2>,
           expand_filter<T, 1>,
           add_relu<T>,
+          max_pool<T>,
           normalize<T>,
           input_gradient<T>,
           masked_sums<T>,

@@ -198,6 +198,16 @@ struct OuterCall {
   int64_t sums_row;
 };
 
+// out = the largest of rows x columns taps, or NaN if one is
+template <typename T>
+struct PoolCall {
+  const T* input;  // the first tap; whole vectors are read
+  int64_t row, pixel;
+  int rows, columns;
+  T* out;
+  int channels;
+};
+
 // What one instruction set offers for one type of arithmetic.
 template <typename T>
 struct Kernels {
@@ -211,6 +221,7 @@ struct Kernels {
   void (*expand_panel)(const T* compact, int channels, int64_t point, T* out);
   void (*expand_half_panel)(const T* compact, int channels, int64_t point, T* out);
   void (*add_relu)(const T* a, const T* b, T* out, int64_t n);
+  void (*max_pool)(const PoolCall<T>&);
   void (*normalize)(const NormalizeCall<T>&);
   void (*input_gradient)(const InputGradientCall<T>&);
   void (*masked_sums)(const MaskedSumsCall<T>&);

@@ -14,6 +14,7 @@
 #include "geometry.h"
 #include "huge_pages.h"
 #include "layer.h"
+#include "max_pool.h"
 #include "team.h"
 
 namespace resnet_fast {
@@ -38,12 +39,14 @@ class Chain {
   const std::vector<Layer>& layers;
   const Geometry& geometry;
   const Tensor& output;
+  const Pool* pool;
+  const Value& result;  // what the output holds of an image
 
   // Each member of a team calls this.
   void run(int64_t first, int64_t images, T* maps, T* work, int64_t rank, Team& team) const {
     const int64_t size = team.size();
-    const auto rows_of = [&](const MapShape& shape, const auto& body) {
-      const int64_t rows = images * shape.height;
+    const auto rows_of = [&](int64_t height, const auto& body) {
+      const int64_t rows = images * height;
       body(rows * rank / size, rows * (rank + 1) / size);
     };
     for (size_t s = static_cast<size_t>(rank); s < geometry.slots.size(); s += static_cast<size_t>(size)) {
@@ -52,7 +55,7 @@ class Chain {
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (geometry.values[i].slot < 0) continue;
       const MapShape& shape = slot_of(geometry.values[i]);
-      rows_of(shape, [&](int64_t begin, int64_t end) {
+      rows_of(shape.height, [&](int64_t begin, int64_t end) {
         copy_in(inputs[i], first, map(i, first, images, maps), shape, begin, end);
       });
     }
@@ -64,8 +67,13 @@ class Chain {
     }
     const Value& last = geometry.values.back();
     if (last.slot < 0) return;
-    rows_of(slot_of(last), [&](int64_t begin, int64_t end) {
-      copy_out(map(geometry.values.size() - 1, first, images, maps), slot_of(last), output, first, begin, end);
+    rows_of(result.height, [&](int64_t begin, int64_t end) {
+      const Map<T> from = map(geometry.values.size() - 1, first, images, maps);
+      if (pool) {
+        pool_out(from, slot_of(last), *pool, result, output, first, begin, end);
+      } else {
+        copy_out(from, slot_of(last), output, first, begin, end);
+      }
     });
   }
 
@@ -112,12 +120,13 @@ class Chain {
 
 template <typename T>
 Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
-           const std::vector<Layer>& layers) {
+           const std::vector<Layer>& layers, const Pool* pool) {
   std::vector<Value> values = infer_values<T>(op, inputs, filters, layers);
 
   const Tensor& x = inputs[0];
   const int64_t images = x.size(0);
-  const int64_t size[] = {images, values.back().channels, values.back().height, values.back().width};
+  const Value result = pool ? pooled(op, values.back(), *pool) : values.back();
+  const int64_t size[] = {images, result.channels, result.height, result.width};
   Tensor output = torch::stable::empty({size, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
                                        torch::headeronly::MemoryFormat::ChannelsLast);
   if (images == 0) return output;
@@ -125,9 +134,9 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
   const bool same_type = x.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
   int64_t min_pixels = values.back().height * values.back().width;
   for (const Value& v : values) min_pixels = std::min(min_pixels, v.height * v.width);
-  const Geometry geometry = place<T>(inputs, std::move(values), same_type && size[1] % kernels_in_use<T>().lanes == 0);
+  const Geometry geometry = place<T>(inputs, std::move(values), !pool && same_type && size[1] % kernels_in_use<T>().lanes == 0);
 
-  const Chain<T> chain{inputs, filters, layers, geometry, output};
+  const Chain<T> chain{inputs, filters, layers, geometry, output, pool, result};
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t map_numel = geometry.image_numel, each = images / threads;
   int64_t filter_bytes = 0;
@@ -171,7 +180,7 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
 }  // namespace
 
 Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
-                 const std::vector<Layer>& layers) {
+                 const std::vector<Layer>& layers, const Pool* pool) {
   const Tensor& x = inputs[0];
   check_rank(op, "x", x, 4, "[batch, channels, height, width]");
   check_dtype(op, "x", x);
@@ -186,8 +195,8 @@ Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::v
                     filters.size(), " filters, want as many of both and at least one");
   RESNET_FAST_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ", shape(x),
                     ", want at least 1 channel and 1 pixel");
-  return x.scalar_type() == ScalarType::Double ? run<double>(op, inputs, filters, layers)
-                                               : run<float>(op, inputs, filters, layers);
+  return x.scalar_type() == ScalarType::Double ? run<double>(op, inputs, filters, layers, pool)
+                                               : run<float>(op, inputs, filters, layers, pool);
 }
 
 }  // namespace resnet_fast

@@ -17,8 +17,17 @@ struct Layer {
 constexpr int64_t kLayerFields = 10;
 static_assert(sizeof(Layer) == kLayerFields * sizeof(int64_t), "a layer is read from a list of integers");
 
-// The last layer's output, channels_last, in the dtype of the inputs. Checks everything before it touches memory.
+// Max pooling; what lies in the padding does not count.
+struct Pool {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+constexpr int64_t kPoolFields = 6;
+static_assert(sizeof(Pool) == kPoolFields * sizeof(int64_t), "a pooling is read from a list of integers");
+
+// The last layer's output, pooled if `pool` says so, channels_last, in the dtype of the inputs. Checks everything before
+// it touches memory.
 torch::stable::Tensor run_stage(const char* op, const std::vector<torch::stable::Tensor>& inputs,
-                                const std::vector<torch::stable::Tensor>& filters, const std::vector<Layer>& layers);
+                                const std::vector<torch::stable::Tensor>& filters, const std::vector<Layer>& layers,
+                                const Pool* pool = nullptr);
 
 }  // namespace resnet_fast

@@ -1,0 +1,51 @@
+// Max pooling of the last map of a chain, on its way out: the map itself never leaves the scratch memory.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "geometry.h"
+
+namespace resnet_fast {
+
+inline Value pooled(const char* op, const Value& v, const Pool& p) {
+  RESNET_FAST_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0, op, ": pool has a window of ",
+                    p.kernel_h, " x ", p.kernel_w, " and stride ", p.stride_h, " x ", p.stride_w, ", want at least 1");
+  RESNET_FAST_CHECK(p.pad_h >= 0 && p.pad_w >= 0 && 2 * p.pad_h <= p.kernel_h && 2 * p.pad_w <= p.kernel_w, op,
+                    ": pool has padding ", p.pad_h, " x ", p.pad_w, ", want at most half of its window, ", p.kernel_h,
+                    " x ", p.kernel_w);
+  RESNET_FAST_CHECK(v.height + 2 * p.pad_h >= p.kernel_h && v.width + 2 * p.pad_w >= p.kernel_w, op, ": pool's window, ",
+                    p.kernel_h, " x ", p.kernel_w, ", exceeds the map, ", v.height, " x ", v.width);
+  return {v.channels,
+          output_size(v.height, p.pad_h, p.kernel_h, p.stride_h),
+          output_size(v.width, p.pad_w, p.kernel_w, p.stride_w),
+          {}};
+}
+
+// Rows [row_begin, row_end) of images x height of `to`, a channels_last tensor of the size of `out`.
+template <typename T>
+void pool_out(const Map<T>& from, const MapShape& shape, const Pool& p, const Value& out, const Tensor& to,
+              int64_t first_image, int64_t row_begin, int64_t row_end) {
+  std::vector<T> pixel(static_cast<size_t>(out.channels));
+  visit(to.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    S* data = static_cast<S*>(to.data_ptr()) + (first_image * out.height + row_begin) * out.width * out.channels;
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const int64_t n = i / out.height, h = i % out.height * p.stride_h - p.pad_h;
+      const int64_t top = std::max<int64_t>(h, 0), bottom = std::min(h + p.kernel_h, shape.height);
+      for (int64_t w = -p.pad_w; w < out.width * p.stride_w - p.pad_w; w += p.stride_w, data += out.channels) {
+        const int64_t left = std::max<int64_t>(w, 0), right = std::min(w + p.kernel_w, shape.width);
+        T* result = pixel.data();
+        if constexpr (std::is_same_v<S, T>) result = data;
+        kernels_in_use<T>().max_pool({from.at(n, top, left), from.row, from.pixel, static_cast<int>(bottom - top),
+                                      static_cast<int>(right - left), result, static_cast<int>(out.channels)});
+        if constexpr (!std::is_same_v<S, T>) {
+          for (int64_t c = 0; c < out.channels; ++c) data[c] = narrow_to<S>(result[c]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace resnet_fast
