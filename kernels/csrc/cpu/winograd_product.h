@@ -148,7 +148,7 @@ struct RowProduct {
     const T *factors = kFactors<T>, *row_factors = kFactors<T>;
     for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width) {
       asm("" : "+r"(factors), "+r"(row_factors));  // what is not known to stay the same is not kept in registers
-      for (int v = 0; v < width; v += Simd<T>::lanes) __builtin_prefetch(ahead + v);
+      for (int v = 0; v < width; v += Simd<T>::lanes) __builtin_prefetch(ahead + v, 0, 2);
       const Vec half[3] = {transform_filter_row<T, I>(filter, 3 * width, row_factors),
                            transform_filter_row<T, I>(filter + width, 3 * width, row_factors),
                            transform_filter_row<T, I>(filter + 2 * width, 3 * width, row_factors)};
