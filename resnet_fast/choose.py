@@ -35,7 +35,7 @@ _POINTS = 36
 
 _MULTIPLY = 1.15  # small matrix products run below the speed of a direct convolution
 _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its points
-_AT_ONCE = 32  # tiles that are multiplied before filters pass by again
+_AT_ONCE = (32, 64)  # tiles that are multiplied before filters pass by again; compact ones
 # To transform a filter on the way, for each of its points and each pass.
 _EXPAND = {"avx512": 1.5, "avx2": 4.0, "baseline": 4.0}
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
@@ -63,11 +63,11 @@ def algorithm(
     pairs = channels * out_channels
     points = images * row_points * column_points
     products = points * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
-    passes = (images * rows * columns + _AT_ONCE - 1) // _AT_ONCE
+    passes, compact_passes = ((images * rows * columns + n - 1) // n for n in _AT_ONCE)
     costs = (
         9 * images * size[0] * size[1] * pairs + _read(9 * pairs, 1),
         products + _read(_POINTS * pairs, passes),
-        products + _read(9 * pairs, passes) + _POINTS * passes * _EXPAND[backends.isa()] * pairs,
+        products + _read(9 * pairs, compact_passes) + _POINTS * compact_passes * _EXPAND[backends.isa()] * pairs,
     )
     return costs.index(min(costs))
 

@@ -91,6 +91,8 @@ constexpr int64_t kTransformedBytes = 512 * 1024;
 // Where fewer tiles than this fit, filters would have to pass by too often: all panels at each point, then, from L3.
 constexpr int64_t kMinTiles = 16;
 constexpr int64_t kMaxTiles = 32;
+// Compact filters are transformed again for every block of tiles, which costs more than reading tiles from L3.
+constexpr int64_t kMaxCompactTiles = 64;
 
 template <typename T>
 Blocking winograd_blocking(const FilterLayout<T>& layout, int64_t tiles, int64_t panels) {
@@ -98,7 +100,8 @@ Blocking winograd_blocking(const FilterLayout<T>& layout, int64_t tiles, int64_t
   // Filters that are transformed on the way are at hand panel by panel only.
   const bool compact = layout.algorithm == Algorithm::kCompactWinograd;
   const bool by_panel = compact || fit >= std::min(kMinTiles, tiles);
-  return {std::min(tiles, by_panel && !compact ? std::min(fit, kMaxTiles) : kMaxTiles), by_panel ? 1 : panels};
+  const int64_t most = compact ? kMaxCompactTiles : by_panel ? std::min(fit, kMaxTiles) : kMaxTiles;
+  return {std::min(tiles, most), by_panel ? 1 : panels};
 }
 
 // Elements that any part of this convolution needs.
