@@ -93,7 +93,7 @@ void winograd_float(const float* input, const float* residual, float* output, co
   call.residual_pixel = call.output_pixel = s[5];
   call.height = s[6], call.width = s[7], call.tile_end = s[8];
   call.filter = filter, call.bias = bias, call.channels = s[9], call.panel_end = s[10], call.panel_group = s[11];
-  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.relu = true, call.scratch = scratch;
+  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.mixed = s[15], call.relu = true, call.scratch = scratch;
   kFloat.winograd(call);
 }
 }
@@ -184,10 +184,18 @@ def winograd_matrix():
 
 @pytest.mark.parametrize(
     ("channels", "k", "size", "group"),
-    [(16, 32, (8, 8), 1), (3, 16, (5, 7), 1), (33, 80, (9, 6), 2), (64, 17, (4, 4), 3)],
+    [
+        (16, 32, (8, 8), 1),
+        (3, 16, (5, 7), 1),
+        (33, 80, (9, 6), 2),
+        (64, 17, (4, 4), 3),
+        (48, 40, (7, 7), 1),
+        (16, 8, (11, 15), 1),
+    ],
 )
 @pytest.mark.parametrize("compact", [False, True])
-def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, mixed):
     """Against a direct convolution in float64, to 1e-6 of the result; eager's own error is a third of that."""
     rng, lanes = np.random.default_rng(0), 16
     height, width = size
@@ -213,7 +221,15 @@ def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact):
     scratch = np.full(wide.winograd_scratch(channels, tiles, tiles_w, group, compact), np.nan, np.float32)
     row = x.shape[1] * row_channels
     sizes = [x.size, row, row_channels, out.size, width * padded, padded, height, width, tiles]
-    sizes += [channels, len(parts), group, padded // lanes, (9 if compact else 36) * channels * 2 * lanes, compact]
+    sizes += [
+        channels,
+        len(parts),
+        group,
+        padded // lanes,
+        (9 if compact else 36) * channels * 2 * lanes,
+        compact,
+        mixed,
+    ]
     wide.winograd_float(*map(pointer, (x, residual, out, filters, bias, scratch, np.array(sizes))))
     exact = reference(x[: height + 2, : width + 2, :channels], weight, bias[:k], residual[:, :, :k])
     assert rms(out[:, :, :k] - exact) <= 1e-6 * rms(exact)
@@ -259,9 +275,10 @@ def test_inner_loops_keep_their_sums_in_registers(assembly):
     sums = {"zmm": 24, "ymm": 12}[register]
     fma = re.compile(rf"vfmadd\w+\s.*%{register}")
     bodies = [body for body in innermost_loops(lines) if sum(bool(fma.search(line)) for line in body) >= sums]
-    # Products of tiles broadcast one factor; the transforms and batch norm's sums do not.
+    # Products of tiles broadcast one factor and store nothing on the way; the transforms and batch norm's sums do not.
     broadcast = re.compile(r"vbroadcasts|\{1to\d+\}")
-    bodies = [body for body in bodies if any(broadcast.search(line) for line in body)]
+    result = re.compile(rf"vmov\w+\s+%{register}\d+, [^%]*\((?!%r[sb]p)")
+    bodies = [body for body in bodies if any(map(broadcast.search, body)) and not any(map(result.search, body))]
     # Direct and Winograd, float and double: full panels and half panels.
     assert len(bodies) >= 4
     for body in bodies:

@@ -158,10 +158,12 @@ struct RowProduct {
   }
 };
 
-// Which tiles the code above is there for: up to four with the same points, or 2 x 2 of one map.
+constexpr bool kManyRegisters = RESNET_FAST_VECTOR_BYTES == 64;
+
+// Which tiles the code above is there for: up to four with the same points, or 2 x 2 of one map. With 32 registers,
+// transforming a filter for so few in registers is cheaper than writing it.
 inline bool in_registers(const Tiling& tiling, int tiles) {
-  // With 32 registers, transforming a filter in registers is cheaper than writing it, if it is for one group of tiles.
-  return RESNET_FAST_VECTOR_BYTES == 64 && tiles <= 4 &&
+  return kManyRegisters && tiles <= 4 &&
          (tiling.plain() || (tiles == 4 && tiling.rows.tiles == 2 && tiling.columns.tiles == 2));
 }
 
@@ -238,11 +240,12 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
 template <typename T, int P, int E, int V, int S>
 void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
                       const TileCounts& counts, const T* input, const T* filter, T* expanded, T* products) {
-  if (in_registers(tiling, sizes.tiles)) {
-    multiply_in_registers<T, V>(call, sizes, tiling, input, filter, products);
-  } else {
-    multiply_expanded<T, P, E, V, S>(call, sizes, tiling, counts, input, filter, expanded, products);
+  if constexpr (kManyRegisters) {
+    if (in_registers(tiling, sizes.tiles)) {
+      return multiply_in_registers<T, V>(call, sizes, tiling, input, filter, products);
+    }
   }
+  multiply_expanded<T, P, E, V, S>(call, sizes, tiling, counts, input, filter, expanded, products);
 }
 
 }  // namespace

@@ -209,7 +209,7 @@ TileCounts transform_inputs(const WinogradCall<T>& call, int width, int64_t pane
 // One tile of M x N outputs, one vector of channels: product[list] is where it lies at the points of each list, or
 // product[0] at all points.
 template <typename T, int M, int N, bool Lists>
-void transform_output_tile(const WinogradCall<T>& call, const Tiling& tiling, const TilePlace& place,
+__attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call, const Tiling& tiling, const TilePlace& place,
                            const T* const (&product)[4], int64_t point, int64_t channel) {
   typedef typename Simd<T>::Vec Vec;
   Vec half[kTileOut][kTileIn];
