@@ -3,8 +3,8 @@
 Costs are in multiply-adds of a direct convolution at full speed. Winograd's F(4x4, 3x3) multiplies 36 times for 16
 outputs where direct convolution multiplies 144 times, but transforms its input and output; at the edges tiles of 3 or 2
 outputs take 5 or 4 points a side instead of 6. Its filters are four times as large, and where there are few tiles for
-each, reading them takes longer than multiplying by them: then they are read as they are, and transformed on the way. The
-factors were fitted to measured times (benchmarks/NOTES.md).
+each, reading them takes longer than multiplying by them: then they are read as they are, and transformed on the way.
+The factors were fitted to measured times (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ def _side(size: int) -> tuple[int, int]:
 
 
 def algorithm(
-    channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], images: int, size: tuple[int, int]
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    images: int,
+    size: tuple[int, int],
 ) -> int:
     """The cheapest for a convolution with maps of ``size`` as its output."""
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:

@@ -193,9 +193,9 @@ class Segment(Fusing):
                 return f"a {type(module).__name__} where a {kind.__name__} was"
         return None
 
-    def fused(self, x: Tensor) -> Tensor | None:
+    def fused(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
         """In the memory format that PyTorch's own operators would give: code around may ask for ``view``."""
-        y = super().fused(x)
+        y = super().fused(x, pool)
         if y is None or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
             return y
         # A convolution's result is channels_last where its input or its weight is.

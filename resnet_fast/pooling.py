@@ -53,7 +53,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 def pooling_window(pool: nn.Module) -> list[int] | None:
     """Window, stride and padding of ``pool``, each of two integers, where these say all that it does; or None."""
-    if type(pool) not in (nn.MaxPool2d, MaxPool2d) or "forward" in pool.__dict__ or hooks_reason([pool]) is not None:
+    if type(pool) not in (nn.MaxPool2d, MaxPool2d) or hooks_reason([pool, pool]) is not None:
         return None
     assert isinstance(pool, nn.MaxPool2d)
     if _pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:

@@ -93,7 +93,8 @@ void winograd_float(const float* input, const float* residual, float* output, co
   call.residual_pixel = call.output_pixel = s[5];
   call.height = s[6], call.width = s[7], call.tile_end = s[8];
   call.filter = filter, call.bias = bias, call.channels = s[9], call.panel_end = s[10], call.panel_group = s[11];
-  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.mixed = s[15], call.relu = true, call.scratch = scratch;
+  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.mixed = s[15];
+  call.relu = true, call.scratch = scratch;
   kFloat.winograd(call);
 }
 }
