@@ -62,7 +62,8 @@ def algorithm(
     size: tuple[int, int],
 ) -> int:
     """The cheapest for a convolution with maps of ``size`` as its output."""
-    if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
+    # Maps smaller than a tile gain little for the digits they lose.
+    if kernel != (3, 3) or stride != (1, 1) or min(size) < TILE or not backends.cpu.allow_winograd:
         return DIRECT
     (rows, row_points), (columns, column_points) = _side(size[0]), _side(size[1])
     pairs = channels * out_channels
