@@ -92,6 +92,9 @@ for _name in IN_PLACE:
 class _Tracer(fx.Tracer):
     """Runs forwards without hooks, and keeps an account of whose code is running."""
 
+    # Otherwise code that changes a buffer would change it now, and code that asks for its value would be read for one.
+    proxy_buffer_attributes = True
+
     def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__(autowrap_functions=())
         self.is_leaf = leaf

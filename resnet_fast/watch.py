@@ -88,7 +88,8 @@ class Watch:
         was.count(modules)
         for m in modules:
             # Where a module's own code was looked into, its other attributes count, too.
-            names = [*_SETTINGS.get(type(m), ()), *(attributes(m) if m in opened else ())]
+            settings = (names for kind, names in _SETTINGS.items() if isinstance(m, kind))
+            names = [*next(settings, ()), *(attributes(m) if m in opened else ())]
             was.add(m, type(m), vars(m))
             was.count(names)
             was.add(*chain.from_iterable((name, vars(m)[name]) for name in names))
