@@ -41,9 +41,8 @@ def _written(root: nn.Module, call: fx.Node, training: bool, attributes: dict[st
     tensors = {name: given[name] for name in _ARGUMENTS[1:5] if given.get(name) is not None}
     if not all(isinstance(t, fx.Node) and t.op == "get_attr" and set(t.users) == {call} for t in tensors.values()):
         return None
-    places = {str(t.target).rpartition(".") for t in tensors.values()}
-    path = next((path for path, _, _ in places), "")
-    if not path or {(path, ".", name) for name in tensors} != places:
+    path = next((str(t.target).rpartition(".")[0] for t in tensors.values()), "")
+    if not path or any(t.target != f"{path}.{name}" for name, t in tensors.items()):
         return None
     module = root.get_submodule(path)
     if not isinstance(module, nn.BatchNorm2d):

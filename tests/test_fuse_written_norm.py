@@ -90,6 +90,17 @@ class OtherOrder(NormAct):
         return self.act(F.batch_norm(x, self.running_var, self.running_mean.exp(), self.weight, self.bias))
 
 
+class Swapped(NormAct):
+    def forward(self, x):
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.bias, self.weight, False, 0.1, self.eps)
+        return self.act(x)
+
+
+class Unscaled(NormAct):
+    def forward(self, x):
+        return self.act(F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps))
+
+
 class Borrowed(NormAct):
     """The weight of another norm."""
 
@@ -108,13 +119,20 @@ class Uncounted(NormAct):
         pass
 
 
+class OtherMomentum(NormAct):
+    def forward(self, x):
+        self.count()
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.5, self.eps)
+        return self.act(x)
+
+
 class CountedTwice(NormAct):
     def count(self):
         if self.training:
             self.num_batches_tracked.add_(2)
 
 
-@pytest.mark.parametrize("norm", [OtherEps, OtherOrder, Borrowed])
+@pytest.mark.parametrize("norm", [OtherEps, OtherOrder, Swapped, Unscaled, Borrowed])
 def test_what_computes_something_else_is_left_alone(norm):
     net = prepared(Block(norm))
     if norm is Borrowed:
@@ -126,7 +144,10 @@ def test_what_computes_something_else_is_left_alone(norm):
     assert torch.equal(fused(x), net(x))
 
 
-@pytest.mark.parametrize(("norm", "mode"), [(Uncounted, "training"), (CountedTwice, "training"), (OfTheBatch, "eval")])
+@pytest.mark.parametrize(
+    ("norm", "mode"),
+    [(Uncounted, "training"), (CountedTwice, "training"), (OtherMomentum, "training"), (OfTheBatch, "eval")],
+)
 def test_what_is_a_batch_norm_in_one_mode_alone(norm, mode):
     net = prepared(Block(norm))
     fused = resnet_fast.fuse(net)
