@@ -26,7 +26,7 @@ class Twin(nn.Module):
     # Error allowed, as a multiple of eager PyTorch's.
     error_factor: ClassVar[float] = 2.0
 
-    def fast(self) -> nn.Module:
+    def fast(self) -> Twin:
         raise NotImplementedError
 
     def compiled(self) -> nn.Module:
@@ -48,7 +48,7 @@ class Network(Twin):
             return features, F.softmax(self.net.classifier(pooled), dim=1)
         return features, self.net.fc(torch.flatten(self.net.avgpool(features), 1))
 
-    def fast(self) -> nn.Module:
+    def fast(self) -> Twin:
         net = getattr(resnet_fast, self.name)()
         net.load_state_dict(self.net.state_dict())
         return Network(self.name, net).eval()
@@ -67,8 +67,8 @@ class Foreign(Twin):
         maps = self.maps(x)
         return maps, self.output(torch.flatten(self.pool(maps), 1))
 
-    def fast(self) -> nn.Module:
-        return resnet_fast.fuse(self)
+    def fast(self) -> Twin:
+        return resnet_fast.fuse(self)  # type: ignore[return-value]
 
 
 class TrainingStep(Twin):
@@ -90,7 +90,7 @@ class TrainingStep(Twin):
             scores.square().mean().backward()
         return maps.detach(), *(w.grad for w in (weights[0], weights[-1]) if w.grad is not None)
 
-    def fast(self) -> nn.Module:
+    def fast(self) -> Twin:
         return TrainingStep(resnet_fast.fuse(self.net))
 
     def compiled(self) -> nn.Module:
@@ -112,7 +112,7 @@ class ConvBnRelu(Twin):
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(self.conv(x)))
 
-    def fast(self) -> nn.Module:
+    def fast(self) -> Twin:
         twin = FusedConvBnRelu(self.conv.out_channels).eval()
         twin.load_state_dict(self.state_dict())
         return twin
@@ -141,7 +141,7 @@ class AddRelu(Twin):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.residual)
 
-    def fast(self) -> nn.Module:
+    def fast(self) -> Twin:
         twin = FusedAddRelu(tuple(self.residual.shape)).eval()
         twin.load_state_dict(self.state_dict())
         return twin
