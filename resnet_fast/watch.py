@@ -117,6 +117,9 @@ class Watch:
         was.add(*chain.from_iterable((t.data_ptr, t.data_ptr()) for t in tensors if contents))
         self._held, self._snapshot = was.held, was.words.tobytes()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a Watch knows its objects by their addresses: a copy would not hold them")
+
     def unchanged(self) -> bool:
         """In C: this is asked before every fused call."""
         return native.unchanged(self._snapshot)

@@ -1,6 +1,8 @@
 """``Watch`` by itself: what it sees, what it need not see, and that nothing is left behind."""
 
+import copy
 import gc
+import pickle
 import sys
 import threading
 import weakref
@@ -175,6 +177,12 @@ def test_nothing_is_kept_or_let_go():
     gc.collect()
     assert list(map(sys.getrefcount, objects)) == counts
     assert abs(sys.getallocatedblocks() - blocks) < 100
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_would_hold_nothing(duplicate):
+    with pytest.raises(TypeError, match="addresses"):
+        duplicate(watch(Owner()))
 
 
 def test_what_is_watched_can_be_collected():
