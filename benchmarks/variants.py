@@ -61,10 +61,9 @@ def eager_channels_last(module: Twin, x: Tensor) -> Call:
     return in_layout(module, torch.channels_last)
 
 
-@_variant("torch.compile, freezing")
-def compile_freezing(module: Twin, x: Tensor) -> Call:
+def _compiled(module: Twin, x: Tensor) -> Call:
     torch.compiler.reset()
-    compiled: Any = in_layout(module, torch.channels_last).compiled()
+    compiled: Any = module.compiled()
     # Dynamo and Inductor read this switch while they compile, which happens at the first call.
     with torch._inductor.config.patch(freezing=True):
         compiled(x)
@@ -74,8 +73,12 @@ def compile_freezing(module: Twin, x: Tensor) -> Call:
     return compiled
 
 
-@_variant("resnet_fast")
-def fused(module: Twin, x: Tensor) -> Call:
+@_variant("torch.compile, freezing")
+def compile_freezing(module: Twin, x: Tensor) -> Call:
+    return _compiled(in_layout(module, torch.channels_last), x)
+
+
+def _fast(module: Twin, x: Tensor) -> Twin:
     if not resnet_fast.backends.loaded():
         raise UnavailableError(resnet_fast.backends.status()["cpu"])
     fast = module.fast()
@@ -83,6 +86,16 @@ def fused(module: Twin, x: Tensor) -> Call:
     with resnet_fast.backends.use("cpu"):  # raises where something would run unfused
         fast(x)
     return fast
+
+
+@_variant("resnet_fast")
+def fused(module: Twin, x: Tensor) -> Call:
+    return _fast(module, x)
+
+
+@_variant("resnet_fast, torch.compile")
+def compile_fused(module: Twin, x: Tensor) -> Call:
+    return _compiled(_fast(module, x), x)
 
 
 BASELINE = "eager channels_last"

@@ -39,6 +39,14 @@ def rms(t: Tensor) -> float:
     return t.double().square().mean().sqrt().item()
 
 
+def _joined(outputs: tuple[Tensor, ...], norms: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last outputs as one, each in units of its norm."""
+    if not norms:
+        return outputs
+    first = len(outputs) - len(norms)
+    return *outputs[:first], torch.cat([(o / n).flatten() for o, n in zip(outputs[first:], norms, strict=True)])
+
+
 @dataclass(frozen=True)
 class Reference:
     """What ``model(x)`` is in float64, and how far eager PyTorch is from it in the arithmetic of the device."""
@@ -47,19 +55,22 @@ class Reference:
     eager_error: tuple[float, ...]
     rounding: tuple[float, ...]
     factor: float
+    norms: tuple[Tensor, ...] = ()  # of the last outputs, which are judged together
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: Twin, x: Tensor, device: Device = CPU) -> Reference:
         exact = as_tuple(copy.deepcopy(model).double()(x.double()))
+        norms = () if model.together is None else tuple(e.norm() for e in exact[model.together :])
+        exact = _joined(exact, norms)
         runs = []
         for layout in (torch.contiguous_format, torch.channels_last):
             laid_out = in_layout(model, layout)
             with device.arithmetic():
-                runs.append(as_tuple(laid_out(x.contiguous(memory_format=layout))))
+                runs.append(_joined(as_tuple(laid_out(x.contiguous(memory_format=layout))), norms))
         errors = tuple(max(rms(run[i] - exact[i]) for run in runs) for i in range(len(exact)))
         rounding = tuple(rms(e) * torch.finfo(r.dtype).eps / 2 for e, r in zip(exact, runs[0], strict=True))
-        return cls(exact, errors, rounding, model.error_factor)
+        return cls(exact, errors, rounding, model.error_factor, norms)
 
     def check(self, name: str, outputs: Tensor | tuple[Tensor, ...], slack: float = 1.0) -> float:
         """Error of the first output as a multiple of eager's.
@@ -67,7 +78,7 @@ class Reference:
         Raises:
             WrongResultError: rms(output - exact) > slack * factor * rms(eager - exact) + one rounding, for any.
         """
-        results = as_tuple(outputs)
+        results = _joined(as_tuple(outputs), self.norms)
         if [r.shape for r in results] != [e.shape for e in self.exact]:
             raise WrongResultError(f"{name}: shapes {[tuple(r.shape) for r in results]}")
         for i, (result, exact) in enumerate(zip(results, self.exact, strict=True)):

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
@@ -27,8 +27,9 @@ Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 
 _missing: str | None = None
+native: Any = None  # the extension
 try:
-    import_module("._C", __package__)
+    native = import_module("._C", __package__)
 except ImportError as error:
     fault = "was not built" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
     _missing = f"resnet_fast._C {fault}: build it with a C++ compiler, pip install -e ."

@@ -7,7 +7,7 @@ operators (where gradients are traced).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, ClassVar, Protocol
@@ -47,11 +47,14 @@ def _padding(conv: nn.Conv2d) -> list[int] | None:
     return [int(p) for p in conv.padding]
 
 
-def structure_reason(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
-    """Why no pair with this convolution and batch norm can be fused, whatever mode, device and dtype; or None."""
+def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Container[nn.Module] = ()) -> str | None:
+    """Why no pair with this convolution and batch norm can be fused, whatever mode, device and dtype; or None.
+
+    Of the modules in ``read`` the code was read, and found to be a batch norm's.
+    """
     if conv is not None and type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} where a Conv2d was"
-    if bn is not None and type(bn) is not nn.BatchNorm2d:
+    if bn is not None and type(bn) is not nn.BatchNorm2d and bn not in read:
         return f"{type(bn).__name__} where a BatchNorm2d was"
     if conv is None:
         return None
@@ -64,9 +67,9 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None) -> str | None
     return "uneven padding" if _padding(conv) is None else None
 
 
-def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str | None:
+def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool, read: Container[nn.Module] = ()) -> str | None:
     """Why this pair cannot be fused as it is now, for inference or for training, or None."""
-    reason = structure_reason(conv, bn)
+    reason = structure_reason(conv, bn, read)
     if reason is not None:
         return reason
     if bn is not None and bn.training and not training:
@@ -111,11 +114,12 @@ class Recorder:
         self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
         self.layers: list[int] = []
         self._stands_for: set[nn.Module] = set()
+        self._read: set[nn.Module] = set()
         self._reasons: list[str] = []
 
     def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
         self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
-        reason = _layer_reason(conv, bn, self.training)
+        reason = _layer_reason(conv, bn, self.training, self._read)
         if reason is None and relu is not None and type(relu) is not nn.ReLU:
             reason = f"{type(relu).__name__} where a ReLU was"
         if reason is not None:
@@ -137,6 +141,7 @@ class Recorder:
     def through(self, modules: list[nn.Module], reason: str | None) -> None:
         """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
         self._stands_for.update(modules)
+        self._read.update(modules)
         if reason is not None:
             self._reasons.insert(0, reason)
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from .chain import structure_reason
 from .tracing import IN_PLACE
 from .watch import DROPOUTS
+from .written_norm import find_written, vacuous_checks
 
 __all__ = ["Layer", "Match", "Run", "match", "what"]
 
@@ -33,13 +34,15 @@ class Layer:
     source: fx.Node
     value: fx.Node
     bn: fx.Node | None = None
+    norm: str | None = None  # path of the batch norm
     add: fx.Node | None = None
     residual: fx.Node | None = None
     relu: fx.Node | None = None
+    aside: set[fx.Node] = field(default_factory=set)  # what else belongs to it, and gives nothing to others
 
     @property
     def nodes(self) -> set[fx.Node]:
-        return {n for n in (self.conv, self.bn, self.add, self.relu) if n is not None}
+        return {n for n in (self.conv, self.bn, self.add, self.relu) if n is not None} | self.aside
 
     @property
     def inputs(self) -> set[fx.Node]:
@@ -121,12 +124,17 @@ def _writes(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 class _Matcher:
-    def __init__(self, root: nn.Module, graph: fx.Graph, barred: dict[nn.Module, str], banned: set[fx.Node]) -> None:
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, training: bool, barred: dict[nn.Module, str], banned: set[fx.Node]
+    ) -> None:
         self.root, self.graph, self.banned = root, graph, banned
         self.nodes = list(graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.module = {n: _module(root, n) for n in self.nodes}
+        self.written = find_written(root, graph, training)
+        self.checks = vacuous_checks(graph)
         calls = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
+        calls.update(norm.module for norm in self.written.values())
         self.barred: dict[Any, str] = {m: "called more than once" for m, n in calls.items() if n > 1}
         self.barred.update(barred)
         self.alias: dict[fx.Node, fx.Node] = {}
@@ -148,7 +156,8 @@ class _Matcher:
         self.reasons: dict[fx.Node, str] = {}
 
     def _note_reader(self, reader: fx.Node, value: fx.Node) -> fx.Node:
-        self.readers[self.canonical(value)].append(reader)
+        if reader not in self.checks.get(value, ()):
+            self.readers[self.canonical(value)].append(reader)
         return value
 
     def canonical(self, node: Any) -> fx.Node:
@@ -168,7 +177,10 @@ class _Matcher:
                 self.depth[n] += 1
                 self._conv(n, module)
             elif isinstance(module, nn.BatchNorm2d) and inputs:
-                self._bn(n, module, inputs[0])
+                self._bn(n, str(n.target), module, inputs[0], structure_reason(None, module))
+            elif n in self.written:
+                norm = self.written[n]
+                self._bn(n, norm.path, norm.module, inputs[0], None)
             elif _is_relu(n, module) and inputs:
                 self._relu(n, inputs[0])
             elif _is(n, _ADD) and n not in self.banned:
@@ -182,7 +194,7 @@ class _Matcher:
         if reason is not None:
             self.reasons[n] = reason
             return
-        self.layer[n] = Layer(n, self.canonical(n.args[0]), n)
+        self.layer[n] = Layer(n, self.canonical(n.args[0]), n, aside=self.checks.get(n, set()))
 
     def _extend(self, n: fx.Node, value: fx.Node) -> Layer:
         layer = self.layer.pop(value)
@@ -190,17 +202,20 @@ class _Matcher:
         self.layer[n] = layer
         return layer
 
-    def _bn(self, n: fx.Node, module: nn.BatchNorm2d, value: fx.Node) -> None:
+    def _bn(self, n: fx.Node, path: str, module: nn.BatchNorm2d, value: fx.Node, reason: str | None) -> None:
         layer = self.layer.get(value)
         if layer is None or layer.value is not layer.conv:
             return
-        reason = structure_reason(None, module) or self.barred.get(module)
+        reason = reason or self.barred.get(module)
         if reason is None and len(self.readers[value]) > 1:
             reason = "its result is used before the batch norm, too"
         if reason is not None:
             self.reasons[layer.conv] = reason
             return
-        self._extend(n, value).bn = n
+        layer = self._extend(n, value)
+        layer.bn, layer.norm = n, path
+        if n in self.written:
+            layer.aside = layer.aside | self.written[n].aside
 
     def _relu(self, n: fx.Node, value: fx.Node) -> None:
         layer = self.layer.get(value)
@@ -283,11 +298,11 @@ class _Matcher:
             self.reasons[layer.conv] = f"{after} behind it, where a BatchNorm2d would be"
 
 
-def match(root: nn.Module, graph: fx.Graph, barred: dict[nn.Module, str]) -> Match:
-    """The longest runs in ``graph``; modules in ``barred`` are left out, for the reason given there."""
+def match(root: nn.Module, graph: fx.Graph, training: bool, barred: dict[nn.Module, str]) -> Match:
+    """The longest runs in ``graph``, a trace in that mode; modules in ``barred`` are left out, for the reason there."""
     banned: set[fx.Node] = set()
     while True:
-        matcher = _Matcher(root, graph, barred, banned)
+        matcher = _Matcher(root, graph, training, barred, banned)
         runs, apart = matcher.runs()
         if not apart:
             break

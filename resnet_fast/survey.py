@@ -95,7 +95,7 @@ class Survey:
         for training in (False, True):
             try:
                 trace = self._trace(module, training, set())
-                found[training] = trace, match(module, trace.graph, self.barred)
+                found[training] = trace, match(module, trace.graph, training, self.barred)
             except RefusedError as error:
                 found[training] = str(error)
                 if error.effects:
@@ -164,13 +164,17 @@ class Survey:
         for training in (False, True):
             try:
                 trace = self._trace(module, training, inner)
-                runs = [r for r in match(module, trace.graph, self.barred).runs if self._is_spread(module, trace, r)]
+                runs = [
+                    r
+                    for r in match(module, trace.graph, training, self.barred).runs
+                    if self._is_spread(module, trace, r)
+                ]
                 if not runs:
                     return
                 opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
                 others = {m for name, m in module.named_modules() if name not in opened}
                 trace = self._trace(module, training, others)
-                plan = _plan(module, trace, match(module, trace.graph, self.barred).runs)
+                plan = _plan(module, trace, match(module, trace.graph, training, self.barred).runs)
                 finding.plans[training] = plan
                 finding.layers = sum(len(segment.layers) for segment in plan.segments)
             except RefusedError as error:
@@ -220,7 +224,7 @@ def _segment(module: nn.Module, run: Run, opened: list[Opened], through: list[fx
         layers.append(
             LayerPaths(
                 _path(str(layer.conv.target)),
-                None if layer.bn is None else _path(str(layer.bn.target)),
+                None if layer.norm is None else _path(layer.norm),
                 relu,
                 number[layer.source],
                 None if layer.residual is None else number[layer.residual],

@@ -92,6 +92,9 @@ for _name in IN_PLACE:
 class _Tracer(fx.Tracer):
     """Runs forwards without hooks, and keeps an account of whose code is running."""
 
+    # Otherwise code that changes a buffer would change it now, and code that asks for its value would be read for one.
+    proxy_buffer_attributes = True
+
     def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__(autowrap_functions=())
         self.is_leaf = leaf
@@ -178,6 +181,10 @@ def _undisturbed(root: nn.Module, training: bool) -> Iterator[None]:
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]  # compiled: nothing to see
     before = [dict(m.__dict__) for m in modules]
     children = [dict(m._modules) for m in modules]
+    plain = [
+        t for attributes in before for t in attributes.values() if type(t) is torch.Tensor and not t.is_inference()
+    ]
+    contents = [(t, t._version, t.detach().clone()) for t in plain]  # parameters and buffers are symbols meanwhile
     random_states = (torch.random.get_rng_state(), random.getstate())
     changed = drawn = False
     for m in modules:
@@ -202,6 +209,10 @@ def _undisturbed(root: nn.Module, training: bool) -> Iterator[None]:
                 m._modules.clear()
                 m._modules.update(own)
             m.__dict__["training"] = attributes["training"]
+        for t, version, content in contents:
+            if t._version != version:
+                changed = True
+                t.detach().copy_(content)
     if changed:
         raise RefusedError(root, "its forward changes attributes", effects=True)
     if drawn:

@@ -208,6 +208,11 @@ def remembering(m, x):
     return m.relu(m.bn1(m.last))
 
 
+def accumulating(m, x):
+    m.sum.mul_(2)
+    return body(m, x)
+
+
 def noisy(m, x):
     return body(m, x) + torch.rand(1).item()
 
@@ -252,6 +257,7 @@ LEFT = {
     "shape": (lambda m, x: m.bn1(m.conv1(x)) if x.shape[1] == 8 else x, {}, "its forward cannot be traced"),
     "attributes": (counting, {"calls": 0}, "its forward changes attributes"),
     "attributes with values": (remembering, {}, "its forward changes attributes"),
+    "a tensor in place": (accumulating, {"sum": torch.ones(())}, "its forward changes attributes"),
     "random numbers": (noisy, {}, "its forward draws random numbers"),
     "no_grad": (without_gradients, {}, "a context such as no_grad"),
     "autocast": (lambda m, x: torch.autocast("cpu")(body)(m, x), {}, "a context such as no_grad, autocast"),
@@ -280,6 +286,7 @@ def test_what_is_left_alone_is_named_with_the_reason(name):
     rows = {row.name: row for row in resnet_fast.report(fused).rows}
     assert rows["conv1"].status == "not fused"
     assert re.search(reason, rows["conv1"].detail), rows["conv1"]
+    assert not hasattr(net, "sum") or net.sum == 1
     if type(net) is Net:
         for n, m in net.named_modules():
             assert vars(m).keys() == before[n].keys()

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from benchmarks import training
+from benchmarks.cases import TrainingStep
 from benchmarks.memory import peak_bytes
-from benchmarks.verify import WrongResultError
-from resnet_fast import backends
+from benchmarks.verify import Reference, WrongResultError
+from resnet_fast import backends, reference
 
 CASE = training.TrainingCase("cifar_resnet20", (2, 3, 16, 16))
 
@@ -45,6 +46,30 @@ def test_a_fallback_is_an_error():
     trainer.model.layer1[0].bn1 = torch.nn.GroupNorm(4, 16)
     with pytest.raises(RuntimeError, match="GroupNorm"):
         trainer.step()
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = reference.BasicBlock(8, 8)
+
+    def forward(self, x):
+        maps = self.block(x)
+        return maps, maps.mean((2, 3))
+
+
+@torch.no_grad()
+def test_gradients_of_all_layers_are_judged_in_units_of_their_norm():
+    step, x = TrainingStep(Small()), torch.randn(4, 8, 12, 12)
+    exact = Reference.of(step, x)
+    with backends.use("cpu"):
+        maps, *gradients = step.fast()(x)
+    assert [tuple(g.shape) for g in gradients] == [(8, 8, 3, 3)] * 2
+    assert exact.check("resnet_fast", (maps, *gradients)) <= 3
+    for i, factor in ((0, 1.001), (1, 1.001)):
+        wrong = [g * factor if i == j else g for j, g in enumerate(gradients)]
+        with pytest.raises(WrongResultError, match="output 1 is"):
+            exact.check("resnet_fast", (maps, *wrong))
 
 
 def test_peak_bytes():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_freshness import FUSED_AFTERWARDS, UNFUSED_AFTERWARDS, pair_of_blocks
+from changes import FUSED_AFTERWARDS, UNFUSED_AFTERWARDS, pair_of_blocks
 
 from resnet_fast import backends, blocks
 

@@ -44,10 +44,16 @@ def image_model(name):
     return timm.create_model(name, num_classes=0, global_pool="")
 
 
+def timm_vgg(name):
+    """Without its head, whose first convolution is 7 x 7 x 512 x 4096."""
+    return timm.create_model(name, num_classes=0).features
+
+
 # How to make it, the size of an image, how many convolutions are fused, of how many; training, too.
 NETWORKS = {
     "resnet18": (lambda: vision("resnet18"), 48, (20, 20), True),
     "resnet50": (lambda: vision("resnet50"), 48, (53, 53), True),
+    "wide_resnet50_2": (lambda: vision("wide_resnet50_2"), 40, (53, 53), False),
     "resnext50_32x4d": (lambda: vision("resnext50_32x4d"), 48, (37, 53), False),
     "vgg11_bn": (lambda: vision("vgg11_bn").features, 48, (8, 8), True),
     "densenet121": (lambda: vision("densenet121").features, 48, (117, 120), False),
@@ -55,13 +61,21 @@ NETWORKS = {
     "mobilenet_v2": (lambda: vision("mobilenet_v2").features, 48, (35, 52), False),
     "fcn_resnet50": (lambda: segmentation("fcn_resnet50"), 64, (47, 55), False),
     "timm resnet18": (lambda: image_model("resnet18"), 48, (20, 20), True),
+    "timm resnet34": (lambda: image_model("resnet34"), 40, (36, 36), True),
+    "timm resnet50": (lambda: image_model("resnet50"), 48, (53, 53), True),
+    "timm resnet18d": (lambda: image_model("resnet18d"), 48, (22, 22), True),
     "timm resnet26d": (lambda: image_model("resnet26d"), 48, (31, 31), False),
+    "timm resnext50_32x4d": (lambda: image_model("resnext50_32x4d"), 48, (37, 53), False),
+    "timm vgg11_bn": (lambda: timm_vgg("vgg11_bn"), 48, (8, 8), True),
     "timm seresnet18": (lambda: image_model("seresnet18"), 48, (20, 36), True),
     "timm resnet50_gn": (lambda: image_model("resnet50_gn"), 48, (0, 53), False),
     "timm res2net50_26w_4s": (lambda: image_model("res2net50_26w_4s"), 48, (85, 85), False),
     "timm hrnet_w18_small": (lambda: image_model("hrnet_w18_small"), 64, (89, 91), False),
-    # Its batch norms are functions in classes of timm's own.
-    "timm regnetx_002": (lambda: image_model("regnetx_002"), 48, (0, 44), False),
+    # Batch norms with an activation in them, whose forward is timm's own.
+    "timm regnetx_002": (lambda: image_model("regnetx_002"), 48, (31, 44), True),
+    "timm resnetv2_50d": (lambda: image_model("resnetv2_50d"), 48, (51, 55), True),
+    "timm densenet121": (lambda: image_model("densenet121"), 48, (117, 120), False),
+    "timm cspresnet50": (lambda: image_model("cspresnet50"), 48, (55, 55), True),
 }
 
 

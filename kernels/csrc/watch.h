@@ -1,0 +1,7 @@
+// Asked before every fused call: is everything still what was packed?
+#pragma once
+
+#include <Python.h>
+
+// unchanged(snapshot: bytes) -> bool; resnet_fast/watch.py writes the snapshot.
+PyObject* unchanged(PyObject* self, PyObject* snapshot);
