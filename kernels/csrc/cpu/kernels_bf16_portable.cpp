@@ -1,0 +1,9 @@
+// Any CPU: programs that were exported where there are instructions for bfloat16 run elsewhere, too. Nothing else asks for
+// these kernels, so there is one set of them, and it is not fast.
+#define RESNET_FAST_VECTOR_BYTES 16
+#include "bf16_direct_kernel.h"
+#include "bf16_winograd_kernel.h"
+
+namespace resnet_fast {
+extern const Kernels<BFloat16> kBf16Portable = {"portable", false, kBf16Lanes, 2, 2, conv_bf16<2, 4>, winograd_bf16<2, 4>};
+}  // namespace resnet_fast
