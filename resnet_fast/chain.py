@@ -192,7 +192,7 @@ class Chain:
         self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [_eps(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
-        self._filters: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}  # by what the input is
+        self._filters: dict[tuple[torch.Size, torch.dtype, bool, bool], list[Tensor]] = {}  # by what the input is
         self._networks: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}  # likewise, and by classes
 
     def fresh(self) -> bool:
@@ -205,14 +205,14 @@ class Chain:
         """The algorithm of each layer for inputs like ``x``, as :mod:`resnet_fast.choose` names them."""
         if backends.kind(x) == "cuda":
             return [0] * len(self.pairs)
-        return algorithms(self.layers, x.shape, self.dtype)
+        return algorithms(self.layers, x.shape, x.dtype)
 
     def filters(self, x: Tensor) -> list[Tensor]:
         """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
-        key = (x.shape, x.dtype, backends.cpu.allow_winograd)
+        key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products)
         filters = self._filters.get(key)
         if filters is None:
-            # GPUs multiply in the dtype of the images; CPUs compute bfloat16 in float32, from weights as they are.
+            # GPUs multiply in the dtype of the images; CPUs round weights, if at all, after batch norm is folded in.
             dtype = x.dtype if backends.kind(x) == "cuda" else self.dtype
             filters = []
             for i, algorithm in enumerate(self.algorithms(x)):

@@ -14,6 +14,8 @@ import torch
 from . import backends
 
 __all__ = [
+    "BF16_DIRECT",
+    "BF16_WINOGRAD",
     "COMPACT_WINOGRAD",
     "DIRECT",
     "NAMES",
@@ -28,7 +30,9 @@ __all__ = [
 DIRECT = 0
 WINOGRAD = 1
 COMPACT_WINOGRAD = 2
-NAMES = ("direct", "winograd F(4x4)", "compact winograd F(4x4)")
+BF16_DIRECT = 3
+BF16_WINOGRAD = 4
+NAMES = ("direct", "winograd F(4x4)", "compact winograd F(4x4)", "bf16 direct", "bf16 winograd F(2x2)")
 
 TILE = 4  # output pixels, in each direction
 _POINTS = 36
@@ -38,6 +42,12 @@ _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its poi
 # For each point of a filter that is transformed on the way, and for how many tiles it is transformed once: in
 # registers, or where these are too few, through memory.
 _EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
+# Products of bfloat16, in the same unit: half of it each. Winograd's F(2x2) has 16 points for 4 outputs.
+_BF16_TILE = 2
+_BF16_POINTS = 16
+_BF16_MULTIPLY = 0.6
+_BF16_TRANSFORM = 6.0
+
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
 
@@ -64,12 +74,30 @@ def algorithm(
     return costs.index(min(costs))
 
 
+def bf16_algorithm(
+    channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], pixels: int, tiles: int
+) -> int:
+    """The cheaper one in bfloat16, for so many output pixels, or 2 x 2 tiles of them, in the batch."""
+    if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
+        return BF16_DIRECT
+    pairs = channels * out_channels
+    direct = 9 * (pixels * 0.5 * pairs + _read(9 * pairs // 2) / 9)
+    products = _BF16_POINTS * tiles * (_BF16_MULTIPLY * pairs + _BF16_TRANSFORM * (channels + out_channels))
+    return BF16_WINOGRAD if products + _read(_BF16_POINTS * pairs // 2) < direct else BF16_DIRECT
+
+
+def _tiles(batch: int, height: int, width: int, tile: int) -> int:
+    return batch * ((height + tile - 1) // tile) * ((width + tile - 1) // tile)
+
+
 def algorithm_of_filter(weight: torch.Tensor, stride: tuple[int, ...]) -> int:
     """The same for maps of whole tiles in large batches, for graphs that shapes are not known to when they are made."""
     k, c, *kernel = weight.shape
     if weight.dtype == torch.float64:
         return DIRECT
     many = 1 << 20
+    if weight.dtype == torch.bfloat16 and backends.bf16_products():
+        return bf16_algorithm(c, k, tuple(kernel), stride, many * _BF16_TILE**2, many)
     return algorithm(c, k, tuple(kernel), stride, many * TILE**2, many)
 
 
@@ -85,7 +113,11 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
         c, h, w = maps[source]
         height, width = conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)
         maps.append((k, height, width))
-        tiles = batch * ((height + TILE - 1) // TILE) * ((width + TILE - 1) // TILE)
+        if dtype == torch.bfloat16 and backends.bf16_products():
+            tiles = _tiles(batch, height, width, _BF16_TILE)
+            chosen.append(bf16_algorithm(c, k, (r, s), (stride_h, stride_w), batch * height * width, tiles))
+            continue
+        tiles = _tiles(batch, height, width, TILE)
         exact = dtype == torch.float64
         best = algorithm(c, k, (r, s), (stride_h, stride_w), batch * height * width, tiles)
         chosen.append(DIRECT if exact else best)
@@ -100,5 +132,5 @@ def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor,
     if backward:
         k, c = c, k
     batch, _, height, width = x.shape
-    tiles = batch * ((height + TILE - 1) // TILE) * ((width + TILE - 1) // TILE)
+    tiles = _tiles(batch, height, width, TILE)
     return algorithm(c, k, tuple(kernel), tuple(stride), batch * height * width, tiles)

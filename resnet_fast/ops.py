@@ -316,6 +316,11 @@ def _fake_pack(
 ) -> Tensor:
     if backends.kind(weight) == "cuda":
         return weight.new_empty(cuda_packed_size(weight), dtype=torch.float32)
+    if algorithm >= 3:  # in bfloat16, by pairs of channels (bf16_filters.h)
+        k, c, r, s = weight.shape
+        rows = (k + 15) // 16 * 16
+        products = r * s * ((c + 1) // 2 * 2) if algorithm == 3 else 16 * ((c + 15) // 16 * 16)
+        return weight.new_empty(32 + rows * (2 + products), dtype=torch.bfloat16)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     line = 64 // dtype.itemsize  # elements of a cache line
     k, c, r, s = weight.shape
