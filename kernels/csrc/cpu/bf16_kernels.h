@@ -27,19 +27,18 @@ constexpr int kBf16Panel = 32;
 
 // Unnamed, so that every file has its own: see kernels.h.
 namespace {
-// Scratch memory of a call on so many tiles, in elements of bfloat16: the transformed input, the products of one panel of
-// output channels in float32, a strip of half transformed rows in float32.
+// Scratch memory of a call on so many tiles, in elements of bfloat16: the transformed input, and the products of one panel
+// of output channels in float32.
 struct Bf16Scratch {
   int tiles, channels;  // channels: of the transformed input, in whole vectors
   int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
-  int64_t input, products, strip;
+  int64_t input, products;
 
-  Bf16Scratch(int channels, int tiles, int tiles_w)
+  Bf16Scratch(int channels, int tiles)
       : tiles(tiles), channels((channels + 15) / 16 * 16), input_point(static_cast<int64_t>(this->channels) * tiles + 32),
         product_point(static_cast<int64_t>(tiles) * 2 * kBf16Lanes + 16), input(kBf16Points * input_point),
-        products(2 * kBf16Points * product_point),
-        strip(2 * static_cast<int64_t>(kBf16TileIn) * (kBf16TileOut * tiles_w + 2) * kBf16Panel) {}
-  int64_t numel() const { return input + products + strip; }
+        products(2 * kBf16Points * product_point) {}
+  int64_t numel() const { return input + products; }
 };
 
 // Which channel of a full panel of the transformed input lies at a place in it: the even ones first, since the transform

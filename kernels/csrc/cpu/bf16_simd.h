@@ -33,7 +33,12 @@ RESNET_FAST_INLINE Floats odd(Pairs v) { return reinterpret_cast<Floats>(v & sta
 
 RESNET_FAST_INLINE Floats load_widened(const BFloat16* p) {
   const Halves halves = *reinterpret_cast<const HalvesInMemory*>(p);
-  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Pairs) << 16);
+#ifdef RESNET_FAST_AVX512_BF16
+  const Pairs wide = reinterpret_cast<Pairs>(_mm512_maskz_cvtepu16_epi32(0xFFFF, reinterpret_cast<__m256i>(halves)));
+#else
+  const Pairs wide = __builtin_convertvector(halves, Pairs);
+#endif
+  return reinterpret_cast<Floats>(wide << 16);
 }
 
 // Rounded to nearest even; NaN stays NaN. (The instruction takes float32 below 2^-126 for zero.)
@@ -52,6 +57,15 @@ RESNET_FAST_INLINE void store_rounded(BFloat16* p, Floats first, Floats second) 
   *reinterpret_cast<PairsInMemory*>(p) = reinterpret_cast<Pairs>(_mm512_cvtne2ps_pbh(second, first));
 #else
   store_rounded(p, first), store_rounded(p + kBf16Lanes, second);
+#endif
+}
+
+// Keeps NaN and the sign of zero: the instruction gives its second operand for these.
+RESNET_FAST_INLINE Floats rectified(Floats v) {
+#ifdef RESNET_FAST_AVX512_BF16
+  return _mm512_maskz_max_ps(0xFFFF, Floats{}, v);
+#else
+  return v < 0 ? Floats{} : v;
 #endif
 }
 
@@ -74,6 +88,7 @@ RESNET_FAST_INLINE Pairs splat_pair(const BFloat16* p, Indices<L...>) {
 template <int P, int V>
 struct PairTile {
   static constexpr int width = V * kBf16Lanes;
+  static constexpr int kAhead = 16;  // steps: deep filters come from beyond L2
   Floats sum[P * V];
 
   template <int... I>
@@ -84,6 +99,7 @@ struct PairTile {
   template <int... I, int... F>
   RESNET_FAST_INLINE void step(const BFloat16* x, const int64_t (&offset)[P], const BFloat16* filter, Indices<I...>,
                                Indices<F...>) {
+    for (int v = 0; v < V; ++v) __builtin_prefetch(filter + kAhead * 2 * width + 2 * v * kBf16Lanes);
     const Pairs panel[V] = {load_pairs(filter + 2 * F * kBf16Lanes)...};
     ((row<I>(splat_pair(x + offset[I], typename MakeIndices<kBf16Lanes>::type()), panel, Indices<F...>())), ...);
   }
@@ -105,7 +121,7 @@ struct PairTile {
 
   template <int... I>
   RESNET_FAST_INLINE void rectify(Indices<I...>) {
-    ((sum[I] = sum[I] < 0 ? Floats{} : sum[I]), ...);  // keeps NaN
+    ((sum[I] = rectified(sum[I])), ...);
   }
 
   template <int... I>

@@ -22,65 +22,53 @@ struct Bf16TilePlace {
         column(index % tiles_w * kBf16TileOut) {}
 };
 
-// B^T d for V vectors of channels, every `step` apart, to memory row by row.
-template <int V>
+// The channels of a vector: 16 that follow each other, or the even or the odd ones of 32.
+enum class Channels { kAll, kEven, kOdd };
+
+template <Channels C>
+RESNET_FAST_INLINE Floats load_channels(const BFloat16* from) {
+  if (C == Channels::kAll) return load_widened(from);
+  const Pairs pairs = load_pairs(from);
+  return C == Channels::kEven ? even(pairs) : odd(pairs);
+}
+
+// B^T d of a column of the input.
+template <Channels C>
 struct Bf16Column {
-  Floats d[kBf16TileIn][V];
+  Floats d[kBf16TileIn];
 
   RESNET_FAST_INLINE void load(const BFloat16* from, int64_t row) {
-    for (int i = 0; i < kBf16TileIn; ++i) {
-      if (V == 2) {
-        const Pairs pairs = load_pairs(from + i * row);
-        d[i][0] = even(pairs), d[i][V - 1] = odd(pairs);
-      } else {
-        d[i][0] = load_widened(from + i * row);
-      }
-    }
+    const Floats a = load_channels<C>(from), b = load_channels<C>(from + row);
+    const Floats c = load_channels<C>(from + 2 * row), e = load_channels<C>(from + 3 * row);
+    d[0] = a - c, d[1] = b + c, d[2] = c - b, d[3] = b - e;
   }
 };
 
-template <int V>
-void transform_bf16_strip(const BFloat16* input, int64_t row, int64_t pixel, int tiles, float* strip, BFloat16* out,
-                          int64_t out_tile, int64_t out_point) {
-  constexpr int width = V * kBf16Lanes;
-  const int columns = kBf16TileOut * tiles + 2;
-  const int64_t plane = static_cast<int64_t>(columns) * width;
-  for (int x = 0; x < columns; ++x) {
-    Bf16Column<V> c;
-    c.load(input + x * pixel, row);
-    float* to = strip + x * width;
-    for (int v = 0; v < V; ++v, to += kBf16Lanes) {
-      store_floats(to, c.d[0][v] - c.d[2][v]);
-      store_floats(to + plane, c.d[1][v] + c.d[2][v]);
-      store_floats(to + 2 * plane, c.d[2][v] - c.d[1][v]);
-      store_floats(to + 3 * plane, c.d[1][v] - c.d[3][v]);
-    }
-  }
-  for (int t = 0; t < tiles; ++t) {
-    for (int i = 0; i < kBf16TileIn; ++i) {
-      const float* from = strip + i * plane + static_cast<int64_t>(kBf16TileOut) * t * width;
-      Floats d[kBf16TileIn][V];
-      for (int j = 0; j < kBf16TileIn; ++j) {
-        for (int v = 0; v < V; ++v) d[j][v] = load_floats(from + j * width + v * kBf16Lanes);
-      }
-      BFloat16* to = out + t * out_tile + kBf16TileIn * i * out_point;
-      if (V == 2) {
-        store_rounded(to, d[0][0] - d[2][0], d[0][V - 1] - d[2][V - 1]);
-        store_rounded(to + out_point, d[1][0] + d[2][0], d[1][V - 1] + d[2][V - 1]);
-        store_rounded(to + 2 * out_point, d[2][0] - d[1][0], d[2][V - 1] - d[1][V - 1]);
-        store_rounded(to + 3 * out_point, d[1][0] - d[3][0], d[1][V - 1] - d[3][V - 1]);
-      } else {
-        store_rounded(to, d[0][0] - d[2][0]);
-        store_rounded(to + out_point, d[1][0] + d[2][0]);
-        store_rounded(to + 2 * out_point, d[2][0] - d[1][0]);
-        store_rounded(to + 3 * out_point, d[1][0] - d[3][0]);
-      }
-    }
+template <int I, Channels C>
+RESNET_FAST_INLINE void put_bf16_row(const Bf16Column<C> (&c)[kBf16TileIn], BFloat16* to, int64_t point) {
+  to += I * kBf16TileIn * point;
+  store_rounded(to, c[0].d[I] - c[2].d[I]);
+  store_rounded(to + point, c[1].d[I] + c[2].d[I]);
+  store_rounded(to + 2 * point, c[2].d[I] - c[1].d[I]);
+  store_rounded(to + 3 * point, c[1].d[I] - c[3].d[I]);
+}
+
+// A row of tiles. Tiles beside each other share two columns: they stay in registers.
+template <Channels C>
+void transform_bf16_strip(const BFloat16* input, int64_t row, int64_t pixel, int tiles, BFloat16* out, int64_t out_tile,
+                          int64_t point) {
+  Bf16Column<C> c[kBf16TileIn];
+  c[0].load(input, row), c[1].load(input + pixel, row);
+  for (int t = 0; t < tiles; ++t, input += kBf16TileOut * pixel, out += out_tile) {
+    c[2].load(input + 2 * pixel, row), c[3].load(input + 3 * pixel, row);
+    put_bf16_row<0>(c, out, point), put_bf16_row<1>(c, out, point);
+    put_bf16_row<2>(c, out, point), put_bf16_row<3>(c, out, point);
+    c[0] = c[2], c[1] = c[3];
   }
 }
 
 // To out[point][panel][tile][channel of the panel]: panels of 32 channels while there are as many, then of 16.
-inline void transform_bf16_inputs(const Bf16WinogradCall& call, const Bf16Scratch& sizes, float* strip, BFloat16* out) {
+inline void transform_bf16_inputs(const Bf16WinogradCall& call, const Bf16Scratch& sizes, BFloat16* out) {
   const int tiles_h = (call.height + 1) / kBf16TileOut, tiles_w = (call.width + 1) / kBf16TileOut;
   for (int tile = call.tile_begin; tile < call.tile_end;) {
     const Bf16TilePlace place(tile, tiles_h, tiles_w);
@@ -90,14 +78,16 @@ inline void transform_bf16_inputs(const Bf16WinogradCall& call, const Bf16Scratc
         call.input + place.image * call.input_image + place.row * call.input_row + place.column * call.input_pixel;
     int c = 0;
     for (; c + kBf16Panel <= call.channels; c += kBf16Panel) {
-      transform_bf16_strip<2>(input + c, call.input_row, call.input_pixel, tiles, strip,
-                              out + static_cast<int64_t>(c) * sizes.tiles + first * kBf16Panel, kBf16Panel,
-                              sizes.input_point);
+      BFloat16* to = out + static_cast<int64_t>(c) * sizes.tiles + first * kBf16Panel;
+      transform_bf16_strip<Channels::kEven>(input + c, call.input_row, call.input_pixel, tiles, to, kBf16Panel,
+                                            sizes.input_point);
+      transform_bf16_strip<Channels::kOdd>(input + c, call.input_row, call.input_pixel, tiles, to + kBf16Lanes,
+                                           kBf16Panel, sizes.input_point);
     }
     for (; c < call.channels; c += kBf16Lanes) {
-      transform_bf16_strip<1>(input + c, call.input_row, call.input_pixel, tiles, strip,
-                              out + static_cast<int64_t>(c) * sizes.tiles + first * kBf16Lanes, kBf16Lanes,
-                              sizes.input_point);
+      transform_bf16_strip<Channels::kAll>(input + c, call.input_row, call.input_pixel, tiles,
+                                           out + static_cast<int64_t>(c) * sizes.tiles + first * kBf16Lanes, kBf16Lanes,
+                                           sizes.input_point);
     }
     tile += tiles;
   }
@@ -160,31 +150,73 @@ void multiply_bf16(const BFloat16* input, const Bf16Scratch& sizes, int channels
   }
 }
 
-inline void transform_bf16_output(const Bf16WinogradCall& call, const Bf16TilePlace& place, const float* product,
-                                  int64_t point, int64_t channel) {
-  Floats half[kBf16TileOut][kBf16TileIn];
-  for (int j = 0; j < kBf16TileIn; ++j) {
-    const float* from = product + j * point;
-    const int64_t down = kBf16TileIn * point;
-    const Floats a = load_floats(from + down), b = load_floats(from + 2 * down);
-    half[0][j] = load_floats(from) + a + b;
-    half[1][j] = a - b - load_floats(from + 3 * down);
+// What becomes of a vector of sums. `to` and `residual`: the first pixel of a tile.
+struct Bf16Output {
+  Floats bias;
+  bool relu;
+  int64_t to_row, to_pixel, residual_row, residual_pixel;
+
+  RESNET_FAST_INLINE void finish(Floats y, BFloat16* to, const BFloat16* residual, int row, int column) const {
+    y += bias;
+    if (residual) y += load_widened(residual + row * residual_row + column * residual_pixel);
+    if (relu) y = rectified(y);
+    store_rounded(to + row * to_row + column * to_pixel, y);
   }
-  const Floats bias = load_floats(reinterpret_cast<const float*>(call.bias) + channel);
-  const int rows = call.height - place.row < kBf16TileOut ? 1 : kBf16TileOut;
-  const int columns = call.width - place.column < kBf16TileOut ? 1 : kBf16TileOut;
-  for (int i = 0; i < rows; ++i) {
-    const Floats y[kBf16TileOut] = {half[i][0] + half[i][1] + half[i][2], half[i][1] - half[i][2] - half[i][3]};
-    BFloat16* to = call.output + place.image * call.output_image + (place.row + i) * call.output_row +
-                   place.column * call.output_pixel + channel;
-    const BFloat16* residual = call.residual + place.image * call.residual_image +
-                               (place.row + i) * call.residual_row + place.column * call.residual_pixel + channel;
-    for (int j = 0; j < columns; ++j) {
-      Floats sum = y[j] + bias;
-      if (call.residual) sum += load_widened(residual + j * call.residual_pixel);
-      if (call.relu) sum = sum < 0 ? Floats{} : sum;
-      store_rounded(to + j * call.output_pixel, sum);
+
+  // A^T m A of one tile.
+  RESNET_FAST_INLINE void tile(const float* product, int64_t point, BFloat16* to, const BFloat16* residual, bool lower,
+                               bool right) const {
+    Floats top[kBf16TileIn], bottom[kBf16TileIn];
+    for (int j = 0; j < kBf16TileIn; ++j) {
+      const float* from = product + j * point;
+      const int64_t down = kBf16TileIn * point;
+      const Floats a = load_floats(from + down), b = load_floats(from + 2 * down);
+      top[j] = load_floats(from) + (a + b);
+      bottom[j] = (a - b) - load_floats(from + 3 * down);
     }
+    finish(top[0] + (top[1] + top[2]), to, residual, 0, 0);
+    if (right) finish((top[1] - top[2]) - top[3], to, residual, 0, 1);
+    if (!lower) return;
+    finish(bottom[0] + (bottom[1] + bottom[2]), to, residual, 1, 0);
+    if (right) finish((bottom[1] - bottom[2]) - bottom[3], to, residual, 1, 1);
+  }
+};
+
+// All tiles of one vector of output channels; `product_tile` elements from one tile to the next.
+inline void transform_bf16_outputs(const Bf16WinogradCall& call, int tiles_h, int tiles_w, const float* product,
+                                   int64_t product_tile, int64_t point, int64_t channel) {
+  const Bf16Output out{load_floats(reinterpret_cast<const float*>(call.bias) + channel),
+                       call.relu,
+                       call.output_row,
+                       call.output_pixel,
+                       call.residual_row,
+                       call.residual_pixel};
+  for (int tile = call.tile_begin; tile < call.tile_end;) {
+    const Bf16TilePlace place(tile, tiles_h, tiles_w);
+    const int in_row = tiles_w - place.column / kBf16TileOut;
+    const int tiles = call.tile_end - tile < in_row ? call.tile_end - tile : in_row;
+    const bool lower = place.row + 1 < call.height;
+    BFloat16* to = call.output + place.image * call.output_image + place.row * call.output_row +
+                   place.column * call.output_pixel + channel;
+    const BFloat16* residual = call.residual;
+    if (residual) {
+      residual += place.image * call.residual_image + place.row * call.residual_row +
+                  place.column * call.residual_pixel + channel;
+    }
+    const int cut = place.column + kBf16TileOut * tiles > call.width ? 1 : 0;  // the last tile is half a tile
+    for (int t = 0; t < tiles - cut; ++t, product += product_tile, to += kBf16TileOut * call.output_pixel) {
+      if (lower) {
+        out.tile(product, point, to, residual, true, true);
+      } else {
+        out.tile(product, point, to, residual, false, true);
+      }
+      if (residual) residual += kBf16TileOut * call.residual_pixel;
+    }
+    if (cut) {
+      out.tile(product, point, to, residual, lower, false);
+      product += product_tile;
+    }
+    tile += tiles;
   }
 }
 
@@ -194,11 +226,10 @@ void winograd_bf16(const Bf16WinogradCall& call) {
   constexpr int64_t panel = 2 * kBf16Lanes;
   const int tiles_h = (call.height + 1) / kBf16TileOut, tiles_w = (call.width + 1) / kBf16TileOut;
   const int tiles = call.tile_end - call.tile_begin;
-  const Bf16Scratch sizes(call.channels, tiles, tiles_w);
+  const Bf16Scratch sizes(call.channels, tiles);
   BFloat16* input = call.scratch;
   float* products = reinterpret_cast<float*>(input + sizes.input);
-  float* strip = products + sizes.products / 2;
-  transform_bf16_inputs(call, sizes, strip, input);
+  transform_bf16_inputs(call, sizes, input);
   for (int k = call.panel_begin; k < call.panel_end; ++k) {
     const int vectors = 2 * k + 1 < call.out_vectors ? 2 : 1;
     const BFloat16* filter = call.filter + k * call.panel_stride;
@@ -212,12 +243,9 @@ void winograd_bf16(const Bf16WinogradCall& call) {
       }
       filter += static_cast<int64_t>(sizes.channels) * vectors * kBf16Lanes;
     }
-    for (int t = 0; t < tiles; ++t) {
-      const Bf16TilePlace place(call.tile_begin + t, tiles_h, tiles_w);
-      for (int v = 0; v < vectors; ++v) {
-        transform_bf16_output(call, place, products + static_cast<int64_t>(t * vectors + v) * kBf16Lanes,
-                              sizes.product_point, k * panel + v * kBf16Lanes);
-      }
+    for (int v = 0; v < vectors; ++v) {
+      transform_bf16_outputs(call, tiles_h, tiles_w, products + v * kBf16Lanes, vectors * kBf16Lanes,
+                             sizes.product_point, k * panel + v * kBf16Lanes);
     }
   }
 }
