@@ -1,7 +1,6 @@
 // One convolution of a chain in bfloat16: layer.h, where its tiles and its blocks are others.
 #pragma once
 
-#include <cstdlib>
 #include "layer.h"
 
 namespace resnet_fast {
@@ -11,8 +10,6 @@ constexpr int64_t kBf16TransformedBytes = 512 * 1024;
 constexpr int64_t kBf16MinTiles = 28, kBf16MaxTiles = 112;
 
 inline int64_t bf16_tiles(const FilterLayout<BFloat16>& layout, int64_t tiles) {
-  static const int64_t eb=getenv("EB")?atol(getenv("EB")):kBf16TransformedBytes, em=getenv("EM")?atol(getenv("EM")):kBf16MinTiles, ex=getenv("EX")?atol(getenv("EX")):kBf16MaxTiles;
-  { const int64_t fit = eb / (2 * kBf16Points * layout.depth()); return std::min(tiles, std::clamp(fit, em, ex)); }
   const int64_t fit = kBf16TransformedBytes / (2 * kBf16Points * layout.depth());
   return std::min(tiles, std::clamp(fit, kBf16MinTiles, kBf16MaxTiles));
 }

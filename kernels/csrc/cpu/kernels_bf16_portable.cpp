@@ -1,6 +1,7 @@
 // Any CPU: programs that were exported where there are instructions for bfloat16 run elsewhere, too. Nothing else asks for
 // these kernels, so there is one set of them, and it is not fast.
 #define RESNET_FAST_VECTOR_BYTES 16
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed within this file only
 #include "bf16_direct_kernel.h"
 #include "bf16_winograd_kernel.h"
 
