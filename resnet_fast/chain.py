@@ -154,7 +154,7 @@ class Recorder:
         return hooks_reason(parts)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants on the device of ``x``, None where it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if device in ops.DTYPES and torch.is_autocast_enabled(device) else None
@@ -353,7 +353,7 @@ class Fusing:
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows."""
-        training, autocast = self.training, _autocast_dtype(x)
+        training, autocast = self.training, autocast_dtype(x)
         reason = self.cannot_run(x, training, autocast)
         if reason is None and training:
             return self._trained(x)
@@ -415,7 +415,7 @@ class Fusing:
                 program.watch = Watch(self.parts(), self.opened(), contents=False)
                 self._program = program
         weight = program.pairs[0][0].weight if program.pairs else x
-        autocast = _autocast_dtype(x)
+        autocast = autocast_dtype(x)
         if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
             x = x.to(autocast)
         elif x.dtype != weight.dtype:
@@ -437,7 +437,7 @@ class Fusing:
         if reason is not None:
             backends.decline(self.label(), reason)
             return None
-        if torch.is_grad_enabled() or _autocast_dtype(x) is not None:
+        if torch.is_grad_enabled() or autocast_dtype(x) is not None:
             return self.flow(Layers(), x)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(

@@ -42,11 +42,12 @@ _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its poi
 # For each point of a filter that is transformed on the way, and for how many tiles it is transformed once: in
 # registers, or where these are too few, through memory.
 _EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
-# Products of bfloat16, in the same unit: half of it each. Winograd's F(2x2) has 16 points for 4 outputs.
+# Products of bfloat16, in the same unit, half of which they take. Winograd's F(2x2) has 16 points for 4 outputs.
 _BF16_TILE = 2
 _BF16_POINTS = 16
-_BF16_MULTIPLY = 0.6
-_BF16_TRANSFORM = 6.0
+_BF16_DIRECT = 0.545
+_BF16_MULTIPLY = 0.52
+_BF16_TRANSFORM = 4.9
 
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
@@ -81,7 +82,7 @@ def bf16_algorithm(
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
         return BF16_DIRECT
     pairs = channels * out_channels
-    direct = 9 * (pixels * 0.5 * pairs + _read(9 * pairs // 2) / 9)
+    direct = 9 * pixels * _BF16_DIRECT * pairs + _read(9 * pairs // 2)
     products = _BF16_POINTS * tiles * (_BF16_MULTIPLY * pairs + _BF16_TRANSFORM * (channels + out_channels))
     return BF16_WINOGRAD if products + _read(_BF16_POINTS * pairs // 2) < direct else BF16_DIRECT
 
