@@ -20,7 +20,7 @@ CPU = TESTS.parent / "kernels/csrc/cpu"
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 # As setup.py builds; -Wno-psabi: vectors that AVX2 passes in two halves stay inside of one file.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CPU}"]
-SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py"]
+SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py", "test_bf16.py"]
 
 
 # Eager convolves with oneDNN, which has a cap of its own: errors are compared within one instruction set.
