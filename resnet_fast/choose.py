@@ -133,5 +133,10 @@ def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor,
     if backward:
         k, c = c, k
     batch, _, height, width = x.shape
+    # Data gradients are convolutions by products of bfloat16 where the stride is 1 and all vectors are full.
+    if x.dtype == torch.bfloat16 and backends.bf16_products() and (not backward or (set(stride) == {1} and k % 16 == 0)):
+        out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
+        tiles = _tiles(batch, out_h, out_w, _BF16_TILE)
+        return bf16_algorithm(c, k, tuple(kernel), tuple(stride), batch * out_h * out_w, tiles)
     tiles = _tiles(batch, height, width, TILE)
     return algorithm(c, k, tuple(kernel), tuple(stride), batch * height * width, tiles)

@@ -57,6 +57,9 @@ struct Kernels<BFloat16> {
   void (*conv)(const ConvCall<BFloat16>&);
   // One panel after the other; `compact` and `panel_group` are not read.
   void (*winograd)(const WinogradCall<BFloat16>&);
+  void (*widen)(const BFloat16* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, BFloat16* to);
+  void (*pack_winograd)(const float* from, int channels, int vectors, BFloat16* to);
 };
 
 extern const Kernels<BFloat16> kBf16Portable, kBf16Avx512;
