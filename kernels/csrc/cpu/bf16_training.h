@@ -17,19 +17,21 @@ void gather_filter(const FilterView& v, const FilterLayout<BFloat16>& layout, in
   const S* const from = static_cast<const S*>(v.data) + v.origin + k0 * v.k_step;
   const int64_t taps = layout.taps(), real = std::min(width, layout.out_channels - k0);
   if (real < width || real_channels < layout.depth()) std::fill_n(to, taps * layout.depth() * width, 0.0f);
-  const auto copy = [&](int64_t tap, int64_t c, int64_t k) {
-    const S* at = from + tap / layout.kernel_w * v.r_step + tap % layout.kernel_w * v.s_step;
-    to[(c * taps + tap) * width + k] = widen(at[c * v.c_step + k * v.k_step]);
-  };
-  // What lies beside each other in the filter is read in a row.
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    if (v.k_step == 1) {
-      for (int64_t c = 0; c < real_channels; ++c) {
-        for (int64_t k = 0; k < real; ++k) copy(tap, c, k);
-      }
-    } else {
-      for (int64_t k = 0; k < real; ++k) {
-        for (int64_t c = 0; c < real_channels; ++c) copy(tap, c, k);
+  // What lies beside each other in the filter is read in a row, and what is written meanwhile stays in L1.
+  constexpr int64_t kChannels = 64;
+  for (int64_t first = 0; first < real_channels; first += kChannels) {
+    const int64_t last = std::min(first + kChannels, real_channels);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const S* const at = from + tap / layout.kernel_w * v.r_step + tap % layout.kernel_w * v.s_step;
+      float* const out = to + tap * width;
+      if (v.k_step == 1) {
+        for (int64_t c = first; c < last; ++c) {
+          for (int64_t k = 0; k < real; ++k) out[c * taps * width + k] = widen(at[c * v.c_step + k]);
+        }
+      } else {
+        for (int64_t k = 0; k < real; ++k) {
+          for (int64_t c = first; c < last; ++c) out[c * taps * width + k] = widen(at[c * v.c_step + k * v.k_step]);
+        }
       }
     }
   }
