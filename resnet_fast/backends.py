@@ -52,8 +52,8 @@ class _Cpu:
     convolution stays within 3 x the rms error of PyTorch's own. ``False`` keeps to direct convolutions."""
 
     allow_bf16_products: bool = True
-    """bfloat16 images are multiplied in bfloat16 and added up in float32, filters rounded to bfloat16, where the CPU has
-    instructions for it (AVX512_BF16), as PyTorch does. ``False``, and on other CPUs: computed in float32."""
+    """bfloat16 images are multiplied in bfloat16 and added up in float32, filters rounded to bfloat16, as PyTorch does,
+    where the CPU has instructions for it (AVX512_BF16). ``False``, and on other CPUs: computed in float32."""
 
 
 cpu = _Cpu()

@@ -9,6 +9,8 @@ times (benchmarks/NOTES.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import backends
@@ -125,7 +127,9 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
     return chosen
 
 
-def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False) -> int:
+def training_algorithm(
+    weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False, padding: Sequence[int] = (0, 0)
+) -> int:
     """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around."""
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
@@ -134,7 +138,8 @@ def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor,
         k, c = c, k
     batch, _, height, width = x.shape
     # Data gradients are convolutions by products of bfloat16 where the stride is 1 and all vectors are full.
-    if x.dtype == torch.bfloat16 and backends.bf16_products() and (not backward or (set(stride) == {1} and k % 16 == 0)):
+    turned = set(stride) == {1} and k % 16 == 0 and all(p < size for p, size in zip(padding, kernel, strict=True))
+    if x.dtype == torch.bfloat16 and backends.bf16_products() and (turned or not backward):
         out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
         tiles = _tiles(batch, out_h, out_w, _BF16_TILE)
         return bf16_algorithm(c, k, tuple(kernel), tuple(stride), batch * out_h * out_w, tiles)

@@ -1,4 +1,4 @@
-"""Convolutions by products of bfloat16: direct and by Winograd's F(2x2), native and on CPUs without the instructions."""
+"""Convolutions by products of bfloat16, direct and by Winograd's F(2x2)."""
 
 import pytest
 import torch
@@ -6,6 +6,10 @@ import torch.nn.functional as F
 from support import EAGER_LAYOUTS, LAYOUTS, assert_error_rule, channels_last, out_size, pair, twins
 
 import resnet_fast
+from benchmarks import device as devices
+from benchmarks.cases import Case, ConvBnRelu
+from benchmarks.runner import Bench
+from benchmarks.verify import WrongResultError
 from resnet_fast import backends, choose, reference
 
 DIRECT, WINOGRAD = choose.BF16_DIRECT, choose.BF16_WINOGRAD
@@ -130,12 +134,12 @@ def test_the_number_of_threads_does_not_matter(algorithm):
 
 def test_errors_name_the_argument():
     packed = pack(torch.randn(8, 4, 3, 3), *[None] * 5, 0.0, DIRECT)
+    plain = pack(torch.randn(8, 8, 3, 3), *[None] * 5, 0.0)
     layers, x = [0, -1, 1, 8, 3, 3, 1, 1, 1, 1], torch.randn(1, 4, 6, 6)
     with pytest.raises(RuntimeError, match="x has dtype float32, want bfloat16"):
         stage(x, [packed], layers)
     with pytest.raises(RuntimeError, match=r"filters\[1\] is not what pack_conv_bn gives in bfloat16"):
-        plain = pack(torch.randn(8, 8, 3, 3), *[None] * 5, 0.0)
-        stage(x.bfloat16(), [packed, plain], layers + [1, *layers[1:]])
+        stage(x.bfloat16(), [packed, plain], [*layers, 1, *layers[1:]])
     with pytest.raises(RuntimeError, match=r"filters\[0\] is not what pack_conv_bn gives for"):
         stage(x.bfloat16(), [plain, packed], [0, -1, 1, 8, 3, 3, 1, 1, 1, 1, 1, *layers[1:]])
     with pytest.raises(RuntimeError, match="computes in bfloat16, weight has dtype float64"):
@@ -157,7 +161,9 @@ def test_networks_follow_the_switches(switches):
     x = channels_last(torch.randn(8, 3, 32, 32))
     results, used = {}, {}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        eagers = [eager.to(memory_format=layout).features(x.contiguous(memory_format=layout)) for layout in EAGER_LAYOUTS]
+        eagers = [
+            eager.to(memory_format=layout).features(x.contiguous(memory_format=layout)) for layout in EAGER_LAYOUTS
+        ]
         for allowed in (True, False):
             switches.allow_bf16_products = allowed
             results[allowed] = fast.features(x)
@@ -189,6 +195,18 @@ def test_the_choice(switches, monkeypatch):
     assert chosen(layer) == DIRECT
     switches.allow_bf16_products = False
     assert chosen(layer) == choose.DIRECT
+
+
+@pytest.mark.parametrize("name", ["eager channels_last", "resnet_fast"])
+def test_benchmarks_check_results_in_bf16(name):
+    case = Case("small", (2, 16, 8, 8), lambda: ConvBnRelu(16))
+    bench = Bench(case, devices.of("cpu", "bfloat16", False))
+    result = bench.call(name, "random")()
+    assert result.dtype == torch.bfloat16
+    assert 0 < bench.errors[name] < 2
+    broken = bench._references["random"]
+    with pytest.raises(WrongResultError):
+        broken.check(name, result + 0.05)
 
 
 @torch.no_grad()

@@ -29,13 +29,12 @@ std::tuple<Tensor, Tensor> bf16_conv_moments(const Bf16Forward& f) {
   Tensor statistics = empty_rows(2, f.moments ? out.channels : 0, f.x);
   const bool in_place = out.channels % layout.lanes == 0;
   const bool winograd = layout.winograd();
-  const MapShape in_shape{
-      in.channels,
-      in.height,
-      in.width,
-      layout.channels,
-      {l.pad_h, bf16_beyond(in.height, out.height, l.pad_h, l.kernel_h, l.stride_h, winograd), l.pad_w,
-       bf16_beyond(in.width, out.width, l.pad_w, l.kernel_w, l.stride_w, winograd)}};
+  const MapShape in_shape{in.channels,
+                          in.height,
+                          in.width,
+                          layout.channels,
+                          {l.pad_h, bf16_beyond(in.height, out.height, l.pad_h, l.kernel_h, l.stride_h, winograd),
+                           l.pad_w, bf16_beyond(in.width, out.width, l.pad_w, l.kernel_w, l.stride_w, winograd)}};
   const MapShape out_shape{out.channels, out.height, out.width, layout.padded_out(), {}};
   const int64_t map_numel = round_up(in_shape.image(), 64), out_numel = in_place ? 0 : round_up(out_shape.image(), 64);
   const int64_t threads = torch::stable::get_num_threads();
@@ -44,8 +43,9 @@ std::tuple<Tensor, Tensor> bf16_conv_moments(const Bf16Forward& f) {
 
   BFloat16* const result = static_cast<BFloat16*>(y.data_ptr());
   const auto convolution = [&](int64_t first, int64_t images, BFloat16* maps) {
-    const Map<BFloat16> to = in_place ? Map<BFloat16>{result + first * out.image(), out.image(), out.row(), out.channels}
-                                      : out_shape.map(maps + map_numel * split.chunk + 64);
+    const Map<BFloat16> to = in_place
+                                 ? Map<BFloat16>{result + first * out.image(), out.image(), out.row(), out.channels}
+                                 : out_shape.map(maps + map_numel * split.chunk + 64);
     return Convolution<BFloat16>{l,
                                  layout,
                                  static_cast<const BFloat16*>(packed.data_ptr()),

@@ -32,7 +32,8 @@ inline void narrow_bf16(const float* from, int64_t n, BFloat16* to) {
 RESNET_FAST_INLINE void store_pairs(BFloat16* to, Floats first, Floats second) {
   BFloat16 halves[2 * kBf16Lanes];
   store_rounded(halves, first), store_rounded(halves + kBf16Lanes, second);
-  const Pairs low = reinterpret_cast<Pairs>(load_widened(halves)), high = reinterpret_cast<Pairs>(load_widened(halves + kBf16Lanes));
+  const Pairs low = reinterpret_cast<Pairs>(load_widened(halves)),
+              high = reinterpret_cast<Pairs>(load_widened(halves + kBf16Lanes));
   const Pairs joined = high | ((low >> 16) & 0xFFFF);
   *reinterpret_cast<PairsInMemory*>(to) = joined;
 }

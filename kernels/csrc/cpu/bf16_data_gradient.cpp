@@ -1,5 +1,5 @@
-// The data gradient of a convolution of stride 1 in bfloat16: a convolution of the output's gradient by the filter turned
-// around, with what is added to it and the sums that batch norm's backward wants on the way out.
+// The data gradient of a convolution of stride 1 in bfloat16: a convolution of the output's gradient by the filter
+// turned around, with what is added to it and the sums that batch norm's backward wants on the way out.
 #include <torch/csrc/stable/ops.h>
 
 #include "bf16_training.h"
@@ -14,8 +14,8 @@ constexpr const char* kOp = "conv_backward";
 std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16DataGradient& g) {
   const Layer& l = g.layer;
   const Image in(g.x), out(g.grad);
-  const Layer turned{0, -1, 0, in.channels, l.kernel_h, l.kernel_w, 1, 1, l.kernel_h - 1 - l.pad_h,
-                     l.kernel_w - 1 - l.pad_w};
+  const Layer turned{
+      0, -1, 0, in.channels, l.kernel_h, l.kernel_w, 1, 1, l.kernel_h - 1 - l.pad_h, l.kernel_w - 1 - l.pad_w};
   const FilterLayout<BFloat16> layout = bf16_layout(in.channels, out.channels, l.kernel_h, l.kernel_w, g.algorithm);
   RESNET_FAST_CHECK(in.channels % layout.lanes == 0, kOp, ": x has ", in.channels,
                     " channels, want a multiple of 16 for an algorithm in bfloat16");
@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16DataGradient& g) {
     const auto image = [&](BFloat16* data) {
       return data ? Map<BFloat16>{data + first * in.image(), in.image(), in.row(), in.channels} : Map<BFloat16>{};
     };
-    return Convolution<BFloat16>{turned,          layout,         static_cast<const BFloat16*>(packed.data_ptr()), images,
-                                 in.height,       in.width,       shape.map(maps),
-                                 image(residual), image(result)};
+    return Convolution<BFloat16>{turned,          layout,          static_cast<const BFloat16*>(packed.data_ptr()),
+                                 images,          in.height,       in.width,
+                                 shape.map(maps), image(residual), image(result)};
   };
   const int64_t work_numel = winograd ? round_up(winograd_scratch(convolution(0, split.chunk, nullptr)), 64) : 0;
   const int64_t slot_numel = map_numel * split.chunk + 64;

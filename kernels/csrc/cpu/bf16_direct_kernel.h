@@ -55,7 +55,7 @@ void conv_bf16_panel(const Bf16ConvCall& call, const BFloat16* filter, const flo
     for (int pixel = 0; pixel < call.pixels; pixel += P) {
       const int count = call.pixels - pixel < P ? call.pixels - pixel : P;
       select_bf16_tile<V>(count, typename MakeIndices<P>::type())(call, filter, bias, pixel, out_channel, begin, length,
-                                                                   first, last, partial + pixel * width);
+                                                                  first, last, partial + pixel * width);
     }
     filter += static_cast<int64_t>(call.runs) * length * width;
   }

@@ -60,14 +60,16 @@ void pack_winograd_panel(const Filter& filter, const FilterLayout<BFloat16>& lay
     for (int64_t j = 0; j < width; ++j) {
       double half[kBf16TileIn][3];
       for (int s = 0; s < 3; ++s) {
-        const double g[3] = {filter.at<S>(k0 + j, c, 0, s), filter.at<S>(k0 + j, c, 1, s), filter.at<S>(k0 + j, c, 2, s)};
+        const double g[3] = {filter.at<S>(k0 + j, c, 0, s), filter.at<S>(k0 + j, c, 1, s),
+                             filter.at<S>(k0 + j, c, 2, s)};
         for (int i = 0; i < kBf16TileIn; ++i) {
           half[i][s] = kTransform[i][0] * g[0] + kTransform[i][1] * g[1] + kTransform[i][2] * g[2];
         }
       }
       for (int i = 0; i < kBf16TileIn; ++i) {
         for (int l = 0; l < kBf16TileIn; ++l) {
-          const double u = kTransform[l][0] * half[i][0] + kTransform[l][1] * half[i][1] + kTransform[l][2] * half[i][2];
+          const double u =
+              kTransform[l][0] * half[i][0] + kTransform[l][1] * half[i][1] + kTransform[l][2] * half[i][2];
           to[(i * kBf16TileIn + l) * point + place / 2 * 2 * width + 2 * j + place % 2] = narrow_to<BFloat16>(u);
         }
       }

@@ -5,8 +5,8 @@
 //   panel of a direct convolution:  [block of channels][tap row][tap column][pair of channels][output channel][2]
 //   panel of Winograd F(2x2):       [point of the transformed filter][pair of channels][output channel][2]
 //
-// A panel is 32 output channels, the last one possibly 16; missing channels are zero. The sizes and the contents are the
-// same for every instruction set.
+// A panel is 32 output channels, the last one possibly 16; missing channels are zero. The sizes and the contents are
+// the same for every instruction set.
 #pragma once
 
 #include <vector>

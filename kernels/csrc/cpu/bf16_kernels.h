@@ -2,7 +2,8 @@
 // and add up in float32. Plain structs only, as in kernels.h.
 //
 // Maps are bfloat16, their pixels hold an even number of channels. A filter holds the two channels of a pair beside
-// each other for every output channel: 32 bits of a map times 16 x 32 bits of a filter, two products for each of 16 sums.
+// each other for every output channel: 32 bits of a map times 16 x 32 bits of a filter, two products for each of 16
+// sums.
 #pragma once
 
 #include "kernels.h"
@@ -27,22 +28,23 @@ constexpr int kBf16Panel = 32;
 
 // Unnamed, so that every file has its own: see kernels.h.
 namespace {
-// Scratch memory of a call on so many tiles, in elements of bfloat16: the transformed input, and the products of one panel
-// of output channels in float32.
+// Scratch memory of a call on so many tiles, in elements of bfloat16: the transformed input, and the products of one
+// panel of output channels in float32.
 struct Bf16Scratch {
   int tiles, channels;  // channels: of the transformed input, in whole vectors
   int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
   int64_t input, products;
 
   Bf16Scratch(int channels, int tiles)
-      : tiles(tiles), channels((channels + 15) / 16 * 16), input_point(static_cast<int64_t>(this->channels) * tiles + 32),
+      : tiles(tiles), channels((channels + 15) / 16 * 16),
+        input_point(static_cast<int64_t>(this->channels) * tiles + 32),
         product_point(static_cast<int64_t>(tiles) * 2 * kBf16Lanes + 16), input(kBf16Points * input_point),
         products(2 * kBf16Points * product_point) {}
   int64_t numel() const { return input + products; }
 };
 
-// Which channel of a full panel of the transformed input lies at a place in it: the even ones first, since the transform
-// takes pairs of channels apart into vectors of even and of odd ones.
+// Which channel of a full panel of the transformed input lies at a place in it: the even ones first, since the
+// transform takes pairs of channels apart into vectors of even and of odd ones.
 constexpr int bf16_channel_at(int place) { return place < 16 ? 2 * place : 2 * (place - 16) + 1; }
 }  // namespace
 

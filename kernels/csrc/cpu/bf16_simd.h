@@ -1,7 +1,7 @@
 // Vectors of 16 sums and of 16 pairs of bfloat16; the register tile of products that all bfloat16 kernels share.
 //
-// A file that includes this has selected its instruction set, and defines RESNET_FAST_AVX512_BF16 if that has products of
-// bfloat16 (GCC 12 does not define its own macro after a pragma). Without them the same code widens each factor to
+// A file that includes this has selected its instruction set, and defines RESNET_FAST_AVX512_BF16 if that has products
+// of bfloat16 (GCC 12 does not define its own macro after a pragma). Without them the same code widens each factor to
 // float32: right everywhere, and slower than the float32 kernels.
 #pragma once
 

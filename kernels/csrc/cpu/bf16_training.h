@@ -129,8 +129,8 @@ inline void fill_bf16_gradient(const BFloat16* grad, const BFloat16* y, const fl
     kernels_in_use<BFloat16>().widen(grad + at, image.row(), row.data());
     if (coefficients) {
       kernels_in_use<BFloat16>().widen(y + at, image.row(), row_y.data());
-      kernels_in_use<float>().input_gradient({row.data(), row_y.data(), coefficients, row.data(), image.width,
-                                              static_cast<int>(image.channels)});
+      kernels_in_use<float>().input_gradient(
+          {row.data(), row_y.data(), coefficients, row.data(), image.width, static_cast<int>(image.channels)});
     }
     put_bf16_row(row.data(), image.width, image.channels, out, to.pixel);
   }

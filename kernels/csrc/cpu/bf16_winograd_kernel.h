@@ -2,8 +2,9 @@
 //
 //   y = A^T [ (G g G^T) . (B^T d B) ] A,  Lavin and Gray 2015, section 4.1
 //
-// The transforms compute in float32; their results are rounded to bfloat16 once, the filter's when it is packed. Products
-// are added up in float32, over all channels, and transformed back, with bias and residual added, panel by panel.
+// The transforms compute in float32; their results are rounded to bfloat16 once, the filter's when it is packed.
+// Products are added up in float32, over all channels, and transformed back, with bias and residual added, panel by
+// panel.
 #pragma once
 
 #include "bf16_simd.h"

@@ -301,9 +301,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
       return conv_backward(grad, y, coefficients, x, scale_shift, relu, weight, stride, padding, summed, false,
                            need_weight, residual, false, ys, means);
     }
-    const auto [dx, sums] =
-        bf16_data_gradient({grad, x, weight, y, coefficients, scale_shift, residual, relu, layer,
-                            static_cast<Algorithm>(algorithm), finish, ys, means});
+    const auto [dx, sums] = bf16_data_gradient({grad, x, weight, y, coefficients, scale_shift, residual, relu, layer,
+                                                static_cast<Algorithm>(algorithm), finish, ys, means});
     const auto of_weight = conv_backward(grad, y, coefficients, x, scale_shift, relu, weight, stride, padding, summed,
                                          false, need_weight, std::nullopt, false, {}, {});
     return {dx, std::get<1>(of_weight), sums};
