@@ -13,7 +13,7 @@ from .cases import FUSED, NETWORKS, OPERATORS
 from .device import DEVICES, DTYPES
 from .gpu_variants import GPU_VARIANTS, SLOW
 from .images import KINDS
-from .peers import PEERS
+from .peers import BF16_PEERS, PEERS
 from .variants import VARIANTS
 from .verify import WrongResultError
 
@@ -50,7 +50,7 @@ def main() -> int:
         "--variants", nargs="+", choices=[*{**VARIANTS, **PEERS, **GPU_VARIANTS}], help=f"default: {', '.join(QUICK)}"
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where one is visible")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the arithmetic on a GPU (default float16)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the arithmetic (default float16 on a GPU)")
     parser.add_argument("--cold", action="store_true", help="overwrite the GPU's cache before each call")
     parser.add_argument("--all-variants", action="store_true", help="torch.compile too")
     parser.add_argument("--peers", action="store_true", help="ONNX Runtime, OpenVINO, MNN and ncnn too")
@@ -70,10 +70,15 @@ def main() -> int:
         device = devices.of("cpu" if options.peers else options.device, options.dtype, options.cold)
     except ValueError as error:
         parser.error(str(error))
+    peers = BF16_PEERS if device.dtype == torch.bfloat16 else PEERS
     if options.peers:
-        VARIANTS.update(PEERS)
+        VARIANTS.update(peers)
     known = runner.variants_of(device)
-    quick = [*QUICK, *(PEERS if options.peers else ())] if device.name == "cpu" else [v for v in known if v not in SLOW]
+    quick = [*QUICK, *(peers if options.peers else ())]
+    if device.dtype == torch.bfloat16:
+        quick.append("torch.compile, freezing")  # another peer where engines in bfloat16 are few
+    if device.name != "cpu":
+        quick = [v for v in known if v not in SLOW]
     variants = options.variants or (list(known) if options.all_variants else quick)
     if unknown := set(variants) - set(known):
         parser.error(f"on {device.name} there is no variant {', '.join(sorted(unknown))}")

@@ -32,8 +32,8 @@ class Device:
     def __post_init__(self) -> None:
         if self.name not in ("cpu", "cuda"):
             raise ValueError(f"name is {self.name!r}, want 'cpu' or 'cuda'")
-        if self.name == "cpu" and (self.cold or self.dtype != torch.float32):
-            raise ValueError("on the CPU times are taken in float32, with warm caches")
+        if self.name == "cpu" and (self.cold or self.dtype not in (torch.float32, torch.bfloat16)):
+            raise ValueError("on the CPU times are taken in float32 or bfloat16, with warm caches")
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """Within it modules compute in ``dtype``."""

@@ -1,6 +1,7 @@
 """Other engines running the same networks from the same weights on the CPU: ONNX Runtime, OpenVINO, MNN and ncnn.
 
-All start from one ONNX graph with the batch norms folded, and run in float32 on as many threads as PyTorch. An input is
+All start from one ONNX graph with the batch norms folded, and run in float32 on as many threads as PyTorch; OpenVINO
+under bfloat16 autocast in bfloat16. An input is
 bound when it first comes, and read where it lies or copied into the engine; later calls with the same tensor object run
 the network and leave its outputs in row-major tensors, which the next call overwrites. Where an engine offers several
 ways to use the same threads, each is tried and the fastest kept.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from .variants import Call, UnavailableError, Variant
 
-__all__ = ["PEERS", "mnn", "ncnn", "onnxruntime", "openvino"]
+__all__ = ["BF16_PEERS", "PEERS", "mnn", "ncnn", "onnxruntime", "openvino"]
 
 Bind = Callable[[Tensor], Callable[[], Any]]
 INPUT = "x"
@@ -78,14 +79,15 @@ class _Graph:
     """The module as ONNX for one shape of the input, and tensors for its outputs."""
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
-        with torch.no_grad():
+        # The graph is float32 under autocast, too: in what an engine computes is its own setting.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             outputs = module(x)
         self.single = isinstance(outputs, Tensor)
         shapes = [t.shape for t in ((outputs,) if self.single else outputs)]
         self.outputs = {f"y{i}": tuple(shape) for i, shape in enumerate(shapes)}
         _require("onnx", "onnx"), _require("onnxscript", "onnxscript")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
                 module, (x,), dynamo=True, input_names=[INPUT], output_names=list(self.outputs), verbose=False
@@ -154,12 +156,13 @@ def openvino(module: nn.Module, x: Tensor, threads: int | None = None) -> Call:
     ov = _require("openvino", "openvino")
     core = ov.Core()
     whole = _graph(module, x)
+    precision = "bf16" if torch.is_autocast_enabled("cpu") else "f32"
 
     def compiled(graph: _Graph, hint: str, **properties: Any) -> Any:
         properties |= {
             "PERFORMANCE_HINT": hint,
             "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
         }
         return core.compile_model(core.read_model(graph.onnx, b""), "CPU", properties)
 
@@ -275,3 +278,4 @@ PEERS = {
     "MNN": Variant(mnn, torch.contiguous_format, SLACK),
     "ncnn": Variant(ncnn, torch.contiguous_format, SLACK),
 }
+BF16_PEERS = {"OpenVINO": PEERS["OpenVINO"]}  # the others' bfloat16, where they have it, is for storage only

@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 def conditions(device: Device = CPU) -> str:
     """Where and by what the times were taken, in one line."""
     isa = resnet_fast.backends.isa() if resnet_fast.backends.loaded() else "no kernels"
+    if device.dtype == torch.bfloat16 and resnet_fast.backends.bf16_products():
+        isa += " with bfloat16 products"
     return (
         f"{device.describe()} ({os.cpu_count()} CPUs, kernels: {isa}), {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, resnet_fast {resnet_fast.__version__}, Python {platform.python_version()}, "

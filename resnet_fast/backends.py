@@ -38,6 +38,8 @@ except ImportError as error:
 # Asked once: the compiler cannot look into the operator.
 _isa: Final = ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa() if _missing is None else 0]
 
+_bf16_products: Final = _missing is None and torch.ops.resnet_fast.cpu_multiplies_bf16()
+
 # Process-wide, as torch.backends' switches are: a plain global, so that torch.compile can guard on it.
 _selected: Name = "auto"
 _fallbacks: Counter[str] = Counter()
@@ -49,6 +51,10 @@ class _Cpu:
     allow_winograd: bool = True
     """Winograd convolutions for float32 and bfloat16 blocks, as ``torch.backends.cudnn.allow_tf32`` allows TF32: a
     convolution stays within 3 x the rms error of PyTorch's own. ``False`` keeps to direct convolutions."""
+
+    allow_bf16_products: bool = True
+    """bfloat16 images are multiplied in bfloat16 and added up in float32, filters rounded to bfloat16, as PyTorch does,
+    where the CPU has instructions for it (AVX512_BF16). ``False``, and on other CPUs: computed in float32."""
 
 
 cpu = _Cpu()
@@ -80,6 +86,11 @@ def isa() -> str:
     if _missing is not None:
         raise RuntimeError(_missing)
     return _isa
+
+
+def bf16_products() -> bool:
+    """Whether bfloat16 images are multiplied in bfloat16 on this CPU: it has AVX512_BF16, and no switch forbids it."""
+    return _bf16_products and cpu.allow_bf16_products
 
 
 # Operators and the devices that have a kernel of them; resnet_fast.ops fills it once all are registered. A plain set:
@@ -135,7 +146,9 @@ def status() -> dict[str, str]:
 
 
 def _cpu_status() -> str:
-    return _missing if _missing is not None else f"loaded, {isa()}"
+    if _missing is not None:
+        return _missing
+    return f"loaded, {isa()} with bfloat16 products" if _bf16_products else f"loaded, {isa()}"
 
 
 def _cuda_status() -> str:

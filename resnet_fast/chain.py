@@ -160,7 +160,7 @@ class Recorder:
         return hooks_reason(parts)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants on the device of ``x``, None where it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if device in ops.DTYPES and torch.is_autocast_enabled(device) else None
@@ -198,7 +198,7 @@ class Chain:
         self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [_eps(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
-        self._filters: dict[tuple[torch.Size, torch.dtype, bool], list[Tensor]] = {}  # by what the input is
+        self._filters: dict[tuple[torch.Size, torch.dtype, bool, bool], list[Tensor]] = {}  # by what the input is
         self._networks: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}  # likewise, and by classes
 
     def fresh(self) -> bool:
@@ -211,14 +211,14 @@ class Chain:
         """The algorithm of each layer for inputs like ``x``, as :mod:`resnet_fast.choose` names them."""
         if backends.kind(x) == "cuda":
             return [0] * len(self.pairs)
-        return algorithms(self.layers, x.shape, self.dtype)
+        return algorithms(self.layers, x.shape, x.dtype)
 
     def filters(self, x: Tensor) -> list[Tensor]:
         """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
-        key = (x.shape, x.dtype, backends.cpu.allow_winograd)
+        key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products)
         filters = self._filters.get(key)
         if filters is None:
-            # GPUs multiply in the dtype of the images; CPUs compute bfloat16 in float32, from weights as they are.
+            # GPUs multiply in the dtype of the images; CPUs round weights, if at all, after batch norm is folded in.
             dtype = x.dtype if backends.kind(x) == "cuda" else self.dtype
             filters = []
             for i, algorithm in enumerate(self.algorithms(x)):
@@ -367,7 +367,7 @@ class Fusing:
         if pool is not None and (window is None or torch.compiler.is_compiling()):
             y = self.fused(x)
             return None if y is None else pool(y)
-        training, autocast = self.training, _autocast_dtype(x)
+        training, autocast = self.training, autocast_dtype(x)
         reason = self.cannot_run(x, training, autocast)
         if reason is None and training:
             return self._trained(x)
@@ -430,7 +430,7 @@ class Fusing:
                 program.watch = Watch(self.parts(), self.opened(), contents=False)
                 self._program = program
         weight = program.pairs[0][0].weight if program.pairs else x
-        autocast = _autocast_dtype(x)
+        autocast = autocast_dtype(x)
         if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
             x = x.to(autocast)
         elif x.dtype != weight.dtype:
@@ -452,7 +452,7 @@ class Fusing:
         if reason is not None:
             backends.decline(self.label(), reason)
             return None
-        if torch.is_grad_enabled() or _autocast_dtype(x) is not None:
+        if torch.is_grad_enabled() or autocast_dtype(x) is not None:
             return self.flow(Layers(), x)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(

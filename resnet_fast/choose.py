@@ -9,11 +9,15 @@ The factors were fitted to measured times (benchmarks/NOTES.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import backends
 
 __all__ = [
+    "BF16_DIRECT",
+    "BF16_WINOGRAD",
     "COMPACT_WINOGRAD",
     "DIRECT",
     "NAMES",
@@ -28,7 +32,9 @@ __all__ = [
 DIRECT = 0
 WINOGRAD = 1
 COMPACT_WINOGRAD = 2
-NAMES = ("direct", "winograd F(4x4)", "compact winograd F(4x4)")
+BF16_DIRECT = 3
+BF16_WINOGRAD = 4
+NAMES = ("direct", "winograd F(4x4)", "compact winograd F(4x4)", "bf16 direct", "bf16 winograd F(2x2)")
 
 TILE = 4  # output pixels, in each direction
 _POINTS = 36
@@ -38,6 +44,13 @@ _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its poi
 _AT_ONCE = (32, 64)  # tiles that are multiplied before filters pass by again; compact ones
 # To transform a filter on the way, for each of its points and each pass.
 _EXPAND = {"avx512": 1.5, "avx2": 4.0, "baseline": 4.0}
+# Products of bfloat16, in the same unit, half of which they take. Winograd's F(2x2) has 16 points for 4 outputs.
+_BF16_TILE = 2
+_BF16_POINTS = 16
+_BF16_DIRECT = 0.545
+_BF16_MULTIPLY = 0.52
+_BF16_TRANSFORM = 4.9
+
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
 _READ_AGAIN = 2.0  # the same in later passes: from the cache that cores share
@@ -78,11 +91,32 @@ def algorithm(
     return costs.index(min(costs))
 
 
+def bf16_algorithm(
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    images: int,
+    size: tuple[int, int],
+) -> int:
+    """The cheaper one in bfloat16, for a convolution with maps of ``size`` as its output."""
+    if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
+        return BF16_DIRECT
+    pairs = channels * out_channels
+    rows, columns = ((n + _BF16_TILE - 1) // _BF16_TILE for n in size)
+    points = images * rows * columns * _BF16_POINTS
+    direct = 9 * images * size[0] * size[1] * _BF16_DIRECT * pairs + _read(9 * pairs // 2, 1)
+    products = points * (_BF16_MULTIPLY * pairs + _BF16_TRANSFORM * (channels + out_channels))
+    return BF16_WINOGRAD if products + _read(_BF16_POINTS * pairs // 2, 1) < direct else BF16_DIRECT
+
+
 def algorithm_of_filter(weight: torch.Tensor, stride: tuple[int, ...]) -> int:
     """The same for maps of whole tiles in large batches, for graphs that shapes are not known to when they are made."""
     k, c, *kernel = weight.shape
     if weight.dtype == torch.float64:
         return DIRECT
+    if weight.dtype == torch.bfloat16 and backends.bf16_products():
+        return bf16_algorithm(c, k, tuple(kernel), stride, 1 << 20, (_BF16_TILE, _BF16_TILE))
     return algorithm(c, k, tuple(kernel), stride, 1 << 20, (TILE, TILE))
 
 
@@ -98,13 +132,18 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
         c, h, w = maps[source]
         height, width = conv_size(h, pad_h, r, stride_h), conv_size(w, pad_w, s, stride_w)
         maps.append((k, height, width))
+        if dtype == torch.bfloat16 and backends.bf16_products():
+            chosen.append(bf16_algorithm(c, k, (r, s), (stride_h, stride_w), batch, (height, width)))
+            continue
         exact = dtype == torch.float64
         best = algorithm(c, k, (r, s), (stride_h, stride_w), batch, (height, width))
         chosen.append(DIRECT if exact else best)
     return chosen
 
 
-def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False) -> int:
+def training_algorithm(
+    weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False, padding: Sequence[int] = (0, 0)
+) -> int:
     """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around."""
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
@@ -112,4 +151,9 @@ def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor,
     if backward:
         k, c = c, k
     batch, _, height, width = x.shape
+    # Data gradients are convolutions by products of bfloat16 where the stride is 1 and all vectors are full.
+    turned = set(stride) == {1} and k % 16 == 0 and all(p < size for p, size in zip(padding, kernel, strict=True))
+    if x.dtype == torch.bfloat16 and backends.bf16_products() and (turned or not backward):
+        out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
+        return bf16_algorithm(c, k, tuple(kernel), tuple(stride), batch, (out_h, out_w))
     return algorithm(c, k, tuple(kernel), tuple(stride), batch, (height, width))

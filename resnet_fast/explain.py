@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .chain import Chain, Fused, Fusing, Recorder
-from .choose import NAMES
+from .chain import Chain, Fused, Fusing, Recorder, autocast_dtype
+from .choose import BF16_DIRECT, BF16_WINOGRAD, NAMES
 from .convert import FusedTraced
 from .machine import Peak, cpu_name, measure_peak
 from .models import CifarResNet
@@ -231,8 +231,9 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
             alone = sum(layer.seconds for layer in layers)
             wholes.append(Whole(names[event.module], len(layers), alone, seconds))
             rows += layers
-    # The kernels compute bfloat16 in float32.
-    peak = measure_peak(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    bf16 = torch.bfloat16 in (x.dtype, autocast_dtype(x)) and backends.bf16_products()
+    exact = x.dtype == torch.float64
+    peak = measure_peak(torch.bfloat16 if bf16 else torch.float64 if exact else torch.float32)
     new = {what: count - before.get(what, 0) for what, count in after.items() if count > before.get(what, 0)}
     return Explanation(rows, wholes, forward_seconds, peak, new)
 
@@ -242,7 +243,9 @@ def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
     recorder = Recorder()  # knows the modules of the chain
     event.module.flow(recorder, 0)
     run = torch.ops.resnet_fast.residual_stage
-    x = event.x.to(chain.dtype)
+    autocast = autocast_dtype(event.x)
+    exact = torch.float64 in (event.x.dtype, chain.dtype)
+    x = event.x.to(chain.dtype if autocast is None or exact else autocast)
     filters, algorithms = chain.filters(x), chain.algorithms(x)
     maps = [x]
     rows = []
@@ -258,7 +261,8 @@ def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
         def call(image: Tensor = image, filter_: list[Tensor] = filter_, alone: list[int] = alone) -> Tensor:
             return run(image, filter_, alone)
 
-        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {backends.isa()}"
+        isa = "avx512_bf16" if algorithms[i] in (BF16_DIRECT, BF16_WINOGRAD) else backends.isa()
+        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {isa}"
         numel = image.numel() + weight.numel() + y.numel() * (2 if added >= 0 else 1)
         flops = 2 * y.numel() * weight[0].numel()
         seconds = _median_seconds(call, runs)

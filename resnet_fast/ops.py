@@ -1,7 +1,7 @@
 """The fused operators as functions, and what PyTorch needs to know of them: shapes, gradients, autocast.
 
 Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. The
-kernels compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without a kernel,
+functions here compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without a kernel,
 dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
@@ -317,6 +317,11 @@ def _fake_pack(
 ) -> Tensor:
     if backends.kind(weight) == "cuda":
         return weight.new_empty(cuda_packed_size(weight), dtype=torch.float32)
+    if algorithm >= 3:  # in bfloat16, by pairs of channels (bf16_filters.h)
+        k, c, r, s = weight.shape
+        rows = (k + 15) // 16 * 16
+        products = r * s * ((c + 1) // 2 * 2) if algorithm == 3 else 16 * ((c + 15) // 16 * 16)
+        return weight.new_empty(32 + rows * (2 + products), dtype=torch.bfloat16)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     line = 64 // dtype.itemsize  # elements of a cache line
     k, c, r, s = weight.shape

@@ -13,7 +13,8 @@ from resnet_fast import backends, blocks, ops, reference
 def test_status():
     status = backends.status()
     assert set(status) == {"cpu", "cuda", "triton"}
-    assert status["cpu"] == f"loaded, {backends.isa()}"
+    bf16 = " with bfloat16 products" if backends.bf16_products() else ""
+    assert status["cpu"] == f"loaded, {backends.isa()}{bf16}"
     assert all(isinstance(reason, str) and reason for reason in status.values())
     if not torch.cuda.is_available():
         assert not status["cuda"].startswith("loaded")

@@ -173,11 +173,12 @@ def test_opcheck_of_add_relu(layout, requires_grad):
     torch.library.opcheck(torch.ops.resnet_fast.add_relu, (tensors[0], torch.randn(2, 3, 4, 5)))
 
 
-@pytest.mark.parametrize("algorithm", [0, 1, 2])
+@pytest.mark.parametrize("algorithm", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck_of_packing_and_stages(dtype, algorithm):
     """No requires_grad: they are for inference, and say so (test_residual_stage.py)."""
-    algorithm = 0 if dtype == torch.float64 else algorithm
+    if (dtype == torch.float64 and algorithm > 0) or (dtype == torch.float32 and algorithm >= 3):
+        return  # no such kernel; images in bfloat16 come with weights of both types, whose packing is below
     case = random_case(2, 3, (5, 6), 17, 3, 1, 1, dtype)
     args = (case.weight, case.bias, *case.bn, 1e-5, algorithm)
     torch.library.opcheck(torch.ops.resnet_fast.pack_conv_bn, args)
@@ -193,7 +194,7 @@ def test_fakes_are_as_large_as_the_packed_filters():
 
     for k in (1, 15, 16, 17, 65):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for algorithm in (0, 1, 2):
+            for algorithm in (0, 1, 2) if dtype == torch.float64 else (0, 1, 2, 3, 4):
                 weight = torch.randn(k, 3, 3, 3).to(dtype)
                 real = torch.ops.resnet_fast.pack_conv_bn(weight, *[None] * 5, 0.0, algorithm)
                 with FakeTensorMode() as mode:

@@ -20,13 +20,13 @@ def test_the_gpu_is_picked_up_by_itself(monkeypatch):
     with pytest.raises(ValueError, match="no CUDA device is visible"):
         devices.of("cuda", None, False)
     for options in ((None, True), ("float16", False)):
-        with pytest.raises(ValueError, match="on the CPU times are taken in float32, with warm caches"):
+        with pytest.raises(ValueError, match="on the CPU times are taken in float32 or bfloat16, with warm caches"):
             devices.of("auto", *options)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.of("auto", None, True) == Device("cuda", torch.float16, True)
     assert torch.backends.cudnn.benchmark
     assert devices.of("cpu", None, False) == devices.CPU
-    assert variants_of(devices.CPU) is VARIANTS
+    assert variants_of(devices.of("cpu", "bfloat16", False)) is variants_of(devices.CPU) is VARIANTS
     assert {BASELINE, OURS, "torch.compile, max-autotune"} <= set(variants_of(Device("cuda")))
 
 

@@ -20,7 +20,7 @@ CPU = TESTS.parent / "kernels/csrc/cpu"
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 # As setup.py builds; -Wno-psabi: vectors that AVX2 passes in two halves stay inside of one file.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CPU}"]
-SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py"]
+SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py", "test_bf16.py"]
 
 
 # Eager convolves with oneDNN, which has a cap of its own: errors are compared within one instruction set.
@@ -285,3 +285,19 @@ def test_inner_loops_keep_their_sums_in_registers(assembly):
     for body in bodies:
         stack = [i for i in body if re.search(rf"\(%r[sb]p.*%{register}|%{register}\d+, .*\(%r[sb]p", i)]
         assert not stack, "\n".join(body)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86-64 assembly")
+def test_inner_loops_of_bf16_keep_their_sums_in_registers(tmp_path):
+    """12 x 2 and 14 x 2 sums: two loads of the filter and a broadcast a row beside as many products of pairs."""
+    assert CXX, "the tests need the compiler that built the extension"
+    out = tmp_path / "kernels.s"
+    subprocess.run([CXX, *FLAGS, "-S", CPU / "kernels_avx512_bf16.cpp", "-o", out], check=True)
+    found = set()
+    for body in innermost_loops(out.read_text().splitlines()):
+        products, broadcasts = (sum(word in line for line in body) for word in ("vdpbf16ps", "vpbroadcastd"))
+        found.add((products, broadcasts))
+        if products >= 24:
+            stack = [i for i in body if re.search(r"\(%r[sb]p.*%zmm|%zmm\d+, .*\(%r[sb]p", i)]
+            assert not stack, "\n".join(body)
+    assert {(24, 12), (28, 14), (28, 28)} <= found  # direct; Winograd, full panels and half panels

@@ -292,7 +292,7 @@ def test_errors_name_the_argument(name, x, layers):
         ("weight", [torch.randn(8, 4, 3, 3).half(), *[None] * 5, 0.0]),
         ("bias", [torch.randn(8, 4, 3, 3), torch.randn(9), *[None] * 4, 0.0]),
         ("running_var", [torch.randn(8, 4, 3, 3), None, None, None, torch.randn(8), torch.randn(3), 0.0]),
-        ("algorithm", [torch.randn(8, 4, 3, 3), *[None] * 5, 0.0, 3]),
+        ("algorithm", [torch.randn(8, 4, 3, 3), *[None] * 5, 0.0, 5]),
         ("algorithm", [torch.randn(8, 4, 5, 3), *[None] * 5, 0.0, WINOGRAD]),
     ],
 )

@@ -55,11 +55,15 @@ def affine(y, scale_shift):
     return y if scale_shift is None else y * scale_shift[0][:, None, None] + scale_shift[1][:, None, None]
 
 
-def algorithms(kernel, stride):
-    return (0, 1, 2) if (kernel, stride) == ((3, 3), (1, 1)) else (0,)
+def algorithms(kernel, stride, dtype):
+    """Direct, and by Winograd where that can be; for bfloat16 by its own products, too (3 and 4)."""
+    winograd = (kernel, stride) == ((3, 3), (1, 1))
+    bf16 = ((3, 4) if winograd else (3,)) if dtype == torch.bfloat16 else ()
+    return (0, 1, 2, *bf16) if winograd else (0, *bf16)
 
 
-CASES = [(shape, dtype, a) for shape in SHAPES for dtype in DTYPES for a in algorithms(*shape[4:6])]
+BF16 = (3, 4)
+CASES = [(shape, dtype, a) for shape in SHAPES for dtype in DTYPES for a in algorithms(*shape[4:6], dtype)]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=str)
@@ -68,15 +72,17 @@ def test_conv_moments(shape, dtype, algorithm):
     x, weight, scale_shift = layer(*shape, dtype)
     bias = torch.randn(k).to(arithmetic(dtype)) + 3
 
-    def plain(wide):
+    def plain(wide, narrow=None):
         a = affine(x.to(wide), scale_shift.to(wide)).relu()
-        return F.conv2d(a, weight.to(wide), bias.to(wide), stride, padding)
+        a, w, b = (t.to(narrow or wide) for t in (a, weight, bias))
+        return F.conv2d(a, w, b, stride, padding)
 
     y, moments = ops.conv_moments(x, scale_shift, True, weight, bias, list(stride), list(padding), algorithm, True)
-    exact, eager = plain(torch.float64), plain(arithmetic(dtype))
+    # By products of bfloat16 what is normalised is rounded first, as under autocast.
+    exact, eager = plain(torch.float64), plain(arithmetic(dtype), dtype if algorithm in BF16 else None)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_error_rule(y, exact, [eager.to(dtype)], factor=WINOGRAD_FACTOR if algorithm else 2)
+    assert_error_rule(y, exact, [eager.to(dtype)], factor=WINOGRAD_FACTOR if algorithm in (1, 2) else 2)
     # The statistics are those of the result as it was stored.
     var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
     own_var, own_mean = torch.var_mean(y.to(arithmetic(dtype)), (0, 2, 3), correction=0)
@@ -126,7 +132,13 @@ def test_bn_backward_sums(dtype, count, positive):
         assert_error_rule(sums[i], exact, [eager], f"sum {i}", factor=4)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=str)
+# The data gradient by products of bfloat16 is for strides of 1 and whole vectors of channels.
+BACKWARD_CASES = [
+    (shape, dtype, a) for shape, dtype, a in CASES if a not in BF16 or (shape[1] % 16 == 0 and shape[5] == (1, 1))
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "algorithm"), BACKWARD_CASES, ids=str)
 def test_conv_backward(shape, dtype, algorithm):
     *_, stride, padding = shape
     x, weight, scale_shift = layer(*shape, dtype)
@@ -135,12 +147,13 @@ def test_conv_backward(shape, dtype, algorithm):
     coefficients = rows(4, y.shape[1], dtype)
     means = rows(2, x.shape[1], dtype)
 
-    def plain(wide):
+    def plain(wide, narrow=None):
         a, b, constant, mean = (t.to(wide)[:, None, None] for t in coefficients)
         dy = a * grad.to(wide) + b * (y.to(wide) - mean) + constant
         lazy = affine(x.to(wide), scale_shift.to(wide))
+        factors = (t.to(narrow or wide) for t in (dy, lazy.relu(), weight))
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, lazy.relu(), weight.to(wide), None, stride, padding, [1, 1], False, [0, 0], 1, [True, True, False]
+            *factors, None, stride, padding, [1, 1], False, [0, 0], 1, [True, True, False]
         )
         dx = (dx + residual.to(wide)) * (lazy > 0)
         sums = torch.stack([dx.sum((0, 2, 3)), (dx * (x.to(wide) - means.to(wide)[0][:, None, None])).sum((0, 2, 3))])
@@ -149,8 +162,8 @@ def test_conv_backward(shape, dtype, algorithm):
     settings = (list(stride), list(padding), algorithm)
     rest = (weight, *settings, True, True, residual, True, [x], [means])
     dx, dw, sums = ops.conv_backward(grad, y, coefficients, x, scale_shift, True, *rest)
-    exact, eager = plain(torch.float64), plain(arithmetic(dtype))
-    assert_error_rule(dx, exact[0], [eager[0].to(dtype)], "dx", WINOGRAD_FACTOR if algorithm else 2)
+    exact, eager = plain(torch.float64), plain(arithmetic(dtype), dtype if algorithm in BF16 else None)
+    assert_error_rule(dx, exact[0], [eager[0].to(dtype)], "dx", WINOGRAD_FACTOR if algorithm in (1, 2) else 2)
     # The contract for the weight gradient by Winograd, in float32: 5e-6.
     error = (dw.double() - exact[1]).norm() / exact[1].norm()
     least = 5e-6 if algorithm and dtype != torch.float64 else 0.0
@@ -236,10 +249,20 @@ BROKEN = [
     ("conv_backward", 3, lambda x: channels_last(x[..., :3]), "grad"),
     ("conv_backward", 7, lambda _: [2, 2], "grad"),
     ("conv_backward", 9, lambda _: -1, "algorithm is -1"),
+    ("conv_backward", 9, lambda _: 3, "algorithm is 3"),
     ("conv_backward", 10, lambda _: False, "finish without need_x"),
     ("conv_backward", 12, lambda t: t[:1], "residual"),
     ("conv_backward", 14, lambda ys: [ys[0][:1]], "ys has shape"),
 ]
+
+
+@pytest.mark.parametrize(("channels", "padding"), [(5, 1), (16, 3)])
+def test_what_the_data_gradient_in_bf16_cannot_do(channels, padding):
+    x, weight, _ = layer(2, channels, (7, 7), 8, (3, 3), (1, 1), (padding, padding), torch.bfloat16)
+    y, _ = ops.conv_moments(x, None, False, weight, None, [1, 1], [padding, padding], 3, False)
+    rest = ([1, 1], [padding, padding], 3, True, False, None, False, [], [])
+    with pytest.raises(RuntimeError, match="multiple of 16" if channels % 16 else "padding is larger"):
+        ops.conv_backward(y, None, None, x, None, False, weight, *rest)
 
 
 @pytest.mark.parametrize(("op", "index", "change", "message"), BROKEN, ids=str)

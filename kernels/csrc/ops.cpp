@@ -22,7 +22,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 
   // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
   // algorithm: 0 for direct convolution; for 3x3 filters with stride 1 also 1 for Winograd's F(4x4, 3x3), and 2 for the
-  // same with filters that are transformed when they are used, a quarter of the size.
+  // same with filters that are transformed when they are used, a quarter of the size. 3 and 4 multiply in bfloat16, for
+  // maps in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
   m.def(
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
@@ -83,6 +84,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");
+  // Whether the CPU has instructions for products of bfloat16, and may use them.
+  m.def("cpu_multiplies_bf16() -> bool");
 }
 
 // Importing the module runs the registrations.

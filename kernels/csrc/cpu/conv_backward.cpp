@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "bf16_training.h"
 #include "geometry.h"
 #include "layer.h"
 #include "team.h"
@@ -287,8 +288,25 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
   check_sum_inputs(kOp, x, std::nullopt, ys, means);
   RESNET_FAST_CHECK(!finish || need_x, kOp, ": finish without need_x");
   const bool winograd = layer.kernel_h == 3 && layer.kernel_w == 3 && stride[0] == 1 && stride[1] == 1;
-  RESNET_FAST_CHECK(algorithm >= 0 && algorithm <= (winograd ? 2 : 0), kOp, ": algorithm is ", algorithm,
-                    ", want 0, or for a 3x3 filter with stride 1 up to 2");
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16 && stride[0] == 1 && stride[1] == 1;
+  RESNET_FAST_CHECK((algorithm >= 0 && algorithm <= (winograd ? 2 : 0)) || (bf16 && algorithm == 3) ||
+                        (bf16 && winograd && algorithm == 4),
+                    kOp, ": algorithm is ", algorithm,
+                    ", want 0, or for a 3x3 filter with stride 1 up to 2, or 3 and 4 likewise if x is bfloat16 and the "
+                    "stride 1");
+  // By products of bfloat16; the weight's gradient is summed in float32 all the same.
+  if (algorithm >= 3) {
+    const int64_t summed = algorithm == 4 ? 1 : 0;
+    if (!need_x) {
+      return conv_backward(grad, y, coefficients, x, scale_shift, relu, weight, stride, padding, summed, false,
+                           need_weight, residual, false, ys, means);
+    }
+    const auto [dx, sums] = bf16_data_gradient({grad, x, weight, y, coefficients, scale_shift, residual, relu, layer,
+                                                static_cast<Algorithm>(algorithm), finish, ys, means});
+    const auto of_weight = conv_backward(grad, y, coefficients, x, scale_shift, relu, weight, stride, padding, summed,
+                                         false, need_weight, std::nullopt, false, {}, {});
+    return {dx, std::get<1>(of_weight), sums};
+  }
   const Arguments a{grad,           x,        weight,      y,      coefficients,
                     scale_shift,    residual, relu,        layer,  static_cast<Algorithm>(algorithm),
                     algorithm != 0, need_x,   need_weight, finish, ys,

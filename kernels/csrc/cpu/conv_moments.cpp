@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "bf16_training.h"
 #include "geometry.h"
 #include "layer.h"
 #include "team.h"
@@ -128,8 +129,21 @@ std::tuple<Tensor, Tensor> conv_moments(const Tensor& x, const OptionalTensor& s
                     kOp, ": x is ", x.size(2), " x ", x.size(3), ", smaller than the filter");
   RESNET_FAST_CHECK(!moments || x.size(0) > 0, kOp, ": x has no images, want at least one for mean and variance");
   const bool winograd = layer.kernel_h == 3 && layer.kernel_w == 3 && stride[0] == 1 && stride[1] == 1;
-  RESNET_FAST_CHECK(algorithm >= 0 && algorithm <= (winograd ? 2 : 0), kOp, ": algorithm is ", algorithm,
-                    ", want 0, or for a 3x3 filter with stride 1 up to 2");
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  RESNET_FAST_CHECK((algorithm >= 0 && algorithm <= (winograd ? 2 : 0)) || (bf16 && algorithm == 3) ||
+                        (bf16 && winograd && algorithm == 4),
+                    kOp, ": algorithm is ", algorithm,
+                    ", want 0, or for a 3x3 filter with stride 1 up to 2, or 3 and 4 likewise if x is bfloat16");
+  if (algorithm >= 3) {
+    const float* affine = check_rows<float>(kOp, "scale_shift", scale_shift, 2, x.size(1));
+    return bf16_conv_moments({x,
+                              {affine, affine ? affine + x.size(1) : nullptr, relu},
+                              weight,
+                              bias,
+                              layer,
+                              static_cast<Algorithm>(algorithm),
+                              moments});
+  }
   std::tuple<Tensor, Tensor> result{x, x};
   const auto run = [&](auto storage, auto arithmetic) {
     using T = decltype(arithmetic);

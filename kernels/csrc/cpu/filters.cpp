@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "bf16_filters.h"
 #include "huge_pages.h"
 #include "maps.h"
 
@@ -174,8 +175,11 @@ Tensor pack_conv_bn(const Tensor& weight, const OptionalTensor& bias, const Opti
   const BatchNorm bn{bn_weight, bn_bias, running_mean, running_var, eps};
   check_conv_bn("pack_conv_bn", weight, bias, bn);
   const bool winograd = weight.size(2) == 3 && weight.size(3) == 3;
-  RESNET_FAST_CHECK(algorithm == 0 || (winograd && (algorithm == 1 || algorithm == 2)), "pack_conv_bn: algorithm is ",
-                    algorithm, ", want 0, or for a 3x3 filter 1 or 2; weight has shape ", shape(weight));
+  const bool direct = algorithm == 0 || algorithm == 3;
+  RESNET_FAST_CHECK(direct || (winograd && algorithm >= 0 && algorithm <= 4), "pack_conv_bn: algorithm is ", algorithm,
+                    ", want 0 or 3, or for a 3x3 filter up to 4; weight has shape ", shape(weight));
+  RESNET_FAST_CHECK(algorithm < 3 || weight.scalar_type() != ScalarType::Double, "pack_conv_bn: algorithm ", algorithm,
+                    " computes in bfloat16, weight has dtype float64");
   return pack_filters(weight, bias, bn, static_cast<Algorithm>(algorithm));
 }
 
@@ -205,6 +209,10 @@ void check_conv_bn(const char* op, const Tensor& weight, const OptionalTensor& b
 }
 
 Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, Algorithm algorithm) {
+  if (in_bf16(algorithm)) {
+    const Affine affine = fold(weight.size(0), bias, bn);
+    return pack_bf16_filters(weight, affine.scale, affine.shift, algorithm);
+  }
   return weight.scalar_type() == ScalarType::Double ? pack<double>(weight, bias, bn, algorithm)
                                                     : pack<float>(weight, bias, bn, algorithm);
 }

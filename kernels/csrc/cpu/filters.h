@@ -22,7 +22,9 @@ namespace resnet_fast {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-enum class Algorithm { kDirect, kWinograd, kCompactWinograd };
+// The last two compute in bfloat16: bf16_filters.h.
+enum class Algorithm { kDirect, kWinograd, kCompactWinograd, kBf16Direct, kBf16Winograd };
+inline bool in_bf16(Algorithm a) { return a == Algorithm::kBf16Direct || a == Algorithm::kBf16Winograd; }
 
 template <typename T>
 struct FilterLayout {

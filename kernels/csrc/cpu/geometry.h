@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "bf16_filters.h"
 #include "filters.h"
 #include "maps.h"
 #include "stage.h"
@@ -25,14 +26,24 @@ struct Geometry {
   int64_t image_numel = 0;
 };
 
+template <typename T>
+constexpr ScalarType kTypeOf = ScalarType::Float;
+template <>
+inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kTypeOf<BFloat16> = ScalarType::BFloat16;
+
 inline int64_t output_size(int64_t size, int64_t pad, int64_t kernel, int64_t stride) {
   return (size + 2 * pad - kernel) / stride + 1;
 }
 
 // What a layer reads beyond its input. Tiles of Winograd that are cut off at the far edges are computed whole.
 inline Halo halo_of(const Layer& l, const Value& x, const Value& y, Algorithm algorithm) {
-  if (algorithm == Algorithm::kDirect) return {l.pad_h, l.pad_h, l.pad_w, l.pad_w};
-  const int64_t rows = round_up(y.height, kTileOut) + 2 - l.pad_h, columns = round_up(y.width, kTileOut) + 2 - l.pad_w;
+  if (algorithm == Algorithm::kDirect || algorithm == Algorithm::kBf16Direct) {
+    return {l.pad_h, l.pad_h, l.pad_w, l.pad_w};
+  }
+  const int64_t tile = algorithm == Algorithm::kBf16Winograd ? kBf16TileOut : kTileOut;
+  const int64_t rows = round_up(y.height, tile) + 2 - l.pad_h, columns = round_up(y.width, tile) + 2 - l.pad_w;
   return {l.pad_h, std::max<int64_t>(rows - x.height, 0), l.pad_w, std::max<int64_t>(columns - x.width, 0)};
 }
 
@@ -53,6 +64,23 @@ FilterLayout<T> read_layout(const char* op, size_t index, const Layer& l, int64_
                     "] is not what pack_conv_bn gives for a weight of [", l.out_channels, ", ", channels, ", ",
                     l.kernel_h, ", ", l.kernel_w, "], stride ", l.stride_h, " x ", l.stride_w, " and inputs of ",
                     dtype_name(type));
+  return layout;
+}
+
+template <>
+inline FilterLayout<BFloat16> read_layout<BFloat16>(const char* op, size_t index, const Layer& l, int64_t channels,
+                                                    const Tensor& filter) {
+  FilterLayout<BFloat16> layout = bf16_layout(l.out_channels, channels, l.kernel_h, l.kernel_w, Algorithm::kBf16Direct);
+  bool packed = filter.scalar_type() == ScalarType::BFloat16 && filter.dim() == 1 && filter.stride(0) == 1 &&
+                filter.is_cpu() && filter.numel() > 0;
+  if (packed) {
+    layout.algorithm = static_cast<Algorithm>(static_cast<const BFloat16*>(filter.data_ptr())->bits);
+    const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
+    packed = layout.algorithm == Algorithm::kBf16Direct || (winograd && layout.algorithm == Algorithm::kBf16Winograd);
+  }
+  RESNET_FAST_CHECK(packed && filter.numel() == layout.numel(), op, ": filters[", index,
+                    "] is not what pack_conv_bn gives in bfloat16 for a weight of [", l.out_channels, ", ", channels,
+                    ", ", l.kernel_h, ", ", l.kernel_w, "], stride ", l.stride_h, " x ", l.stride_w);
   return layout;
 }
 
@@ -98,20 +126,25 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
 // Pixels that lie a multiple of this apart fall into the same set of L1, which then holds fewer of them than a tile has.
 constexpr int64_t kSetBytes = 4096;
 
+// Channels of a pixel that are read at once.
+template <typename T>
+constexpr int64_t kTogether = std::is_same_v<T, BFloat16> ? 2 : 1;
+
 // Can the kernels read this tensor where it is? Dense channels, the right type, no halo, whole vectors if it is added.
 template <typename T>
 bool readable_in_place(const Tensor& x, const Value& v, int64_t lanes) {
-  const bool type = x.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
   const bool apart = x.stride(3) * static_cast<int64_t>(sizeof(T)) % kSetBytes != 0;
-  return type && apart && x.stride(1) == 1 && v.halo.empty() && (!v.is_residual || v.channels % lanes == 0);
+  return x.scalar_type() == kTypeOf<T> && apart && x.stride(1) == 1 && v.halo.empty() &&
+         v.channels % kTogether<T> == 0 && (!v.is_residual || v.channels % lanes == 0);
 }
 
 // From one pixel of a map in scratch memory to the next. An input keeps its pixels close together unless whole vectors
 // of it are added: filter rows become single runs.
 template <typename T>
 int64_t pixel_step(const Value& v, bool input, int64_t lanes) {
-  const int64_t dense = input && !v.is_residual ? v.channels : round_up(v.channels, lanes);
-  return dense * static_cast<int64_t>(sizeof(T)) % (kSetBytes / 2) == 0 ? dense + 64 / sizeof(T) : dense;
+  const int64_t dense = round_up(v.channels, input && !v.is_residual ? kTogether<T> : lanes);
+  const bool apart = dense * static_cast<int64_t>(sizeof(T)) % (kSetBytes / 2) != 0;
+  return apart ? dense : dense + 64 / static_cast<int64_t>(sizeof(T));
 }
 
 // Gives each value a slot of scratch memory; a slot is used again once its value is dead.

@@ -51,10 +51,23 @@ const Kernels<double>& kernels_in_use<double>() {
   return kDoubleBaseline;
 }
 
+template <>
+const Kernels<BFloat16>& kernels_in_use<BFloat16>() {
+#if defined(__x86_64__)
+  static const bool native = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  if (native) return kBf16Avx512;
+#endif
+  return kBf16Portable;
+}
+
 namespace {
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
+bool cpu_multiplies_bf16() { return kernels_in_use<BFloat16>().native; }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_multiplies_bf16", TORCH_BOX(&cpu_multiplies_bf16));
+}
 
 }  // namespace resnet_fast

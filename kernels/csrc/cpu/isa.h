@@ -2,6 +2,7 @@
 // (default, avx2 or avx512; the variable PyTorch itself reads). Chosen once, at first use.
 #pragma once
 
+#include "bf16_kernels.h"
 #include "kernels.h"
 
 namespace resnet_fast {

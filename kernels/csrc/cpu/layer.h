@@ -1,6 +1,7 @@
 // One convolution of a chain: which part of it a thread takes, and the calls of the kernels that make it up.
 #pragma once
 
+#include "bf16_filters.h"
 #include "filters.h"
 #include "maps.h"
 #include "stage.h"
@@ -10,7 +11,8 @@ namespace resnet_fast {
 // What an image is counted in: output tiles of Winograd, pixels otherwise.
 template <typename T>
 int64_t units_of(const FilterLayout<T>& layout, int64_t height, int64_t width) {
-  return layout.winograd() ? ceil_div(height, kTileOut) * ceil_div(width, kTileOut) : height * width;
+  constexpr int64_t tile = std::is_same_v<T, BFloat16> ? kBf16TileOut : kTileOut;
+  return layout.winograd() ? ceil_div(height, tile) * ceil_div(width, tile) : height * width;
 }
 
 // A convolution on some images, ready to run in parts.

@@ -8,12 +8,11 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
+
+#include "bf16_kernels.h"
 
 namespace resnet_fast {
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 inline float widen(BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
@@ -39,6 +38,15 @@ inline BFloat16 narrow_to<BFloat16, float>(float v) {
 template <>
 inline BFloat16 narrow_to<BFloat16, double>(double v) {
   return narrow_to<BFloat16>(static_cast<float>(v));
+}
+
+template <typename T, typename S>
+inline T convert(S v) {
+  if constexpr (std::is_same_v<S, T>) {
+    return v;
+  } else {
+    return narrow_to<T>(widen(v));
+  }
 }
 
 // Calls body with a value of the C++ type that holds `type`.
@@ -94,11 +102,11 @@ struct MapShape {
   template <typename T>
   void clear_halo(T* data, int64_t images) const {
     for (int64_t n = 0; n < images; ++n, data += image()) {
-      std::fill_n(data, halo.top * row(), T(0));
-      std::fill_n(data + (halo.top + height) * row(), halo.bottom * row(), T(0));
+      std::fill_n(data, halo.top * row(), T{});
+      std::fill_n(data + (halo.top + height) * row(), halo.bottom * row(), T{});
       for (int64_t h = halo.top; h < halo.top + height; ++h) {
-        std::fill_n(data + h * row(), halo.left * pixel, T(0));
-        std::fill_n(data + h * row() + (halo.left + width) * pixel, halo.right * pixel, T(0));
+        std::fill_n(data + h * row(), halo.left * pixel, T{});
+        std::fill_n(data + h * row() + (halo.left + width) * pixel, halo.right * pixel, T{});
       }
     }
   }
@@ -123,16 +131,16 @@ void copy_in(const torch::stable::Tensor& from, int64_t first_image, const Map<T
       if (sc == 1) {
         for (int64_t w = 0; w < shape.width; ++w) {
           T* pixel = to.at(n, h, w);
-          for (int64_t c = 0; c < shape.channels; ++c) pixel[c] = static_cast<T>(widen(row[w * sw + c]));
+          for (int64_t c = 0; c < shape.channels; ++c) pixel[c] = convert<T>(row[w * sw + c]);
         }
       } else {
         for (int64_t c = 0; c < shape.channels; ++c) {
           T* pixel = to.at(n, h, 0) + c;
-          for (int64_t w = 0; w < shape.width; ++w) pixel[w * to.pixel] = static_cast<T>(widen(row[c * sc + w * sw]));
+          for (int64_t w = 0; w < shape.width; ++w) pixel[w * to.pixel] = convert<T>(row[c * sc + w * sw]);
         }
       }
       for (int64_t w = 0; w < shape.width; ++w) {
-        std::fill_n(to.at(n, h, w) + shape.channels, to.pixel - shape.channels, T(0));
+        std::fill_n(to.at(n, h, w) + shape.channels, to.pixel - shape.channels, T{});
       }
     }
   });
@@ -148,7 +156,7 @@ void copy_out(const Map<T>& from, const MapShape& shape, const torch::stable::Te
     for (int64_t i = row_begin; i < row_end; ++i) {
       for (int64_t w = 0; w < shape.width; ++w, out += shape.channels) {
         const T* pixel = from.at(i / shape.height, i % shape.height, w);
-        for (int64_t c = 0; c < shape.channels; ++c) out[c] = narrow_to<S>(pixel[c]);
+        for (int64_t c = 0; c < shape.channels; ++c) out[c] = convert<S>(pixel[c]);
       }
     }
   });

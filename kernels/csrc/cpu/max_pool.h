@@ -27,21 +27,37 @@ inline Value pooled(const char* op, const Value& v, const Pool& p) {
 template <typename T>
 void pool_out(const Map<T>& from, const MapShape& shape, const Pool& p, const Value& out, const Tensor& to,
               int64_t first_image, int64_t row_begin, int64_t row_end) {
-  std::vector<T> pixel(static_cast<size_t>(out.channels));
+  // Maps of bfloat16 are widened, a window of rows at a time.
+  constexpr bool widened = std::is_same_v<T, BFloat16>;
+  typedef std::conditional_t<widened, float, T> Wide;
+  const int64_t row = shape.width * from.pixel;
+  std::vector<Wide> pixel(static_cast<size_t>(out.channels));
+  std::vector<Wide> rows(widened ? static_cast<size_t>(p.kernel_h * row + kBf16Lanes) : 0);
   visit(to.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     S* data = static_cast<S*>(to.data_ptr()) + (first_image * out.height + row_begin) * out.width * out.channels;
     for (int64_t i = row_begin; i < row_end; ++i) {
       const int64_t n = i / out.height, h = i % out.height * p.stride_h - p.pad_h;
       const int64_t top = std::max<int64_t>(h, 0), bottom = std::min(h + p.kernel_h, shape.height);
+      PoolCall<Wide> call{};
+      call.rows = static_cast<int>(bottom - top), call.channels = static_cast<int>(out.channels);
+      call.pixel = from.pixel;
+      const Wide* first;
+      if constexpr (widened) {
+        for (int64_t r = top; r < bottom; ++r) {
+          kernels_in_use<BFloat16>().widen(from.at(n, r, 0), row, rows.data() + (r - top) * row);
+        }
+        first = rows.data(), call.row = row;
+      } else {
+        first = from.at(n, top, 0), call.row = from.row;
+      }
       for (int64_t w = -p.pad_w; w < out.width * p.stride_w - p.pad_w; w += p.stride_w, data += out.channels) {
         const int64_t left = std::max<int64_t>(w, 0), right = std::min(w + p.kernel_w, shape.width);
-        T* result = pixel.data();
-        if constexpr (std::is_same_v<S, T>) result = data;
-        kernels_in_use<T>().max_pool({from.at(n, top, left), from.row, from.pixel, static_cast<int>(bottom - top),
-                                      static_cast<int>(right - left), result, static_cast<int>(out.channels)});
-        if constexpr (!std::is_same_v<S, T>) {
-          for (int64_t c = 0; c < out.channels; ++c) data[c] = narrow_to<S>(result[c]);
+        call.input = first + left * from.pixel, call.columns = static_cast<int>(right - left), call.out = pixel.data();
+        if constexpr (std::is_same_v<S, Wide>) call.out = data;
+        kernels_in_use<Wide>().max_pool(call);
+        if constexpr (!std::is_same_v<S, Wide>) {
+          for (int64_t c = 0; c < out.channels; ++c) data[c] = narrow_to<S>(pixel[static_cast<size_t>(c)]);
         }
       }
     }

@@ -11,6 +11,7 @@
 #include <atomic>
 
 #include "../checks.h"
+#include "bf16_layer.h"
 #include "geometry.h"
 #include "huge_pages.h"
 #include "layer.h"
@@ -131,7 +132,7 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
                                        torch::headeronly::MemoryFormat::ChannelsLast);
   if (images == 0) return output;
 
-  const bool same_type = x.scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+  const bool same_type = x.scalar_type() == kTypeOf<T>;
   int64_t min_pixels = values.back().height * values.back().width;
   for (const Value& v : values) min_pixels = std::min(min_pixels, v.height * v.width);
   const Geometry geometry = place<T>(inputs, std::move(values), !pool && same_type && size[1] % kernels_in_use<T>().lanes == 0);
@@ -195,6 +196,11 @@ Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::v
                     filters.size(), " filters, want as many of both and at least one");
   RESNET_FAST_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ", shape(x),
                     ", want at least 1 channel and 1 pixel");
+  if (filters[0].scalar_type() == ScalarType::BFloat16) {
+    RESNET_FAST_CHECK(x.scalar_type() == ScalarType::BFloat16, op, ": x has dtype ", dtype_name(x.scalar_type()),
+                      ", want bfloat16 as filters[0] has");
+    return run<BFloat16>(op, inputs, filters, layers, pool);
+  }
   return x.scalar_type() == ScalarType::Double ? run<double>(op, inputs, filters, layers, pool)
                                                : run<float>(op, inputs, filters, layers, pool);
 }

@@ -78,7 +78,7 @@ const T* as_arithmetic(const T* from, int64_t, T*) {
 }
 template <typename T>
 const T* as_arithmetic(const BFloat16* from, int64_t n, T* buffer) {
-  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(widen(from[i]));
+  kernels_in_use<BFloat16>().widen(from, n, buffer);
   return buffer;
 }
 template <typename T>
@@ -87,7 +87,7 @@ void store_as(const T* from, int64_t n, T* to) {
 }
 template <typename T>
 void store_as(const T* from, int64_t n, BFloat16* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow_to<BFloat16>(from[i]);
+  kernels_in_use<BFloat16>().narrow(from, n, to);
 }
 
 // Where results of a call go: in place, or to a buffer that store_as empties.

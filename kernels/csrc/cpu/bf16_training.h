@@ -1,0 +1,165 @@
+// Training in bfloat16: maps in bfloat16 with statistics in float32, convolutions by products of bfloat16.
+#pragma once
+
+#include <vector>
+
+#include "bf16_layer.h"
+#include "team.h"
+#include "training.h"
+#include "training_filters.h"
+
+namespace resnet_fast {
+
+// Output channels [k0, k0 + width) of channels [0, layout.channels) as [channel][tap][output channel] in float32.
+template <typename S>
+void gather_filter(const FilterView& v, const FilterLayout<BFloat16>& layout, int64_t real_channels, int64_t k0,
+                   int64_t width, float* to) {
+  const S* const from = static_cast<const S*>(v.data) + v.origin + k0 * v.k_step;
+  const int64_t taps = layout.taps(), real = std::min(width, layout.out_channels - k0);
+  if (real < width || real_channels < layout.depth()) std::fill_n(to, taps * layout.depth() * width, 0.0f);
+  // What lies beside each other in the filter is read in a row, and what is written meanwhile stays in L1.
+  constexpr int64_t kChannels = 64;
+  for (int64_t first = 0; first < real_channels; first += kChannels) {
+    const int64_t last = std::min(first + kChannels, real_channels);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const S* const at = from + tap / layout.kernel_w * v.r_step + tap % layout.kernel_w * v.s_step;
+      float* const out = to + tap * width;
+      if (v.k_step == 1) {
+        for (int64_t c = first; c < last; ++c) {
+          for (int64_t k = 0; k < real; ++k) out[c * taps * width + k] = widen(at[c * v.c_step + k]);
+        }
+      } else {
+        for (int64_t k = 0; k < real; ++k) {
+          for (int64_t c = first; c < last; ++c) out[c * taps * width + k] = widen(at[c * v.c_step + k * v.k_step]);
+        }
+      }
+    }
+  }
+}
+
+// As pack_training_filter, from weights as they are: batch norm comes later in training.
+inline Tensor pack_bf16_training_filter(const FilterView& v, const FilterLayout<BFloat16>& layout,
+                                        int64_t real_channels, const float* bias, const Tensor& like) {
+  const int64_t size[] = {layout.numel()};
+  Tensor packed = torch::stable::empty({size, 1}, ScalarType::BFloat16, std::nullopt, like.device());
+  BFloat16* const data = static_cast<BFloat16*>(packed.data_ptr());
+  BFloat16* const panels = data + layout.panels_begin();
+  std::fill(data, panels, BFloat16{});
+  if (bias) std::memcpy(data + layout.bias_begin(), bias, static_cast<size_t>(layout.out_channels) * sizeof(float));
+  visit(v.type, [&](auto tag) {
+    using S = decltype(tag);
+    torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(static_cast<size_t>(layout.taps() * layout.depth() * layout.panel));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k0 = i * layout.panel, width = std::min(layout.panel, layout.padded_out() - k0);
+        BFloat16* to = panels + i * layout.panel_stride();
+        gather_filter<S>(v, layout, real_channels, k0, width, wide.data());
+        if (layout.winograd()) {
+          kernels_in_use<BFloat16>().pack_winograd(wide.data(), static_cast<int>(layout.channels),
+                                                   static_cast<int>(width / layout.lanes), to);
+          continue;
+        }
+        for (int64_t first = 0; first < layout.channels; first += layout.block()) {
+          const int64_t last = std::min(first + layout.block(), layout.channels);
+          for (int64_t tap = 0; tap < layout.taps(); ++tap) {
+            for (int64_t c = first; c < last; c += 2) {
+              const float* const a = wide.data() + (c * layout.taps() + tap) * width;
+              const float* const b = a + layout.taps() * width;
+              for (int64_t k = 0; k < width; ++k, to += 2) {
+                to[0] = narrow_to<BFloat16>(a[k]), to[1] = narrow_to<BFloat16>(b[k]);
+              }
+            }
+          }
+        }
+      }
+    });
+  });
+  return packed;
+}
+
+// Zeros that a convolution of stride `stride` reads beyond a map of `size`.
+inline int64_t bf16_beyond(int64_t size, int64_t result, int64_t pad, int64_t kernel, int64_t stride, bool winograd) {
+  const int64_t last = winograd ? round_up(result, kBf16TileOut) + 2 : (result - 1) * stride + kernel;
+  return std::max<int64_t>(last - pad - size, 0);
+}
+
+// A row of pixels in float32 into a map whose pixels may hold a channel of zeros more.
+inline void put_bf16_row(const float* from, int64_t pixels, int64_t channels, BFloat16* to, int64_t pixel) {
+  if (pixel == channels) {
+    kernels_in_use<BFloat16>().narrow(from, pixels * channels, to);
+    return;
+  }
+  for (int64_t w = 0; w < pixels; ++w, from += channels, to += pixel) {
+    for (int64_t c = 0; c < channels; ++c) to[c] = narrow_to<BFloat16>(from[c]);
+    std::fill(to + channels, to + pixel, BFloat16{});
+  }
+}
+
+// Rows [begin, end) of images x height, normalised in float32 and rounded, into a map.
+inline void fill_bf16_activation(const BFloat16* x, const Image& image, const Activation<float>& act, int64_t first,
+                                 const Map<BFloat16>& to, int64_t begin, int64_t end) {
+  std::vector<float> row(static_cast<size_t>(image.row()));
+  for (int64_t i = begin; i < end; ++i) {
+    BFloat16* const out = to.at(i / image.height, i % image.height, 0);
+    const BFloat16* const from = x + first * image.image() + i * image.row();
+    if (!act.scale && !act.relu && to.pixel == image.channels) {
+      std::copy_n(from, image.row(), out);
+      continue;
+    }
+    kernels_in_use<BFloat16>().widen(from, image.row(), row.data());
+    if (act.scale || act.relu) {
+      kernels_in_use<float>().normalize({row.data(), act.scale, act.shift, nullptr, nullptr, nullptr, act.relu,
+                                         row.data(), image.width, static_cast<int>(image.channels)});
+    }
+    put_bf16_row(row.data(), image.width, image.channels, out, to.pixel);
+  }
+}
+
+// The same for the gradient of a convolution's output: a * grad + b * (y - mean) + constant, or grad itself.
+inline void fill_bf16_gradient(const BFloat16* grad, const BFloat16* y, const float* coefficients, const Image& image,
+                               int64_t first, const Map<BFloat16>& to, int64_t begin, int64_t end) {
+  std::vector<float> row(static_cast<size_t>(image.row())), row_y(row.size());
+  for (int64_t i = begin; i < end; ++i) {
+    BFloat16* const out = to.at(i / image.height, i % image.height, 0);
+    const int64_t at = first * image.image() + i * image.row();
+    if (!coefficients && to.pixel == image.channels) {
+      std::copy_n(grad + at, image.row(), out);
+      continue;
+    }
+    kernels_in_use<BFloat16>().widen(grad + at, image.row(), row.data());
+    if (coefficients) {
+      kernels_in_use<BFloat16>().widen(y + at, image.row(), row_y.data());
+      kernels_in_use<float>().input_gradient(
+          {row.data(), row_y.data(), coefficients, row.data(), image.width, static_cast<int>(image.channels)});
+    }
+    put_bf16_row(row.data(), image.width, image.channels, out, to.pixel);
+  }
+}
+
+struct Bf16Forward {
+  const Tensor& x;
+  Activation<float> act;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  Layer layer;
+  Algorithm algorithm;
+  bool moments;
+};
+
+// conv_moments by products of bfloat16.
+std::tuple<Tensor, Tensor> bf16_conv_moments(const Bf16Forward& f);
+
+struct Bf16DataGradient {
+  const Tensor &grad, &x, &weight;
+  const OptionalTensor &y, &coefficients, &scale_shift, &residual;
+  bool relu;
+  Layer layer;  // of stride 1
+  Algorithm algorithm;
+  bool finish;
+  const std::vector<Tensor>&ys, &means;
+};
+
+// The first and the last result of conv_backward: the gradient of x and the sums of bn_backward_sums.
+std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16DataGradient& g);
+
+}  // namespace resnet_fast

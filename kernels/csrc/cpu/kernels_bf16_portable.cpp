@@ -1,0 +1,13 @@
+// Any CPU: programs that were exported where there are instructions for bfloat16 run elsewhere, too. Nothing else asks
+// for these kernels, so there is one set of them, and it is not fast.
+#define RESNET_FAST_VECTOR_BYTES 16
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed within this file only
+#include "bf16_convert_kernel.h"
+#include "bf16_direct_kernel.h"
+#include "bf16_winograd_kernel.h"
+
+namespace resnet_fast {
+extern const Kernels<BFloat16> kBf16Portable = {
+    "portable", false,       kBf16Lanes,        2, 2, conv_bf16<2, 4>, winograd_bf16<2, 4>,
+    widen_bf16, narrow_bf16, pack_bf16_winograd};
+}  // namespace resnet_fast
