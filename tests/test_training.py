@@ -54,6 +54,22 @@ def assert_trains_as_eager(fast, eager, x, grad=None, factor=WINOGRAD_FACTOR, au
     return ours
 
 
+def assert_trains_as_eager_on_the_whole(fast, eager, draws):
+    """For bfloat16: gradients err by the few ReLUs whose sign rounding turns, ten times as much as by all other
+    roundings, so that eager's error on a single draw is luck. The rule is for all draws together."""
+    runs = []
+    for x, grad in draws:
+        with backends.use("cpu"):
+            ours = step(copy.deepcopy(fast), x, grad)
+        layouts = [(copy.deepcopy(eager).to(memory_format=m), x.contiguous(memory_format=m)) for m in EAGER_LAYOUTS]
+        exact = step(copy.deepcopy(eager).double(), x.double(), grad)
+        runs.append((ours, exact, *(step(model, image, grad) for model, image in layouts)))
+    for name, value in runs[0][0].items():
+        if value.is_floating_point():
+            ours, exact, *theirs = (torch.cat([r[name].flatten() for r in rs]) for rs in zip(*runs, strict=True))
+            assert_error_rule(ours, exact, theirs, name, WINOGRAD_FACTOR)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(16, 24, 7, 9), (5, 7, 8, 6), (64, 64, 14, 14), (32, 16, 3, 2)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
@@ -62,10 +78,16 @@ def test_blocks(kind, stride, shape, dtype):
     channels, out_channels, *size = shape
     args = (channels, out_channels, stride)
     fast, eager = (m.to(dtype) for m in twins(getattr(blocks, kind), getattr(reference, kind), *args))
-    x = torch.randn(3, channels, *size).to(dtype)
-    with torch.no_grad():
-        grad = torch.randn_like(eager(x))
-    assert_trains_as_eager(fast, eager, x, grad)
+
+    def draw(batch):
+        x = torch.randn(batch, channels, *size).to(dtype)
+        with torch.no_grad():
+            return x, torch.randn_like(eager(x))
+
+    if dtype == torch.bfloat16:
+        assert_trains_as_eager_on_the_whole(fast, eager, [draw(6) for _ in range(8)])
+    else:
+        assert_trains_as_eager(fast, eager, *draw(3))
     assert backends.fallbacks() == {}
 
 
