@@ -40,6 +40,8 @@ _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its poi
 _EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
+# In training filters are transformed at every step, for each point: once into memory, or compact ones for so many tiles.
+_PACK, _EXPAND_MANY = 13.0, (11.0, 32)
 
 
 def _read(elements: int) -> float:
@@ -47,18 +49,24 @@ def _read(elements: int) -> float:
 
 
 def algorithm(
-    channels: int, out_channels: int, kernel: tuple[int, ...], stride: tuple[int, ...], pixels: int, tiles: int
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    pixels: int,
+    tiles: int,
+    training: bool = False,
 ) -> int:
     """The cheapest for a convolution with so many output pixels, or 4 x 4 tiles of them, in the batch."""
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
         return DIRECT
     pairs = channels * out_channels
     products = _POINTS * tiles * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
-    expand, at_once = _EXPAND[backends.isa()]
+    expand, at_once = _EXPAND_MANY if training else _EXPAND[backends.isa()]
     passes = (tiles + at_once - 1) // at_once
     costs = (
         9 * pixels * pairs + _read(9 * pairs),
-        products + _read(_POINTS * pairs),
+        products + (3 if training else 1) * _read(_POINTS * pairs) + (_POINTS * _PACK * pairs if training else 0.0),
         products + _read(9 * pairs) + _POINTS * passes * expand * pairs,
     )
     return costs.index(min(costs))
@@ -101,4 +109,4 @@ def training_algorithm(weight: torch.Tensor, stride: list[int], x: torch.Tensor,
         k, c = c, k
     batch, _, height, width = x.shape
     tiles = batch * ((height + TILE - 1) // TILE) * ((width + TILE - 1) // TILE)
-    return algorithm(c, k, tuple(kernel), tuple(stride), batch * height * width, tiles)
+    return algorithm(c, k, tuple(kernel), tuple(stride), batch * height * width, tiles, training=True)

@@ -382,6 +382,10 @@ def _fake_bn_backward_sums(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_image(grad, *grad.shape[1:]), statistics_rows(grad, 3, grad.shape[1])
 
 
+def _fake_channel_sums(grad: Tensor) -> Tensor:
+    return statistics_rows(grad, 1, grad.shape[1])[0]
+
+
 def _fake_conv_backward(
     grad: Tensor,
     y: Tensor | None,
@@ -502,6 +506,7 @@ _TRAINING: dict[str, Any] = {
     "conv_moments": _fake_conv_moments,
     "bn_apply": _fake_bn_apply,
     "bn_backward_sums": _fake_bn_backward_sums,
+    "channel_sums": _fake_channel_sums,
     "conv_backward": _fake_conv_backward,
 }
 

@@ -82,8 +82,8 @@ struct WinogradCall {
 
 // Unnamed, so that every file has its own: see above.
 namespace {
-// Channels of a compact filter that are transformed at a time: a panel of them stays in L2.
-constexpr int kExpandedChannels = 64;
+// Channels of a compact filter that are transformed at a time: a panel of them, at a row of points, stays in L1.
+constexpr int kExpandedChannels = 32;
 
 // Channels of a tile of the transformed input that lie together, and are summed in one go: a cache line of floats.
 constexpr int kInputPanel = 16;
@@ -104,7 +104,7 @@ struct WinogradScratch {
         product_point(static_cast<int64_t>(tiles) * panel_group * panel + 16), input(kTilePoints * input_point),
         products(kTilePoints * product_point), strip(static_cast<int64_t>(kTileIn) * (kTileOut * tiles_w + 2) * 16),
         filter_block(kExpandedChannels), filter_point(filter_block * panel + 16),
-        filter(compact ? kTilePoints * filter_point : 0) {}
+        filter(compact ? kTileIn * filter_point : 0) {}
   int64_t numel() const { return input + products + strip + filter; }
 };
 }  // namespace

@@ -166,7 +166,12 @@ class WeightGradient {
           const T* tap =
               run_ > 0 ? from + r * tap_stride + s * in_.channels : from + (r * layer_.kernel_w + s) * tap_stride;
           S* out = to + k * stride[0] + column * stride[1] + r * stride[2] + s * stride[3];
-          for (int64_t c = 0; c < (run_ > 0 ? in_.channels : channels); ++c) out[c * stride[1]] = narrow_to<S>(tap[c]);
+          const int64_t count = run_ > 0 ? in_.channels : channels;
+          if (stride[1] == 1) {
+            for (int64_t c = 0; c < count; ++c) out[c] = narrow_to<S>(tap[c]);
+          } else {
+            for (int64_t c = 0; c < count; ++c) out[c * stride[1]] = narrow_to<S>(tap[c]);
+          }
         }
       }
     }

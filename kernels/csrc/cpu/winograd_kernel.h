@@ -286,22 +286,6 @@ void transform_output_tile(const WinogradCall<T>& call, const TilePlace& place, 
   }
 }
 
-// The products of one panel whose filter is transformed on the way, block of channels by block of channels, into memory
-// from where all tiles read it.
-template <typename T, int P, int V, int S>
-void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
-                       T* expanded, T* products) {
-  constexpr int64_t width = V * Simd<T>::lanes;
-  for (int c = 0; c < call.channels; c += sizes.filter_block) {
-    const int channels = call.channels - c < sizes.filter_block ? call.channels - c : sizes.filter_block;
-    expand_filter<T, V>(filter + c * 9 * width, channels, sizes.filter_point, expanded);
-    for (int point = 0; point < kTilePoints; ++point) {
-      multiply<T, P, V, S>(input + point * sizes.input_point, sizes, c, c + channels,
-                           expanded + point * sizes.filter_point, products + point * sizes.product_point);
-    }
-  }
-}
-
 // What the filter's transform multiplies by, at point A and at point B: odd, even, even.
 template <typename T>
 constexpr T kFactors[] = {T(kPointA / kDistanceA), T(1 / kDistanceA), T(kSquareA / kDistanceA),
@@ -318,6 +302,48 @@ RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_
   const typename Simd<T>::Vec even =
       Simd<T>::load(g) * splat(factors[1], Lanes()) + Simd<T>::load(g + 2 * down) * splat(factors[2], Lanes());
   return I % 2 == 1 ? even + odd : even - odd;
+}
+
+// Row I of the transformed filter, [channel][tap][width] -> [point of the row][channel][width].
+template <typename T, int V, int I>
+void expand_filter_row(const T* compact, int channels, int64_t point, T* out) {
+  typedef typename Simd<T>::Vec Vec;
+  constexpr int lanes = Simd<T>::lanes, width = V * lanes;
+  for (int c = 0; c < channels; ++c, compact += 9 * width, out += width) {
+    for (int v = 0; v < width; v += lanes) {
+      const Vec half[3] = {transform_filter_row<T, I>(compact + v, 3 * width, kFactors<T>),
+                           transform_filter_row<T, I>(compact + v + width, 3 * width, kFactors<T>),
+                           transform_filter_row<T, I>(compact + v + 2 * width, 3 * width, kFactors<T>)};
+      Vec u[kTileIn];
+      transform_filter<T>(half, u);
+      Simd<T>::store(out + v, u[0]);
+      Simd<T>::store(out + v + point, u[1]);
+      Simd<T>::store(out + v + 2 * point, u[2]);
+      Simd<T>::store(out + v + 3 * point, u[3]);
+      Simd<T>::store(out + v + 4 * point, u[4]);
+      Simd<T>::store(out + v + 5 * point, u[5]);
+    }
+  }
+}
+
+// The products of one panel whose filter is transformed on the way, into memory from where all tiles read it: a block of
+// channels and a row of points at a time, which stay in L1.
+template <typename T, int P, int V, int S, int... I>
+void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
+                       T* expanded, T* products, Indices<I...>) {
+  constexpr int64_t width = V * Simd<T>::lanes;
+  static constexpr void (*expand[])(const T*, int, int64_t, T*) = {expand_filter_row<T, V, I>...};
+  for (int c = 0; c < call.channels; c += sizes.filter_block) {
+    const int channels = call.channels - c < sizes.filter_block ? call.channels - c : sizes.filter_block;
+    for (int row = 0; row < kTileIn; ++row) {
+      expand[row](filter + c * 9 * width, channels, sizes.filter_point, expanded);
+      for (int i = 0; i < kTileIn; ++i) {
+        const int point = kTileIn * row + i;
+        multiply<T, P, V, S>(input + point * sizes.input_point, sizes, c, c + channels,
+                             expanded + i * sizes.filter_point, products + point * sizes.product_point);
+      }
+    }
+  }
 }
 
 // The products of one vector of output channels, out of panels of V, at the six points of row I, for G tiles. The
@@ -428,14 +454,18 @@ void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& s
   }
 }
 
-// With 32 registers, transforming a filter again for every four tiles is cheaper than writing it once.
+// With 32 registers, transforming a filter again for every four tiles is cheaper than writing it once, unless there are
+// many.
+constexpr int kTilesInRegisters = 2 * kTilesOfRow;
+
 template <typename T, int P, int V, int S>
 void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
                       T* expanded, T* products) {
-  if (RESNET_FAST_VECTOR_BYTES == 64) {
+  if (RESNET_FAST_VECTOR_BYTES == 64 && sizes.tiles <= kTilesInRegisters) {
     multiply_in_registers<T, V>(call, sizes, input, filter, products);
   } else {
-    multiply_expanded<T, P, V, S>(call, sizes, input, filter, expanded, products);
+    multiply_expanded<T, P, V, S>(call, sizes, input, filter, expanded, products,
+                                  typename MakeIndices<kTileIn>::type());
   }
 }
 
