@@ -152,16 +152,19 @@ struct MaskedSumsCall {
   int channels;
 };
 
-// sums[i][j] += d[d_offset[t]][i] * x[x_offset[t]][j], summed over t < count: rows i of [row_begin, row_end), columns j
-// up to whole vectors
+// sums[i][j] = d[d_offset[t]][i] * x[x_offset[t]][j], summed over t < count, on top of what is there with `accumulate`:
+// rows i of [row_begin, row_end), columns j up to whole vectors
 template <typename T>
 struct OuterCall {
   const T *d, *x;
-  const int64_t *d_offset, *x_offset;
+  const int64_t *d_offset, *x_offset;  // count + kOuterAhead of them: the last ones are only asked for beforehand
   int count, row_begin, row_end, columns;
+  bool accumulate;
   T* sums;
   int64_t sums_row;
 };
+
+constexpr int kOuterAhead = 8;
 
 // What one instruction set offers for one type of arithmetic.
 template <typename T>

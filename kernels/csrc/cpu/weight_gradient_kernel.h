@@ -16,12 +16,17 @@ void outer_tile(const OuterCall<T>& call, int row, int column) {
   Tile<T, P, V> tile;
   tile.start(All());
   const T *d = call.d + row, *x = call.x + column;
+  constexpr int line = 64 / sizeof(T);
   for (int t = 0; t < call.count; ++t) {
+    const T *next_d = d + call.d_offset[t + kOuterAhead], *next_x = x + call.x_offset[t + kOuterAhead];
+    __builtin_prefetch(next_d);
+    if (P > line / 2) __builtin_prefetch(next_d + P - 1);
+    for (int i = 0; i < V * Simd<T>::lanes; i += line) __builtin_prefetch(next_x + i);
     tile.outer(d + call.d_offset[t], x + call.x_offset[t], typename MakeIndices<P>::type(),
                typename MakeIndices<V>::type());
   }
   T* to = call.sums + static_cast<int64_t>(row) * call.sums_row + column;
-  tile.add(to, call.sums_row, All());
+  if (call.accumulate) tile.add(to, call.sums_row, All());
   tile.put(to, call.sums_row, All());
 }
 
