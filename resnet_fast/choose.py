@@ -40,7 +40,7 @@ _TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its poi
 _EXPAND = {"avx512": (2.2, 4), "avx2": (4.4, 32), "baseline": (4.4, 32)}
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
-# In training filters are transformed at every step, for each point: once into memory, or compact ones for so many tiles.
+# In training filters are transformed at every step, for each point: once into memory, or compact ones for some tiles.
 _PACK, _EXPAND_MANY = 13.0, (5.0, 32)
 
 

@@ -1,4 +1,4 @@
-"""The operators of training: conv_moments, bn_apply, bn_backward_sums, conv_backward, each against float64."""
+"""The operators of training: conv_moments, bn_apply, bn_backward_sums, channel_sums, conv_backward, against float64."""
 
 import pytest
 import torch
@@ -126,6 +126,15 @@ def test_bn_backward_sums(dtype, count, positive):
         assert_error_rule(sums[i], exact, [eager], f"sum {i}", factor=4)
 
 
+@pytest.mark.parametrize("shape", [(3, 19, 5, 7), (2, 64, 40, 41), (1, 1, 1, 1), (0, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channel_sums(dtype, shape):
+    grad = channels_last(torch.randn(shape).to(dtype))
+    sums, wide = ops.channel_sums(grad), grad.to(arithmetic(dtype))
+    assert sums.dtype == wide.dtype
+    assert_error_rule(sums, grad.double().sum((0, 2, 3)), [wide.sum((0, 2, 3))], roundings=10)
+
+
 @pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=str)
 def test_conv_backward(shape, dtype, algorithm):
     *_, stride, padding = shape
@@ -188,6 +197,7 @@ def opcheck_arguments(dtype=torch.float32):
         "conv_moments": (x, scale_shift, True, weight, weight[:, 0, 0, 0].clone(), *settings, True),
         "bn_apply": (y, moments, y, moments, True),
         "bn_backward_sums": (y, y, moments, [y, y], [moments, moments]),
+        "channel_sums": (y,),
         "conv_backward": (
             *(y, y, coefficients, x, scale_shift, True, weight, *settings, True, True, x, True, [x], [in_moments]),
         ),
@@ -195,7 +205,7 @@ def opcheck_arguments(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "conv_backward"])
+@pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "channel_sums", "conv_backward"])
 def test_opcheck(op, dtype):
     torch.library.opcheck(getattr(ops, op), opcheck_arguments(dtype)[op])
 
@@ -228,6 +238,9 @@ BROKEN = [
     ("bn_backward_sums", 3, lambda ys: ys[:1], "1 ys and 2 means"),
     ("bn_backward_sums", 3, lambda ys: [ys[0], ys[0][:1]], "ys has shape"),
     ("bn_backward_sums", 4, lambda ms: [ms[0], ms[0][:, :2]], "means"),
+    ("channel_sums", 0, lambda g: g[0], "grad has"),
+    ("channel_sums", 0, lambda g: g.half(), "grad has dtype"),
+    ("channel_sums", 0, lambda g: g.contiguous(), "not contiguous in channels_last"),
     ("conv_backward", 0, lambda g: g[:1], "grad"),
     ("conv_backward", 0, lambda g: g.double(), "grad has dtype"),
     ("conv_backward", 1, lambda _: None, "come together"),

@@ -163,6 +163,20 @@ std::vector<Tensor> backward(const Arguments& a) {
   int64_t weight_stride[4];
   for (int64_t i = 0; i < 4; ++i) weight_stride[i] = dw.stride(i);
 
+  // What the sums of these images and the next images are made of.
+  const auto ask = [&](Ahead& ahead, int64_t first, int64_t images, int64_t last, const Crew& crew) {
+    for (const Tensor& y : a.ys) {
+      if (y.data_ptr() != a.x.data_ptr()) {
+        ask_for(ahead, static_cast<const S*>(y.data_ptr()), in, first, images, last, crew);
+      }
+    }
+    ask_for(ahead, static_cast<const S*>(a.grad.data_ptr()), out, first + images, images, last, crew);
+    if (a.y) ask_for(ahead, static_cast<const S*>(a.y->data_ptr()), out, first + images, images, last, crew);
+    if (a.need_weight) {
+      ask_for(ahead, static_cast<const S*>(a.x.data_ptr()), in, first + images, images, last, crew);
+    }
+  };
+
   Team::run(threads, [&](int64_t rank, Team& team) {
     const Crew crew = split.apart ? Crew{0, 1, team} : Crew{rank, team.size(), team};
     T* const slot = slots + (split.apart ? rank : 0) * slot_numel;
@@ -201,7 +215,9 @@ std::vector<Tensor> backward(const Arguments& a) {
       }
       crew.wait();
       for (const Phase<T>& p : phases) {
-        const Convolution<T> conv = convolution(p, first, images, slot);
+        Convolution<T> conv = convolution(p, first, images, slot);
+        conv.far_output = in_place;
+        if (p.layout.winograd()) ask(conv.ahead, first, images, split.end(rank, team.size()), crew);
         run_part(conv, part_of(conv, crew.rank, crew.size), work);
       }
       if (a.need_weight) {

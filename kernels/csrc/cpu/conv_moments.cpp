@@ -79,7 +79,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, co
         fill_activation<S, T>(static_cast<const S*>(x.data_ptr()), in, act, first, in_shape.map(maps), begin, end);
       });
       crew.wait();
-      const Convolution<T> conv = convolution(first, images, maps);
+      Convolution<T> conv = convolution(first, images, maps);
+      conv.far_output = in_place;
+      ask_for(conv.ahead, static_cast<const S*>(x.data_ptr()), in, first + images, images, split.end(rank, team.size()),
+              crew);
       run_part(conv, part_of(conv, crew.rank, crew.size), work);
       crew.wait();
       crew.share(images * out.height, [&](int64_t begin, int64_t end) {

@@ -55,6 +55,14 @@ constexpr double kSquareA = kPointA * kPointA, kSquareB = kPointB * kPointB;
 // Products of the distances from kPointA and kPointB to the other points.
 constexpr double kDistanceA = 2 * kSquareA * (kSquareA - kSquareB), kDistanceB = 2 * kSquareB * (kSquareB - kSquareA);
 
+// Memory that is read soon: asked for while there is something to compute.
+struct Ahead {
+  static constexpr int kMost = 5;
+  const char* from[kMost];
+  int64_t bytes[kMost];
+  int count;
+};
+
 // A 3x3 convolution with stride 1 over output tiles [tile_begin, tile_end), counted through image, tile row and tile
 // column, and a range of output channels. The input's halo reaches to the end of the last tiles.
 template <typename T>
@@ -77,6 +85,8 @@ struct WinogradCall {
   int out_vectors;
   int64_t panel_stride;
   bool relu;
+  bool far_output;  // the output, and the residual, are not in a cache
+  Ahead ahead;
   T* scratch;  // WinogradScratch::numel() elements
 };
 

@@ -119,10 +119,10 @@ class WeightGradient {
         const T* const x = x_tiles + (column / panel_ * tiles_ + first) * panel_;
         for (int64_t row = row_begin; row < row_end;) {
           const int64_t panel = row / panel_, next = std::min((panel + 1) * panel_, row_end);
-          kernels_in_use<T>().outer_products({d_tiles + (panel * tiles_ + first) * panel_ + row % panel_, x, offset,
-                                              offset, tiles, 0, static_cast<int>(next - row),
-                                              static_cast<int>(std::min(panel_, column_end - column)),
-                                              accumulate || first > 0, sums + (row - row_begin) * sums_row + column - column_begin, sums_row});
+          kernels_in_use<T>().outer_products(
+              {d_tiles + (panel * tiles_ + first) * panel_ + row % panel_, x, offset, offset, tiles, 0,
+               static_cast<int>(next - row), static_cast<int>(std::min(panel_, column_end - column)),
+               accumulate || first > 0, sums + (row - row_begin) * sums_row + column - column_begin, sums_row});
           row = next;
         }
       }

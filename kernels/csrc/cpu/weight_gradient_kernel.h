@@ -100,11 +100,18 @@ void winograd_gradient(const WinogradCall<T>& call, int64_t panel, int64_t point
         transform_gradient<T>(d, half[i]);
       }
       T* to = out + c / width * panel + (tile - call.tile_begin) * width + c % width;
+      // Where the next vector goes: 36 streams of stores would wait for each line.
+      const int n = c + Simd<T>::lanes;
+      const T* next = n < call.channels ? out + n / width * panel + (tile - call.tile_begin) * width + n % width
+                                        : out + (tile + 1 - call.tile_begin) * width;
       for (int j = 0; j < kTileIn; ++j) {
         const Vec d[kTileOut] = {half[0][j], half[1][j], half[2][j], half[3][j]};
         Vec m[kTileIn];
         transform_gradient<T>(d, m);
-        for (int i = 0; i < kTileIn; ++i) Simd<T>::store(to + (kTileIn * i + j) * point, m[i]);
+        for (int i = 0; i < kTileIn; ++i) {
+          Simd<T>::store(to + (kTileIn * i + j) * point, m[i]);
+          __builtin_prefetch(next + (kTileIn * i + j) * point, 1);
+        }
       }
     }
   }

@@ -308,26 +308,28 @@ RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_
 template <typename T, int V, int I>
 void expand_filter_row(const T* compact, int channels, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
+  typedef typename MakeIndices<Simd<T>::lanes>::type Lanes;
   constexpr int lanes = Simd<T>::lanes, width = V * lanes;
   for (int c = 0; c < channels; ++c, compact += 9 * width, out += width) {
     for (int v = 0; v < width; v += lanes) {
       const Vec half[3] = {transform_filter_row<T, I>(compact + v, 3 * width, kFactors<T>),
                            transform_filter_row<T, I>(compact + v + width, 3 * width, kFactors<T>),
                            transform_filter_row<T, I>(compact + v + 2 * width, 3 * width, kFactors<T>)};
-      Vec u[kTileIn];
-      transform_filter<T>(half, u);
-      Simd<T>::store(out + v, u[0]);
-      Simd<T>::store(out + v + point, u[1]);
-      Simd<T>::store(out + v + 2 * point, u[2]);
-      Simd<T>::store(out + v + 3 * point, u[3]);
-      Simd<T>::store(out + v + 4 * point, u[4]);
-      Simd<T>::store(out + v + 5 * point, u[5]);
+      Simd<T>::store(out + v, half[0]);
+      Simd<T>::store(out + v + 5 * point, half[2]);
+      for (int i = 0; i < 2; ++i) {  // rounded as in RowProduct: a result does not depend on the number of tiles
+        const T* factors = kFactors<T> + 3 * i;
+        const Vec odd = half[1] * splat(factors[0], Lanes());
+        const Vec even = half[0] * splat(factors[1], Lanes()) + half[2] * splat(factors[2], Lanes());
+        Simd<T>::store(out + v + (1 + 2 * i) * point, even + odd);
+        Simd<T>::store(out + v + (2 + 2 * i) * point, even - odd);
+      }
     }
   }
 }
 
-// The products of one panel whose filter is transformed on the way, into memory from where all tiles read it: a block of
-// channels and a row of points at a time, which stay in L1.
+// The products of one panel whose filter is transformed on the way, into memory from where all tiles read it: a block
+// of channels and a row of points at a time, which stay in L1.
 template <typename T, int P, int V, int S, int... I>
 void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const T* input, const T* filter,
                        T* expanded, T* products, Indices<I...>) {
@@ -469,6 +471,38 @@ void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes,
   }
 }
 
+// Asks for part `part` of kTilePoints of what is written, or read, soon: vectors [begin, end) of the channels of the
+// call's output, where that comes from memory, and `call.ahead`. Inlined, for GCC drops calls of functions that do
+// nothing but prefetch.
+template <typename T>
+RESNET_FAST_INLINE void prefetch(const WinogradCall<T>& call, int part, int tiles_h, int tiles_w, int begin, int end) {
+  const int tiles = call.tile_end - call.tile_begin;
+  constexpr int line = 64 / sizeof(T);
+  const int channels = (end < call.out_vectors ? end : call.out_vectors) * Simd<T>::lanes;
+  for (int t = tiles * part / kTilePoints; call.far_output && t < tiles * (part + 1) / kTilePoints; ++t) {
+    const TilePlace place(call.tile_begin + t, tiles_h, tiles_w);
+    const int rows = call.height - place.row < kTileOut ? call.height - place.row : kTileOut;
+    const int columns = call.width - place.column < kTileOut ? call.width - place.column : kTileOut;
+    for (int i = 0; i < rows; ++i) {
+      const T* to = call.output + place.image * call.output_image + (place.row + i) * call.output_row +
+                    place.column * call.output_pixel;
+      const T* residual = call.residual + place.image * call.residual_image + (place.row + i) * call.residual_row +
+                          place.column * call.residual_pixel;
+      for (int j = 0; j < columns; ++j) {
+        for (int c = begin * Simd<T>::lanes; c < channels; c += line) {
+          __builtin_prefetch(to + j * call.output_pixel + c, 1, 2);
+          if (call.residual) __builtin_prefetch(residual + j * call.residual_pixel + c, 0, 2);
+        }
+      }
+    }
+  }
+  for (int r = 0; begin == 2 * call.panel_begin && r < call.ahead.count; ++r) {
+    const char* at = call.ahead.from[r] + call.ahead.bytes[r] * part / kTilePoints;
+    const char* last = call.ahead.from[r] + call.ahead.bytes[r] * (part + 1) / kTilePoints;
+    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+}
+
 // W tiles and two vectors make a register tile of products, or WH tiles and one; S: see Product.
 template <typename T, int W, int WH, int S>
 void winograd(const WinogradCall<T>& call) {
@@ -493,6 +527,7 @@ void winograd(const WinogradCall<T>& call) {
       }
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {
+      prefetch(call, point, tiles_h, tiles_w, 2 * first, 2 * (first + group));
       for (int k = 0; k < group; ++k) {
         const int64_t width = full(first + k) ? panel : lanes;
         const T* filter = call.filter + (first + k) * call.panel_stride + point * call.channels * width;
