@@ -83,7 +83,9 @@ struct Arguments {
 template <typename S, typename T>
 std::vector<Tensor> backward(const Arguments& a) {
   const Layer& l = a.layer;
-  const Image in(a.x), out(a.grad);
+  const Image whole(a.x);
+  const bool by_rows = goes_by_rows(l, whole.channels, sizeof(T));
+  const Image in = by_rows ? rows_of(whole) : whole, out = by_rows ? rows_of(Image(a.grad)) : Image(a.grad);
   const int64_t threads = torch::stable::get_num_threads(), lanes = kernels_in_use<T>().lanes;
   const T* affine = check_rows<T>(kOp, "scale_shift", a.scale_shift, 2, in.channels);
   const T* coefficients = check_rows<T>(kOp, "coefficients", a.coefficients, 4, out.channels);
@@ -109,7 +111,7 @@ std::vector<Tensor> backward(const Arguments& a) {
   const bool in_place = sizeof(S) == sizeof(T) && in.channels % lanes == 0;
   const MapShape result_shape{in.channels, in.height, in.width, round_up(in.channels, lanes), {}};
 
-  Tensor dx = empty_image(a.need_x ? in : Image(0, in.channels, in.height, in.width), a.x);
+  Tensor dx = empty_image(Image(a.need_x ? whole.images : 0, whole.channels, whole.height, whole.width), a.x);
   Tensor dw = torch::stable::empty_like(a.weight);
   Tensor sums = empty_rows(a.finish ? 3 : 0, in.channels, a.x);
   const S* const residual = a.residual ? static_cast<const S*>(a.residual->data_ptr()) : nullptr;

@@ -8,6 +8,7 @@
 #include "../checks.h"
 #include "filters.h"
 #include "maps.h"
+#include "stage.h"
 #include "team.h"
 
 namespace resnet_fast {
@@ -33,6 +34,17 @@ struct Image {
   int64_t image() const { return height * row(); }
   int64_t pixels() const { return images * height * width; }
 };
+
+// A 1x1 convolution does not ask where images end: with rows for images, those at hand stay in L2, if its filter is
+// small enough to pass by for each few of them.
+constexpr int64_t kRowsFilterBytes = 512 << 10;
+
+inline Image rows_of(const Image& i) { return Image(i.images * i.height, i.channels, 1, i.width); }
+
+inline bool goes_by_rows(const Layer& l, int64_t channels, int64_t element_size) {
+  return l.kernel_h == 1 && l.kernel_w == 1 && l.stride_h == 1 && l.stride_w == 1 && l.pad_h == 0 && l.pad_w == 0 &&
+         l.out_channels * channels * element_size <= kRowsFilterBytes;
+}
 
 inline void check_image(const char* op, const char* name, const Tensor& t) {
   check_rank(op, name, t, 4, "[batch, channels, height, width]");
