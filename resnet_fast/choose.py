@@ -54,6 +54,8 @@ _BF16_TRANSFORM = 4.9
 _READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
 _KEPT_ELEMENTS = 1 << 18
 _READ_AGAIN = 2.0  # the same in later passes: from the cache that cores share
+# In training filters are transformed at every step, for each point: into memory, which is read again.
+_PACK = 13.0
 
 
 def _read(elements: int, passes: int) -> float:
@@ -73,6 +75,7 @@ def algorithm(
     stride: tuple[int, ...],
     images: int,
     size: tuple[int, int],
+    training: bool = False,
 ) -> int:
     """The cheapest for a convolution with maps of ``size`` as its output."""
     # Maps smaller than a tile gain little for the digits they lose.
@@ -83,9 +86,10 @@ def algorithm(
     points = images * row_points * column_points
     products = points * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
     passes, compact_passes = ((images * rows * columns + n - 1) // n for n in _AT_ONCE)
+    pack = _POINTS * _PACK * pairs + 2 * _read(_POINTS * pairs, 1) if training else 0.0
     costs = (
         9 * images * size[0] * size[1] * pairs + _read(9 * pairs, 1),
-        products + _read(_POINTS * pairs, passes),
+        products + _read(_POINTS * pairs, passes) + pack,
         products + _read(9 * pairs, compact_passes) + _POINTS * compact_passes * _EXPAND[backends.isa()] * pairs,
     )
     return costs.index(min(costs))
@@ -156,4 +160,4 @@ def training_algorithm(
     if x.dtype == torch.bfloat16 and backends.bf16_products() and (turned or not backward):
         out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
         return bf16_algorithm(c, k, tuple(kernel), tuple(stride), batch, (out_h, out_w))
-    return algorithm(c, k, tuple(kernel), tuple(stride), batch, (height, width))
+    return algorithm(c, k, tuple(kernel), tuple(stride), batch, (height, width), training=True)

@@ -239,6 +239,10 @@ class Backward:
             return self.finished.pop(value)
         i = value - 1
         grad, positive, scale = self.pending.pop(value), None, None
+        if not self.layers[i].normalized and not self.layers[i].relu:  # only a bias wants the sum, if there is one
+            wanted = self.needs[2 + TENSORS * i]
+            sums = torch.ops.resnet_fast.channel_sums.default(grad) if wanted else grad.new_empty(0)
+            return grad, sums.expand(2, -1)
         if self.layers[i].relu:
             lazy = self.scales[i] is not None
             positive, scale = (self.ys[i], self.scales[i]) if lazy else (self.sums[i], None)

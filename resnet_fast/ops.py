@@ -1,8 +1,8 @@
 """The fused operators as functions, and what PyTorch needs to know of them: shapes, gradients, autocast.
 
 Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. The
-functions here compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without a kernel,
-dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
+functions here compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without a
+kernel, dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
 into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
@@ -392,6 +392,10 @@ def _fake_bn_backward_sums(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_image(grad, *grad.shape[1:]), statistics_rows(grad, 3, grad.shape[1])
 
 
+def _fake_channel_sums(grad: Tensor) -> Tensor:
+    return statistics_rows(grad, 1, grad.shape[1])[0]
+
+
 def _fake_conv_backward(
     grad: Tensor,
     y: Tensor | None,
@@ -512,6 +516,7 @@ _TRAINING: dict[str, Any] = {
     "conv_moments": _fake_conv_moments,
     "bn_apply": _fake_bn_apply,
     "bn_backward_sums": _fake_bn_backward_sums,
+    "channel_sums": _fake_channel_sums,
     "conv_backward": _fake_conv_backward,
 }
 

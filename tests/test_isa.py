@@ -192,6 +192,7 @@ def winograd_matrix():
         (64, 17, (4, 4), 3),
         (48, 40, (7, 7), 1),
         (16, 8, (11, 15), 1),
+        (40, 48, (17, 13), 1),
     ],
 )
 @pytest.mark.parametrize("compact", [False, True])
@@ -254,6 +255,20 @@ def assembly(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("assembly") / "kernels.s"
     subprocess.run([CXX, *FLAGS, "-S", CPU / source, "-o", out], check=True)
     return out.read_text().splitlines(), register
+
+
+def test_what_is_read_soon_is_asked_for(assembly):
+    """GCC drops calls of functions that do nothing but prefetch."""
+    lines, _ = assembly
+    asked = {re.match(r"_ZN.*?_GLOBAL__N_1\w*?(winograd|outer_tile)I", part[0]): part for part in functions(lines)}
+    found = {match[1] for match, part in asked.items() if match and any("prefetcht" in line for line in part)}
+    assert found == {"winograd", "outer_tile"}
+
+
+def functions(lines):
+    """Lines from a function's label to the next one's."""
+    begins = [i for i, line in enumerate(lines) if re.match(r"_Z\w+:", line)]
+    return [lines[a:b] for a, b in zip(begins, [*begins[1:], len(lines)], strict=True)]
 
 
 def innermost_loops(lines):

@@ -1,4 +1,4 @@
-"""The operators of training: conv_moments, bn_apply, bn_backward_sums, conv_backward, each against float64."""
+"""The operators of training: conv_moments, bn_apply, bn_backward_sums, channel_sums, conv_backward, against float64."""
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ SHAPES = [
     (3, 5, (7, 9), 7, (3, 3), (2, 2), (1, 1)),
     (2, 64, (14, 13), 32, (3, 3), (1, 1), (1, 1)),
     (2, 32, (6, 6), 64, (1, 1), (1, 1), (0, 0)),
+    (3, 21, (5, 4), 9, (1, 1), (1, 1), (0, 0)),
     (2, 33, (9, 8), 17, (1, 1), (2, 2), (0, 0)),
     (1, 3, (17, 16), 20, (7, 7), (2, 2), (3, 3)),
     (2, 4, (5, 6), 8, (1, 3), (1, 2), (0, 1)),
@@ -132,6 +133,15 @@ def test_bn_backward_sums(dtype, count, positive):
         assert_error_rule(sums[i], exact, [eager], f"sum {i}", factor=4)
 
 
+@pytest.mark.parametrize("shape", [(3, 19, 5, 7), (2, 64, 40, 41), (1, 1, 1, 1), (0, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channel_sums(dtype, shape):
+    grad = channels_last(torch.randn(shape).to(dtype))
+    sums, wide = ops.channel_sums(grad), grad.to(arithmetic(dtype))
+    assert sums.dtype == wide.dtype
+    assert_error_rule(sums, grad.double().sum((0, 2, 3)), [wide.sum((0, 2, 3))], roundings=10)
+
+
 # The data gradient by products of bfloat16 is for strides of 1 and whole vectors of channels.
 BACKWARD_CASES = [
     (shape, dtype, a) for shape, dtype, a in CASES if a not in BF16 or (shape[1] % 16 == 0 and shape[5] == (1, 1))
@@ -201,6 +211,7 @@ def opcheck_arguments(dtype=torch.float32):
         "conv_moments": (x, scale_shift, True, weight, weight[:, 0, 0, 0].clone(), *settings, True),
         "bn_apply": (y, moments, y, moments, True),
         "bn_backward_sums": (y, y, moments, [y, y], [moments, moments]),
+        "channel_sums": (y,),
         "conv_backward": (
             *(y, y, coefficients, x, scale_shift, True, weight, *settings, True, True, x, True, [x], [in_moments]),
         ),
@@ -208,7 +219,7 @@ def opcheck_arguments(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "conv_backward"])
+@pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "channel_sums", "conv_backward"])
 def test_opcheck(op, dtype):
     torch.library.opcheck(getattr(ops, op), opcheck_arguments(dtype)[op])
 
@@ -241,6 +252,9 @@ BROKEN = [
     ("bn_backward_sums", 3, lambda ys: ys[:1], "1 ys and 2 means"),
     ("bn_backward_sums", 3, lambda ys: [ys[0], ys[0][:1]], "ys has shape"),
     ("bn_backward_sums", 4, lambda ms: [ms[0], ms[0][:, :2]], "means"),
+    ("channel_sums", 0, lambda g: g[0], "grad has"),
+    ("channel_sums", 0, lambda g: g.half(), "grad has dtype"),
+    ("channel_sums", 0, lambda g: g.contiguous(), "not contiguous in channels_last"),
     ("conv_backward", 0, lambda g: g[:1], "grad"),
     ("conv_backward", 0, lambda g: g.double(), "grad has dtype"),
     ("conv_backward", 1, lambda _: None, "come together"),

@@ -53,6 +53,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "bn_backward_sums(Tensor grad, Tensor? positive, Tensor? scale_shift, Tensor[] ys, Tensor[] means) -> (Tensor, "
       "Tensor)");
+  // Sums over images and pixels: the gradient of a bias.
+  m.def("channel_sums(Tensor grad) -> Tensor");
   // Gradients of conv_moments' convolution for dy = a * grad + b * (y - mean) + constant, coefficients = [a; b;
   // constant; mean], or for dy = grad: of its input before scale_shift is applied to it (plus residual), and of the
   // weight. With finish, the first goes on through bn_backward_sums.

@@ -28,6 +28,7 @@ OPERATORS = {
     "conv_moments": _training.conv_moments,
     "bn_apply": _training.bn_apply,
     "bn_backward_sums": _training.bn_backward_sums,
+    "channel_sums": _training.channel_sums,
     "conv_backward": _training.conv_backward,
     "residual_network": _network.residual_network,  # CUDA C++: a stage of it is a launch
 }

@@ -155,6 +155,11 @@ def bn_backward_sums(
     return out, _sums(grad, None, positive, scale_shift, ys, means, out)
 
 
+def channel_sums(grad: Tensor) -> Tensor:
+    _check_image("channel_sums", "grad", grad)
+    return as_rows(grad).sum(0, dtype=torch.float32)
+
+
 def _sums(
     grad: Tensor,
     added: Tensor | None,

@@ -1,4 +1,4 @@
-// bn_apply and bn_backward_sums: what batch norm in training does beside the convolutions, each a single pass.
+// bn_apply, bn_backward_sums and channel_sums: what training does beside the convolutions, each a single pass.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -57,6 +57,23 @@ Tensor bn_apply(const Tensor& y, const Tensor& scale_shift, const OptionalTensor
   return out;
 }
 
+// All pixels through `masked`, to `out` (or null) and sums[3][channels].
+template <typename S, typename T>
+void sum_pixels(const MaskedSums<S, T>& masked, const Tensor& grad, S* out, T* sums) {
+  const Image image(grad);
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<std::vector<double>> parts(static_cast<size_t>(threads),
+                                         std::vector<double>(static_cast<size_t>(3 * image.channels)));
+  const S* from = static_cast<const S*>(grad.data_ptr());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      masked.run(from, out, image.pixels() * part / threads, image.pixels() * (part + 1) / threads,
+                 parts[static_cast<size_t>(part)].data());
+    }
+  });
+  add_parts(parts, sums);
+}
+
 std::tuple<Tensor, Tensor> bn_backward_sums(const Tensor& grad, const OptionalTensor& positive,
                                             const OptionalTensor& scale_shift, const std::vector<Tensor>& ys,
                                             const std::vector<Tensor>& means) {
@@ -70,20 +87,25 @@ std::tuple<Tensor, Tensor> bn_backward_sums(const Tensor& grad, const OptionalTe
     using S = decltype(storage);
     using T = decltype(arithmetic);
     const MaskedSums<S, T> masked(op, positive, scale_shift, ys, means, image.channels);
-    const int64_t threads = torch::stable::get_num_threads();
-    std::vector<std::vector<double>> parts(static_cast<size_t>(threads),
-                                           std::vector<double>(static_cast<size_t>(3 * image.channels)));
-    const S* from = static_cast<const S*>(grad.data_ptr());
-    S* to = static_cast<S*>(out.data_ptr());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        masked.run(from, to, image.pixels() * part / threads, image.pixels() * (part + 1) / threads,
-                   parts[static_cast<size_t>(part)].data());
-      }
-    });
-    add_parts(parts, static_cast<T*>(sums.data_ptr()));
+    sum_pixels(masked, grad, static_cast<S*>(out.data_ptr()), static_cast<T*>(sums.data_ptr()));
   });
   return {out, sums};
+}
+
+Tensor channel_sums(const Tensor& grad) {
+  constexpr const char* op = "channel_sums";
+  check_image(op, "grad", grad);
+  const int64_t size[] = {grad.size(1)};
+  Tensor out = torch::stable::empty({size, 1}, arithmetic_type(grad), std::nullopt, grad.device());
+  with_types(grad, [&](auto storage, auto arithmetic) {
+    using S = decltype(storage);
+    using T = decltype(arithmetic);
+    const MaskedSums<S, T> plain(op, std::nullopt, std::nullopt, {}, {}, grad.size(1));
+    std::vector<T> sums(static_cast<size_t>(3 * grad.size(1)));
+    sum_pixels(plain, grad, static_cast<S*>(nullptr), sums.data());
+    std::copy_n(sums.data(), grad.size(1), static_cast<T*>(out.data_ptr()));
+  });
+  return out;
 }
 
 }  // namespace
@@ -91,6 +113,7 @@ std::tuple<Tensor, Tensor> bn_backward_sums(const Tensor& grad, const OptionalTe
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("bn_apply", TORCH_BOX(&bn_apply));
   m.impl("bn_backward_sums", TORCH_BOX(&bn_backward_sums));
+  m.impl("channel_sums", TORCH_BOX(&channel_sums));
 }
 
 }  // namespace resnet_fast

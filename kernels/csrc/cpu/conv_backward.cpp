@@ -84,7 +84,9 @@ struct Arguments {
 template <typename S, typename T>
 std::vector<Tensor> backward(const Arguments& a) {
   const Layer& l = a.layer;
-  const Image in(a.x), out(a.grad);
+  const Image whole(a.x);
+  const bool by_rows = goes_by_rows(l, whole.channels, sizeof(T));
+  const Image in = by_rows ? rows_of(whole) : whole, out = by_rows ? rows_of(Image(a.grad)) : Image(a.grad);
   const int64_t threads = torch::stable::get_num_threads(), lanes = kernels_in_use<T>().lanes;
   const T* affine = check_rows<T>(kOp, "scale_shift", a.scale_shift, 2, in.channels);
   const T* coefficients = check_rows<T>(kOp, "coefficients", a.coefficients, 4, out.channels);
@@ -110,7 +112,7 @@ std::vector<Tensor> backward(const Arguments& a) {
   const bool in_place = sizeof(S) == sizeof(T) && in.channels % lanes == 0;
   const MapShape result_shape{in.channels, in.height, in.width, round_up(in.channels, lanes), {}};
 
-  Tensor dx = empty_image(a.need_x ? in : Image(0, in.channels, in.height, in.width), a.x);
+  Tensor dx = empty_image(Image(a.need_x ? whole.images : 0, whole.channels, whole.height, whole.width), a.x);
   Tensor dw = torch::stable::empty_like(a.weight);
   Tensor sums = empty_rows(a.finish ? 3 : 0, in.channels, a.x);
   const S* const residual = a.residual ? static_cast<const S*>(a.residual->data_ptr()) : nullptr;
@@ -164,6 +166,20 @@ std::vector<Tensor> backward(const Arguments& a) {
   int64_t weight_stride[4];
   for (int64_t i = 0; i < 4; ++i) weight_stride[i] = dw.stride(i);
 
+  // What the sums of these images and the next images are made of.
+  const auto ask = [&](Ahead& ahead, int64_t first, int64_t images, int64_t last, const Crew& crew) {
+    for (const Tensor& y : a.ys) {
+      if (y.data_ptr() != a.x.data_ptr()) {
+        ask_for(ahead, static_cast<const S*>(y.data_ptr()), in, first, images, last, crew);
+      }
+    }
+    ask_for(ahead, static_cast<const S*>(a.grad.data_ptr()), out, first + images, images, last, crew);
+    if (a.y) ask_for(ahead, static_cast<const S*>(a.y->data_ptr()), out, first + images, images, last, crew);
+    if (a.need_weight) {
+      ask_for(ahead, static_cast<const S*>(a.x.data_ptr()), in, first + images, images, last, crew);
+    }
+  };
+
   Team::run(threads, [&](int64_t rank, Team& team) {
     const Crew crew = split.apart ? Crew{0, 1, team} : Crew{rank, team.size(), team};
     T* const slot = slots + (split.apart ? rank : 0) * slot_numel;
@@ -202,7 +218,9 @@ std::vector<Tensor> backward(const Arguments& a) {
       }
       crew.wait();
       for (const Phase<T>& p : phases) {
-        const Convolution<T> conv = convolution(p, first, images, slot);
+        Convolution<T> conv = convolution(p, first, images, slot);
+        conv.far_output = in_place;
+        if (p.layout.winograd()) ask(conv.ahead, first, images, split.end(rank, team.size()), crew);
         run_part(conv, part_of(conv, crew.rank, crew.size), work);
       }
       if (a.need_weight) {

@@ -17,7 +17,9 @@ constexpr const char* kOp = "conv_moments";
 template <typename S, typename T>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, const Tensor& weight,
                                    const OptionalTensor& bias, Layer layer, Algorithm algorithm, bool with_moments) {
-  const Image in(x);
+  const Image whole(x);
+  const bool by_rows = goes_by_rows(layer, whole.channels, sizeof(T));
+  const Image in = by_rows ? rows_of(whole) : whole;
   const Image out(in.images, layer.out_channels, output_size(in.height, layer.pad_h, layer.kernel_h, layer.stride_h),
                   output_size(in.width, layer.pad_w, layer.kernel_w, layer.stride_w));
   const FilterLayout<T> layout{layer.out_channels, in.channels, layer.kernel_h, layer.kernel_w, algorithm};
@@ -32,7 +34,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, co
   }
   const Tensor packed = pack_training_filter<T>(view_filter(weight), layout, bias ? wide_bias.data() : nullptr, x);
 
-  Tensor y = empty_image(out, x);
+  Tensor y = empty_image(by_rows ? Image(whole.images, out.channels, whole.height, whole.width) : out, x);
   Tensor statistics = empty_rows(2, with_moments ? out.channels : 0, x);
   const bool in_place = sizeof(S) == sizeof(T) && out.channels % layout.lanes == 0;
   const int64_t pad_h = layer.pad_h, pad_w = layer.pad_w;
@@ -80,7 +82,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, co
         fill_activation<S, T>(static_cast<const S*>(x.data_ptr()), in, act, first, in_shape.map(maps), begin, end);
       });
       crew.wait();
-      const Convolution<T> conv = convolution(first, images, maps);
+      Convolution<T> conv = convolution(first, images, maps);
+      conv.far_output = in_place;
+      ask_for(conv.ahead, static_cast<const S*>(x.data_ptr()), in, first + images, images, split.end(rank, team.size()),
+              crew);
       run_part(conv, part_of(conv, crew.rank, crew.size), work);
       crew.wait();
       crew.share(images * out.height, [&](int64_t begin, int64_t end) {

@@ -55,6 +55,14 @@ constexpr double kSquareA = kPointA * kPointA, kSquareB = kPointB * kPointB;
 // Products of the distances from kPointA and kPointB to the other points.
 constexpr double kDistanceA = 2 * kSquareA * (kSquareA - kSquareB), kDistanceB = 2 * kSquareB * (kSquareB - kSquareA);
 
+// Memory that is read soon: asked for while there is something to compute.
+struct Ahead {
+  static constexpr int kMost = 5;
+  const char* from[kMost];
+  int64_t bytes[kMost];
+  int count;
+};
+
 // A 3x3 convolution with stride 1 over output tiles [tile_begin, tile_end), counted through image, tile row and tile
 // column, and a range of output channels. The input's halo reaches to the end of the last tiles.
 template <typename T>
@@ -78,6 +86,8 @@ struct WinogradCall {
   int out_vectors;
   int64_t panel_stride;
   bool relu;
+  bool far_output;  // the output, and the residual, are not in a cache
+  Ahead ahead;
   T* scratch;  // WinogradScratch::numel() elements
 };
 
@@ -187,13 +197,14 @@ struct MaskedSumsCall {
   int channels;
 };
 
-// sums[i][j] += d[d_offset[t]][i] * x[x_offset[t]][j], summed over t < count: rows i of [row_begin, row_end), columns j
-// up to whole vectors
+// sums[i][j] = d[d_offset[t]][i] * x[x_offset[t]][j], summed over t < count, on top of what is there with `accumulate`:
+// rows i of [row_begin, row_end), columns j up to whole vectors
 template <typename T>
 struct OuterCall {
   const T *d, *x;
-  const int64_t *d_offset, *x_offset;
+  const int64_t *d_offset, *x_offset;  // count + kOuterAhead of them: the last ones are only asked for beforehand
   int count, row_begin, row_end, columns;
+  bool accumulate;
   T* sums;
   int64_t sums_row;
 };
@@ -207,6 +218,7 @@ struct PoolCall {
   T* out;
   int channels;
 };
+constexpr int kOuterAhead = 8;
 
 // What one instruction set offers for one type of arithmetic.
 template <typename T>

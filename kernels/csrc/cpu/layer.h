@@ -23,6 +23,8 @@ struct Convolution {
   const T* packed;
   int64_t images, height, width;  // of the output
   Map<T> input, residual, output;  // residual.origin is null where there is none
+  bool far_output = false;  // the output, and the residual, are not in a cache
+  Ahead ahead{};  // this member's share
 
   // What a part is counted in.
   int64_t units() const { return images * units_of(layout, height, width); }
@@ -142,10 +144,17 @@ void winograd(const Convolution<T>& conv, const Part& part, T* scratch) {
   call.panel_stride = layout.panel_stride();
   call.relu = conv.layer.relu != 0;
   call.scratch = scratch;
+  call.far_output = conv.far_output;
+  call.ahead.count = conv.ahead.count;
   const int64_t calls = ceil_div(tiles, blocking.tiles);
   for (int64_t i = 0; i < calls; ++i) {
     call.tile_begin = static_cast<int>(part.begin + tiles * i / calls);
     call.tile_end = static_cast<int>(part.begin + tiles * (i + 1) / calls);
+    for (int r = 0; r < conv.ahead.count; ++r) {
+      const int64_t begin = conv.ahead.bytes[r] * i / calls;
+      call.ahead.from[r] = conv.ahead.from[r] + begin;
+      call.ahead.bytes[r] = conv.ahead.bytes[r] * (i + 1) / calls - begin;
+    }
     kernels_in_use<T>().winograd(call);
   }
 }

@@ -8,6 +8,8 @@
 #include "../checks.h"
 #include "filters.h"
 #include "maps.h"
+#include "stage.h"
+#include "team.h"
 
 namespace resnet_fast {
 
@@ -32,6 +34,17 @@ struct Image {
   int64_t image() const { return height * row(); }
   int64_t pixels() const { return images * height * width; }
 };
+
+// A 1x1 convolution does not ask where images end: with rows for images, those at hand stay in L2, if its filter is
+// small enough to pass by for each few of them.
+constexpr int64_t kRowsFilterBytes = 512 << 10;
+
+inline Image rows_of(const Image& i) { return Image(i.images * i.height, i.channels, 1, i.width); }
+
+inline bool goes_by_rows(const Layer& l, int64_t channels, int64_t element_size) {
+  return l.kernel_h == 1 && l.kernel_w == 1 && l.stride_h == 1 && l.stride_w == 1 && l.pad_h == 0 && l.pad_w == 0 &&
+         l.out_channels * channels * element_size <= kRowsFilterBytes;
+}
 
 inline void check_image(const char* op, const char* name, const Tensor& t) {
   check_rank(op, name, t, 4, "[batch, channels, height, width]");
@@ -141,6 +154,17 @@ void fill_gradient(const S* grad, const S* y, const T* coefficients, const Image
   }
 }
 
+// Adds images [first, first + count) of `data` that are there to what is asked for; of a crew, this member's share.
+template <typename S>
+void ask_for(Ahead& ahead, const S* data, const Image& image, int64_t first, int64_t count, int64_t last,
+             const Crew& crew) {
+  const int64_t n = std::min(count, last - first) * image.image() * static_cast<int64_t>(sizeof(S));
+  if (n <= 0 || data == nullptr || ahead.count == Ahead::kMost) return;
+  const char* from = reinterpret_cast<const char*>(data + first * image.image());
+  ahead.from[ahead.count] = from + n * crew.rank / crew.size;
+  ahead.bytes[ahead.count++] = n * (crew.rank + 1) / crew.size - n * crew.rank / crew.size;
+}
+
 // Pixels [begin, end) in pieces whose sums are taken at once.
 template <typename Body>
 void in_pieces(int64_t begin, int64_t end, int64_t channels, const Body& body) {
@@ -178,11 +202,13 @@ struct ImageSplit {
   ImageSplit(int64_t images, int64_t image_bytes, int64_t tiles, int64_t threads, bool may_part) : images(images) {
     const int64_t least = ceil_div(kMinMemberTiles, tiles), own = std::max(kMemberMapBytes / image_bytes, least);
     const int64_t most = ceil_div(images, threads);  // what the busiest member has to do
-    apart = may_part && threads > 1 && least <= most && 8 * (most * threads - images) <= images;
+    apart = may_part && least <= most && 8 * (most * threads - images) <= images;
     chunk =
         std::clamp<int64_t>(apart ? own : kTeamMapBytes / image_bytes, 1, std::max<int64_t>(apart ? most : images, 1));
   }
   int64_t slots(int64_t threads) const { return apart ? threads : 1; }
+  // Behind the last image of a crew.
+  int64_t end(int64_t rank, int64_t size) const { return apart ? images * (rank + 1) / size : images; }
 
   // Calls body(first, count) for the chunks of images of this crew.
   template <typename Body>

@@ -32,31 +32,62 @@ inline FilterView transposed(const FilterView& v, int64_t r_last, int64_t s_last
           -step_w * v.s_step};
 }
 
+// Input channels of a filter that are turned around at once: what is written for them stays in L1.
+constexpr int64_t kFilterChannels = 64;
+// Lines of a filter lie too far apart for the CPU to foresee: so many are asked for beforehand.
+constexpr int64_t kLinesAhead = 16;
+
+// Inlined, for GCC drops calls of functions that do nothing but prefetch.
+template <typename S>
+inline __attribute__((always_inline)) void prefetch(const S* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Channels [begin, begin + count) of all taps, `real` output channels from `from` on: to[c * c_to + tap * tap_to + k].
 template <typename S, typename T>
-void pack_training_panel(const FilterView& v, const FilterLayout<T>& layout, int64_t k0, T* to, T* compact) {
-  const S* from = static_cast<const S*>(v.data) + v.origin;
-  const int64_t width = std::min(layout.panel, layout.padded_out() - k0);
-  const int64_t real = std::min(width, layout.out_channels - k0);
-  const auto line = [&](int64_t c, int64_t r, int64_t s, T* out) {
-    const S* at = from + k0 * v.k_step + c * v.c_step + r * v.r_step + s * v.s_step;
-    for (int64_t j = 0; j < real; ++j) out[j] = static_cast<T>(widen(at[j * v.k_step]));
-    for (int64_t j = real; j < width; ++j) out[j] = T(0);
-  };
-  if (!layout.winograd()) {
-    for (int64_t begin = 0; begin < layout.channels; begin += layout.block()) {
-      const int64_t length = std::min(layout.block(), layout.channels - begin);
-      for (int64_t r = 0; r < layout.kernel_h; ++r) {
-        for (int64_t s = 0; s < layout.kernel_w; ++s) {
-          for (int64_t c = 0; c < length; ++c, to += width) line(begin + c, r, s, to);
+void copy_filter(const S* from, const FilterView& v, int64_t taps_h, int64_t taps_w, int64_t begin, int64_t count,
+                 int64_t real, T* to, int64_t c_to, int64_t tap_to) {
+  for (int64_t first = 0; first < count; first += kFilterChannels) {
+    const int64_t last = std::min(first + kFilterChannels, count);
+    for (int64_t tap = 0; tap < taps_h * taps_w; ++tap) {
+      const S* at = from + begin * v.c_step + tap / taps_w * v.r_step + tap % taps_w * v.s_step;
+      T* out = to + tap * tap_to;
+      // Along the way on which the filter's lines are read once.
+      if (v.k_step == 1) {
+        for (int64_t c = first; c < last; ++c) {
+          prefetch(at + (c + kLinesAhead) * v.c_step, real);
+          for (int64_t k = 0; k < real; ++k) out[c * c_to + k] = static_cast<T>(widen(at[c * v.c_step + k]));
+        }
+      } else {
+        // To the same line of the next tap.
+        const int64_t ahead = (tap + 1) / taps_w * v.r_step + (tap + 1) % taps_w * v.s_step - (at - from) + begin;
+        for (int64_t k = 0; k < real; ++k) {
+          if (tap + 1 < taps_h * taps_w && v.c_step == 1) prefetch(at + ahead + k * v.k_step + first, last - first);
+          for (int64_t c = first; c < last; ++c) {
+            out[c * c_to + k] = static_cast<T>(widen(at[c * v.c_step + k * v.k_step]));
+          }
         }
       }
     }
+  }
+}
+
+template <typename S, typename T>
+void pack_training_panel(const FilterView& v, const FilterLayout<T>& layout, int64_t k0, T* to, T* compact) {
+  const S* from = static_cast<const S*>(v.data) + v.origin + k0 * v.k_step;
+  const int64_t width = std::min(layout.panel, layout.padded_out() - k0), taps = layout.taps();
+  const int64_t real = std::min(width, layout.out_channels - k0);
+  T* const packed = layout.algorithm == Algorithm::kWinograd ? compact : to;
+  if (real < width) std::fill(packed, packed + taps * layout.channels * width, T(0));
+  if (!layout.winograd()) {
+    for (int64_t begin = 0; begin < layout.channels; begin += layout.block()) {
+      const int64_t length = std::min(layout.block(), layout.channels - begin);
+      copy_filter(from, v, layout.kernel_h, layout.kernel_w, begin, length, real, to, width, length * width);
+      to += taps * length * width;
+    }
     return;
   }
-  T* out = layout.algorithm == Algorithm::kCompactWinograd ? to : compact;
-  for (int64_t c = 0; c < layout.channels; ++c) {
-    for (int64_t tap = 0; tap < 9; ++tap, out += width) line(c, tap / 3, tap % 3, out);
-  }
+  copy_filter(from, v, layout.kernel_h, layout.kernel_w, 0, layout.channels, real, packed, taps * width, width);
   if (layout.algorithm != Algorithm::kWinograd) return;
   const Kernels<T>& kernels = kernels_in_use<T>();
   const auto expand = width == layout.panel ? kernels.expand_panel : kernels.expand_half_panel;

@@ -38,10 +38,11 @@ class MaskedSums {
     call_.channels = static_cast<int>(channels);
   }
 
-  // Pixels [begin, end) of all images; adds to sums[3][channels].
+  // Pixels [begin, end) of all images; adds to sums[3][channels]. Where `to` is null the gradient is not wanted.
   void run(const S* from, S* to, int64_t begin, int64_t end, double* sums) const {
     const size_t room = sizeof(S) == sizeof(T) ? 0 : static_cast<size_t>(kSumElements + 16 * channels_);
-    std::vector<T> wide(room), wide_positive(room), wide_y(room), wide_second(room);
+    std::vector<T> wide(to ? room : static_cast<size_t>(kSumElements + 16 * channels_));
+    std::vector<T> wide_positive(room), wide_y(room), wide_second(room);
     std::vector<T> part(static_cast<size_t>(3 * channels_));
     MaskedSumsCall<T> call = call_;
     call.sums = part.data();
@@ -54,10 +55,10 @@ class MaskedSums {
       call.positive = read(positive_, wide_positive);
       call.y = read(y_, wide_y);
       call.second = read(second_, wide_second);
-      call.out = target(to + at, wide.data());
+      call.out = to ? target(to + at, wide.data()) : wide.data();
       call.pixels = count;
       kernels_in_use<T>().masked_sums(call);
-      store_as(call.out, n, to + at);
+      if (to) store_as(call.out, n, to + at);
       for (size_t i = 0; i < part.size(); ++i) sums[i] += static_cast<double>(part[i]);
     });
   }

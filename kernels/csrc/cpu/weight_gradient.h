@@ -70,10 +70,9 @@ class WeightGradient {
 
  private:
   static constexpr int64_t kTeamTileBytes = 2 << 20, kMemberTileBytes = 256 << 10, kWholeTileBytes = 16 << 20;
-  // A panel of gradients and one of inputs stay in L1.
-  static constexpr int64_t kProductTiles = 128;
+  static constexpr int64_t kProductTiles = 512;
   // Sums of so many output and input channels at all points stay in L2.
-  static constexpr int64_t kBlockRows = 48, kBlockColumns = 64, kBlockNumel = kTilePoints * kBlockRows * kBlockColumns;
+  static constexpr int64_t kBlockRows = 64, kBlockColumns = 64, kBlockNumel = kTilePoints * kBlockRows * kBlockColumns;
 
   int64_t sum_stride() const { return out_.channels * columns_; }
 
@@ -100,30 +99,30 @@ class WeightGradient {
       if (whole_) return;
       crew.wait();
       for_own_parts(rank, size, [&](int64_t point, int64_t row_begin, int64_t row_end) {
-        multiply(work, point, count, row_begin, row_end, 0, columns_,
+        multiply(work, point, count, row_begin, row_end, 0, columns_, true,
                  sums + point * sum_stride() + row_begin * columns_, columns_);
       });
       crew.wait();
     }
   }
 
-  // sums[row - row_begin][column - column_begin] += products of `count` transformed tiles at one point. column_begin is
-  // a multiple of a panel.
+  // sums[row - row_begin][column - column_begin] = products of `count` transformed tiles at one point, or += with
+  // `accumulate`. column_begin is a multiple of a panel.
   void multiply(const T* work, int64_t point, int64_t count, int64_t row_begin, int64_t row_end, int64_t column_begin,
-                int64_t column_end, T* sums, int64_t sums_row) const {
+                int64_t column_end, bool accumulate, T* sums, int64_t sums_row) const {
     const T *const d_tiles = work + point * d_point_, *const x_tiles = work + kTilePoints * d_point_ + point * x_point_;
-    int64_t offset[kProductTiles];
-    for (int64_t t = 0; t < std::min(count, kProductTiles); ++t) offset[t] = t * panel_;
+    int64_t offset[kProductTiles + kOuterAhead];
+    for (int64_t t = 0; t < std::min(count, kProductTiles) + kOuterAhead; ++t) offset[t] = t * panel_;
     for (int64_t first = 0; first < count; first += kProductTiles) {
       const int tiles = static_cast<int>(std::min(kProductTiles, count - first));
       for (int64_t column = column_begin; column < column_end; column += panel_) {
         const T* const x = x_tiles + (column / panel_ * tiles_ + first) * panel_;
         for (int64_t row = row_begin; row < row_end;) {
           const int64_t panel = row / panel_, next = std::min((panel + 1) * panel_, row_end);
-          kernels_in_use<T>().outer_products({d_tiles + (panel * tiles_ + first) * panel_ + row % panel_, x, offset,
-                                              offset, tiles, 0, static_cast<int>(next - row),
-                                              static_cast<int>(std::min(panel_, column_end - column)),
-                                              sums + (row - row_begin) * sums_row + column - column_begin, sums_row});
+          kernels_in_use<T>().outer_products(
+              {d_tiles + (panel * tiles_ + first) * panel_ + row % panel_, x, offset, offset, tiles, 0,
+               static_cast<int>(next - row), static_cast<int>(std::min(panel_, column_end - column)),
+               accumulate || first > 0, sums + (row - row_begin) * sums_row + column - column_begin, sums_row});
           row = next;
         }
       }
@@ -138,9 +137,8 @@ class WeightGradient {
       const int64_t width = std::min(kBlockColumns, columns_ - column);
       for (int64_t k = begin; k < end; k += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, end - k), point_sums = rows * width;
-        std::fill(block, block + kTilePoints * point_sums, T(0));
         for (int64_t point = 0; point < kTilePoints; ++point) {
-          multiply(work, point, tiles_, k, k + rows, column, column + width, block + point * point_sums, width);
+          multiply(work, point, tiles_, k, k + rows, column, column + width, false, block + point * point_sums, width);
         }
         store_rows(block, width, point_sums, column, width, to, stride, k, k + rows);
       }
@@ -166,7 +164,12 @@ class WeightGradient {
           const T* tap =
               run_ > 0 ? from + r * tap_stride + s * in_.channels : from + (r * layer_.kernel_w + s) * tap_stride;
           S* out = to + k * stride[0] + column * stride[1] + r * stride[2] + s * stride[3];
-          for (int64_t c = 0; c < (run_ > 0 ? in_.channels : channels); ++c) out[c * stride[1]] = narrow_to<S>(tap[c]);
+          const int64_t count = run_ > 0 ? in_.channels : channels;
+          if (stride[1] == 1) {
+            for (int64_t c = 0; c < count; ++c) out[c] = narrow_to<S>(tap[c]);
+          } else {
+            for (int64_t c = 0; c < count; ++c) out[c * stride[1]] = narrow_to<S>(tap[c]);
+          }
         }
       }
     }
@@ -175,7 +178,7 @@ class WeightGradient {
   void add_pixels(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, int64_t rank, int64_t size) const {
     const int64_t total = images * out_.height * out_.width;
     const T* const origin = x.origin - layer_.pad_h * x.row - layer_.pad_w * x.pixel;
-    int64_t d_offset[kMaxPixels], x_offset[kMaxPixels];
+    int64_t d_offset[kMaxPixels + kOuterAhead], x_offset[kMaxPixels + kOuterAhead];
     for (int64_t first = 0; first < total; first += kMaxPixels) {
       const int64_t count = std::min<int64_t>(kMaxPixels, total - first);
       for (int64_t i = 0; i < count; ++i) {
@@ -184,11 +187,13 @@ class WeightGradient {
         d_offset[i] = n * d.image + h * d.row + w * d.pixel;
         x_offset[i] = n * x.image + h * layer_.stride_h * x.row + w * layer_.stride_w * x.pixel;
       }
+      std::fill_n(d_offset + count, kOuterAhead, d_offset[count - 1]);
+      std::fill_n(x_offset + count, kOuterAhead, x_offset[count - 1]);
       for_own_parts(rank, size, [&](int64_t run, int64_t row_begin, int64_t row_end) {
         const int64_t r = run_ > 0 ? run : run / layer_.kernel_w, s = run_ > 0 ? 0 : run % layer_.kernel_w;
         kernels_in_use<T>().outer_products({d.origin, origin + r * x.row + s * x.pixel, d_offset, x_offset,
                                             static_cast<int>(count), static_cast<int>(row_begin),
-                                            static_cast<int>(row_end), static_cast<int>(columns_),
+                                            static_cast<int>(row_end), static_cast<int>(columns_), true,
                                             sums + run * sum_stride(), columns_});
       });
     }

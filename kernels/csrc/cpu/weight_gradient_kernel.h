@@ -16,12 +16,17 @@ void outer_tile(const OuterCall<T>& call, int row, int column) {
   Tile<T, P, V> tile;
   tile.start(All());
   const T *d = call.d + row, *x = call.x + column;
+  constexpr int line = 64 / sizeof(T);
   for (int t = 0; t < call.count; ++t) {
+    const T *next_d = d + call.d_offset[t + kOuterAhead], *next_x = x + call.x_offset[t + kOuterAhead];
+    __builtin_prefetch(next_d);
+    if (P > line / 2) __builtin_prefetch(next_d + P - 1);
+    for (int i = 0; i < V * Simd<T>::lanes; i += line) __builtin_prefetch(next_x + i);
     tile.outer(d + call.d_offset[t], x + call.x_offset[t], typename MakeIndices<P>::type(),
                typename MakeIndices<V>::type());
   }
   T* to = call.sums + static_cast<int64_t>(row) * call.sums_row + column;
-  tile.add(to, call.sums_row, All());
+  if (call.accumulate) tile.add(to, call.sums_row, All());
   tile.put(to, call.sums_row, All());
 }
 
@@ -95,11 +100,18 @@ void winograd_gradient(const WinogradCall<T>& call, int64_t panel, int64_t point
         transform_gradient<T>(d, half[i]);
       }
       T* to = out + c / width * panel + (tile - call.tile_begin) * width + c % width;
+      // Where the next vector goes: 36 streams of stores would wait for each line.
+      const int n = c + Simd<T>::lanes;
+      const T* next = n < call.channels ? out + n / width * panel + (tile - call.tile_begin) * width + n % width
+                                        : out + (tile + 1 - call.tile_begin) * width;
       for (int j = 0; j < kTileIn; ++j) {
         const Vec d[kTileOut] = {half[0][j], half[1][j], half[2][j], half[3][j]};
         Vec m[kTileIn];
         transform_gradient<T>(d, m);
-        for (int i = 0; i < kTileIn; ++i) Simd<T>::store(to + (kTileIn * i + j) * point, m[i]);
+        for (int i = 0; i < kTileIn; ++i) {
+          Simd<T>::store(to + (kTileIn * i + j) * point, m[i]);
+          __builtin_prefetch(next + (kTileIn * i + j) * point, 1);
+        }
       }
     }
   }

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "winograd_product.h"
-#include "winograd_transform.h"
 
 namespace resnet_fast {
 namespace {
@@ -32,11 +31,14 @@ void winograd(const WinogradCall<T>& call) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
     const T* const filters = call.filter + first * call.panel_stride;
     if (call.compact && vectors_of(first) == 2) {
-      multiply_compact<T, at_once == 2 ? W : WH, at_once, 2, S>(call, sizes, tiling, counts, input, filters, expanded, products);
+      multiply_compact<T, at_once == 2 ? W : WH, at_once, 2, S>(call, sizes, tiling, counts, first, input, filters, expanded,
+                                                                 products);
     } else if (call.compact) {
-      multiply_compact<T, WH, 1, 1, S>(call, sizes, tiling, counts, input, filters, expanded, products);
+      multiply_compact<T, WH, 1, 1, S>(call, sizes, tiling, counts, first, input, filters, expanded,
+                                                                 products);
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {
+      prefetch(call, tiling, point, 2 * first, 2 * (first + group));
       const int count = counts.of[tiling.list(point)];
       for (int k = 0; k < group; ++k) {
         const int64_t width = vectors_of(first + k) * lanes;

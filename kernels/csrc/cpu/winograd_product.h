@@ -2,6 +2,7 @@
 #pragma once
 
 #include "winograd_filter.h"
+#include "winograd_transform.h"
 
 namespace resnet_fast {
 namespace {
@@ -211,11 +212,45 @@ void multiply_in_registers(const WinogradCall<T>& call, const WinogradScratch& s
   }
 }
 
+// Asks for part `part` of kTilePoints of what is written, or read, soon: vectors [begin, end) of the channels of the
+// call's output, where that comes from memory, and `call.ahead`. Inlined, for GCC drops calls of functions that do
+// nothing but prefetch.
+template <typename T>
+RESNET_FAST_INLINE void prefetch(const WinogradCall<T>& call, const Tiling& tiling, int part, int begin, int end) {
+  const int tiles = call.tile_end - call.tile_begin;
+  constexpr int line = 64 / sizeof(T);
+  const int channels = (end < call.out_vectors ? end : call.out_vectors) * Simd<T>::lanes;
+  for (int t = tiles * part / kTilePoints; call.far_output && t < tiles * (part + 1) / kTilePoints; ++t) {
+    const TilePlace place(call.tile_begin + t, tiling);
+    const int row = kTileOut * place.row, column = kTileOut * place.column;
+    const int rows = call.height - row < kTileOut ? call.height - row : kTileOut;
+    const int columns = call.width - column < kTileOut ? call.width - column : kTileOut;
+    for (int i = 0; i < rows; ++i) {
+      const T* to =
+          call.output + place.image * call.output_image + (row + i) * call.output_row + column * call.output_pixel;
+      const T* residual = call.residual + place.image * call.residual_image + (row + i) * call.residual_row +
+                          column * call.residual_pixel;
+      for (int j = 0; j < columns; ++j) {
+        for (int c = begin * Simd<T>::lanes; c < channels; c += line) {
+          __builtin_prefetch(to + j * call.output_pixel + c, 1, 2);
+          if (call.residual) __builtin_prefetch(residual + j * call.residual_pixel + c, 0, 2);
+        }
+      }
+    }
+  }
+  for (int r = 0; begin == 2 * call.panel_begin && r < call.ahead.count; ++r) {
+    const char* at = call.ahead.from[r] + call.ahead.bytes[r] * part / kTilePoints;
+    const char* last = call.ahead.from[r] + call.ahead.bytes[r] * (part + 1) / kTilePoints;
+    for (; at < last; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+}
+
 // The same, the filter being transformed into L1 for a row of points at a time: for more tiles, on lists of their own. E
 // of the panel's V vectors at once: products are [point][V / E][tile][E].
 template <typename T, int P, int E, int V, int S>
 void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
-                       const TileCounts& counts, const T* input, const T* filter, T* expanded, T* products) {
+                       const TileCounts& counts, int panel, const T* input, const T* filter, T* expanded,
+                       T* products) {
   constexpr int lanes = Simd<T>::lanes, width = V * lanes;
   for (int c = 0; c < call.channels; c += kExpandedChannels) {
     const int channels = call.channels - c < kExpandedChannels ? call.channels - c : kExpandedChannels;
@@ -228,6 +263,7 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
             expanded);
         for (int j = 0; j < kTileIn; ++j) {
           const int point = kTileIn * i + j;
+          if (c == 0 && v == 0) prefetch(call, tiling, point, 2 * panel, 2 * panel + V);
           multiply<T, P, E, S>(input + point * sizes.input_point, sizes, counts.of[tiling.list(point)], c, c + channels,
                                expanded + j * sizes.filter_point,
                                products + point * sizes.product_point + static_cast<int64_t>(v) * sizes.tiles * lanes);
@@ -239,13 +275,14 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
 
 template <typename T, int P, int E, int V, int S>
 void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
-                      const TileCounts& counts, const T* input, const T* filter, T* expanded, T* products) {
+                      const TileCounts& counts, int panel, const T* input, const T* filter, T* expanded,
+                      T* products) {
   if constexpr (kManyRegisters) {
     if (in_registers(tiling, sizes.tiles)) {
       return multiply_in_registers<T, V>(call, sizes, tiling, input, filter, products);
     }
   }
-  multiply_expanded<T, P, E, V, S>(call, sizes, tiling, counts, input, filter, expanded, products);
+  multiply_expanded<T, P, E, V, S>(call, sizes, tiling, counts, panel, input, filter, expanded, products);
 }
 
 }  // namespace
