@@ -1,7 +1,8 @@
 """Max pooling that keeps half a byte an output for its backward pass.
 
 PyTorch's own keeps its input, whose values the backward pass does not read, and an int64 index an output: after the
-stem of an ImageNet network a sixth of all that training keeps. Here the place within the window is kept, two in a byte.
+stem of an ImageNet network a sixth of all that training keeps. Here the place within the window is kept, two in a byte:
+on CPUs by operators of their own, elsewhere out of PyTorch's indices.
 """
 
 from __future__ import annotations
