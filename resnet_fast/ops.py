@@ -396,6 +396,17 @@ def _fake_channel_sums(grad: Tensor) -> Tensor:
     return statistics_rows(grad, 1, grad.shape[1])[0]
 
 
+def _fake_max_pool(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    out = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+    return empty_image(x, *out.shape[1:]), x.new_empty((out.numel() + 1) // 2, dtype=torch.uint8)
+
+
+def _fake_max_pool_backward(grad: Tensor, places: Tensor, size: list[int], *rest: Any) -> Tensor:
+    return empty_image(grad, grad.shape[1], *size)
+
+
 def _fake_conv_backward(
     grad: Tensor,
     y: Tensor | None,
@@ -521,6 +532,9 @@ _TRAINING: dict[str, Any] = {
 }
 
 
+_ON_CPUS: dict[str, Any] = {"max_pool": _fake_max_pool, "max_pool_backward": _fake_max_pool_backward}
+
+
 def _triton_operator(op: str) -> Any:
     """The kernel of ``op`` on CUDA devices. Triton takes a second to import: that is left to the first call."""
 
@@ -560,9 +574,9 @@ def _register() -> None:
     torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
     torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
     torch.library.register_fake("resnet_fast::residual_network", _fake_network, lib=library)
-    for op, fake in _TRAINING.items():
+    for op, fake in {**_TRAINING, **_ON_CPUS}.items():
         torch.library.register_fake(f"resnet_fast::{op}", fake, lib=library)
-    for op in ("pack_conv_bn", "residual_stage", "residual_network", *_TRAINING):
+    for op in ("pack_conv_bn", "residual_stage", "residual_network", *_TRAINING, *_ON_CPUS):
         torch.library.register_autograd(f"resnet_fast::{op}", without_gradient(op), lib=library)
     _register_network(library)
     if find_spec("triton") is not None:
@@ -570,7 +584,7 @@ def _register() -> None:
         for op in (*_OPERATORS, *_TRAINING):
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
-    for op in (*_OPERATORS, *_TRAINING, "conv_bn_relu_launch", "residual_network"):
+    for op in (*_OPERATORS, *_TRAINING, *_ON_CPUS, "conv_bn_relu_launch", "residual_network"):
         backends.note_kernel(op)
     # Registrations live as long as their library object.
     globals()["_library"] = library

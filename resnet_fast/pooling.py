@@ -1,7 +1,8 @@
 """Max pooling that keeps half a byte an output for its backward pass.
 
 PyTorch's own keeps its input, whose values the backward pass does not read, and an int64 index an output: after the
-stem of an ImageNet network a sixth of all that training keeps. Here the place within the window is kept, two in a byte.
+stem of an ImageNet network a sixth of all that training keeps. Here the place within the window is kept, two in a byte:
+on CPUs by operators of their own, elsewhere out of PyTorch's indices.
 """
 
 from __future__ import annotations
@@ -71,8 +72,14 @@ class _MaxPool(torch.autograd.Function):
         ctx: Any, x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool
     ) -> Tensor:
         x = dense(x)
-        out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil_mode)
         ctx.shape, ctx.settings = x.shape, (kernel, stride, padding, [1, 1], ceil_mode)
+        ctx.fused = backends.has_kernel("max_pool", x.device.type) and x.dtype != torch.float16
+        if ctx.fused:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, places = torch.ops.resnet_fast.max_pool.default(x, kernel, stride, padding, ceil_mode)
+            ctx.save_for_backward(places)
+            return out
+        out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil_mode)
         ctx.save_for_backward(_places(indices, x.shape, kernel, stride, padding))
         return out
 
@@ -81,6 +88,12 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (places,) = ctx.saved_tensors
         kernel, stride, padding, *_ = ctx.settings
+        if ctx.fused:
+            with torch._C._AutoDispatchBelowAutograd():
+                dx = torch.ops.resnet_fast.max_pool_backward.default(
+                    dense(grad), places, ctx.shape[2:], kernel, stride, padding
+                )
+            return dx, None, None, None, None
         indices = _indices(places, grad.shape, ctx.shape, kernel, stride, padding)
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its shape
         dx = torch.ops.aten.max_pool2d_with_indices_backward(dense(grad), x, *ctx.settings, indices)

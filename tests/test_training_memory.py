@@ -102,13 +102,42 @@ def test_max_pooling_equals_pytorchs(shape, options, dtype, values):
     elif values == "nan":
         x[0, 1, 2:4, 3] = torch.nan
     results = []
-    for kind, layout in ((MaxPool2d, permuted), (nn.MaxPool2d, channels_last)):
-        own = layout(x.clone()).requires_grad_()
+    # Where windows overlap, gradients are summed in float32 and rounded once.
+    for kind, layout, wide in ((MaxPool2d, permuted, dtype), (nn.MaxPool2d, channels_last, torch.float32)):
+        own = layout(x.to(wide, copy=True)).requires_grad_()
         y = kind(**options).train()(own)
-        y.backward(torch.arange(y.numel()).view(y.shape).to(dtype))
-        results.append((y, own.grad))
+        y.backward(torch.arange(y.numel()).view(y.shape).to(dtype).to(wide))
+        results.append((y.to(dtype), own.grad.to(dtype)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_max_pooling(dtype):
+    x, window = channels_last(torch.randn(2, 5, 9, 8).to(dtype)), ([3, 2], [2, 2], [1, 0])
+    torch.library.opcheck(torch.ops.resnet_fast.max_pool, (x, *window, True))
+    y, places = torch.ops.resnet_fast.max_pool(x, *window, False)
+    torch.library.opcheck(torch.ops.resnet_fast.max_pool_backward, (y, places, [9, 8], *window))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": [5, 4]}, "kernel is 5 x 4"),
+        ({"stride": [0, 1]}, "stride is 0 x 1"),
+        ({"padding": [2, 0]}, "padding is 2 x 0"),
+        ({"x": torch.zeros(2, 3, 4, 4)}, "not contiguous in channels_last"),
+        ({"x": channels_last(torch.zeros(2, 3, 1, 4))}, "smaller than the window"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_broken_arguments_of_max_pooling(change, message):
+    arguments = {"x": channels_last(torch.zeros(2, 3, 4, 4)), "kernel": [2, 2], "stride": [2, 2], "padding": [0, 0]}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.resnet_fast.max_pool(**(arguments | change), ceil_mode=False)
+    y, places = torch.ops.resnet_fast.max_pool(**arguments, ceil_mode=False)
+    with pytest.raises(RuntimeError, match="places has shape"):
+        torch.ops.resnet_fast.max_pool_backward(y, places[:-1], [4, 4], [2, 2], [2, 2], [0, 0])
 
 
 def test_max_pooling_keeps_half_a_byte_an_output():

@@ -63,6 +63,12 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "weight, int[2] stride, int[2] padding, int algorithm, bool need_x, bool need_weight, Tensor? residual, bool "
       "finish, Tensor[] ys, Tensor[] means) -> (Tensor, Tensor, Tensor)");
 
+  // Max pooling, and for its backward the place of each result in its window, two in a byte. CPU only.
+  m.def("max_pool(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> (Tensor, Tensor)");
+  m.def(
+      "max_pool_backward(Tensor grad, Tensor places, int[2] size, int[2] kernel, int[2] stride, int[2] padding) -> "
+      "Tensor");
+
   // A chain of those as one operator for torch.compile, in Python (resnet_fast/train_stage.py).
   m.def(
       "train_stage(Tensor x, Tensor[] tensors, bool[] present, int[] fields, float[] eps, bool[] batch, bool "

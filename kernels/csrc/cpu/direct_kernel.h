@@ -20,6 +20,15 @@ void run_tile(const ConvCall<T>& call, const T* filter, const T* bias, int first
   tile.start(All());
   int64_t offset[P];
   for (int p = 0; p < P; ++p) offset[p] = call.input_offset[first_pixel + p];
+  // What is written at the end is asked for at the beginning: large maps come from memory.
+  constexpr int line = 64 / sizeof(T);
+  for (int p = 0; last_block && p < P; ++p) {
+    for (int i = 0; i < V * Simd<T>::lanes; i += line) {
+      __builtin_prefetch(call.output + out_channel + call.output_offset[first_pixel + p] + i, 1, 2);
+      if (call.residual)
+        __builtin_prefetch(call.residual + out_channel + call.residual_offset[first_pixel + p] + i, 0, 2);
+    }
+  }
   for (int run = 0; run < call.runs; ++run) {
     const T* x = call.input + call.run_offset[run] + block_begin;
     for (const T* end = x + block_length; x != end; ++x) {
