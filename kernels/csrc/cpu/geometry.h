@@ -123,7 +123,8 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
   return values;
 }
 
-// Pixels that lie a multiple of this apart fall into the same set of L1, which then holds fewer of them than a tile has.
+// Pixels that lie a multiple of this apart fall into the same set of L1, which then holds fewer of them than a tile
+// has.
 constexpr int64_t kSetBytes = 4096;
 
 // Channels of a pixel that are read at once.

@@ -94,14 +94,15 @@ struct WinogradCall {
 // Unnamed, so that every file has its own: see above.
 namespace {
 // How one side of a map is cut: tiles of kTileOut outputs, and a last one that is smaller, where that saves products.
-// A tile of 3 outputs needs the points 0, +-A, B, infinity, one of 2 needs 0, +-A, infinity: both take the values of the
-// filter that are there anyway. A tile of 1 output is computed as one of 2.
+// A tile of 3 outputs needs the points 0, +-A, B, infinity, one of 2 needs 0, +-A, infinity: both take the values of
+// the filter that are there anyway. A tile of 1 output is computed as one of 2.
 struct TileSide {
   int tiles, edge;  // edge: outputs of the last tile
 
   TileSide(int size, bool mixed)
-      : tiles((size + kTileOut - 1) / kTileOut),
-        edge(!mixed || size % kTileOut == 0 ? kTileOut : size % kTileOut == 3 ? 3 : 2) {}
+      : tiles((size + kTileOut - 1) / kTileOut), edge(!mixed || size % kTileOut == 0 ? kTileOut
+                                                      : size % kTileOut == 3         ? 3
+                                                                                     : 2) {}
   int outputs(int tile) const { return tile + 1 == tiles ? edge : kTileOut; }
   // Does a smaller last tile do without this point?
   bool skips(int point) const { return point == 4 ? edge < 4 : point == 3 && edge < 3; }

@@ -15,7 +15,7 @@
 #include "geometry.h"
 #include "huge_pages.h"
 #include "layer.h"
-#include "max_pool.h"
+#include "pool_out.h"
 #include "team.h"
 
 namespace resnet_fast {
@@ -135,7 +135,8 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
   const bool same_type = x.scalar_type() == kTypeOf<T>;
   int64_t min_pixels = values.back().height * values.back().width;
   for (const Value& v : values) min_pixels = std::min(min_pixels, v.height * v.width);
-  const Geometry geometry = place<T>(inputs, std::move(values), !pool && same_type && size[1] % kernels_in_use<T>().lanes == 0);
+  const Geometry geometry =
+      place<T>(inputs, std::move(values), !pool && same_type && size[1] % kernels_in_use<T>().lanes == 0);
 
   const Chain<T> chain{inputs, filters, layers, geometry, output, pool, result};
   const int64_t threads = torch::stable::get_num_threads();

@@ -24,8 +24,8 @@ struct Pool {
 constexpr int64_t kPoolFields = 6;
 static_assert(sizeof(Pool) == kPoolFields * sizeof(int64_t), "a pooling is read from a list of integers");
 
-// The last layer's output, pooled if `pool` says so, channels_last, in the dtype of the inputs. Checks everything before
-// it touches memory.
+// The last layer's output, pooled if `pool` says so, channels_last, in the dtype of the inputs. Checks everything
+// before it touches memory.
 torch::stable::Tensor run_stage(const char* op, const std::vector<torch::stable::Tensor>& inputs,
                                 const std::vector<torch::stable::Tensor>& filters, const std::vector<Layer>& layers,
                                 const Pool* pool = nullptr);

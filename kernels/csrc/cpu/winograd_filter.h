@@ -70,7 +70,8 @@ RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_
 }
 
 // Row I of the points of a filter: V vectors, out of panels of `width`, [channel][tap][width] -> [point][channel][V
-// vectors]. `ahead`, two taps of each channel, is read next: filters come from memory, in an order that no CPU foresees.
+// vectors]. `ahead`, two taps of each channel, is read next: filters come from memory, in an order that no CPU
+// foresees.
 template <typename T, int V, int I>
 void expand_row(const T* filter, const T* ahead, int64_t width, int channels, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;

@@ -31,11 +31,10 @@ void winograd(const WinogradCall<T>& call) {
     const int group = call.panel_end - first < call.panel_group ? call.panel_end - first : call.panel_group;
     const T* const filters = call.filter + first * call.panel_stride;
     if (call.compact && vectors_of(first) == 2) {
-      multiply_compact<T, at_once == 2 ? W : WH, at_once, 2, S>(call, sizes, tiling, counts, first, input, filters, expanded,
-                                                                 products);
+      multiply_compact<T, at_once == 2 ? W : WH, at_once, 2, S>(call, sizes, tiling, counts, first, input, filters,
+                                                                expanded, products);
     } else if (call.compact) {
-      multiply_compact<T, WH, 1, 1, S>(call, sizes, tiling, counts, first, input, filters, expanded,
-                                                                 products);
+      multiply_compact<T, WH, 1, 1, S>(call, sizes, tiling, counts, first, input, filters, expanded, products);
     }
     for (int point = 0; point < kTilePoints && !call.compact; ++point) {
       prefetch(call, tiling, point, 2 * first, 2 * (first + group));

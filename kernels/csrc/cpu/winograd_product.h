@@ -67,7 +67,8 @@ inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
   return tiles[rows - 1];
 }
 
-// The same for all tiles of a list, and channels [begin, end) of the transformed input, begin being the first of a panel.
+// The same for all tiles of a list, and channels [begin, end) of the transformed input, begin being the first of a
+// panel.
 template <typename T, int P, int V, int S>
 void multiply(const T* input, const WinogradScratch& sizes, int tiles, int begin, int end, const T* filter,
               T* product) {
@@ -245,12 +246,11 @@ RESNET_FAST_INLINE void prefetch(const WinogradCall<T>& call, const Tiling& tili
   }
 }
 
-// The same, the filter being transformed into L1 for a row of points at a time: for more tiles, on lists of their own. E
-// of the panel's V vectors at once: products are [point][V / E][tile][E].
+// The same, the filter being transformed into L1 for a row of points at a time: for more tiles, on lists of their own.
+// E of the panel's V vectors at once: products are [point][V / E][tile][E].
 template <typename T, int P, int E, int V, int S>
 void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
-                       const TileCounts& counts, int panel, const T* input, const T* filter, T* expanded,
-                       T* products) {
+                       const TileCounts& counts, int panel, const T* input, const T* filter, T* expanded, T* products) {
   constexpr int lanes = Simd<T>::lanes, width = V * lanes;
   for (int c = 0; c < call.channels; c += kExpandedChannels) {
     const int channels = call.channels - c < kExpandedChannels ? call.channels - c : kExpandedChannels;
@@ -275,8 +275,7 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
 
 template <typename T, int P, int E, int V, int S>
 void multiply_compact(const WinogradCall<T>& call, const WinogradScratch& sizes, const Tiling& tiling,
-                      const TileCounts& counts, int panel, const T* input, const T* filter, T* expanded,
-                      T* products) {
+                      const TileCounts& counts, int panel, const T* input, const T* filter, T* expanded, T* products) {
   if constexpr (kManyRegisters) {
     if (in_registers(tiling, sizes.tiles)) {
       return multiply_in_registers<T, V>(call, sizes, tiling, input, filter, products);

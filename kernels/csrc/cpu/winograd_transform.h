@@ -161,7 +161,8 @@ void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, int 
       const int list = 2 * tiling.rows.skips(i);
       if (list != 0 && outputs < kTileOut) continue;
       const int64_t at = t * out_tile + kTileIn * i * out_point;
-      T *const to = out[list] + at, *const to_third = out[list + third] + at, *const to_fourth = out[list + fourth] + at;
+      T *const to = out[list] + at, *const to_third = out[list + third] + at,
+               *const to_fourth = out[list + fourth] + at;
       if (full) {
         transform_columns<T, V, 4>(from, to, to_third, to_fourth, out_point);
       } else if (last == 3) {
@@ -209,8 +210,9 @@ TileCounts transform_inputs(const WinogradCall<T>& call, int width, int64_t pane
 // One tile of M x N outputs, one vector of channels: product[list] is where it lies at the points of each list, or
 // product[0] at all points.
 template <typename T, int M, int N, bool Lists>
-__attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call, const Tiling& tiling, const TilePlace& place,
-                           const T* const (&product)[4], int64_t point, int64_t channel) {
+__attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call, const Tiling& tiling,
+                                                     const TilePlace& place, const T* const (&product)[4],
+                                                     int64_t point, int64_t channel) {
   typedef typename Simd<T>::Vec Vec;
   Vec half[kTileOut][kTileIn];
   const int64_t down = kTileIn * point;

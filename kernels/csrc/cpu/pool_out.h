@@ -15,8 +15,9 @@ inline Value pooled(const char* op, const Value& v, const Pool& p) {
   RESNET_FAST_CHECK(p.pad_h >= 0 && p.pad_w >= 0 && 2 * p.pad_h <= p.kernel_h && 2 * p.pad_w <= p.kernel_w, op,
                     ": pool has padding ", p.pad_h, " x ", p.pad_w, ", want at most half of its window, ", p.kernel_h,
                     " x ", p.kernel_w);
-  RESNET_FAST_CHECK(v.height + 2 * p.pad_h >= p.kernel_h && v.width + 2 * p.pad_w >= p.kernel_w, op, ": pool's window, ",
-                    p.kernel_h, " x ", p.kernel_w, ", exceeds the map, ", v.height, " x ", v.width);
+  RESNET_FAST_CHECK(v.height + 2 * p.pad_h >= p.kernel_h && v.width + 2 * p.pad_w >= p.kernel_w, op,
+                    ": pool's window, ", p.kernel_h, " x ", p.kernel_w, ", exceeds the map, ", v.height, " x ",
+                    v.width);
   return {v.channels,
           output_size(v.height, p.pad_h, p.kernel_h, p.stride_h),
           output_size(v.width, p.pad_w, p.kernel_w, p.stride_w),
