@@ -1,8 +1,8 @@
 """The fused operators as functions, and what PyTorch needs to know of them: shapes, gradients, autocast.
 
-Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. The
-functions here compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without a
-kernel, dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
+Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. On
+CPUs these functions compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without
+a kernel, dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
 into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
