@@ -253,7 +253,7 @@ BROKEN = [
     ("bn_backward_sums", 3, lambda ys: [ys[0], ys[0][:1]], "ys has shape"),
     ("bn_backward_sums", 4, lambda ms: [ms[0], ms[0][:, :2]], "means"),
     ("channel_sums", 0, lambda g: g[0], "grad has"),
-    ("channel_sums", 0, lambda g: g.half(), "grad has dtype"),
+    ("channel_sums", 0, lambda g: g.int(), "grad has dtype"),
     ("channel_sums", 0, lambda g: g.contiguous(), "not contiguous in channels_last"),
     ("conv_backward", 0, lambda g: g[:1], "grad"),
     ("conv_backward", 0, lambda g: g.double(), "grad has dtype"),

@@ -125,7 +125,7 @@ void copy_in(const torch::stable::Tensor& from, int64_t first_image, const Map<T
       const S* row = data + (first_image + n) * sn + h * sh;
       if (sc == 1 && sw == shape.channels && to.pixel == shape.channels) {
         T* out = to.at(n, h, 0);
-        for (int64_t j = 0; j < shape.width * shape.channels; ++j) out[j] = static_cast<T>(widen(row[j]));
+        for (int64_t j = 0; j < shape.width * shape.channels; ++j) out[j] = convert<T>(row[j]);
         continue;
       }
       if (sc == 1) {
