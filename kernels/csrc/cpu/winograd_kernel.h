@@ -12,6 +12,20 @@
 namespace resnet_fast {
 namespace {
 
+// Where there are fewer channels, eager's own sums are so short that sums of a whole panel would err twice as much.
+constexpr int kFewChannels = 64, kShortSum = 8;
+
+template <typename T, int P, int V, int S>
+void multiply_whole(const T* input, const WinogradScratch& sizes, int tiles, int channels, const T* filter,
+                    T* product) {
+  if constexpr (S == 1) {
+    if (channels < kFewChannels) {
+      return multiply<T, P, V, S, kShortSum>(input, sizes, tiles, 0, channels, filter, product);
+    }
+  }
+  multiply<T, P, V, S, kInputPanel>(input, sizes, tiles, 0, channels, filter, product);
+}
+
 // W tiles and two vectors make a register tile of products, or WH tiles and one; S: see Product.
 template <typename T, int W, int WH, int S>
 void winograd(const WinogradCall<T>& call) {
@@ -45,9 +59,9 @@ void winograd(const WinogradCall<T>& call) {
         T* product = products + point * sizes.product_point + static_cast<int64_t>(k) * tiles * panel;
         const T* in = input + point * sizes.input_point;
         if (vectors_of(first + k) == 2) {
-          multiply<T, W, 2, S>(in, sizes, count, 0, call.channels, filter, product);
+          multiply_whole<T, W, 2, S>(in, sizes, count, call.channels, filter, product);
         } else {
-          multiply<T, WH, 1, S>(in, sizes, count, 0, call.channels, filter, product);
+          multiply_whole<T, WH, 1, S>(in, sizes, count, call.channels, filter, product);
         }
       }
     }

@@ -8,10 +8,10 @@ namespace resnet_fast {
 namespace {
 
 // P tiles x V vectors of the product at one point, alone or on top of what other channels gave. Short sums err less
-// than a single long one, and Winograd's last transform multiplies what they err: the channels of a panel are summed
+// than a single long one, and Winograd's last transform multiplies what they err: B channels of a panel are summed
 // apart. With S = 1 the total stays in registers. Where these are too few for sums enough to hide the latency of the
-// FMAs, S = 2 panels are summed side by side, and the total waits in memory.
-template <typename T, int P, int V, int S>
+// FMAs, S = 2 panels are summed side by side, all of their channels, and the total waits in memory.
+template <typename T, int P, int V, int S, int B>
 struct Product {
   typedef typename MakeIndices<P * V>::type All;
   typedef typename MakeIndices<P>::type Rows;
@@ -33,9 +33,9 @@ struct Product {
     }
     for (; channels > 0; channels -= S * kInputPanel) {
       const int count = channels < kInputPanel ? channels : kInputPanel;
-      Sums one, other;
-      one.start(All());
       if (S == 2) {
+        Sums one, other;
+        one.start(All());
         other.start(All());
         const int both = channels < 2 * kInputPanel ? channels - count : kInputPanel;
         for (int c = 0; c < both; ++c) {
@@ -48,8 +48,14 @@ struct Product {
         one.spill(product, All());
         accumulate = true;
       } else {
-        for (int c = 0; c < count; ++c) step(one, input + c, filter + c * width, Rows());
-        total.add(one, All());
+        for (int c = 0; c < count;) {
+          Sums one;
+          one.start(All());
+          for (const int end = c + B < count ? c + B : count; c < end; ++c) {
+            step(one, input + c, filter + c * width, Rows());
+          }
+          total.add(one, All());
+        }
       }
       input += S * panel;
       filter += S * kInputPanel * width;
@@ -61,15 +67,15 @@ struct Product {
 template <typename T>
 using MultiplyTile = void (*)(const T*, int64_t, const T*, int, bool, T*);
 
-template <typename T, int V, int S, int... P>
+template <typename T, int V, int S, int B, int... P>
 inline MultiplyTile<T> select_multiply(int rows, Indices<P...>) {
-  static constexpr MultiplyTile<T> tiles[] = {Product<T, P + 1, V, S>::run...};
+  static constexpr MultiplyTile<T> tiles[] = {Product<T, P + 1, V, S, B>::run...};
   return tiles[rows - 1];
 }
 
 // The same for all tiles of a list, and channels [begin, end) of the transformed input, begin being the first of a
 // panel.
-template <typename T, int P, int V, int S>
+template <typename T, int P, int V, int S, int B>
 void multiply(const T* input, const WinogradScratch& sizes, int tiles, int begin, int end, const T* filter,
               T* product) {
   // Parts of equal size rather than full ones and a short rest, which could not hide the latency of its FMAs.
@@ -77,7 +83,7 @@ void multiply(const T* input, const WinogradScratch& sizes, int tiles, int begin
   input += begin / kInputPanel * sizes.input_panel;
   for (int part = 0; part < parts; ++part) {
     const int first = tiles * part / parts, last = tiles * (part + 1) / parts;
-    select_multiply<T, V, S>(last - first, typename MakeIndices<P>::type())(
+    select_multiply<T, V, S, B>(last - first, typename MakeIndices<P>::type())(
         input + first * kInputPanel, sizes.input_panel, filter, end - begin, begin > 0,
         product + static_cast<int64_t>(first) * V * Simd<T>::lanes);
   }
@@ -264,9 +270,10 @@ void multiply_expanded(const WinogradCall<T>& call, const WinogradScratch& sizes
         for (int j = 0; j < kTileIn; ++j) {
           const int point = kTileIn * i + j;
           if (c == 0 && v == 0) prefetch(call, tiling, point, 2 * panel, 2 * panel + V);
-          multiply<T, P, E, S>(input + point * sizes.input_point, sizes, counts.of[tiling.list(point)], c, c + channels,
-                               expanded + j * sizes.filter_point,
-                               products + point * sizes.product_point + static_cast<int64_t>(v) * sizes.tiles * lanes);
+          multiply<T, P, E, S, kInputPanel>(
+              input + point * sizes.input_point, sizes, counts.of[tiling.list(point)], c, c + channels,
+              expanded + j * sizes.filter_point,
+              products + point * sizes.product_point + static_cast<int64_t>(v) * sizes.tiles * lanes);
         }
       }
     }

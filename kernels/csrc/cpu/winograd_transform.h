@@ -17,10 +17,11 @@ RESNET_FAST_INLINE void transform_input(typename Simd<T>::Vec (&d)[kTileIn]) {
   typedef typename Simd<T>::Vec Vec;
   constexpr T a = T(kPointA), b = T(kPointB), aa = T(kSquareA), bb = T(kSquareB);
   if constexpr (M == 4) {
+    constexpr T sum = T(kSquareA + kSquareB);  // rounded once
     const Vec even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1];
     const Vec even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
-    d[0] = d[0] + d[4] - (aa + bb) * d[2];
-    d[5] = d[1] + d[5] - (aa + bb) * d[3];
+    d[0] = d[0] + d[4] - sum * d[2];
+    d[5] = d[1] + d[5] - sum * d[3];
     d[1] = even_a + a * odd_a;
     d[2] = even_a - a * odd_a;
     d[3] = even_b + b * odd_b;
