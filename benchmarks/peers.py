@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .cases import TrainingStep
 from .variants import Call, UnavailableError, Variant
 
 __all__ = ["BF16_PEERS", "PEERS", "mnn", "ncnn", "onnxruntime", "openvino"]
@@ -106,6 +107,8 @@ _graphs: WeakKeyDictionary[nn.Module, dict[torch.Size, _Graph]] = WeakKeyDiction
 
 
 def _graph(module: nn.Module, x: Tensor) -> _Graph:
+    if isinstance(module, TrainingStep):
+        raise UnavailableError("it runs inference only")
     graphs = _graphs.setdefault(module, {})
     if x.shape not in graphs:
         graphs[x.shape] = _Graph(module, x.contiguous())

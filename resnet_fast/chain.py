@@ -166,6 +166,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device in ops.DTYPES and torch.is_autocast_enabled(device) else None
 
 
+def _admitted(
+    x: Tensor, dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None
+) -> tuple[Tensor, str | None]:
+    """``x`` in the dtype that autocast wants, and why it cannot meet weights of this dtype on this device, or None."""
+    if x.device != device:
+        return x, f"an input on {x.device}, weights on {device}"
+    if autocast is not None and torch.float64 not in (x.dtype, dtype):
+        return x.to(autocast), None
+    return x, None if x.dtype == dtype else f"{x.dtype} input, {dtype} weights"
+
+
 def _eps(bn: nn.BatchNorm2d | None) -> float:
     return bn.eps if bn is not None else 0.0
 
@@ -367,32 +378,38 @@ class Fusing:
         if pool is not None and (window is None or torch.compiler.is_compiling()):
             y = self.fused(x)
             return None if y is None else pool(y)
-        training, autocast = self.training, autocast_dtype(x)
-        reason = self.cannot_run(x, training, autocast)
-        if reason is None and training:
-            return self._trained(x)
-        if reason is None and torch.compiler.is_compiling():
-            return self._traced(x)
-        chain = None if reason is not None else self._chain
-        if reason is None and (chain is None or not chain.fresh()):
-            recorder = Recorder()
-            self.flow(recorder, 0)
-            reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
-            chain = self._chain = Chain(self.parts(), recorder, self.opened()) if reason is None else None
-        if chain is not None:
-            if autocast is not None and torch.float64 not in (x.dtype, chain.dtype):
-                x = x.to(autocast)
-            elif x.dtype != chain.dtype:
-                reason = f"{x.dtype} input, {chain.dtype} weights"
-            if x.device != chain.device:
-                reason = f"an input on {x.device}, weights on {chain.device}"
-        if chain is None or reason is not None:
-            backends.decline(self.label(), reason or "")
-            return None
+        autocast = autocast_dtype(x)
+        if self.training:
+            return self._trained(x, autocast)
+        if torch.compiler.is_compiling():
+            return self._traced(x, autocast)
+        chain, x, reason = self.packed(x, autocast)
+        if chain is None:
+            return self._declined(reason)
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
             y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             return y if pool is None else pool(y)
         return chain.run(x, window or ())
+
+    def packed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Chain | None, Tensor, str | None]:
+        """The chain as it is now and ``x`` in the dtype that it takes, or None, ``x`` and why not."""
+        reason = self.cannot_run(x, False, autocast)
+        if reason is not None:
+            return None, x, reason
+        chain = self._chain
+        if chain is None or not chain.fresh():
+            recorder = Recorder()
+            self.flow(recorder, 0)
+            reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
+            chain = self._chain = Chain(self.parts(), recorder, self.opened()) if reason is None else None
+        if chain is None:
+            return None, x, reason
+        x, reason = _admitted(x, chain.dtype, chain.device, autocast)
+        return (chain if reason is None else None), x, reason
+
+    def _declined(self, reason: str | None) -> None:
+        """What runs unfused is counted."""
+        backends.decline(self.label(), reason or "")
 
     def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
         """Why a call cannot run fused, or None, as far as that does not depend on the weights."""
@@ -418,41 +435,38 @@ class Fusing:
             return "a global module hook"
         return None
 
-    def _trained(self, x: Tensor) -> Tensor | None:
+    def _trained(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
         """In training mode: one autograd function. What was recorded holds until a module changes, not a weight."""
-        program, reason = None if torch.compiler.is_compiling() else self._program, None
+        reason = self.cannot_run(x, True, autocast)
+        if reason is not None:
+            return self._declined(reason)
+        program = None if torch.compiler.is_compiling() else self._program
         if program is None or not program.fresh():
             recorder = Recorder(training=True)
             self.flow(recorder, 0)
             program = Program(recorder.pairs, recorder.layers)
             reason = recorder.reason(self.parts()) or program.reason()
-            if reason is None and not torch.compiler.is_compiling():
+            if reason is not None:
+                return self._declined(reason)
+            if not torch.compiler.is_compiling():
                 program.watch = Watch(self.parts(), self.opened(), contents=False)
                 self._program = program
-        weight = program.pairs[0][0].weight if program.pairs else x
-        autocast = autocast_dtype(x)
-        if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
-            x = x.to(autocast)
-        elif x.dtype != weight.dtype:
-            reason = reason or f"{x.dtype} input, {weight.dtype} weights"
-        if x.device != weight.device:
-            reason = reason or f"an input on {x.device}, weights on {weight.device}"
+        weight = program.pairs[0][0].weight
+        x, reason = _admitted(x, weight.dtype, weight.device, autocast)
         if x.numel() == 0:
             reason = reason or "an empty input"
-        if reason is not None:
-            backends.decline(self.label(), reason)
-            return None
-        return program.run(x)
+        return self._declined(reason) if reason is not None else program.run(x)
 
-    def _traced(self, x: Tensor) -> Tensor | None:
+    def _traced(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
         """For the compiler: filters are packed in the graph, where freezing can fold them, and never go stale."""
         recorder = Recorder()
-        self.flow(recorder, 0)
-        reason = recorder.reason(self.parts())
+        reason = self.cannot_run(x, False, autocast)
+        if reason is None:
+            self.flow(recorder, 0)
+            reason = recorder.reason(self.parts())
         if reason is not None:
-            backends.decline(self.label(), reason)
-            return None
-        if torch.is_grad_enabled() or autocast_dtype(x) is not None:
+            return self._declined(reason)
+        if torch.is_grad_enabled() or autocast is not None:
             return self.flow(Layers(), x)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(

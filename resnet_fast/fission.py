@@ -14,6 +14,7 @@ Source: the restructuring of batch norm by Jung et al., "Restructuring Batch Nor
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from .choose import training_algorithm
 from .ops import LAYER_FIELDS, conv_size
 
-__all__ = ["TENSORS", "Backward", "Kept", "Layer", "counts", "dense", "forward", "layers_of", "scale_shift", "stored"]
+__all__ = ["TENSORS", "Backward", "Kept", "Layer", "counts", "dense", "forward", "layers_of", "scale_shift"]
 
 # Of each layer: weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given.
 TENSORS = 6
@@ -83,10 +84,13 @@ def dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, Kept]:
-    """The result of a chain, and what :class:`Backward` wants. ``x``: channels_last. ``tensors``: TENSORS a layer."""
+def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None], recompute: bool) -> tuple[Tensor, Kept]:
+    """The result of a chain, and what :class:`Backward` wants; with ``recompute`` that forms the residual sums again.
+    ``x``: channels_last. ``tensors``: TENSORS a layer."""
     convolve = torch.ops.resnet_fast.conv_moments.default
-    values, kept = [_Value(x)], Kept([], [], [], [])
+    values: dict[int, _Value] = {0: _Value(x)}
+    kept = Kept([], [], [], [])
+    last_reader = {value: i for i, layer in enumerate(layers) for value in (layer.source, layer.residual)}
     for i, layer in enumerate(layers):
         weight, bias, gamma, beta, mean, var = tensors[TENSORS * i : TENSORS * (i + 1)]
         assert weight is not None
@@ -99,21 +103,20 @@ def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None]) -> tup
         value = _Value(y, affine, layer.relu)
         if layer.residual >= 0:
             value = _Value(_apply(value, _addable(values[layer.residual])))
-        values.append(value)
-        kept.ys.append(y)
-        kept.sums.append(value.tensor if value.scale_shift is None else None)
+        values[i + 1] = value
+        for read in {layer.source, layer.residual} - {-1}:
+            if last_reader[read] == i:
+                del values[read]
+        unread = i + 1 == len(layers) and not layer.normalized
+        total = None if value.scale_shift is not None else value.tensor
+        if unread or (recompute and layer.residual >= 0):
+            total = None
+        kept.ys.append(None if unread else y)
+        kept.sums.append(total)
         kept.scales.append(value.scale_shift)
         kept.moments.append(moments)
-    last = values[-1]
+    last = values[len(layers)]
     return (last.tensor if last.scale_shift is None else _apply(last)), kept
-
-
-def stored(layers: list[Layer], kept: Kept, recompute: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The ys and sums worth keeping; with ``recompute`` the sums are formed again from the ys."""
-    ys, sums = list(kept.ys), list(kept.sums)
-    if not layers[-1].normalized:
-        ys[-1] = sums[-1] = None
-    return ys, [None if recompute and s is not y else s for s, y in zip(sums, ys, strict=True)]
 
 
 def scale_shift(moments: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
@@ -141,9 +144,9 @@ class Backward:
     def __init__(
         self, layers: list[Layer], x: Tensor, kept: Kept, tensors: list[Tensor | None], needs: list[bool]
     ) -> None:
-        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted."""
+        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``kept``."""
         self.layers, self.x, self.tensors, self.needs = layers, x, tensors, needs
-        self.ys, self.sums, self.scales, self.moments = kept.ys, list(kept.sums), kept.scales, kept.moments
+        self.ys, self.sums, self.scales, self.moments = kept
         self.pending: dict[int, Tensor] = {}
         self.finished: dict[int, tuple[Tensor, Tensor]] = {}
         self.readers: dict[int, list[int]] = {}
@@ -155,30 +158,59 @@ class Backward:
             own = needs[1 + TENSORS * i : 1 + TENSORS * i + 4]
             needed.append(any(own) or any(needed[value] for value in inputs))
         self.needed = needed
-        self._restore()
+        self.missing = {i for i, layer in enumerate(layers) if layer.residual >= 0 and self.sums[i] is None}
+        self.segments = self._segments()
+        self._restore_ends()
         self.coefficients, self.inv_std = self._coefficients()
         self.found: list[Tensor | None] = [None] * len(needs)
         self._gammas: list[tuple[int, Tensor, Tensor]] = []  # where to, and the factors
 
-    def _restore(self) -> None:
-        """Residual sums that were not kept, as the forward pass formed them."""
-        values = [_Value(self.x)]
-        for i, (layer, y, scale) in enumerate(zip(self.layers, self.ys, self.scales, strict=True)):
-            total = self.sums[i]
-            if total is None and layer.residual >= 0:
-                assert y is not None
+    def _segments(self) -> dict[int, int]:
+        """The first layer of each segment by its last one, from front to back. Sums that were not kept are formed again
+        a segment at a time, when the backward pass comes there: of n sums no more than some 2 sqrt(n) exist at once
+        (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost")."""
+        ends, nearest = [], len(self.layers)
+        for i, layer in reversed(list(enumerate(self.layers))):
+            # A segment ends with a sum if the layers behind it read nothing that lies before.
+            if i in self.missing and nearest > i:
+                ends.append(i)
+            nearest = min(nearest, layer.source, layer.residual if layer.residual >= 0 else nearest)
+        step = max(1, round(sqrt(len(ends))))
+        lasts = sorted({len(self.layers) - 1, *ends[::step]})
+        return dict(zip(lasts, [0, *(last + 1 for last in lasts)], strict=False))
+
+    def _restore_ends(self) -> None:
+        """The last sum of each segment but the last, from which the others can be formed again."""
+        for last, first in list(self.segments.items())[:-1]:
+            self._restore(first, last)
+            for i in self.missing.intersection(range(first, last)):
+                self.sums[i] = None
+
+    def _restore(self, first: int, last: int) -> None:
+        """The residual sums of layers ``first`` to ``last`` that are not there, as the forward pass formed them."""
+        for i in range(first, last + 1):
+            layer = self.layers[i]
+            if self.sums[i] is None and layer.residual >= 0:
                 gamma, beta = self.tensors[TENSORS * i + 2 : TENSORS * i + 4]
                 affine = scale_shift(self.moments[i], gamma, beta, layer.eps)
-                total = self.sums[i] = _apply(_Value(y, affine, layer.relu), _addable(values[layer.residual]))
-            values.append(_Value(y if total is None else total, scale, layer.relu))  # type: ignore[arg-type]
+                self.sums[i] = _apply(_Value(self._y(i), affine, layer.relu), _addable(self._value(layer.residual)))
+
+    def _value(self, value: int) -> _Value:
+        if value == 0:
+            return _Value(self.x)
+        i = value - 1
+        total = self.sums[i]
+        return _Value(self._y(i) if total is None else total, self.scales[i], self.layers[i].relu)
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """Of x and of ``tensors``, None where they are not needed; ``grad``: of the chain's result."""
         self.pending[len(self.layers)] = dense(grad.to(self.x.dtype))
         for i in reversed(range(len(self.layers))):
+            if i in self.segments:
+                self._restore(self.segments[i], i)
             if self.needed[i + 1]:
                 self._layer(i)
-            self.sums[i] = None
+            self.ys[i] = self.sums[i] = None
         self.found[0] = self.pending.get(0)
         if self._gammas:
             places, sums, inv_std = zip(*self._gammas, strict=True)

@@ -75,25 +75,24 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
     # Beyond so few images, what a call costs besides the kernels does not count, and each stage has its own order.
     few_images = 4
 
-    def whole(self, x: Tensor, device: str) -> Whole | None:
-        """What runs the network as one operator, if ``x`` takes the kernels of ``device``."""
+    def whole(self) -> Whole | None:
+        """What runs the network as one operator."""
         # A subclass may do something else on the way; whoever traces looks into the stages.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if traced or type(self) is not CifarResNet or backends.kind(x) != device:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(self) is not CifarResNet:
             return None
         if self._whole is None:
-            self._whole = Whole()
+            self._whole = Whole(self)
         return self._whole
 
     def features(self, x: Tensor) -> Tensor:
-        whole = self.whole(x, "cpu")
-        few = whole is not None and x.dim() == 4 and x.shape[0] <= self.few_images
-        y = whole.features(self, x) if whole is not None and few else None
+        few = backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
+        whole = self.whole() if self.training or few else None
+        y = None if whole is None else whole.features(x)
         return super().features(x) if y is None else y
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = self.whole(x, "cuda")
-        y = None if whole is None else whole.scores(self, x)
+        whole = self.whole() if backends.kind(x) == "cuda" else None
+        y = None if whole is None else whole.scores(x)
         return super().forward(x) if y is None else y
 
     def stem(self, x: Tensor) -> Tensor:

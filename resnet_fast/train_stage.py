@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
-from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift, stored
+from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift
 
 
 def _spread(given: list[Tensor], present: list[bool]) -> list[Tensor | None]:
@@ -30,10 +30,9 @@ def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     """The result; [mean; variance] of each layer; then what else the backward pass wants: ys and residual sums."""
     *settings, recompute = rest
     layers = _layers(*settings)
-    out, kept = forward(layers, dense(x), _spread(tensors, settings[0]))
-    ys, sums = stored(layers, kept, recompute)
-    inner = [s for s, y in zip(sums[:-1], ys, strict=False) if s is not None and s is not y]
-    return [out, *kept.moments, *(y for y in ys if y is not None), *inner]
+    out, kept = forward(layers, dense(x), _spread(tensors, settings[0]), recompute)
+    inner = [s for s, y in zip(kept.sums[:-1], kept.ys, strict=False) if s is not None and s is not y]
+    return [out, *kept.moments, *(y for y in kept.ys if y is not None), *inner]
 
 
 def train_stage_backward(

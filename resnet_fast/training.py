@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import backends, train_stage  # noqa: F401  (registers the operator)
-from .fission import Backward, Kept, Layer, counts, dense, forward, layers_of, stored
+from .fission import Backward, Kept, Layer, counts, dense, forward, layers_of
 from .watch import Watch
 
 __all__ = ["Program"]
@@ -125,10 +125,9 @@ class _Train(torch.autograd.Function):
         x = dense(x)
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
-            out, kept = forward(layers, x, list(tensors))
+            out, kept = forward(layers, x, list(tensors), recompute)
         ctx.layers = layers
-        ys, sums = stored(layers, kept, recompute)
-        ctx.save_for_backward(x, *ys, *sums, *kept.scales, *kept.moments, *tensors)
+        ctx.save_for_backward(x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
         ctx.mark_non_differentiable(*kept.moments)
         return out, *kept.moments
 
@@ -137,7 +136,11 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         count = len(ctx.layers)
         x, *saved = ctx.saved_tensors
+        # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
+        ctx.maybe_clear_saved_tensors()
         kept = Kept(*(saved[i * count : (i + 1) * count] for i in range(4)))
+        tensors = saved[4 * count :]
+        del saved
         with torch._C._AutoDispatchBelowAutograd():
-            run = Backward(ctx.layers, x, kept, saved[4 * count :], ctx.needs_input_grad[2:])
+            run = Backward(ctx.layers, x, kept, tensors, ctx.needs_input_grad[2:])
             return None, None, *run.gradients(grad)

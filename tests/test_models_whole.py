@@ -1,5 +1,7 @@
 """A CIFAR network on a few images runs as one operator on the CPU: the same bits as stage by stage, never stale."""
 
+import copy
+
 import pytest
 import torch
 from support import exact_kernels, randomize_
@@ -87,7 +89,46 @@ def test_a_hook_inside_leaves_the_other_stages_fused():
     assert any("hook" in reason for reason in backends.fallbacks())
 
 
-def test_gradients_training_and_other_classes_go_stage_by_stage():
+def functions(y):
+    """Names of the backward nodes behind ``y``."""
+    nodes, names = [y.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return names
+
+
+def test_training_is_one_autograd_function():
+    model, x = network().train(), torch.randn(3, 3, 32, 32)
+    assert functions(model(x)).count("_TrainBackward") == 1
+    mine = copy.deepcopy(model)
+    mine.__class__ = type("Mine", (resnet_fast.CifarResNet,), {})
+    assert functions(mine(x)).count("_TrainBackward") == 4
+    mine.load_state_dict(model.state_dict())
+    for m in (model, mine):
+        m(x).square().mean().backward()
+    for (name, a), b in zip(model.named_parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for a, b in zip(model.buffers(), mine.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_training_after_changes():
+    model, x = network().train(), torch.randn(3, 3, 32, 32)
+    model(x)
+    model.layer2[1].bn1.eval()
+    y = model(x)
+    assert functions(y).count("_TrainBackward") == 1
+    with backends.use("eager"):
+        torch.testing.assert_close(y, model(x), rtol=1e-3, atol=1e-3)
+    seen = []
+    model.layer2[1].conv2.register_forward_hook(lambda *_: seen.append(1))
+    assert functions(model(x)).count("_TrainBackward") > 3
+    assert seen == [1]
+
+
+def test_gradients_and_other_classes_go_stage_by_stage():
     model, x = network(), torch.randn(1, 3, 32, 32)
 
     def names(net):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import training
+from benchmarks import peers, training
 from benchmarks.cases import TrainingStep
 from benchmarks.memory import peak_bytes
+from benchmarks.variants import UnavailableError
 from benchmarks.verify import Reference, WrongResultError
 from resnet_fast import backends, reference
 
@@ -80,3 +82,8 @@ def test_peak_bytes():
         return torch.empty(1 << 19, dtype=torch.uint8), b
 
     assert peak_bytes(call) == 3 << 20
+
+
+def test_engines_of_inference_refuse_a_training_step():
+    with pytest.raises(UnavailableError, match="inference only"):
+        peers._graph(TrainingStep(nn.Conv2d(3, 3, 1)), torch.zeros(1, 3, 4, 4))
