@@ -407,9 +407,10 @@ class Fusing:
         x, reason = _admitted(x, chain.dtype, chain.device, autocast)
         return (chain if reason is None else None), x, reason
 
-    def _declined(self, reason: str | None) -> None:
-        """What runs unfused is counted."""
+    def _declined(self, reason: str | None) -> Tensor | None:
+        """No result, which is counted."""
         backends.decline(self.label(), reason or "")
+        return None
 
     def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
         """Why a call cannot run fused, or None, as far as that does not depend on the weights."""

@@ -38,8 +38,9 @@ class Whole(Fusing):
             x = build.block(stage, x)
         return x
 
-    def _declined(self, reason: str | None) -> None:
-        """The stages run next, and count what does not."""
+    def _declined(self, reason: str | None) -> Tensor | None:
+        """No result: the stages run next, and count what does not."""
+        return None
 
     def _wants_gradient(self, x: Tensor) -> bool:
         wanted = x.requires_grad or any(p.requires_grad for p in self.model.parameters())
