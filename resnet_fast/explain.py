@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from .choose import BF16_DIRECT, BF16_WINOGRAD, NAMES
 from .convert import FusedTraced
 from .machine import Peak, cpu_name, measure_peak
 from .models import CifarResNet
-from .ops import LAYER_FIELDS
+from .ops import LAYER_FIELDS, conv_size
+from .pooling import pair, pooling_window
 
 __all__ = ["Explanation", "Row", "Whole", "explain"]
 
@@ -117,6 +119,7 @@ class _Event:
     x: Tensor
     y: Tensor
     again: Callable[[], object]
+    pool: nn.Module | None = None  # behind a fused chain, in the same operator
 
     @property
     def fused(self) -> bool:
@@ -142,13 +145,15 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     """Notes the calls of fused chains and of ``leaves``. Fused modules are not hooked: that would unfuse them."""
     events: list[_Event] = []
 
-    def listen(module: Fusing) -> Callable[[Tensor], Tensor | None]:
+    def listen(module: Fusing) -> Callable[..., Tensor | None]:
         run = type(module).fused
 
-        def fused(x: Tensor) -> Tensor | None:
-            y = run(module, x)
-            if y is not None:
-                events.append(_Event(module, x, y, lambda: run(module, x)))
+        def fused(x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
+            before = len(events)
+            y = run(module, x, pool)
+            # Where the pooling could not come along, the chain was noted when it ran by itself.
+            if y is not None and len(events) == before:
+                events.append(_Event(module, x, y, lambda: run(module, x, pool), pool))
             return y
 
         return fused
@@ -215,7 +220,7 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
         with _listening(model, []) as events:
             model(x)
         after = backends.fallbacks()
-        inside = {part for event in events for part in event.module.parts()}
+        inside = {part for event in events for part in (*event.module.parts(), event.pool)}
         leaves = [m for m in model.modules() if not list(m.children()) and m not in inside and not isinstance(m, _IDLE)]
         with _listening(model, leaves) as events:
             model(x)
@@ -254,26 +259,27 @@ def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
         image, weight = maps[source], conv.weight
         # A chain of one layer has one input: where the residual has its shape, it stands in for the residual.
         alone = [0, 0 if added >= 0 and maps[added].shape == image.shape else -1, *rest]
-        filter_ = [filters[i]]
-        y = run(image, filter_, alone)
+        pool = event.pool if i + 1 == len(recorder.pairs) else None
+        call = partial(run, image, [filters[i]], alone, [] if pool is None else pooling_window(pool))
+        y = call()
         maps.append(y)
 
-        def call(image: Tensor = image, filter_: list[Tensor] = filter_, alone: list[int] = alone) -> Tensor:
-            return run(image, filter_, alone)
-
         isa = "avx512_bf16" if algorithms[i] in (BF16_DIRECT, BF16_WINOGRAD) else backends.isa()
-        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {isa}"
+        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {isa}" + (
+            "" if pool is None else f", max pool {_geometry(pool)}"
+        )
         numel = image.numel() + weight.numel() + y.numel() * (2 if added >= 0 else 1)
-        flops = 2 * y.numel() * weight[0].numel()
+        height, width = map(conv_size, image.shape[2:], rest[6:], rest[2:4], rest[4:6])
+        flops = 2 * image.shape[0] * height * width * weight.numel()
         seconds = _median_seconds(call, runs)
         rows.append(Row(names[conv], kernel, tuple(y.shape), flops, numel * y.element_size(), seconds))
     return rows
 
 
-def _geometry(conv: nn.Conv2d) -> str:
-    """``3x3/2``: filter and stride."""
-    height, width = conv.stride
-    return f"{conv.kernel_size[0]}x{conv.kernel_size[1]}/{height if height == width else conv.stride}"
+def _geometry(module: Any) -> str:
+    """``3x3/2``: filter or window, and stride."""
+    (height, width), (down, right) = pair(module.kernel_size), pair(module.stride)
+    return f"{height}x{width}/{down if down == right else (down, right)}"
 
 
 def _eager_row(name: str, event: _Event, seconds: float) -> Row:

@@ -17,7 +17,7 @@ from . import backends
 from .fission import dense
 from .watch import hooks_reason
 
-__all__ = ["MaxPool2d", "pooling_window"]
+__all__ = ["MaxPool2d", "pair", "pooling_window"]
 
 _PLACES = 16  # of a window that four bits tell apart
 # Indices of so many outputs are turned into places at once: they stay in a CPU's cache.
@@ -30,11 +30,11 @@ class MaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self._fits(x):
             return super().forward(x)
-        kernel, padding = _pair(self.kernel_size), _pair(self.padding)
-        return _MaxPool.apply(x, kernel, _pair(self.stride), padding, self.ceil_mode)
+        kernel, padding = pair(self.kernel_size), pair(self.padding)
+        return _MaxPool.apply(x, kernel, pair(self.stride), padding, self.ceil_mode)
 
     def _fits(self, x: Tensor) -> bool:
-        kernel = _pair(self.kernel_size)
+        kernel = pair(self.kernel_size)
         return (
             self.training
             and torch.is_grad_enabled()
@@ -43,7 +43,7 @@ class MaxPool2d(nn.MaxPool2d):
             and x.numel() > 0
             and kernel[0] * kernel[1] <= _PLACES
             and x.shape[3] >= kernel[1]
-            and _pair(self.dilation) == [1, 1]
+            and pair(self.dilation) == [1, 1]
             and not self.return_indices
             and backends.selected() != "eager"
             and not torch.compiler.is_compiling()
@@ -57,12 +57,13 @@ def pooling_window(pool: nn.Module) -> list[int] | None:
     if type(pool) not in (nn.MaxPool2d, MaxPool2d) or hooks_reason([pool, pool]) is not None:
         return None
     assert isinstance(pool, nn.MaxPool2d)
-    if _pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:
+    if pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:
         return None
-    return [*_pair(pool.kernel_size), *_pair(pool.stride), *_pair(pool.padding)]
+    return [*pair(pool.kernel_size), *pair(pool.stride), *pair(pool.padding)]
 
 
-def _pair(value: Any) -> list[int]:
+def pair(value: Any) -> list[int]:
+    """Height and width, as modules keep them: one integer for both, or two."""
     return [value, value] if isinstance(value, int) else list(value)
 
 
