@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import backends
+
 __all__ = ["peak_bytes", "saved_bytes"]
 
 
@@ -48,9 +50,14 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that PyTorch's CPU allocator had given out at once during ``call()``, beyond what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+    """The most that was in use at once during ``call()``, beyond what was there before: counted by PyTorch's CPU
+    allocator, which gives all memory meanwhile."""
+    keep, backends.cpu.keep_memory = backends.cpu.keep_memory, False
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+    finally:
+        backends.cpu.keep_memory = keep
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0

@@ -56,6 +56,26 @@ class _Cpu:
     """bfloat16 images are multiplied in bfloat16 and added up in float32, filters rounded to bfloat16, as PyTorch does,
     where the CPU has instructions for it (AVX512_BF16). ``False``, and on other CPUs: computed in float32."""
 
+    _keep_memory: bool = True
+
+    @property
+    def keep_memory(self) -> bool:
+        """Memory of maps, gradients and scratch, in blocks of 1 MiB or more, is kept for the next ones when tensors go:
+        the C library would give it back to the system and get it again page by page. Used and kept memory together stay
+        within 1.5 x the most that was in use at once; blocks that 4096 others came after are given back. ``False`` gives all of
+        it back, and takes memory from PyTorch's own allocator from then on, which its profiler sees."""
+        return self._keep_memory
+
+    @keep_memory.setter
+    def keep_memory(self, keep: bool) -> None:
+        self._keep_memory = bool(keep)
+        if _missing is None:
+            torch.ops.resnet_fast.keep_memory(self._keep_memory)
+
+    def kept_bytes(self) -> int:
+        """Bytes that are kept and not in use."""
+        return torch.ops.resnet_fast.kept_memory() if _missing is None else 0
+
 
 cpu = _Cpu()
 

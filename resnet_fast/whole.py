@@ -43,8 +43,9 @@ class Whole(Fusing):
         return None
 
     def _wants_gradient(self, x: Tensor) -> bool:
-        wanted = x.requires_grad or any(p.requires_grad for p in self.model.parameters())
-        return wanted and torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
     def features(self, x: Tensor) -> Tensor | None:
         """``model.features(x)`` as one chain, or None."""

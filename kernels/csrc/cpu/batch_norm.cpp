@@ -95,8 +95,7 @@ std::tuple<Tensor, Tensor> bn_backward_sums(const Tensor& grad, const OptionalTe
 Tensor channel_sums(const Tensor& grad) {
   constexpr const char* op = "channel_sums";
   check_image(op, "grad", grad);
-  const int64_t size[] = {grad.size(1)};
-  Tensor out = torch::stable::empty({size, 1}, arithmetic_type(grad), std::nullopt, grad.device());
+  Tensor out = empty_tensor({grad.size(1)}, arithmetic_type(grad));
   with_types(grad, [&](auto storage, auto arithmetic) {
     using S = decltype(storage);
     using T = decltype(arithmetic);

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> bf16_conv_moments(const Bf16Forward& f) {
     });
   }
   const Tensor packed =
-      pack_bf16_training_filter(view_filter(f.weight), layout, in.channels, f.bias ? bias.data() : nullptr, f.x);
+      pack_bf16_training_filter(view_filter(f.weight), layout, in.channels, f.bias ? bias.data() : nullptr);
 
   Tensor y = empty_image(out, f.x);
   Tensor statistics = empty_rows(2, f.moments ? out.channels : 0, f.x);
@@ -58,8 +58,7 @@ std::tuple<Tensor, Tensor> bf16_conv_moments(const Bf16Forward& f) {
   };
   const int64_t work_numel = winograd ? round_up(winograd_scratch(convolution(0, split.chunk, nullptr)), 64) : 0;
   const int64_t slot_numel = round_up((map_numel + out_numel) * split.chunk + 128, 64);
-  const int64_t scratch_size[] = {slot_numel * split.slots(threads) + threads * work_numel};
-  Tensor scratch = torch::stable::empty({scratch_size, 1}, ScalarType::BFloat16, std::nullopt, f.x.device());
+  Tensor scratch = empty_tensor({slot_numel * split.slots(threads) + threads * work_numel}, ScalarType::BFloat16);
   BFloat16* const slots = static_cast<BFloat16*>(scratch.data_ptr());
 
   std::vector<Moments> sums(static_cast<size_t>(threads), Moments(f.moments ? out.channels : 0));

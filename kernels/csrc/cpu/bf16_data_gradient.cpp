@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16DataGradient& g) {
                     ": padding is larger than the filter less one, want algorithm 0");
   const float* const coefficients = check_rows<float>(kOp, "coefficients", g.coefficients, 4, out.channels);
   const FilterView view = transposed(view_filter(g.weight), l.kernel_h - 1, l.kernel_w - 1, 1, 1);
-  const Tensor packed = pack_bf16_training_filter(view, layout, out.channels, nullptr, g.weight);
+  const Tensor packed = pack_bf16_training_filter(view, layout, out.channels, nullptr);
 
   Tensor dx = empty_image(in, g.x);
   Tensor sums = empty_rows(g.finish ? 3 : 0, in.channels, g.x);
@@ -48,8 +48,7 @@ std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16DataGradient& g) {
   };
   const int64_t work_numel = winograd ? round_up(winograd_scratch(convolution(0, split.chunk, nullptr)), 64) : 0;
   const int64_t slot_numel = map_numel * split.chunk + 64;
-  const int64_t scratch_size[] = {slot_numel * split.slots(threads) + threads * work_numel};
-  Tensor scratch = torch::stable::empty({scratch_size, 1}, ScalarType::BFloat16, std::nullopt, g.x.device());
+  Tensor scratch = empty_tensor({slot_numel * split.slots(threads) + threads * work_numel}, ScalarType::BFloat16);
   BFloat16* const slots = static_cast<BFloat16*>(scratch.data_ptr());
   std::optional<MaskedSums<BFloat16, float>> masked;
   if (g.finish) {

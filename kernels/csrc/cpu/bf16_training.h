@@ -49,9 +49,8 @@ void gather_filter(const FilterView& v, const FilterLayout<BFloat16>& layout, in
 
 // As pack_training_filter, from weights as they are: batch norm comes later in training.
 inline Tensor pack_bf16_training_filter(const FilterView& v, const FilterLayout<BFloat16>& layout,
-                                        int64_t real_channels, const float* bias, const Tensor& like) {
-  const int64_t size[] = {layout.numel()};
-  Tensor packed = torch::stable::empty({size, 1}, ScalarType::BFloat16, std::nullopt, like.device());
+                                        int64_t real_channels, const float* bias) {
+  Tensor packed = empty_tensor({layout.numel()}, ScalarType::BFloat16);
   BFloat16* const data = static_cast<BFloat16*>(packed.data_ptr());
   BFloat16* const panels = data + layout.panels_begin();
   std::fill(data, panels, BFloat16{});

@@ -59,7 +59,7 @@ std::vector<Phase<T>> phases_of(const Layer& l, const Image& in, int64_t out_cha
                         w.size,
                         {0, -1, 0, in.channels, h.count, w.count, 1, 1, h.pad, w.pad},
                         layout,
-                        pack_training_filter<T>(view, layout, nullptr, weight)});
+                        pack_training_filter<T>(view, layout, nullptr)});
     }
   }
   return phases;
@@ -113,7 +113,7 @@ std::vector<Tensor> backward(const Arguments& a) {
   const MapShape result_shape{in.channels, in.height, in.width, round_up(in.channels, lanes), {}};
 
   Tensor dx = empty_image(Image(a.need_x ? whole.images : 0, whole.channels, whole.height, whole.width), a.x);
-  Tensor dw = torch::stable::empty_like(a.weight);
+  Tensor dw = empty_tensor_like(a.weight);
   Tensor sums = empty_rows(a.finish ? 3 : 0, in.channels, a.x);
   const S* const residual = a.residual ? static_cast<const S*>(a.residual->data_ptr()) : nullptr;
   S* const result = static_cast<S*>(dx.data_ptr());

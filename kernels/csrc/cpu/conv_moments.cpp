@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, co
       }
     });
   }
-  const Tensor packed = pack_training_filter<T>(view_filter(weight), layout, bias ? wide_bias.data() : nullptr, x);
+  const Tensor packed = pack_training_filter<T>(view_filter(weight), layout, bias ? wide_bias.data() : nullptr);
 
   Tensor y = empty_image(by_rows ? Image(whole.images, out.channels, whole.height, whole.width) : out, x);
   Tensor statistics = empty_rows(2, with_moments ? out.channels : 0, x);

@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor> max_pool(const Tensor& x, const std::vector<int64_t>&
   const Image out(in.images, in.channels, windows(in.height, w.kernel_h, w.stride_h, w.pad_h, ceil_mode),
                   windows(in.width, w.kernel_w, w.stride_w, w.pad_w, ceil_mode));
   Tensor y = empty_image(out, x);
-  const int64_t bytes[] = {(out.images * out.image() + 1) / 2};
-  Tensor places = torch::stable::empty({bytes, 1}, ScalarType::Byte, std::nullopt, x.device());
+  const int64_t bytes = (out.images * out.image() + 1) / 2;
+  Tensor places = empty_tensor({bytes}, ScalarType::Byte);
   uint8_t* const packed = static_cast<uint8_t*>(places.data_ptr());
   const int64_t channels = in.channels, pairs = ceil_div(out.pixels(), 2);
   with_types(x, [&](auto storage, auto arithmetic, auto integer) {
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> max_pool(const Tensor& x, const std::vector<int64_t>&
           store_as(best.data(), channels, to + p * channels);
         }
         uint8_t* const at = packed + pair * channels;
-        const int64_t count = std::min(channels, bytes[0] - pair * channels);
+        const int64_t count = std::min(channels, bytes - pair * channels);
         for (int64_t i = 0; i < count; ++i) {
           at[i] = static_cast<uint8_t>(place[static_cast<size_t>(2 * i)] | place[static_cast<size_t>(2 * i + 1)] << 4);
         }

@@ -13,7 +13,7 @@
 #include "../checks.h"
 #include "bf16_layer.h"
 #include "geometry.h"
-#include "huge_pages.h"
+#include "kept_memory.h"
 #include "layer.h"
 #include "pool_out.h"
 #include "team.h"
@@ -127,16 +127,14 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
   const Tensor& x = inputs[0];
   const int64_t images = x.size(0);
   const Value result = pool ? pooled(op, values.back(), *pool) : values.back();
-  const int64_t size[] = {images, result.channels, result.height, result.width};
-  Tensor output = torch::stable::empty({size, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                       torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor output = empty_tensor({images, result.channels, result.height, result.width}, x.scalar_type());
   if (images == 0) return output;
 
   const bool same_type = x.scalar_type() == kTypeOf<T>;
   int64_t min_pixels = values.back().height * values.back().width;
   for (const Value& v : values) min_pixels = std::min(min_pixels, v.height * v.width);
   const Geometry geometry =
-      place<T>(inputs, std::move(values), !pool && same_type && size[1] % kernels_in_use<T>().lanes == 0);
+      place<T>(inputs, std::move(values), !pool && same_type && result.channels % kernels_in_use<T>().lanes == 0);
 
   const Chain<T> chain{inputs, filters, layers, geometry, output, pool, result};
   const int64_t threads = torch::stable::get_num_threads();
@@ -150,11 +148,10 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
   const int64_t team_fit = std::max<int64_t>(kTeamMapBytes / (map_numel * static_cast<int64_t>(sizeof(T)) + 1), 1);
   const int64_t team_images = std::min(images - carried, team_fit);
   const int64_t team_work = team_images > 0 ? chain.work_numel(team_images) : 0;
-  const int64_t scratch_size[] = {std::max(carried > 0 ? threads * (group * map_numel + group_work) : 0,
-                                           team_images * map_numel + threads * team_work)};
-  Tensor scratch = torch::stable::empty({scratch_size, 1}, filters[0].scalar_type(), std::nullopt, x.device());
+  Tensor scratch = empty_tensor({std::max(carried > 0 ? threads * (group * map_numel + group_work) : 0,
+                                          team_images * map_numel + threads * team_work)},
+                                filters[0].scalar_type());
   T* data = static_cast<T*>(scratch.data_ptr());
-  prefer_huge_pages(data, static_cast<size_t>(scratch_size[0]) * sizeof(T));
 
   if (carried > 0) {
     // Whoever is free takes the next group: cores need not be equally fast.

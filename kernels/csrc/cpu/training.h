@@ -7,6 +7,7 @@
 
 #include "../checks.h"
 #include "filters.h"
+#include "kept_memory.h"
 #include "maps.h"
 #include "stage.h"
 #include "team.h"
@@ -74,14 +75,11 @@ const T* check_rows(const char* op, const char* name, const std::optional<Tensor
 }
 
 inline Tensor empty_image(const Image& i, const Tensor& like) {
-  const int64_t size[] = {i.images, i.channels, i.height, i.width};
-  return torch::stable::empty({size, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  return empty_tensor({i.images, i.channels, i.height, i.width}, like.scalar_type());
 }
 
 inline Tensor empty_rows(int64_t rows, int64_t channels, const Tensor& like) {
-  const int64_t size[] = {rows, channels};
-  return torch::stable::empty({size, 2}, arithmetic_type(like), std::nullopt, like.device());
+  return empty_tensor({rows, channels}, arithmetic_type(like));
 }
 
 // `n` elements as the arithmetic wants them: where they are, or copied to `buffer`.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "filters.h"
+#include "kept_memory.h"
 #include "maps.h"
 
 namespace resnet_fast {
@@ -96,11 +97,9 @@ void pack_training_panel(const FilterView& v, const FilterLayout<T>& layout, int
 
 // In the layout that the kernels read, with this bias (null: zeros).
 template <typename T>
-torch::stable::Tensor pack_training_filter(const FilterView& v, const FilterLayout<T>& layout, const T* bias,
-                                           const torch::stable::Tensor& like) {
-  const int64_t size[] = {layout.numel()};
+torch::stable::Tensor pack_training_filter(const FilterView& v, const FilterLayout<T>& layout, const T* bias) {
   const auto type = sizeof(T) == 4 ? torch::headeronly::ScalarType::Float : torch::headeronly::ScalarType::Double;
-  torch::stable::Tensor packed = torch::stable::empty({size, 1}, type, std::nullopt, like.device());
+  torch::stable::Tensor packed = empty_tensor({layout.numel()}, type);
   T* data = static_cast<T*>(packed.data_ptr());
   T* panels = data + layout.panels_begin();
   std::fill(data, panels, T(0));
