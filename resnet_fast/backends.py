@@ -62,8 +62,9 @@ class _Cpu:
     def keep_memory(self) -> bool:
         """Memory of maps, gradients and scratch, in blocks of 1 MiB or more, is kept for the next ones when tensors go:
         the C library would give it back to the system and get it again page by page. Used and kept memory together stay
-        within 1.5 x the most that was in use at once; blocks that 4096 others came after are given back. ``False`` gives all of
-        it back, and takes memory from PyTorch's own allocator from then on, which its profiler sees."""
+        within 1.5 x the most that was in use at once; blocks that 4096 others came after are given back.
+        ``False`` gives all of it back, and takes memory from PyTorch's own allocator from then on, which its profiler
+        sees."""
         return self._keep_memory
 
     @keep_memory.setter
