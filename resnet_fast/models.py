@@ -84,10 +84,14 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
             self._whole = Whole(self)
         return self._whole
 
+    def _few(self, x: Tensor) -> bool:
+        return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
+
     def features(self, x: Tensor) -> Tensor:
-        few = backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
-        whole = self.whole() if self.training or few else None
-        y = None if whole is None else whole.features(x)
+        whole, y = self.whole(), None
+        # The compiler comes here without a `whole`: the number of images is none of its conditions.
+        if whole is not None and (self.training or self._few(x)):
+            y = whole.features(x)
         return super().features(x) if y is None else y
 
     def forward(self, x: Tensor) -> Tensor:

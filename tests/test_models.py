@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from support import assert_same_model, exact_kernels, randomize_, twins
+from support import assert_same_model, channels_last, exact_kernels, randomize_, twins
 from torch import nn
 
 import resnet_fast
+from benchmarks.memory import peak_bytes
 from resnet_fast import backends, reference
 
 NAMES = [
@@ -232,6 +233,18 @@ def test_dropout_acts_in_training_only():
     dropped = [m for m in model.modules() if isinstance(m, nn.Dropout)]
     assert len(dropped) == 16
     assert all(m.p == 0.5 for m in dropped)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_memory_beside_the_weights(batch):
+    """What the first call takes at most, packed filters and maps included, in weights of the network."""
+    model, x = resnet_fast.ResNet32().eval(), channels_last(torch.randn(batch, 3, 224, 224))
+    weights = sum(p.nbytes for p in model.parameters())
+    with torch.no_grad():
+        first, later = (peak_bytes(lambda: model(x)) / weights for _ in range(2))
+    print(f"batch {batch}: {first:.2f} in the first call, {later:.2f} later")
+    assert 0.5 < first < 1.5
+    assert later < 0.5
 
 
 def test_initialisation_is_the_references():
