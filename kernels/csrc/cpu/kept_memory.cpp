@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <new>
@@ -113,6 +114,7 @@ class Memory {
     if (!data) {
       const std::lock_guard<std::mutex> lock(mutex_);
       used_bytes_ -= bytes;
+      most_bytes_ = used_bytes_;
     }
     RESNET_FAST_CHECK(data, "resnet_fast: no memory for ", bytes, " bytes");
     prefer_huge_pages(data, bytes);
@@ -161,11 +163,13 @@ Memory& memory() {
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
-// None where the C library is to give the memory.
+// None where PyTorch is to give the memory, or to say that no size is like that.
 std::optional<Tensor> kept_tensor(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType type) {
   size_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
-  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  if (bytes < kSmallest || !memory().keeps()) return std::nullopt;
+  for (const int64_t size : sizes) {
+    if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return std::nullopt;
+  }
+  if (bytes < kSmallest || bytes > SIZE_MAX / 2 || !memory().keeps()) return std::nullopt;
   void* data = memory().take(bytes);
   return torch::stable::from_blob(data, sizes, strides, kCpu, type,
                                   [bytes](void* block) { memory().give(block, bytes); });
