@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import reference
-from resnet_fast.chain import Build, Fused
+from resnet_fast.chain import Fused
+from resnet_fast.flow import Build
 
 from .images import KINDS, images
 

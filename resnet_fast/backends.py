@@ -75,7 +75,7 @@ class _Cpu:
 
     def kept_bytes(self) -> int:
         """Bytes that are kept and not in use."""
-        return torch.ops.resnet_fast.kept_memory() if _missing is None else 0
+        return torch.ops.resnet_fast.kept_memory()[0] if _missing is None else 0
 
 
 cpu = _Cpu()

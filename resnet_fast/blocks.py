@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import reference
-from .chain import Build, Fused
+from .chain import Fused
+from .flow import Build
 
 __all__ = ["BasicBlock", "Block", "Bottleneck", "Stage"]
 

@@ -1,163 +1,28 @@
 """Chains of convolutions: recorded from the dataflow of a block, folded and packed, kept fresh, run as one operator.
 
-A fused module states its dataflow once, in ``flow(build, x)``, by calls of ``build.conv``. What ``build`` is decides
-what happens: :class:`Recorder` writes the chain down, :class:`Layers` runs it convolution by convolution on the fused
-operators (where gradients are traced).
+A fused module states its dataflow once, in ``flow(build, x)``, by calls of ``build.conv`` (:mod:`resnet_fast.flow`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops, residual_network
 from .choose import algorithm_of_filter, algorithms
+from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .pooling import pooling_window
 from .training import Program
-from .watch import DROPOUTS, Watch, hooks_reason, uncounted_reason
+from .watch import Watch, uncounted_reason
 
-__all__ = ["Build", "Chain", "Fused", "Fusing", "Recorder", "structure_reason"]
-
-
-class Build(Protocol):
-    """What ``flow`` is given; ``x`` and what ``conv`` returns are opaque to it."""
-
-    def conv(self, conv: Any, bn: Any, x: Any, *, relu: nn.Module | None = None, residual: Any = None) -> Any:
-        """``[relu](bn(conv(x)) [+ residual])``, if the modules are what they are called."""
-
-    def block(self, block: nn.Module, x: Any) -> Any:
-        """``block(x)``"""
-
-
-def _padding(conv: nn.Conv2d) -> list[int] | None:
-    """Zeros on each side, or None where the sides differ."""
-    if conv.padding == "valid":
-        return [0, 0]
-    if conv.padding == "same":
-        odd = all(size % 2 == 1 for size in conv.kernel_size)
-        return [size // 2 for size in conv.kernel_size] if odd else None
-    return [int(p) for p in conv.padding]
-
-
-def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Container[nn.Module] = ()) -> str | None:
-    """Why no pair with this convolution and batch norm can be fused, whatever mode, device and dtype; or None.
-
-    Of the modules in ``read`` the code was read, and found to be a batch norm's.
-    """
-    if conv is not None and type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__} where a Conv2d was"
-    if bn is not None and type(bn) is not nn.BatchNorm2d and bn not in read:
-        return f"{type(bn).__name__} where a BatchNorm2d was"
-    if conv is None:
-        return None
-    if conv.groups != 1:
-        return f"{conv.groups} groups"
-    if conv.dilation != (1, 1):
-        return f"dilation {conv.dilation}"
-    if conv.padding_mode != "zeros":
-        return f"padding mode {conv.padding_mode!r}"
-    return "uneven padding" if _padding(conv) is None else None
-
-
-def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool, read: Container[nn.Module] = ()) -> str | None:
-    """Why this pair cannot be fused as it is now, for inference or for training, or None."""
-    reason = structure_reason(conv, bn, read)
-    if reason is not None:
-        return reason
-    if bn is not None and bn.training and not training:
-        return "batch norm in training mode"
-    if bn is not None and bn.running_mean is None and not training:
-        return "batch norm without running statistics"
-    for part in (conv, bn):
-        # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
-        if part is not None and ("weight" in part.__dict__ or "bias" in part.__dict__):
-            return f"a {type(part).__name__} whose weight or bias is not a parameter"
-    for t in _sources(conv, bn):
-        if t is None:
-            continue
-        # torch.export traces with fake tensors in the place of the weights.
-        if type(t) not in (Tensor, nn.Parameter, FakeTensor):
-            return f"weights of type {type(t).__name__}"
-        device = backends.kind(t)
-        if device not in ops.DTYPES or not backends.has_kernel(_operator(training), device):
-            return f"no kernel for {device} tensors"
-        if t.dtype not in ops.DTYPES[device]:
-            return f"no kernel for {t.dtype}"
-    return None
-
-
-def _sources(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> list[Tensor | None]:
-    """What a packed filter is made of, in the order of ``pack_conv_bn``."""
-    if bn is None:
-        return [conv.weight, conv.bias, None, None, None, None]
-    return [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
-
-
-def _operator(training: bool) -> str:
-    """The operator without which a chain cannot run."""
-    return "conv_moments" if training else "residual_stage"
-
-
-class Recorder:
-    """Writes the dataflow down as the integers that ``residual_stage`` reads. Values are numbered; 0 is the input."""
-
-    def __init__(self, training: bool = False) -> None:
-        self.training = training
-        self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
-        self.layers: list[int] = []
-        self._stands_for: set[nn.Module] = set()
-        self._read: set[nn.Module] = set()
-        self._reasons: list[str] = []
-
-    def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
-        self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
-        reason = _layer_reason(conv, bn, self.training, self._read)
-        if reason is None and relu is not None and type(relu) is not nn.ReLU:
-            reason = f"{type(relu).__name__} where a ReLU was"
-        if reason is not None:
-            self._reasons.append(reason)
-            return 0
-        self.pairs.append((conv, bn))
-        added = -1 if residual is None else residual
-        # The weight's own shape counts, as in F.conv2d: who prunes channels may leave the attributes as they were.
-        out_channels, _, *kernel = conv.weight.shape
-        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *(_padding(conv) or ())]
-        return len(self.pairs)
-
-    def block(self, block: nn.Module, x: int) -> int:
-        if not isinstance(block, Fused) or not block.flow_is_forward:
-            self._reasons.append(f"{type(block).__name__}, whose dataflow is not known")
-            return x
-        return block.flow(self, x)
-
-    def through(self, modules: list[nn.Module], reason: str | None) -> None:
-        """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
-        self._stands_for.update(modules)
-        self._read.update(modules)
-        if reason is not None:
-            self._reasons.insert(0, reason)
-
-    def reason(self, parts: list[nn.Module]) -> str | None:
-        """Why the chain cannot stand for all of ``parts``, or None."""
-        if self._reasons:
-            return self._reasons[0]
-        if not self.pairs:
-            return "no convolutions"
-        for module in parts[1:]:
-            if type(module) in DROPOUTS and isinstance(module, nn.modules.dropout._DropoutNd):
-                if module.training and module.p > 0:
-                    return f"a {type(module).__name__} in training mode"
-            elif module not in self._stands_for and type(module) is not nn.Sequential and not isinstance(module, Fused):
-                return f"a {type(module).__name__} that is not part of the pattern"
-        return hooks_reason(parts)
+__all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -177,25 +42,6 @@ def _admitted(
     return x, None if x.dtype == dtype else f"{x.dtype} input, {dtype} weights"
 
 
-def _eps(bn: nn.BatchNorm2d | None) -> float:
-    return bn.eps if bn is not None else 0.0
-
-
-class Layers:
-    """Runs each convolution on its own fused operator, which autograd and the compiler can look into."""
-
-    def conv(
-        self, conv: Any, bn: Any, x: Tensor, *, relu: nn.Module | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        inputs = [x] if residual is None else [x, residual]
-        name = "conv_bn_add_relu" if residual is not None else "conv_bn_relu" if relu is not None else "conv_bn"
-        op = getattr(torch.ops.resnet_fast, name)
-        return op(*inputs, *_sources(conv, bn), _eps(bn), list(conv.stride), _padding(conv))
-
-    def block(self, block: Any, x: Tensor) -> Tensor:
-        return block.flow(self, x)
-
-
 class Chain:
     """The convolutions of a module in eval mode, folded and packed, for as long as the module stays as it is."""
 
@@ -206,8 +52,8 @@ class Chain:
         self.device = recorder.pairs[0][0].weight.device
         # Watched before the weights are read: a change in between is seen at the next call.
         self._watch = Watch(parts, opened)
-        self.sources = [_sources(conv, bn) for conv, bn in recorder.pairs]
-        self.eps = [_eps(bn) for _, bn in recorder.pairs]
+        self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
+        self.eps = [eps_of(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
         self._filters: dict[tuple[torch.Size, torch.dtype, bool, bool], list[Tensor]] = {}  # by what the input is
         self._networks: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}  # likewise, and by classes
@@ -415,7 +261,7 @@ class Fusing:
     def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
         """Why a call cannot run fused, or None, as far as that does not depend on the weights."""
         device = backends.kind(x)
-        reason = backends.unfused_reason(_operator(training), device)
+        reason = backends.unfused_reason(operator(training), device)
         if reason is not None:
             return reason
         if device not in ops.DTYPES:
@@ -471,8 +317,8 @@ class Fusing:
             return self.flow(Layers(), x)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(
-                *_sources(conv, bn),
-                _eps(bn),
+                *sources_of(conv, bn),
+                eps_of(bn),
                 0 if backends.kind(x) == "cuda" else algorithm_of_filter(conv.weight, conv.stride),
             )
             for conv, bn in recorder.pairs

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .chain import Chain, Fused, Fusing, Recorder, autocast_dtype
+from .chain import Chain, Fused, Fusing, autocast_dtype
 from .choose import BF16_DIRECT, BF16_WINOGRAD, NAMES
 from .convert import FusedTraced
+from .flow import Recorder
 from .machine import Peak, cpu_name, measure_peak
 from .models import CifarResNet
 from .ops import LAYER_FIELDS, conv_size
@@ -265,9 +266,9 @@ def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
         maps.append(y)
 
         isa = "avx512_bf16" if algorithms[i] in (BF16_DIRECT, BF16_WINOGRAD) else backends.isa()
-        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {isa}" + (
-            "" if pool is None else f", max pool {_geometry(pool)}"
-        )
+        kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {isa}"
+        if pool is not None:
+            kernel += f", max pool {_geometry(pool)}"
         numel = image.numel() + weight.numel() + y.numel() * (2 if added >= 0 else 1)
         height, width = map(conv_size, image.shape[2:], rest[6:], rest[2:4], rest[4:6])
         flops = 2 * image.shape[0] * height * width * weight.numel()

@@ -206,8 +206,9 @@ class Backward:
         """Of x and of ``tensors``, None where they are not needed; ``grad``: of the chain's result."""
         self.pending[len(self.layers)] = dense(grad.to(self.x.dtype))
         for i in reversed(range(len(self.layers))):
-            if i in self.segments:
-                self._restore(self.segments[i], i)
+            first = self.segments.get(i, i + 1)
+            if any(self.needed[first + 1 : i + 2]):
+                self._restore(first, i)
             if self.needed[i + 1]:
                 self._layer(i)
             self.ys[i] = self.sums[i] = None

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .chain import Fused, Recorder
+from .chain import Fused
 from .convert import FusedTraced, check_model
+from .flow import Recorder
 from .plan import Plan, original
 
 if TYPE_CHECKING:

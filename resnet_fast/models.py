@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
-from .chain import Build, Fused
+from .chain import Fused
+from .flow import Build
 from .pooling import MaxPool2d
 from .whole import Whole
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .chain import structure_reason
+from .flow import structure_reason
 from .tracing import IN_PLACE
 from .watch import DROPOUTS
 from .written_norm import find_written, vacuous_checks

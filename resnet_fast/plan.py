@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .chain import Build, Fusing, Recorder
+from .chain import Fusing
+from .flow import Build, Recorder
 from .watch import attributes
 
 __all__ = ["LayerPaths", "Opened", "Plan", "Ref", "Segment", "Step", "find", "original"]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Fused, Recorder
+from .chain import Fused
+from .flow import Recorder
 from .ops import LAYER_FIELDS
 
 __all__ = ["A100", "H100", "Datasheet", "Roofline", "RooflineRow", "roofline"]

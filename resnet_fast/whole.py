@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import residual_network
-from .chain import Build, Fusing, Recorder, autocast_dtype
+from .chain import Fusing, autocast_dtype
+from .flow import Build, Recorder
 
 __all__ = ["Whole"]
 

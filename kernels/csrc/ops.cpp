@@ -90,9 +90,10 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("batch_norm_plan(int rows, int channels) -> int[]");
   m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
 
-  // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp), and how many bytes are.
+  // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp); bytes that are kept, and bytes
+  // in use.
   m.def("keep_memory(bool keep) -> ()");
-  m.def("kept_memory() -> int");
+  m.def("kept_memory() -> int[]");
 
   // The instruction set in use, as the Isa of cpu/isa.h: the stable ABI returns no strings.
   m.def("cpu_isa() -> int");

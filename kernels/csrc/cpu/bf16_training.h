@@ -17,34 +17,7 @@ void gather_filter(const FilterView& v, const FilterLayout<BFloat16>& layout, in
   const S* const from = static_cast<const S*>(v.data) + v.origin + k0 * v.k_step;
   const int64_t taps = layout.taps(), real = std::min(width, layout.out_channels - k0);
   if (real < width || real_channels < layout.depth()) std::fill_n(to, taps * layout.depth() * width, 0.0f);
-  // What lies beside each other in the filter is read in a row, and what is written meanwhile stays in L1. Rows lie too
-  // far apart for the CPU to foresee: they are asked for beforehand.
-  constexpr int64_t kChannels = 64, kAhead = 16, kLine = 64 / static_cast<int64_t>(sizeof(S));
-  const auto prefetch = [](const S* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(row + i);
-  };
-  const auto at_tap = [&](int64_t tap) {
-    return from + tap / layout.kernel_w * v.r_step + tap % layout.kernel_w * v.s_step;
-  };
-  for (int64_t first = 0; first < real_channels; first += kChannels) {
-    const int64_t last = std::min(first + kChannels, real_channels);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const S* const at = at_tap(tap);
-      float* const out = to + tap * width;
-      if (v.k_step == 1) {
-        for (int64_t c = first; c < last; ++c) {
-          prefetch(at + (c + kAhead) * v.c_step, real);
-          for (int64_t k = 0; k < real; ++k) out[c * taps * width + k] = widen(at[c * v.c_step + k]);
-        }
-      } else {
-        const S* const next = tap + 1 < taps ? at_tap(tap + 1) + first * v.c_step : at_tap(0) + last * v.c_step;
-        for (int64_t k = 0; k < real; ++k) {
-          if (v.c_step == 1) prefetch(next + k * v.k_step, last - first);
-          for (int64_t c = first; c < last; ++c) out[c * taps * width + k] = widen(at[c * v.c_step + k * v.k_step]);
-        }
-      }
-    }
-  }
+  copy_filter(from, v, layout.kernel_h, layout.kernel_w, 0, real_channels, real, to, taps * width, width);
 }
 
 // As pack_training_filter, from weights as they are: batch norm comes later in training.

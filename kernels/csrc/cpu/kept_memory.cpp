@@ -88,9 +88,9 @@ class Memory {
     return keep_;
   }
 
-  int64_t free_bytes() {
+  std::vector<int64_t> bytes() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return static_cast<int64_t>(free_bytes_);
+    return {static_cast<int64_t>(free_bytes_), static_cast<int64_t>(used_bytes_)};
   }
 
  private:
@@ -176,7 +176,7 @@ std::optional<Tensor> kept_tensor(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArra
 }
 
 void keep_memory(bool on) { memory().keep(on); }
-int64_t kept_memory() { return memory().free_bytes(); }
+std::vector<int64_t> kept_memory() { return memory().bytes(); }
 
 }  // namespace
 

@@ -45,28 +45,31 @@ inline __attribute__((always_inline)) void prefetch(const S* from, int64_t count
 }
 
 // Channels [begin, begin + count) of all taps, `real` output channels from `from` on: to[c * c_to + tap * tap_to + k].
+// What lies beside each other in the filter is read in a row.
 template <typename S, typename T>
 void copy_filter(const S* from, const FilterView& v, int64_t taps_h, int64_t taps_w, int64_t begin, int64_t count,
                  int64_t real, T* to, int64_t c_to, int64_t tap_to) {
+  const int64_t taps = taps_h * taps_w;
+  const auto at_tap = [&](int64_t tap, int64_t c) {
+    return from + (begin + c) * v.c_step + tap / taps_w * v.r_step + tap % taps_w * v.s_step;
+  };
   for (int64_t first = 0; first < count; first += kFilterChannels) {
     const int64_t last = std::min(first + kFilterChannels, count);
-    for (int64_t tap = 0; tap < taps_h * taps_w; ++tap) {
-      const S* at = from + begin * v.c_step + tap / taps_w * v.r_step + tap % taps_w * v.s_step;
-      T* out = to + tap * tap_to;
-      // Along the way on which the filter's lines are read once.
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const S* const at = at_tap(tap, 0);
+      T* const out = to + tap * tap_to;
       if (v.k_step == 1) {
         for (int64_t c = first; c < last; ++c) {
           prefetch(at + (c + kLinesAhead) * v.c_step, real);
           for (int64_t k = 0; k < real; ++k) out[c * c_to + k] = static_cast<T>(widen(at[c * v.c_step + k]));
         }
-      } else {
-        // To the same line of the next tap.
-        const int64_t ahead = (tap + 1) / taps_w * v.r_step + (tap + 1) % taps_w * v.s_step - (at - from) + begin;
-        for (int64_t k = 0; k < real; ++k) {
-          if (tap + 1 < taps_h * taps_w && v.c_step == 1) prefetch(at + ahead + k * v.k_step + first, last - first);
-          for (int64_t c = first; c < last; ++c) {
-            out[c * c_to + k] = static_cast<T>(widen(at[c * v.c_step + k * v.k_step]));
-          }
+        continue;
+      }
+      const S* const next = tap + 1 < taps ? at_tap(tap + 1, first) : at_tap(0, last);
+      for (int64_t k = 0; k < real; ++k) {
+        if (v.c_step == 1) prefetch(next + k * v.k_step, last - first);
+        for (int64_t c = first; c < last; ++c) {
+          out[c * c_to + k] = static_cast<T>(widen(at[c * v.c_step + k * v.k_step]));
         }
       }
     }

@@ -1,0 +1,175 @@
+"""What a module's ``flow(build, x)`` is given: :class:`Recorder` writes the dataflow down as a chain of convolutions,
+:class:`Layers` runs it convolution by convolution on the fused operators (where gradients are traced).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from . import backends, ops
+from .watch import DROPOUTS, hooks_reason
+
+__all__ = ["Build", "Layers", "Recorder", "eps_of", "operator", "sources_of", "structure_reason"]
+
+
+class Build(Protocol):
+    """What ``flow`` is given; ``x`` and what ``conv`` returns are opaque to it."""
+
+    def conv(self, conv: Any, bn: Any, x: Any, *, relu: nn.Module | None = None, residual: Any = None) -> Any:
+        """``[relu](bn(conv(x)) [+ residual])``, if the modules are what they are called."""
+
+    def block(self, block: nn.Module, x: Any) -> Any:
+        """``block(x)``"""
+
+
+def _fuses(module: nn.Module) -> bool:
+    """Whether it states its dataflow, and runs unfused what it cannot fuse: :class:`resnet_fast.chain.Fused`."""
+    return hasattr(type(module), "flow_is_forward")
+
+
+def _padding(conv: nn.Conv2d) -> list[int] | None:
+    """Zeros on each side, or None where the sides differ."""
+    if conv.padding == "valid":
+        return [0, 0]
+    if conv.padding == "same":
+        odd = all(size % 2 == 1 for size in conv.kernel_size)
+        return [size // 2 for size in conv.kernel_size] if odd else None
+    return [int(p) for p in conv.padding]
+
+
+def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Container[nn.Module] = ()) -> str | None:
+    """Why no pair with this convolution and batch norm can be fused, whatever mode, device and dtype; or None.
+
+    Of the modules in ``read`` the code was read, and found to be a batch norm's.
+    """
+    if conv is not None and type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} where a Conv2d was"
+    if bn is not None and type(bn) is not nn.BatchNorm2d and bn not in read:
+        return f"{type(bn).__name__} where a BatchNorm2d was"
+    if conv is None:
+        return None
+    if conv.groups != 1:
+        return f"{conv.groups} groups"
+    if conv.dilation != (1, 1):
+        return f"dilation {conv.dilation}"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode!r}"
+    return "uneven padding" if _padding(conv) is None else None
+
+
+def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool, read: Container[nn.Module] = ()) -> str | None:
+    """Why this pair cannot be fused as it is now, for inference or for training, or None."""
+    reason = structure_reason(conv, bn, read)
+    if reason is not None:
+        return reason
+    if bn is not None and bn.training and not training:
+        return "batch norm in training mode"
+    if bn is not None and bn.running_mean is None and not training:
+        return "batch norm without running statistics"
+    for part in (conv, bn):
+        # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
+        if part is not None and ("weight" in part.__dict__ or "bias" in part.__dict__):
+            return f"a {type(part).__name__} whose weight or bias is not a parameter"
+    for t in sources_of(conv, bn):
+        if t is None:
+            continue
+        # torch.export traces with fake tensors in the place of the weights.
+        if type(t) not in (Tensor, nn.Parameter, FakeTensor):
+            return f"weights of type {type(t).__name__}"
+        device = backends.kind(t)
+        if device not in ops.DTYPES or not backends.has_kernel(operator(training), device):
+            return f"no kernel for {device} tensors"
+        if t.dtype not in ops.DTYPES[device]:
+            return f"no kernel for {t.dtype}"
+    return None
+
+
+def sources_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> list[Tensor | None]:
+    """What a packed filter is made of, in the order of ``pack_conv_bn``."""
+    if bn is None:
+        return [conv.weight, conv.bias, None, None, None, None]
+    return [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+
+
+def operator(training: bool) -> str:
+    """The operator without which a chain cannot run."""
+    return "conv_moments" if training else "residual_stage"
+
+
+class Recorder:
+    """Writes the dataflow down as the integers that ``residual_stage`` reads. Values are numbered; 0 is the input."""
+
+    def __init__(self, training: bool = False) -> None:
+        self.training = training
+        self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
+        self.layers: list[int] = []
+        self._stands_for: set[nn.Module] = set()
+        self._read: set[nn.Module] = set()
+        self._reasons: list[str] = []
+
+    def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
+        self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
+        reason = _layer_reason(conv, bn, self.training, self._read)
+        if reason is None and relu is not None and type(relu) is not nn.ReLU:
+            reason = f"{type(relu).__name__} where a ReLU was"
+        if reason is not None:
+            self._reasons.append(reason)
+            return 0
+        self.pairs.append((conv, bn))
+        added = -1 if residual is None else residual
+        # The weight's own shape counts, as in F.conv2d: who prunes channels may leave the attributes as they were.
+        out_channels, _, *kernel = conv.weight.shape
+        self.layers += [x, added, int(relu is not None), out_channels, *kernel, *conv.stride, *(_padding(conv) or ())]
+        return len(self.pairs)
+
+    def block(self, block: nn.Module, x: int) -> int:
+        if not getattr(type(block), "flow_is_forward", False):
+            self._reasons.append(f"{type(block).__name__}, whose dataflow is not known")
+            return x
+        flow: Any = block.flow
+        return flow(self, x)
+
+    def through(self, modules: list[nn.Module], reason: str | None) -> None:
+        """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
+        self._stands_for.update(modules)
+        self._read.update(modules)
+        if reason is not None:
+            self._reasons.insert(0, reason)
+
+    def reason(self, parts: list[nn.Module]) -> str | None:
+        """Why the chain cannot stand for all of ``parts``, or None."""
+        if self._reasons:
+            return self._reasons[0]
+        if not self.pairs:
+            return "no convolutions"
+        for module in parts[1:]:
+            if type(module) in DROPOUTS and isinstance(module, nn.modules.dropout._DropoutNd):
+                if module.training and module.p > 0:
+                    return f"a {type(module).__name__} in training mode"
+            elif module not in self._stands_for and type(module) is not nn.Sequential and not _fuses(module):
+                return f"a {type(module).__name__} that is not part of the pattern"
+        return hooks_reason(parts)
+
+
+def eps_of(bn: nn.BatchNorm2d | None) -> float:
+    return bn.eps if bn is not None else 0.0
+
+
+class Layers:
+    """Runs each convolution on its own fused operator, which autograd and the compiler can look into."""
+
+    def conv(
+        self, conv: Any, bn: Any, x: Tensor, *, relu: nn.Module | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        inputs = [x] if residual is None else [x, residual]
+        name = "conv_bn_add_relu" if residual is not None else "conv_bn_relu" if relu is not None else "conv_bn"
+        op = getattr(torch.ops.resnet_fast, name)
+        return op(*inputs, *sources_of(conv, bn), eps_of(bn), list(conv.stride), _padding(conv))
+
+    def block(self, block: Any, x: Tensor) -> Tensor:
+        return block.flow(self, x)
