@@ -11,6 +11,7 @@ from torch import nn
 import resnet_fast
 from benchmarks.memory import peak_bytes, saved_bytes
 from resnet_fast import backends, blocks, reference
+from resnet_fast.chain import Fused
 from resnet_fast.pooling import MaxPool2d
 
 
@@ -100,6 +101,38 @@ def test_recomputed_outputs_change_no_bit(kind):
         y.square().mean().backward()
         results.append([y, own.grad, *(p.grad for p in copied.parameters()), *copied.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Long(Fused, nn.Module):
+    """Each sum adds what was two sums before: nowhere could the chain be cut."""
+
+    def __init__(self, count=6):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(count))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(count))
+        self.relu = nn.ReLU()
+
+    def parts(self):
+        return [self, *self.convs, *self.norms, self.relu]
+
+    def flow(self, build, x):
+        values = [x, x]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            values.append(build.conv(conv, norm, values[-1], relu=self.relu, residual=values[-2]))
+        return values[-1]
+
+    def forward(self, x):
+        return self.fused(x)
+
+
+def test_sums_that_are_added_later_are_formed_again():
+    torch.manual_seed(0)
+    m, x = Long().train(), torch.randn(2, 8, 6, 5)
+    grads = []
+    for recompute in (False, True):
+        backends.training.recompute_outputs = recompute
+        grads.append(torch.autograd.grad(copy.deepcopy(m)(own := x.clone().requires_grad_()).square().sum(), own)[0])
+    assert torch.equal(*grads)
 
 
 POOLS = [
