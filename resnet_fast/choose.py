@@ -9,7 +9,6 @@ The factors were fitted to measured times (benchmarks/NOTES.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -147,32 +146,32 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
 
 
 def training_algorithm(
-    weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False, padding: Sequence[int] = (0, 0)
+    weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False, needs_x: bool = True
 ) -> int:
-    """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around."""
+    """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around, and
+    ``needs_x`` tells whether the gradient of ``x`` is wanted beside that of the filter."""
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
     bf16 = x.dtype == torch.bfloat16 and backends.bf16_products()
     switches = (bf16, backends.cpu.allow_winograd)
-    return _training_algorithm(weight.shape, tuple(stride), tuple(padding), x.shape, backward, switches)
+    return _training_algorithm(weight.shape, tuple(stride), x.shape, backward, needs_x, switches)
 
 
 @lru_cache(1024)  # asked twice a layer in every step
 def _training_algorithm(
     weight: tuple[int, ...],
     stride: tuple[int, ...],
-    padding: tuple[int, ...],
     image: tuple[int, ...],
     backward: bool,
+    needs_x: bool,
     switches: tuple[bool, bool],
 ) -> int:
     k, c, *kernel = weight
     if backward:
         k, c = c, k
     batch, _, height, width = image
-    # Data gradients are convolutions by products of bfloat16 where the stride is 1 and all vectors are full.
-    turned = set(stride) == {1} and k % 16 == 0 and all(p < size for p, size in zip(padding, kernel, strict=True))
-    if switches[0] and (turned or not backward):
+    # Maps of bfloat16 that have no gap: a gradient of x is written by whole vectors.
+    if switches[0] and not (backward and needs_x and k % 16):
         out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
         return bf16_algorithm(c, k, tuple(kernel), stride, batch, (out_h, out_w))
     return algorithm(c, k, tuple(kernel), stride, batch, (height, width), training=True)

@@ -339,7 +339,7 @@ class Backward:
             weight,
             layer.stride,
             layer.padding,
-            training_algorithm(weight, layer.stride, x, True, layer.padding),
+            training_algorithm(weight, layer.stride, x, True, need_x),
             need_x,
             need_weight,
             self.pending.pop(value, None) if need_x else None,

@@ -28,16 +28,6 @@ inline void narrow_bf16(const float* from, int64_t n, BFloat16* to) {
   for (int64_t j = i; j < n; ++j) to[j] = narrow[j - i];
 }
 
-// The two channels of 16 pairs, rounded.
-RESNET_FAST_INLINE void store_pairs(BFloat16* to, Floats first, Floats second) {
-  BFloat16 halves[2 * kBf16Lanes];
-  store_rounded(halves, first), store_rounded(halves + kBf16Lanes, second);
-  const Pairs low = reinterpret_cast<Pairs>(load_widened(halves)),
-              high = reinterpret_cast<Pairs>(load_widened(halves + kBf16Lanes));
-  const Pairs joined = high | ((low >> 16) & 0xFFFF);
-  *reinterpret_cast<PairsInMemory*>(to) = joined;
-}
-
 // G g of F(2x2).
 RESNET_FAST_INLINE void transform_bf16_filter(Floats a, Floats b, Floats c, Floats (&u)[kBf16TileIn]) {
   const Floats outer = 0.5f * (a + c), inner = 0.5f * b;
@@ -69,7 +59,8 @@ inline void pack_bf16_winograd(const float* from, int channels, int vectors, BFl
         for (int side = 0; side < 2; ++side) {
           transform_bf16_filter(half[side][0][i], half[side][1][i], half[side][2][i], u[side]);
         }
-        for (int j = 0; j < kBf16TileIn; ++j) store_pairs(out + (i * kBf16TileIn + j) * point, u[0][j], u[1][j]);
+        for (int j = 0; j < kBf16TileIn; ++j)
+          store_pairs(out + (i * kBf16TileIn + j) * point, paired(u[0][j], u[1][j]));
       }
     }
   }

@@ -14,6 +14,15 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// The same element of two images: what a filter's gradient sums, two products at a time.
+struct Bf16Pair {
+  BFloat16 first, second;
+};
+template <>
+struct SumOf<Bf16Pair> {
+  typedef float type;
+};
+
 // The same for every instruction set.
 constexpr int kBf16Lanes = 16;  // output channels of a vector
 
@@ -23,6 +32,10 @@ constexpr int kBf16Lanes = 16;  // output channels of a vector
 constexpr int kBf16TileOut = 2;
 constexpr int kBf16TileIn = 4;
 constexpr int kBf16Points = kBf16TileIn * kBf16TileIn;
+template <>
+struct GradientTile<Bf16Pair> {
+  static constexpr int out = kBf16TileOut, in = kBf16TileIn, points = kBf16Points;
+};
 // Channels of a tile of the transformed input that lie together: a cache line, or half of one for the last 16 channels.
 constexpr int kBf16Panel = 32;
 
@@ -64,6 +77,21 @@ struct Kernels<BFloat16> {
   void (*pack_winograd)(const float* from, int channels, int vectors, BFloat16* to);
 };
 
+// Gradients of filters, from maps of pairs of images.
+template <>
+struct Kernels<Bf16Pair> {
+  int lanes;
+  int tile_pixels;
+  // Rows of two images, rounded.
+  void (*pair)(const float* first, const float* second, int64_t n, Bf16Pair* to);
+  void (*outer_products)(const OuterCall<Bf16Pair>&);
+  // As those of float32; there is no strip.
+  void (*winograd_input)(const WinogradCall<Bf16Pair>&, int64_t panel, int64_t point, Bf16Pair* strip, Bf16Pair* out);
+  void (*winograd_gradient)(const WinogradCall<Bf16Pair>&, int64_t panel, int64_t point, Bf16Pair* out);
+  void (*winograd_filter_gradient)(const float* sums, int64_t point, int columns, float* out);
+};
+
 extern const Kernels<BFloat16> kBf16Portable, kBf16Avx512;
+extern const Kernels<Bf16Pair> kBf16PairPortable, kBf16PairAvx512;
 
 }  // namespace resnet_fast

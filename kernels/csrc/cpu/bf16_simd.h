@@ -60,6 +60,24 @@ RESNET_FAST_INLINE void store_rounded(BFloat16* p, Floats first, Floats second) 
 #endif
 }
 
+// Pairs of the two, rounded.
+RESNET_FAST_INLINE Pairs paired(Floats first, Floats second) {
+#ifdef RESNET_FAST_AVX512_BF16
+  typedef int16_t Words __attribute__((vector_size(64)));
+  constexpr Words order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return reinterpret_cast<Pairs>(_mm512_maskz_permutexvar_epi16(
+      0xFFFFFFFF, reinterpret_cast<__m512i>(order), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))));
+#else
+  BFloat16 halves[2 * kBf16Lanes];
+  store_rounded(halves, first), store_rounded(halves + kBf16Lanes, second);
+  const Pairs low = reinterpret_cast<Pairs>(load_widened(halves)),
+              high = reinterpret_cast<Pairs>(load_widened(halves + kBf16Lanes));
+  return high | ((low >> 16) & 0xFFFF);
+#endif
+}
+RESNET_FAST_INLINE void store_pairs(BFloat16* to, Pairs v) { *reinterpret_cast<PairsInMemory*>(to) = v; }
+
 // Keeps NaN and the sign of zero: the instruction gives its second operand for these.
 RESNET_FAST_INLINE Floats rectified(Floats v) {
 #ifdef RESNET_FAST_AVX512_BF16
@@ -87,7 +105,7 @@ RESNET_FAST_INLINE Pairs splat_pair(const BFloat16* p, Indices<L...>) {
 // P rows (output pixels or tiles) x V vectors of output channels, as Tile in simd.h, by pairs of channels.
 template <int P, int V>
 struct PairTile {
-  static constexpr int width = V * kBf16Lanes;
+  static constexpr int lanes = kBf16Lanes, width = V * lanes;
   static constexpr int kAhead = 16;  // steps: deep filters come from beyond L2
   Floats sum[P * V];
 
@@ -102,6 +120,13 @@ struct PairTile {
     for (int v = 0; v < V; ++v) __builtin_prefetch(filter + kAhead * 2 * width + 2 * v * kBf16Lanes);
     const Pairs panel[V] = {load_pairs(filter + 2 * F * kBf16Lanes)...};
     ((row<I>(splat_pair(x + offset[I], typename MakeIndices<kBf16Lanes>::type()), panel, Indices<F...>())), ...);
+  }
+
+  // As Tile::outer, over a pair of images.
+  template <int... I, int... F>
+  RESNET_FAST_INLINE void outer(const Bf16Pair* d, const Bf16Pair* columns, Indices<I...>, Indices<F...>) {
+    const Pairs panel[V] = {load_pairs(&columns[F * lanes].first)...};
+    ((row<I>(splat_pair(&d[I].first, typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
   }
 
   template <int I, int... F>
@@ -127,6 +152,11 @@ struct PairTile {
   template <int... I>
   RESNET_FAST_INLINE void finish(BFloat16* to, const int64_t* offset, Indices<I...>) const {
     (store_rounded(to + offset[I / V] + (I % V) * kBf16Lanes, sum[I]), ...);
+  }
+
+  template <int... I>
+  RESNET_FAST_INLINE void put(float* to, int64_t row, Indices<I...>) const {
+    (store_floats(to + (I / V) * row + (I % V) * lanes, sum[I]), ...);
   }
 
   template <int... I>

@@ -77,44 +77,72 @@ inline void put_bf16_row(const float* from, int64_t pixels, int64_t channels, BF
   }
 }
 
-// Rows [begin, end) of images x height, normalised in float32 and rounded, into a map.
+// Row `i`, counted through the images, normalised in float32.
+inline void widen_activation(const BFloat16* x, const Image& image, const Activation<float>& act, int64_t i,
+                             float* row) {
+  kernels_in_use<BFloat16>().widen(x + i * image.row(), image.row(), row);
+  if (!act.scale && !act.relu) return;
+  kernels_in_use<float>().normalize({row, act.scale, act.shift, nullptr, nullptr, nullptr, act.relu, row, image.width,
+                                     static_cast<int>(image.channels)});
+}
+
+// The same for the gradient of a convolution's output: a * grad + b * (y - mean) + constant, or grad itself. `row_y`:
+// room for a row.
+inline void widen_gradient(const BFloat16* grad, const BFloat16* y, const float* coefficients, const Image& image,
+                           int64_t i, float* row, float* row_y) {
+  kernels_in_use<BFloat16>().widen(grad + i * image.row(), image.row(), row);
+  if (!coefficients) return;
+  kernels_in_use<BFloat16>().widen(y + i * image.row(), image.row(), row_y);
+  kernels_in_use<float>().input_gradient(
+      {row, row_y, coefficients, row, image.width, static_cast<int>(image.channels)});
+}
+
+// Rows [begin, end) of images x height, normalised and rounded, into a map.
 inline void fill_bf16_activation(const BFloat16* x, const Image& image, const Activation<float>& act, int64_t first,
                                  const Map<BFloat16>& to, int64_t begin, int64_t end) {
   std::vector<float> row(static_cast<size_t>(image.row()));
+  const int64_t at = first * image.height;
   for (int64_t i = begin; i < end; ++i) {
     BFloat16* const out = to.at(i / image.height, i % image.height, 0);
-    const BFloat16* const from = x + first * image.image() + i * image.row();
     if (!act.scale && !act.relu && to.pixel == image.channels) {
-      std::copy_n(from, image.row(), out);
+      std::copy_n(x + (at + i) * image.row(), image.row(), out);
       continue;
     }
-    kernels_in_use<BFloat16>().widen(from, image.row(), row.data());
-    if (act.scale || act.relu) {
-      kernels_in_use<float>().normalize({row.data(), act.scale, act.shift, nullptr, nullptr, nullptr, act.relu,
-                                         row.data(), image.width, static_cast<int>(image.channels)});
-    }
+    widen_activation(x, image, act, at + i, row.data());
     put_bf16_row(row.data(), image.width, image.channels, out, to.pixel);
   }
 }
 
-// The same for the gradient of a convolution's output: a * grad + b * (y - mean) + constant, or grad itself.
 inline void fill_bf16_gradient(const BFloat16* grad, const BFloat16* y, const float* coefficients, const Image& image,
                                int64_t first, const Map<BFloat16>& to, int64_t begin, int64_t end) {
   std::vector<float> row(static_cast<size_t>(image.row())), row_y(row.size());
+  const int64_t at = first * image.height;
   for (int64_t i = begin; i < end; ++i) {
     BFloat16* const out = to.at(i / image.height, i % image.height, 0);
-    const int64_t at = first * image.image() + i * image.row();
     if (!coefficients && to.pixel == image.channels) {
-      std::copy_n(grad + at, image.row(), out);
+      std::copy_n(grad + (at + i) * image.row(), image.row(), out);
       continue;
     }
-    kernels_in_use<BFloat16>().widen(grad + at, image.row(), row.data());
-    if (coefficients) {
-      kernels_in_use<BFloat16>().widen(y + at, image.row(), row_y.data());
-      kernels_in_use<float>().input_gradient(
-          {row.data(), row_y.data(), coefficients, row.data(), image.width, static_cast<int>(image.channels)});
-    }
+    widen_gradient(grad, y, coefficients, image, at + i, row.data(), row_y.data());
     put_bf16_row(row.data(), image.width, image.channels, out, to.pixel);
+  }
+}
+
+// Rows [begin, end) of pairs of images x height, from pair `first` on, into a map of pairs; a last image without
+// another has zeros beside it. widen(i, row): row `i`, counted through the images, in float32.
+template <typename Widen>
+void fill_pairs(const Image& image, int64_t first, const Map<Bf16Pair>& to, int64_t begin, int64_t end,
+                const Widen& widen) {
+  std::vector<float> row(static_cast<size_t>(image.row())), other(row.size());
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t pair = i / image.height, h = i % image.height, n = 2 * (first + pair);
+    widen(n * image.height + h, row.data());
+    if (n + 1 < image.images) {
+      widen((n + 1) * image.height + h, other.data());
+    } else {
+      std::fill(other.begin(), other.end(), 0.0f);
+    }
+    kernels_in_use<Bf16Pair>().pair(row.data(), other.data(), image.row(), to.at(pair, h, 0));
   }
 }
 
@@ -131,17 +159,20 @@ struct Bf16Forward {
 // conv_moments by products of bfloat16.
 std::tuple<Tensor, Tensor> bf16_conv_moments(const Bf16Forward& f);
 
-struct Bf16DataGradient {
+struct Bf16Backward {
   const Tensor &grad, &x, &weight;
   const OptionalTensor &y, &coefficients, &scale_shift, &residual;
   bool relu;
-  Layer layer;  // of stride 1
+  Layer layer;
   Algorithm algorithm;
   bool finish;
   const std::vector<Tensor>&ys, &means;
 };
 
 // The first and the last result of conv_backward: the gradient of x and the sums of bn_backward_sums.
-std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16DataGradient& g);
+std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16Backward& b);
+
+// Its second one.
+Tensor bf16_weight_gradient(const Bf16Backward& b);
 
 }  // namespace resnet_fast

@@ -5,9 +5,9 @@
 #include "bf16_training.h"
 #include "geometry.h"
 #include "layer.h"
+#include "phases.h"
 #include "team.h"
 #include "training.h"
-#include "training_filters.h"
 #include "training_sums.h"
 #include "weight_gradient.h"
 
@@ -15,55 +15,6 @@ namespace resnet_fast {
 namespace {
 
 constexpr const char* kOp = "conv_backward";
-
-// Pixels of the input that share their position modulo the stride: a convolution of their own, of stride 1, by every
-// stride-th tap in reverse.
-template <typename T>
-struct Phase {
-  int64_t row, column;  // the first pixel
-  int64_t height, width;
-  Layer layer;
-  FilterLayout<T> layout;
-  Tensor packed;
-};
-
-struct Taps {
-  int64_t count, last, pad, size;
-};
-
-Taps taps_of(int64_t phase, int64_t size, int64_t kernel, int64_t stride, int64_t pad) {
-  const int64_t first = (phase + pad) % stride, count = first < kernel ? (kernel - 1 - first) / stride + 1 : 0;
-  const int64_t last = first + (count - 1) * stride;
-  return {count, last, (last - phase - pad) / stride, size > phase ? (size - phase + stride - 1) / stride : 0};
-}
-
-template <typename T>
-std::vector<Phase<T>> phases_of(const Layer& l, const Image& in, int64_t out_channels, const Tensor& weight,
-                                Algorithm algorithm, bool& complete) {
-  std::vector<Phase<T>> phases;
-  complete = true;
-  for (int64_t a = 0; a < l.stride_h; ++a) {
-    for (int64_t b = 0; b < l.stride_w; ++b) {
-      const Taps h = taps_of(a, in.height, l.kernel_h, l.stride_h, l.pad_h);
-      const Taps w = taps_of(b, in.width, l.kernel_w, l.stride_w, l.pad_w);
-      if (h.size == 0 || w.size == 0) continue;
-      if (h.count == 0 || w.count == 0) {
-        complete = false;
-        continue;
-      }
-      const FilterLayout<T> layout{in.channels, out_channels, h.count, w.count, algorithm};
-      const FilterView view = transposed(view_filter(weight), h.last, w.last, l.stride_h, l.stride_w);
-      phases.push_back({a,
-                        b,
-                        h.size,
-                        w.size,
-                        {0, -1, 0, in.channels, h.count, w.count, 1, 1, h.pad, w.pad},
-                        layout,
-                        pack_training_filter<T>(view, layout, nullptr)});
-    }
-  }
-  return phases;
-}
 
 // Zeros that a convolution reads beyond a map of `size`.
 int64_t beyond(int64_t size, int64_t result, int64_t pad, int64_t kernel, int64_t stride, bool winograd) {
@@ -306,24 +257,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
   check_sum_inputs(kOp, x, std::nullopt, ys, means);
   RESNET_FAST_CHECK(!finish || need_x, kOp, ": finish without need_x");
   const bool winograd = layer.kernel_h == 3 && layer.kernel_w == 3 && stride[0] == 1 && stride[1] == 1;
-  const bool bf16 = x.scalar_type() == ScalarType::BFloat16 && stride[0] == 1 && stride[1] == 1;
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
   RESNET_FAST_CHECK((algorithm >= 0 && algorithm <= (winograd ? 2 : 0)) || (bf16 && algorithm == 3) ||
                         (bf16 && winograd && algorithm == 4),
                     kOp, ": algorithm is ", algorithm,
-                    ", want 0, or for a 3x3 filter with stride 1 up to 2, or 3 and 4 likewise if x is bfloat16 and the "
-                    "stride 1");
-  // By products of bfloat16; the weight's gradient is summed in float32 all the same.
+                    ", want 0, or for a 3x3 filter with stride 1 up to 2; if x is bfloat16 also 3, and 4 likewise");
   if (algorithm >= 3) {
-    const int64_t summed = algorithm == 4 ? 1 : 0;
-    if (!need_x) {
-      return conv_backward(grad, y, coefficients, x, scale_shift, relu, weight, stride, padding, summed, false,
-                           need_weight, residual, false, ys, means);
-    }
-    const auto [dx, sums] = bf16_data_gradient({grad, x, weight, y, coefficients, scale_shift, residual, relu, layer,
-                                                static_cast<Algorithm>(algorithm), finish, ys, means});
-    const auto of_weight = conv_backward(grad, y, coefficients, x, scale_shift, relu, weight, stride, padding, summed,
-                                         false, need_weight, std::nullopt, false, {}, {});
-    return {dx, std::get<1>(of_weight), sums};
+    const Bf16Backward b{grad,        x,        weight, y,     coefficients,
+                         scale_shift, residual, relu,   layer, static_cast<Algorithm>(algorithm),
+                         finish,      ys,       means};
+    Tensor dx = empty_image(Image(0, x.size(1), x.size(2), x.size(3)), x), sums = empty_rows(0, x.size(1), x);
+    if (need_x) std::tie(dx, sums) = bf16_data_gradient(b);
+    return {dx, need_weight ? bf16_weight_gradient(b) : empty_tensor_like(weight), sums};
   }
   const Arguments a{grad,           x,        weight,      y,      coefficients,
                     scale_shift,    residual, relu,        layer,  static_cast<Algorithm>(algorithm),

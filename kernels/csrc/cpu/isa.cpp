@@ -60,6 +60,15 @@ const Kernels<BFloat16>& kernels_in_use<BFloat16>() {
   return kBf16Portable;
 }
 
+template <>
+const Kernels<Bf16Pair>& kernels_in_use<Bf16Pair>() {
+#if defined(__x86_64__)
+  static const bool native = kernels_in_use<BFloat16>().native;
+  if (native) return kBf16PairAvx512;
+#endif
+  return kBf16PairPortable;
+}
+
 namespace {
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
 bool cpu_multiplies_bf16() { return kernels_in_use<BFloat16>().native; }

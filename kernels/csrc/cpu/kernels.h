@@ -198,6 +198,18 @@ struct MaskedSumsCall {
   int channels;
 };
 
+// What products of elements of T are added up in.
+template <typename T>
+struct SumOf {
+  typedef T type;
+};
+
+// The tiles by which Winograd sums a filter's gradient: output pixels along a side, points.
+template <typename T>
+struct GradientTile {
+  static constexpr int out = kTileOut, in = kTileIn, points = kTilePoints;
+};
+
 // sums[i][j] = d[d_offset[t]][i] * x[x_offset[t]][j], summed over t < count, on top of what is there with `accumulate`:
 // rows i of [row_begin, row_end), columns j up to whole vectors
 template <typename T>
@@ -206,7 +218,7 @@ struct OuterCall {
   const int64_t *d_offset, *x_offset;  // count + kOuterAhead of them: the last ones are only asked for beforehand
   int count, row_begin, row_end, columns;
   bool accumulate;
-  T* sums;
+  typename SumOf<T>::type* sums;
   int64_t sums_row;
 };
 

@@ -5,11 +5,13 @@
 #define RESNET_FAST_AVX512_BF16
 #include "bf16_convert_kernel.h"
 #include "bf16_direct_kernel.h"
+#include "bf16_weight_gradient_kernel.h"
 #include "bf16_winograd_kernel.h"
 
 namespace resnet_fast {
 extern const Kernels<BFloat16> kBf16Avx512 = {
     "avx512_bf16", true,        kBf16Lanes,        2, 12, conv_bf16<12, 24>, winograd_bf16<14, 28>,
     widen_bf16,    narrow_bf16, pack_bf16_winograd};
+extern const Kernels<Bf16Pair> kBf16PairAvx512 = bf16_pair_kernels<14, 28>();
 }  // namespace resnet_fast
 #endif  // __x86_64__

@@ -4,10 +4,12 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed within this file only
 #include "bf16_convert_kernel.h"
 #include "bf16_direct_kernel.h"
+#include "bf16_weight_gradient_kernel.h"
 #include "bf16_winograd_kernel.h"
 
 namespace resnet_fast {
 extern const Kernels<BFloat16> kBf16Portable = {
     "portable", false,       kBf16Lanes,        2, 2, conv_bf16<2, 4>, winograd_bf16<2, 4>,
     widen_bf16, narrow_bf16, pack_bf16_winograd};
+extern const Kernels<Bf16Pair> kBf16PairPortable = bf16_pair_kernels<2, 4>();
 }  // namespace resnet_fast

@@ -13,11 +13,14 @@ namespace resnet_fast {
 template <typename T>
 class WeightGradient {
  public:
+  typedef typename SumOf<T>::type Sum;
+  typedef GradientTile<T> Tile;
+
   // apart: a member sums images of its own.
   WeightGradient(const Layer& layer, const Image& in, const Image& out, bool winograd, bool apart)
       : layer_(layer), in_(in), out_(out), winograd_(winograd), columns_(round_up(in.channels, lanes_)) {
     if (winograd) {
-      runs_ = kTilePoints;
+      runs_ = Tile::points;
     } else if (layer.kernel_w * in.channels <= 64) {
       runs_ = layer.kernel_h;  // few channels: a row of the filter is one run of the input, which has no gaps
       run_ = layer.kernel_w * in.channels;
@@ -28,13 +31,13 @@ class WeightGradient {
     // Tiles that are transformed before they are multiplied: as many as stay in cache, but enough that sums are rarely
     // stored. All of them, if they fit: then no sum is ever stored.
     const int64_t d_panels = ceil_div(out.channels, panel_), x_panels = ceil_div(in.channels, panel_);
-    const int64_t tile_bytes = kTilePoints * (d_panels + x_panels) * panel_ * static_cast<int64_t>(sizeof(T));
-    const int64_t all = in.images * ceil_div(out.height, kTileOut) * ceil_div(out.width, kTileOut);
+    const int64_t tile_bytes = Tile::points * (d_panels + x_panels) * panel_ * static_cast<int64_t>(sizeof(T));
+    const int64_t all = in.images * ceil_div(out.height, Tile::out) * ceil_div(out.width, Tile::out);
     whole_ = winograd && !apart && all * tile_bytes <= kWholeTileBytes;
     tiles_ =
         whole_ ? all : std::clamp<int64_t>((apart ? kMemberTileBytes : kTeamTileBytes) / tile_bytes, 64, kMaxPixels);
     d_point_ = d_panels * tiles_ * panel_ + 16, x_point_ = x_panels * tiles_ * panel_ + 16;
-    strip_ = round_up(static_cast<int64_t>(kTileIn) * (kTileOut * ceil_div(out.width, kTileOut) + 2) * 16, 64);
+    strip_ = round_up(static_cast<int64_t>(Tile::in) * (Tile::out * ceil_div(out.width, Tile::out) + 2) * 16, 64);
   }
 
   // Are all images wanted at once?
@@ -43,12 +46,12 @@ class WeightGradient {
   // Elements: sums and transformed tiles of the team, and a strip for each of its members.
   int64_t sums_numel(int64_t threads) const { return whole_ ? threads * kBlockNumel : runs_ * sum_stride(); }
   int64_t work_numel(int64_t threads) const {
-    return winograd_ ? kTilePoints * (d_point_ + x_point_) + threads * strip_ + 64 : 0;
+    return winograd_ ? Tile::points * (d_point_ + x_point_) + threads * strip_ + 64 : 0;
   }
 
   // Adds the images in the maps to `sums`, which starts as zeros. Every member of the crew calls this; a barrier must
   // come before and after.
-  void add(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, T* work, const Crew& crew) const {
+  void add(const Map<T>& d, const Map<T>& x, int64_t images, Sum* sums, T* work, const Crew& crew) const {
     if (winograd_) {
       add_tiles(d, x, images, sums, work, crew);
     } else {
@@ -58,7 +61,7 @@ class WeightGradient {
 
   // This member's output channels to `to`, whose strides are those of the weight. A barrier must come before.
   template <typename S>
-  void store(T* sums, const T* work, S* to, const int64_t (&stride)[4], const Crew& crew) const {
+  void store(Sum* sums, const T* work, S* to, const int64_t (&stride)[4], const Crew& crew) const {
     crew.share(out_.channels, [&](int64_t begin, int64_t end) {
       if (whole_) {
         multiply_and_store(sums + crew.rank * kBlockNumel, work, to, stride, begin, end);
@@ -72,16 +75,16 @@ class WeightGradient {
   static constexpr int64_t kTeamTileBytes = 2 << 20, kMemberTileBytes = 256 << 10, kWholeTileBytes = 16 << 20;
   static constexpr int64_t kProductTiles = 512;
   // Sums of so many output and input channels at all points stay in L2.
-  static constexpr int64_t kBlockRows = 64, kBlockColumns = 64, kBlockNumel = kTilePoints * kBlockRows * kBlockColumns;
+  static constexpr int64_t kBlockRows = 64, kBlockColumns = 64, kBlockNumel = Tile::points * kBlockRows * kBlockColumns;
 
   int64_t sum_stride() const { return out_.channels * columns_; }
 
-  void add_tiles(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, T* work, const Crew& crew) const {
+  void add_tiles(const Map<T>& d, const Map<T>& x, int64_t images, Sum* sums, T* work, const Crew& crew) const {
     const Kernels<T>& kernels = kernels_in_use<T>();
     const int64_t rank = crew.rank, size = crew.size;
-    T *const d_tiles = work, *const x_tiles = work + kTilePoints * d_point_;
-    T* const strip = x_tiles + kTilePoints * x_point_ + rank * strip_;
-    const int64_t total = images * ceil_div(out_.height, kTileOut) * ceil_div(out_.width, kTileOut);
+    T *const d_tiles = work, *const x_tiles = work + Tile::points * d_point_;
+    T* const strip = x_tiles + Tile::points * x_point_ + rank * strip_;
+    const int64_t total = images * ceil_div(out_.height, Tile::out) * ceil_div(out_.width, Tile::out);
     WinogradCall<T> call{};
     call.height = static_cast<int>(out_.height), call.width = static_cast<int>(out_.width);
     for (int64_t first = 0; first < total; first += tiles_) {
@@ -109,8 +112,9 @@ class WeightGradient {
   // sums[row - row_begin][column - column_begin] = products of `count` transformed tiles at one point, or += with
   // `accumulate`. column_begin is a multiple of a panel.
   void multiply(const T* work, int64_t point, int64_t count, int64_t row_begin, int64_t row_end, int64_t column_begin,
-                int64_t column_end, bool accumulate, T* sums, int64_t sums_row) const {
-    const T *const d_tiles = work + point * d_point_, *const x_tiles = work + kTilePoints * d_point_ + point * x_point_;
+                int64_t column_end, bool accumulate, Sum* sums, int64_t sums_row) const {
+    const T *const d_tiles = work + point * d_point_, *const x_tiles =
+                                                          work + Tile::points * d_point_ + point * x_point_;
     int64_t offset[kProductTiles + kOuterAhead];
     for (int64_t t = 0; t < std::min(count, kProductTiles) + kOuterAhead; ++t) offset[t] = t * panel_;
     for (int64_t first = 0; first < count; first += kProductTiles) {
@@ -131,13 +135,13 @@ class WeightGradient {
 
   // The products of all tiles, block by block of sums, which are transformed as soon as they are complete.
   template <typename S>
-  void multiply_and_store(T* block, const T* work, S* to, const int64_t (&stride)[4], int64_t begin,
+  void multiply_and_store(Sum* block, const T* work, S* to, const int64_t (&stride)[4], int64_t begin,
                           int64_t end) const {
     for (int64_t column = 0; column < columns_; column += kBlockColumns) {
       const int64_t width = std::min(kBlockColumns, columns_ - column);
       for (int64_t k = begin; k < end; k += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, end - k), point_sums = rows * width;
-        for (int64_t point = 0; point < kTilePoints; ++point) {
+        for (int64_t point = 0; point < Tile::points; ++point) {
           multiply(work, point, tiles_, k, k + rows, column, column + width, false, block + point * point_sums, width);
         }
         store_rows(block, width, point_sums, column, width, to, stride, k, k + rows);
@@ -148,12 +152,12 @@ class WeightGradient {
   // Sums of output channels [begin, end) and `width` input channels from `column` on, `row` elements each, runs or
   // points `run` elements apart.
   template <typename S>
-  void store_rows(const T* sums, int64_t row, int64_t run, int64_t column, int64_t width, S* to,
+  void store_rows(const Sum* sums, int64_t row, int64_t run, int64_t column, int64_t width, S* to,
                   const int64_t (&stride)[4], int64_t begin, int64_t end) const {
-    std::vector<T> taps(static_cast<size_t>(winograd_ ? 9 * width : 0));
+    std::vector<Sum> taps(static_cast<size_t>(winograd_ ? 9 * width : 0));
     const int64_t channels = std::min(width, in_.channels - column);
     for (int64_t k = begin; k < end; ++k, sums += row) {
-      const T* from = sums;
+      const Sum* from = sums;
       int64_t tap_stride = run;
       if (winograd_) {
         kernels_in_use<T>().winograd_filter_gradient(sums, run, static_cast<int>(width), taps.data());
@@ -161,7 +165,7 @@ class WeightGradient {
       }
       for (int64_t r = 0; r < layer_.kernel_h; ++r) {
         for (int64_t s = 0; s < layer_.kernel_w; ++s) {
-          const T* tap =
+          const Sum* tap =
               run_ > 0 ? from + r * tap_stride + s * in_.channels : from + (r * layer_.kernel_w + s) * tap_stride;
           S* out = to + k * stride[0] + column * stride[1] + r * stride[2] + s * stride[3];
           const int64_t count = run_ > 0 ? in_.channels : channels;
@@ -175,7 +179,7 @@ class WeightGradient {
     }
   }
 
-  void add_pixels(const Map<T>& d, const Map<T>& x, int64_t images, T* sums, int64_t rank, int64_t size) const {
+  void add_pixels(const Map<T>& d, const Map<T>& x, int64_t images, Sum* sums, int64_t rank, int64_t size) const {
     const int64_t total = images * out_.height * out_.width;
     const T* const origin = x.origin - layer_.pad_h * x.row - layer_.pad_w * x.pixel;
     int64_t d_offset[kMaxPixels + kOuterAhead], x_offset[kMaxPixels + kOuterAhead];

@@ -1,61 +1,14 @@
 // Gradients of filters, one source for every instruction set.
 //
-// Direct: dW[k][run][i] = sum over output pixels of dy[p][k] * x[p][run offset + i].
-// Winograd, the transpose of F(4x4, 3x3) in g:  dW = G^T [ sum over tiles of (A dy A^T) . (B^T d B) ] G.
+// Direct: outer_product_kernel.h. Winograd, the transpose of F(4x4, 3x3) in g:  dW = G^T [ sum over tiles of (A dy A^T)
+// . (B^T d B) ] G.
 #pragma once
 
+#include "outer_product_kernel.h"
 #include "winograd_kernel.h"
 
 namespace resnet_fast {
 namespace {
-
-// One tile of registers: P output channels x V vectors of input channels, summed over all pixels (or tiles) of a call.
-template <typename T, int P, int V>
-void outer_tile(const OuterCall<T>& call, int row, int column) {
-  typedef typename MakeIndices<P * V>::type All;
-  Tile<T, P, V> tile;
-  tile.start(All());
-  const T *d = call.d + row, *x = call.x + column;
-  constexpr int line = 64 / sizeof(T);
-  for (int t = 0; t < call.count; ++t) {
-    const T *next_d = d + call.d_offset[t + kOuterAhead], *next_x = x + call.x_offset[t + kOuterAhead];
-    __builtin_prefetch(next_d);
-    if (P > line / 2) __builtin_prefetch(next_d + P - 1);
-    for (int i = 0; i < V * Simd<T>::lanes; i += line) __builtin_prefetch(next_x + i);
-    tile.outer(d + call.d_offset[t], x + call.x_offset[t], typename MakeIndices<P>::type(),
-               typename MakeIndices<V>::type());
-  }
-  T* to = call.sums + static_cast<int64_t>(row) * call.sums_row + column;
-  if (call.accumulate) tile.add(to, call.sums_row, All());
-  tile.put(to, call.sums_row, All());
-}
-
-template <typename T>
-using OuterTile = void (*)(const OuterCall<T>&, int, int);
-
-template <typename T, int V, int... P>
-inline OuterTile<T> select_outer(int rows, Indices<P...>) {
-  static constexpr OuterTile<T> tiles[] = {outer_tile<T, P + 1, V>...};
-  return tiles[rows - 1];
-}
-
-template <typename T, int P, int V>
-void outer_columns(const OuterCall<T>& call, int column) {
-  const int parts = (call.row_end - call.row_begin + P - 1) / P, rows = call.row_end - call.row_begin;
-  for (int part = 0; part < parts; ++part) {
-    const int begin = call.row_begin + rows * part / parts, end = call.row_begin + rows * (part + 1) / parts;
-    select_outer<T, V>(end - begin, typename MakeIndices<P>::type())(call, begin, column);
-  }
-}
-
-template <typename T, int P, int PH>
-void outer_products(const OuterCall<T>& call) {
-  int column = 0;
-  for (; column + 2 * Simd<T>::lanes <= call.columns; column += 2 * Simd<T>::lanes) {
-    outer_columns<T, P, 2>(call, column);
-  }
-  for (; column < call.columns; column += Simd<T>::lanes) outer_columns<T, PH, 1>(call, column);
-}
 
 template <typename T>
 void winograd_input(const WinogradCall<T>& call, int64_t panel, int64_t point, T* strip, T* out) {
