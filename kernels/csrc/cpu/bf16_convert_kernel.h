@@ -6,9 +6,14 @@
 namespace resnet_fast {
 namespace {
 
+constexpr int64_t kWidenAhead = 1024;
+
 inline void widen_bf16(const BFloat16* from, int64_t n, float* to) {
   int64_t i = 0;
-  for (; i + kBf16Lanes <= n; i += kBf16Lanes) store_floats(to + i, load_widened(from + i));
+  for (; i + kBf16Lanes <= n; i += kBf16Lanes) {
+    __builtin_prefetch(from + i + kWidenAhead);  // rows of several maps in turn: no stream to recognise
+    store_floats(to + i, load_widened(from + i));
+  }
   if (i == n) return;
   BFloat16 rest[kBf16Lanes] = {};
   float wide[kBf16Lanes];

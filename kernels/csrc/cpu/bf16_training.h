@@ -113,36 +113,26 @@ inline void fill_bf16_activation(const BFloat16* x, const Image& image, const Ac
   }
 }
 
-inline void fill_bf16_gradient(const BFloat16* grad, const BFloat16* y, const float* coefficients, const Image& image,
-                               int64_t first, const Map<BFloat16>& to, int64_t begin, int64_t end) {
-  std::vector<float> row(static_cast<size_t>(image.row())), row_y(row.size());
-  const int64_t at = first * image.height;
-  for (int64_t i = begin; i < end; ++i) {
-    BFloat16* const out = to.at(i / image.height, i % image.height, 0);
-    if (!coefficients && to.pixel == image.channels) {
-      std::copy_n(grad + (at + i) * image.row(), image.row(), out);
-      continue;
-    }
-    widen_gradient(grad, y, coefficients, image, at + i, row.data(), row_y.data());
-    put_bf16_row(row.data(), image.width, image.channels, out, to.pixel);
-  }
-}
-
-// Rows [begin, end) of pairs of images x height, from pair `first` on, into a map of pairs; a last image without
-// another has zeros beside it. widen(i, row): row `i`, counted through the images, in float32.
+// Rows [begin, end) of pairs of images x height, from pair `first` on, into a map of images, a map of pairs, or both; a
+// last image without another has zeros beside it. widen(i, row): row `i`, counted through the images, in float32.
 template <typename Widen>
-void fill_pairs(const Image& image, int64_t first, const Map<Bf16Pair>& to, int64_t begin, int64_t end,
-                const Widen& widen) {
+void fill_pairs(const Image& image, int64_t first, const Map<BFloat16>& single, const Map<Bf16Pair>& pairs,
+                int64_t begin, int64_t end, const Widen& widen) {
   std::vector<float> row(static_cast<size_t>(image.row())), other(row.size());
   for (int64_t i = begin; i < end; ++i) {
     const int64_t pair = i / image.height, h = i % image.height, n = 2 * (first + pair);
+    const bool two = n + 1 < image.images;
     widen(n * image.height + h, row.data());
-    if (n + 1 < image.images) {
+    if (two) {
       widen((n + 1) * image.height + h, other.data());
     } else {
       std::fill(other.begin(), other.end(), 0.0f);
     }
-    kernels_in_use<Bf16Pair>().pair(row.data(), other.data(), image.row(), to.at(pair, h, 0));
+    if (single.origin) {
+      put_bf16_row(row.data(), image.width, image.channels, single.at(2 * pair, h, 0), single.pixel);
+      if (two) put_bf16_row(other.data(), image.width, image.channels, single.at(2 * pair + 1, h, 0), single.pixel);
+    }
+    if (pairs.origin) kernels_in_use<Bf16Pair>().pair(row.data(), other.data(), image.row(), pairs.at(pair, h, 0));
   }
 }
 
@@ -169,10 +159,7 @@ struct Bf16Backward {
   const std::vector<Tensor>&ys, &means;
 };
 
-// The first and the last result of conv_backward: the gradient of x and the sums of bn_backward_sums.
-std::tuple<Tensor, Tensor> bf16_data_gradient(const Bf16Backward& b);
-
-// Its second one.
-Tensor bf16_weight_gradient(const Bf16Backward& b);
+// The results of conv_backward.
+std::tuple<Tensor, Tensor, Tensor> bf16_backward(const Bf16Backward& b, bool need_x, bool need_weight);
 
 }  // namespace resnet_fast

@@ -263,12 +263,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
                     kOp, ": algorithm is ", algorithm,
                     ", want 0, or for a 3x3 filter with stride 1 up to 2; if x is bfloat16 also 3, and 4 likewise");
   if (algorithm >= 3) {
-    const Bf16Backward b{grad,        x,        weight, y,     coefficients,
-                         scale_shift, residual, relu,   layer, static_cast<Algorithm>(algorithm),
-                         finish,      ys,       means};
-    Tensor dx = empty_image(Image(0, x.size(1), x.size(2), x.size(3)), x), sums = empty_rows(0, x.size(1), x);
-    if (need_x) std::tie(dx, sums) = bf16_data_gradient(b);
-    return {dx, need_weight ? bf16_weight_gradient(b) : empty_tensor_like(weight), sums};
+    return bf16_backward({grad, x, weight, y, coefficients, scale_shift, residual, relu, layer,
+                          static_cast<Algorithm>(algorithm), finish, ys, means},
+                         need_x, need_weight);
   }
   const Arguments a{grad,           x,        weight,      y,      coefficients,
                     scale_shift,    residual, relu,        layer,  static_cast<Algorithm>(algorithm),
