@@ -187,8 +187,10 @@ def test_conv_backward(shape, dtype, algorithm):
     for need_x in (True, False):
         alone = (weight, *settings, need_x, not need_x, residual if need_x else None, need_x, *([x], [means]))
         alone = alone if need_x else (*alone[:8], [], [])
-        a, b, _ = ops.conv_backward(grad, y, coefficients, x, scale_shift, True, *alone)
+        a, b, c = ops.conv_backward(grad, y, coefficients, x, scale_shift, True, *alone)
         assert torch.equal(a, dx) if need_x else torch.equal(b, dw)
+        images, rows_of_sums = (len(x), 3) if need_x else (0, 0)
+        assert (a.shape, c.shape) == ((images, *x.shape[1:]), (rows_of_sums, x.shape[1]))
 
 
 # Few channels, batches without a partner for the last image, many tiles and few, more channels than a block of sums.

@@ -109,7 +109,8 @@ class Pass {
         weight.store(total, maps + tiles_begin, static_cast<W*>(dw.data_ptr()), stride, all);
       });
     });
-    Tensor dx = empty_image(Image(0, in_.channels, in_.height, in_.width), b_.x), of_dx = empty_rows(0, 1, b_.x);
+    const Image none(0, b_.x.size(1), b_.x.size(2), b_.x.size(3));
+    Tensor dx = empty_image(none, b_.x), of_dx = empty_rows(0, in_.channels, b_.x);
     if (data_) std::tie(dx, of_dx) = data_->results();
     return {dx, dw, of_dx};
   }
