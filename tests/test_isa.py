@@ -20,7 +20,7 @@ CPU = TESTS.parent / "kernels/csrc/cpu"
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 # As setup.py builds; -Wno-psabi: vectors that AVX2 passes in two halves stay inside of one file.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CPU}"]
-SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py", "test_bf16.py"]
+SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py", "test_bf16.py", "test_training_ops.py"]
 
 
 # Eager convolves with oneDNN, which has a cap of its own: errors are compared within one instruction set.
@@ -34,6 +34,7 @@ def test_the_suites_of_the_operators_on_lesser_instruction_sets(capability, isa,
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn}
     assert isa_under(env) == isa
     selection = "error_rule or exact or winograd or layouts or special or equals_eager or 36"
+    selection += " or weight_gradient or ((conv_moments or conv_backward) and bfloat16)"
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
     result = subprocess.run([*run, *SUITES], env=env, cwd=TESTS, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
