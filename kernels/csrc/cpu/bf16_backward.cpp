@@ -13,6 +13,15 @@ constexpr const char* kOp = "conv_backward";
 
 Image pairs_of(const Image& i) { return Image(ceil_div(i.images, 2), i.channels, i.height, i.width); }
 
+bool by_winograd(const Bf16Backward& b) { return b.algorithm == Algorithm::kBf16Winograd; }
+
+// May a member of the team sum a filter's gradient of its own? Asked before anything is packed.
+bool sums_apart(const Bf16Backward& b) {
+  const int64_t numel =
+      WeightGradient<Bf16Pair>(b.layer, Image(b.x), Image(b.grad), by_winograd(b), true).sums_numel(1);
+  return numel * static_cast<int64_t>(sizeof(float)) <= kMemberSumBytes;
+}
+
 // Both gradients, or one of them, in a pass over the images.
 class Pass {
  public:
@@ -23,7 +32,7 @@ class Pass {
     affine_ = check_rows<float>(kOp, "scale_shift", b.scale_shift, 2, in_.channels);
     coefficients_ = check_rows<float>(kOp, "coefficients", b.coefficients, 4, out_.channels);
     if (need_x) data_.emplace(kOp, b, in_, out_, threads_);
-    const bool winograd = b.algorithm == Algorithm::kBf16Winograd;
+    const bool winograd = by_winograd(b);
     const int64_t below = winograd ? round_up(out_.height, kBf16TileOut) - out_.height : 0;
     const int64_t beside = winograd ? round_up(out_.width, kBf16TileOut) - out_.width : 0;
     d_shape_ = {out_.channels, out_.height, out_.width, out_.channels, {0, below, 0, beside}};
@@ -36,21 +45,14 @@ class Pass {
     tiles_ = winograd ? ceil_div(out_.height, kBf16TileOut) * ceil_div(out_.width, kBf16TileOut) : kMinMemberTiles;
   }
 
-  // May a member of the team sum a filter's gradient of its own?
-  bool sums_apart() const {
-    return WeightGradient<Bf16Pair>(b_.layer, pairs_of(in_), pairs_of(out_), winograd(), true).sums_numel(1) *
-               static_cast<int64_t>(sizeof(float)) <=
-           kMemberSumBytes;
-  }
-
   std::tuple<Tensor, Tensor, Tensor> run() {
     const int64_t single = data_ ? round_up(data_->shape().image(), 64) : 0;
     const int64_t d_numel = need_weight_ ? round_up(d_shape_.image(), 64) : 0;
     const int64_t x_numel = need_weight_ ? round_up(x_shape_.image(), 64) : 0;
     const int64_t pairs = ceil_div(in_.images, 2), pair_numel = std::max(single, d_numel + x_numel);
     ImageSplit split(pairs, pair_numel * static_cast<int64_t>(sizeof(Bf16Pair)),
-                     std::min(data_ ? data_->units() : tiles_, tiles_), threads_, !need_weight_ || sums_apart());
-    const WeightGradient<Bf16Pair> weight(b_.layer, pairs_of(in_), pairs_of(out_), winograd(), split.apart);
+                     std::min(data_ ? data_->units() : tiles_, tiles_), threads_, !need_weight_ || sums_apart(b_));
+    const WeightGradient<Bf16Pair> weight(b_.layer, pairs_of(in_), pairs_of(out_), by_winograd(b_), split.apart);
     if (need_weight_ && weight.whole()) split.chunk = std::max<int64_t>(pairs, 1);
     const int64_t sums_numel = need_weight_ ? round_up(weight.sums_numel(threads_), 64) : 0;
     const int64_t tiles_numel = need_weight_ ? round_up(weight.work_numel(split.apart ? 1 : threads_), 64) : 0;
@@ -96,12 +98,7 @@ class Pass {
       if (!need_weight_) return;
       team.wait();
       if (split.apart) {
-        all.share(sums_numel, [&](int64_t begin, int64_t end) {
-          for (int64_t other = 1; other < team.size(); ++other) {
-            const float* const from = total + other * sums_numel;
-            for (int64_t i = begin; i < end; ++i) total[i] += from[i];
-          }
-        });
+        weight.collect(total, sums_numel, sums_numel, all);
         team.wait();
       }
       visit(b_.weight.scalar_type(), [&](auto tag) {
@@ -116,8 +113,6 @@ class Pass {
   }
 
  private:
-  bool winograd() const { return b_.algorithm == Algorithm::kBf16Winograd; }
-
   // The maps of a chunk of pairs.
   void fill(int64_t first, int64_t count, const Map<BFloat16>& single, const Map<Bf16Pair>& d, const Map<Bf16Pair>& x,
             const Crew& crew) const {
@@ -151,7 +146,7 @@ class Pass {
 std::tuple<Tensor, Tensor, Tensor> bf16_backward(const Bf16Backward& b, bool need_x, bool need_weight) {
   if (!need_x || !need_weight) return Pass(b, need_x, need_weight).run();
   // Sums that the members of a team share want all images at once, which is too many for the data gradient.
-  if (Pass both(b, true, true); both.sums_apart()) return both.run();
+  if (sums_apart(b)) return Pass(b, true, true).run();
   auto gradients = Pass(b, true, false).run();
   std::get<1>(gradients) = std::get<1>(Pass(b, false, true).run());
   return gradients;

@@ -64,8 +64,9 @@ inline void pack_bf16_winograd(const float* from, int channels, int vectors, BFl
         for (int side = 0; side < 2; ++side) {
           transform_bf16_filter(half[side][0][i], half[side][1][i], half[side][2][i], u[side]);
         }
-        for (int j = 0; j < kBf16TileIn; ++j)
+        for (int j = 0; j < kBf16TileIn; ++j) {
           store_pairs(out + (i * kBf16TileIn + j) * point, paired(u[0][j], u[1][j]));
+        }
       }
     }
   }

@@ -200,15 +200,9 @@ std::vector<Tensor> backward(const Arguments& a) {
     const Crew all{rank, team.size(), team};
     T* const total = slots + sums_begin;
     if (split.apart) {
-      all.share(sums_numel, [&](int64_t begin, int64_t end) {
-        for (int64_t other = 1; other < team.size(); ++other) {
-          const T* from = total + other * slot_numel;
-          for (int64_t i = begin; i < end; ++i) total[i] += from[i];
-        }
-      });
+      weight_gradient.collect(total, sums_numel, slot_numel, all);
       team.wait();
     }
-    if (!a.need_weight) return;
     visit(a.weight.scalar_type(), [&](auto tag) {
       using W = decltype(tag);
       weight_gradient.store(total, total + sums_numel, static_cast<W*>(dw.data_ptr()), weight_stride, all);

@@ -59,6 +59,16 @@ class WeightGradient {
     }
   }
 
+  // Sums that each member of a team has for itself, `stride` elements from one to the next, to those of the first.
+  void collect(Sum* sums, int64_t numel, int64_t stride, const Crew& team) const {
+    team.share(numel, [&](int64_t begin, int64_t end) {
+      for (int64_t other = 1; other < team.size; ++other) {
+        const Sum* const from = sums + other * stride;
+        for (int64_t i = begin; i < end; ++i) sums[i] += from[i];
+      }
+    });
+  }
+
   // This member's output channels to `to`, whose strides are those of the weight. A barrier must come before.
   template <typename S>
   void store(Sum* sums, const T* work, S* to, const int64_t (&stride)[4], const Crew& crew) const {
