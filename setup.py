@@ -97,7 +97,7 @@ def build_arguments() -> dict:
 
 
 setup(
-    packages=["resnet_fast", "resnet_fast.program", "resnet_fast._triton"],
+    packages=["resnet_fast", "resnet_fast.gpu", "resnet_fast.program", "resnet_fast._triton"],
     package_dir={"resnet_fast._triton": "kernels/triton_ops"},
     **build_arguments(),
 )

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops, residual_network
+from . import backends, launch, ops, residual_network
 from .choose import algorithm_of_filter, algorithms
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
+from .gpu import plan as gpu_plan
 from .pooling import pooling_window
 from .training import Program
 from .watch import Watch, uncounted_reason
@@ -55,7 +56,8 @@ class Chain:
         self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [eps_of(bn) for _, bn in recorder.pairs]
         self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
-        self._filters: dict[tuple[torch.Size, torch.dtype, bool, bool], list[Tensor]] = {}  # by what the input is
+        self._filters: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}  # by what the input is
+        self._folds: dict[torch.dtype, list[bool]] = {}
         self._networks: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}  # likewise, and by classes
 
     def fresh(self) -> bool:
@@ -72,19 +74,73 @@ class Chain:
 
     def filters(self, x: Tensor) -> list[Tensor]:
         """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
+        return self.packed(x)[0]
+
+    def packed(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Packed filters for inputs like ``x``, and the integers that go with them."""
+        if backends.kind(x) == "cuda":
+            return self._packed_for_gpu(x)
         key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products)
-        filters = self._filters.get(key)
-        if filters is None:
-            # GPUs multiply in the dtype of the images; CPUs round weights, if at all, after batch norm is folded in.
-            dtype = x.dtype if backends.kind(x) == "cuda" else self.dtype
+        found = self._filters.get(key)
+        if found is None:
+            # CPUs round weights, if at all, after batch norm is folded in.
             filters = []
             for i, algorithm in enumerate(self.algorithms(x)):
-                packed = self._packed.get((i, algorithm, dtype))
+                packed = self._packed.get((i, algorithm, self.dtype))
                 if packed is None:
-                    packed = self._packed[i, algorithm, dtype] = self._pack(i, dtype, algorithm)
+                    packed = self._packed[i, algorithm, self.dtype] = self._pack(i, self.dtype, algorithm)
                 filters.append(packed)
-            self._filters[key] = filters
-        return filters
+            found = self._filters[key] = filters, self.layers
+        return found
+
+    def _packed_for_gpu(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """GPUs multiply in the dtype of the images; what runs a layer there decides how its filter is packed."""
+        from ._triton.operators import precision
+        from ._triton.tune import forced, tuner
+
+        key = (x.shape, x.dtype, backends.selected(), precision(x.dtype), forced())
+        found = self._filters.get(key)
+        if found is None:
+            with torch.no_grad():
+                measures = tuner(x.device).measures()  # not while a graph is captured: a later call plans again
+                folds = self._foldable(x.dtype) if measures or forced() is not None else [False] * len(self.pairs)
+                layers = gpu_plan.planned(self.layers, x, folds)
+                filters = []
+                for i in range(len(self.pairs)):
+                    folded = bool(layers[i * ops.LAYER_FIELDS + 2] & ops.FOLDED)
+                    packed = self._packed.get((i, folded, x.dtype))
+                    if packed is None:
+                        packed = self._packed[i, folded, x.dtype] = self._pack_for_gpu(i, x.dtype, folded)
+                    filters.append(packed)
+            found = filters, layers
+            if measures or launch.is_simulated():
+                self._filters[key] = found
+        return found
+
+    def _foldable(self, dtype: torch.dtype) -> list[bool]:
+        if dtype not in self._folds:
+            self._folds[dtype] = gpu_plan.foldable(self.sources, self.eps, dtype)
+        return self._folds[dtype]
+
+    def _pack_for_gpu(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
+        """Without its shift where that is added later, with the shift of another where it is added here."""
+        from ._triton.operators import packed
+
+        later = gpu_plan.deferred(self.layers)
+        scale, shift = self._scale_shift(layer)
+        for other, reader in later.items():
+            if reader == layer:
+                shift = shift + self._scale_shift(other)[1]
+        weight = self.sources[layer][0]
+        assert weight is not None
+        return packed(weight, scale, torch.zeros_like(shift) if layer in later else shift, dtype, folded=folded)
+
+    def _scale_shift(self, layer: int) -> tuple[Tensor, Tensor]:
+        from ._triton.operators import scale_shift
+
+        weight, *vectors = self.sources[layer]
+        assert weight is not None
+        return scale_shift(weight, *vectors, self.eps[layer])
 
     def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
         """The stages of the chain where each can run as one launch on the GPU of ``x``."""
@@ -141,7 +197,7 @@ class Chain:
         return self._run_layers(x, pool)
 
     def _run_layers(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
-        return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
+        return torch.ops.resnet_fast.residual_stage(x, *self.packed(x), pool)
 
 
 class _Run(torch.autograd.Function):

@@ -330,21 +330,29 @@ def _fake_pack(
 
 
 def cuda_packed_size(weight: Tensor) -> Any:
-    """Length in floats of a filter packed for CUDA devices: scale and shift, each padded to 16 bytes, and weights."""
-    return 2 * ((weight.shape[0] + 3) // 4 * 4) + (weight.numel() * weight.element_size() + 3) // 4
+    """Length in floats of a filter packed for CUDA devices: scale, shift, bias, each padded to 16 bytes, and weights.
+
+    Where the scale is in the weights it is one, and the bias is the shift in their dtype, as libraries want it.
+    """
+    return 3 * ((weight.shape[0] + 3) // 4 * 4) + (weight.numel() * weight.element_size() + 3) // 4
 
 
-def cuda_unpack(packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The filters ``shape`` = [K, R, S, C], scale and shift of a filter packed for CUDA devices."""
+def cuda_unpack(
+    packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The filters ``shape`` = [K, R, S, C], scale, shift and bias of a filter packed for CUDA devices."""
     k, r, s, c = shape
     at = (k + 3) // 4 * 4
-    filters = packed[2 * at :].view(dtype)[: k * r * s * c]
+    filters = packed[3 * at :].view(dtype)[: k * r * s * c]
     if filters.numel() != k * r * s * c:
         raise RuntimeError(f"filters has one of {packed.numel()} floats, too few for {k} x {c} x {r} x {s} of {dtype}")
-    return filters.view(shape), packed[:k], packed[at : at + k]
+    return filters.view(shape), packed[:k], packed[at : at + k], packed[2 * at : 3 * at].view(dtype)[:k]
 
 
 LAYER_FIELDS = 10
+# On CUDA devices a layer's third field holds these bits: it ends in a ReLU; its filters hold batch norm's scale; its
+# shift is zero, because the layer that reads its result adds it.
+RELU, FOLDED, DEFERRED = 1, 2, 4
 
 
 def _fake_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:

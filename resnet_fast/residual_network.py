@@ -208,7 +208,7 @@ def pack(
     pieces: list[Tensor] = []
     for stage in found:
         for layer, shape in zip(stage.layers, stage.weights(), strict=True):
-            weight, scale, shift = ops.cuda_unpack(filters[layer], shape, dtype)
+            weight, scale, shift, _ = ops.cuda_unpack(filters[layer], shape, dtype)
             weight = _to_tf32(weight) if dtype == torch.float32 else weight
             arranged = _stem_fragments(weight) if shape[3] == 3 else _fragments(weight)
             pieces += [arranged.view(torch.float32), scale, shift]

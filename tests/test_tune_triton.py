@@ -1,8 +1,8 @@
 """The choice of a kernel: measured once, kept, the same in the next process; the library is one of the candidates."""
 
-import contextlib
+import dataclasses
+import itertools
 import json
-import types
 
 import pytest
 import torch
@@ -14,28 +14,36 @@ from resnet_fast._triton import tune
 from resnet_fast._triton.configs import A100, Config, Layer
 from resnet_fast._triton.cuda_configs import CudaConfig
 from resnet_fast._triton.tune import candidates, default
+from resnet_fast.gpu import library
 
 LAYER = Layer(8, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), torch.bfloat16, "ieee", True, True)
 
 
 class Clock:
-    """Stands for the GPU: the time of a candidate is looked up."""
+    """Stands for the GPU: the time of a candidate is looked up; ``None`` for one that cannot run."""
 
     def __init__(self, seconds):
-        self.seconds, self.asked, self.runs = seconds, [], 0
+        self.seconds, self.asked = seconds, []
 
-    def __call__(self, call):
-        call()
-        self.runs += 1
-        return self.seconds(self.asked[-1])
+    def __call__(self, calls):
+        for runs in calls.values():
+            for run in runs:
+                run()
+        seconds = {c: self.seconds(c) for c in calls}
+        refused = {c: RuntimeError("out of registers") for c, s in seconds.items() if s is None}
+        return {c: s for c, s in seconds.items() if s is not None}, refused
 
-    def run(self, choice):
-        self.asked.append(choice)
+    def trials(self):
+        return [self.asked.append]
+
+    @property
+    def runs(self):
+        return len(self.asked)
 
 
 def choose(file, seconds, layer=LAYER, backend="auto"):
     clock = Clock(seconds)
-    return tune.Tuner(A100, file, clock).choose(layer, clock.run, backend), clock
+    return tune.Tuner(A100, file, clock).choose(layer, clock.trials, backend), clock
 
 
 def test_the_fastest_wins_and_the_library_counts(tmp_path):
@@ -91,14 +99,14 @@ def test_choices_are_told_with_what_was_measured(monkeypatch, tmp_path):
     clock = Clock(lambda c: 1.0 if isinstance(c, CudaConfig) else 2.0)
     tuner = tune.Tuner(A100, tmp_path / "gpu.json", clock)
     monkeypatch.setattr(tune, "_tuners", {(False, 0): tuner})
-    tuner.choose(LAYER, clock.run)
+    tuner.choose(LAYER, clock.trials)
     choice, seconds = tune.choices()[LAYER]
     assert str(choice).startswith("cuda halo ")
     assert seconds == {str(c): 1.0 if isinstance(c, CudaConfig) else 2.0 for c in found}
     assert {name.split()[0] for name in seconds} == {"cuda", "triton", "library"}
     again = tune.Tuner(A100, tmp_path / "gpu.json", clock)
     monkeypatch.setattr(tune, "_tuners", {(False, 0): again})
-    again.choose(LAYER, clock.run)
+    again.choose(LAYER, clock.trials)
     assert tune.choices()[LAYER] == (choice, {})
 
 
@@ -112,11 +120,11 @@ def test_a_launch_a_stage_or_a_launch_a_convolution(simulated_device, monkeypatc
     results = {}
     for slow, launches in ((tune.FORMS[1], 1), (tune.FORMS[0], 4)):
         file.unlink(missing_ok=True)
-        times = iter([2.0 if form == slow else 1.0 for form in tune.FORMS])
 
-        def measure(call, times=times):
-            call()
-            return next(times)
+        def measure(calls, slow=slow):
+            for form in calls.values():
+                form[0]()
+            return {form: 2.0 if form == slow else 1.0 for form in calls}, {}
 
         with tune.use(default(LAYER, A100)):
             for _ in range(2):  # the second reads the file
@@ -140,9 +148,9 @@ def test_what_another_process_found_stays(tmp_path):
     clock = Clock(lambda c: 1.0 if c == found[1] else 2.0)
     slow = tune.Tuner(A100, file, clock)  # read the file while it was empty
     choose(file, lambda c: 1.0 if c == found[0] else 2.0)
-    slow.choose(LAYER, clock.run)
+    slow.choose(LAYER, clock.trials)
     assert choose(file, lambda c: 0.0)[0] == found[0]
-    assert slow.choose(LAYER, clock.run) == found[0]
+    assert slow.choose(LAYER, clock.trials) == found[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"x": {"block_m": 1}}'])
@@ -171,31 +179,47 @@ def test_nothing_is_measured_without_a_clock():
         assert tuner.choose(LAYER, pytest.fail) == tune.LIBRARY
 
 
-def test_the_clock_is_that_of_the_tensors_device(monkeypatch):
-    """The second GPU's kernels, while the first is current: events and caches are the second's."""
-    current, used = [0], []
+def test_libraries_run_layers_whose_filters_may_hold_the_scale(tmp_path):
+    """Measured together with the others: the fastest for filters that may not be folded is known by then."""
+    folded = dataclasses.replace(LAYER, folded=True)
+    found = candidates(folded, A100)
+    assert found == [*candidates(LAYER, A100)[:-1], library.CUDNN, tune.LIBRARY]
+    assert library.CUDNN not in candidates(folded, A100, "cuda")
+    clock = Clock(lambda c: {library.CUDNN: 1.0, found[1]: 2.0}.get(c, 3.0))
+    tuner = tune.Tuner(A100, tmp_path / "gpu.json", clock)
+    assert tuner.choose(folded, clock.trials) == library.CUDNN
+    asked = clock.runs
+    assert tuner.choose(LAYER, pytest.fail) == found[1]
+    assert clock.runs == asked
+    assert tune.Tuner(A100, tmp_path / "gpu.json", None).choose(folded, pytest.fail) == library.CUDNN
+    pointwise = dataclasses.replace(folded, kernel=(1, 1), padding=(0, 0), residual=False)
+    assert library.CUBLASLT in candidates(pointwise, A100)
 
-    @contextlib.contextmanager
-    def device(d):
-        current.append(d.index)
-        yield
-        current.pop()
 
-    class Event:
-        def __init__(self, enable_timing):
-            used.append(current[-1])
+def test_what_cannot_run_is_left_out(tmp_path):
+    found = candidates(LAYER, A100)
+    with pytest.warns(UserWarning, match="does not run on this GPU: out of registers"):
+        choice, _ = choose(tmp_path / "a.json", lambda c: None if c == found[0] else 1.0)
+    assert choice == found[1]
+    with (
+        pytest.warns(UserWarning, match="does not run"),
+        pytest.raises(RuntimeError, match=r"none of triton .* runs on this GPU"),
+    ):
+        choose(None, lambda c: None)
 
-        record = synchronize = lambda self: used.append(current[-1])
-        elapsed_time = lambda self, end: 5.0  # noqa: E731
 
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(L2_cache_size=4096))
-    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: used.append(device.index) or torch.zeros(n))
-    seconds = tune._seconds(lambda: used.append(current[-1]), torch.device("cuda", 1))
-    assert seconds == 5e-3
-    assert set(used) == {1}
-    assert current == [0]
+def test_what_takes_long_is_said_once(capsys, monkeypatch, tmp_path):
+    seconds = itertools.count(step=1.5)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(seconds))
+    clock = Clock(lambda c: 1.0)
+    tuner = tune.Tuner(A100, tmp_path / "gpu.json", clock, "NVIDIA A100")
+    said = []
+    for batch in range(1, 5):
+        tuner.choose(dataclasses.replace(LAYER, batch=batch), clock.trials)
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[2] == said[3] == ""
+    assert said[1].startswith("resnet_fast: measuring which kernels are fastest on NVIDIA A100, once, kept in ")
+    assert said[1].count("\n") == 1
 
 
 def test_the_file_names_gpu_and_versions(monkeypatch, tmp_path):

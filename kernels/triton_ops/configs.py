@@ -31,6 +31,8 @@ class Layer:
     residual: bool
     relu: bool
     role: str = "conv_bn_relu"  # in training: "conv_moments", "data gradient" or "weight gradient"
+    folded: bool = False  # whether batch norm's scale may be in the filters, rounded once more with them
+    shifted: bool = True  # whether something is added; what is not may be added where the result is read
 
     @property
     def is_wide(self) -> bool:

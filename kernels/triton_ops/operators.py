@@ -1,22 +1,28 @@
 """The operators of ``kernels/csrc/ops.cpp`` on CUDA devices: checks, layouts, and a kernel for each layer.
 
-Batch norm is not folded into 16-bit filters, which would round them once more: its scale and shift are applied to the
-float32 sums. So packed filters are scale, shift and the filters as ``[K, R, S, C]``.
+Our own kernels apply batch norm's scale and shift to the float32 sums, and take filters as they are. Libraries want
+filters that hold the scale, which rounds 16-bit ones once more: done where that keeps their precision and a library is
+the fastest. So packed filters are scale, shift, the shift in the dtype of the images, and the filters as
+``[K, R, S, C]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resnet_fast import backends, ops
+from resnet_fast.gpu import library
 
 from . import add_relu as elementwise
 from . import conv_bn_relu as kernels
 from . import cuda_conv
-from .configs import Layer
+from .configs import Config, Layer
 from .cuda_configs import CudaConfig
 from .tune import LIBRARY, Choice, tuner
 
@@ -67,16 +73,23 @@ def pack_conv_bn(
     eps: float,
     algorithm: int = 0,
 ) -> Tensor:
-    if algorithm != 0:
-        raise RuntimeError(f"algorithm is {algorithm}, want 0 on CUDA devices")
+    if algorithm not in (0, 1):
+        raise RuntimeError(f"algorithm is {algorithm}, want 0, or 1 for folded filters, on CUDA devices")
     check_dtype("weight", weight)
     scale, shift = scale_shift(weight, bias, bn_weight, bn_bias, running_mean, running_var, eps)
+    return packed(weight, scale, shift, weight.dtype, folded=algorithm == 1)
+
+
+def packed(weight: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, folded: bool) -> Tensor:
+    """Filters in ``dtype``, scale and shift as ``ops.cuda_unpack`` reads them; folded: the filters hold the scale."""
     channels, at = weight.shape[0], _padded(weight.shape[0])
-    packed = torch.zeros(ops.cuda_packed_size(weight), dtype=torch.float32, device=weight.device)
-    packed[:channels] = scale
-    packed[at : at + channels] = shift
-    packed[2 * at :].view(weight.dtype)[: weight.numel()] = weight.permute(0, 2, 3, 1).reshape(-1)
-    return packed
+    filters = (weight.double() * scale.double()[:, None, None, None] if folded else weight).to(dtype)
+    out = torch.zeros(ops.cuda_packed_size(filters), dtype=torch.float32, device=weight.device)
+    out[:channels] = 1 if folded else scale
+    out[at : at + channels] = shift
+    out[2 * at :].view(dtype)[:channels] = shift
+    out[3 * at :].view(dtype)[: filters.numel()] = filters.permute(0, 2, 3, 1).reshape(-1)
+    return out
 
 
 def check_dtype(name: str, t: Tensor) -> None:
@@ -88,39 +101,114 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-def _layer(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    relu: bool,
+@dataclass(frozen=True)
+class Operands:
+    """What a layer computes with.
+
+    x, residual, y: channels_last, one dtype; ``y`` takes the result of kernels that do not allocate it.
+    weight: ``[K, R, S, C]``. scale, shift: ``[K]``, float32. bias: the shift in the dtype of ``x``, where the scale is
+    in the filters.
+    """
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor | None
+    y: Tensor
+    bias: Tensor | None = None
+
+    def run(self, layer: Layer, choice: Choice) -> Tensor:
+        """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``."""
+        if isinstance(choice, Config | CudaConfig):
+            launch = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
+            launch(layer, choice, self.x, self.weight, self.scale, self.shift, self.residual, self.y)  # type: ignore[arg-type]
+            return self.y
+        if choice == LIBRARY:
+            return kernels.library(layer, self.x, self.weight, self.scale, self.shift, self.residual)
+        if self.bias is None:
+            raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
+        bias = self.bias if layer.shifted else None
+        return library.run(choice, layer, self.x, self.weight, bias, self.residual)
+
+
+# So many layers' filters take turns in a measurement, as a network's do.
+_TRIALS = 8
+
+
+def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object]]:
+    """Runs of a layer on numbers of their own, for a measurement: ``run(choice)``.
+
+    The input is in the cache as far as it fits, as behind the layer that writes it.
+    """
+
+    def image(channels: int, height: int, width: int) -> Tensor:
+        shape = (layer.batch, height, width, channels)
+        return torch.randn(shape, device=device, dtype=layer.dtype).permute(0, 3, 1, 2)
+
+    def operands() -> Operands:
+        weight = torch.randn((layer.out_channels, *layer.kernel, layer.channels), device=device, dtype=layer.dtype)
+        weight *= layer.products**-0.5
+        shift = torch.randn(layer.out_channels, device=device)
+        bias = shift.to(layer.dtype) if layer.folded else None
+        return Operands(x, weight, torch.ones_like(shift), shift, residual, torch.empty_like(y), bias)
+
+    x = image(layer.channels, layer.height, layer.width)
+    y = image(layer.out_channels, layer.out_height, layer.out_width)
+    residual = y if layer.residual else None
+    return [functools.partial(operands().run, layer) for _ in range(_TRIALS)]
+
+
+def _named() -> str:
+    backend = backends.selected()
+    return backend if backend in ("cuda", "triton") else "auto"
+
+
+def choose(layer: Layer, device: torch.device) -> Choice:
+    """What runs the layer there, measured if need be on numbers of its own."""
+    return tuner(device).choose(layer, lambda: trials(layer, device), _named())
+
+
+def wants_folded(layer: Layer, device: torch.device) -> bool:
+    """Whether the layer's choice reads filters that hold batch norm's scale."""
+    return choose(layer, device) in (library.CUDNN, library.CUBLASLT)
+
+
+def layer_of(
+    shape: Sequence[int],
+    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-) -> Tensor:
-    """One convolution with its epilogue into ``y``, or, by the library, into a tensor of its own."""
-    k, r, s, c = weight.shape
-    layer = Layer(
-        *(x.shape[0], *x.shape[2:], c, k, (r, s)),
-        *((stride[0], stride[1]), (padding[0], padding[1]), x.dtype, precision(x.dtype), residual is not None, relu),
+    dtype: torch.dtype,
+    *,
+    residual: bool,
+    relu: bool,
+    folded: bool = False,
+    shifted: bool = True,
+) -> Layer:
+    """shape: of the input. kernel: ``[K, R, S]``."""
+    batch, channels, height, width = shape
+    k, r, s = kernel
+    return Layer(
+        *(batch, height, width, channels, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
+        *(dtype, precision(dtype), residual, relu),
+        folded=folded,
+        shifted=shifted,
     )
+
+
+def _run(layer: Layer, operands: Operands) -> Tensor:
     if layer.pixels > MOST_PIXELS:
         raise RuntimeError(f"x gives {layer.pixels} output pixels, more than the {MOST_PIXELS} that one launch covers")
-    if y.numel() == 0:
-        return y
-    x = x.contiguous(memory_format=torch.channels_last)
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-
-    def run(choice: Choice) -> Tensor:
-        if choice == LIBRARY:
-            return kernels.library(layer, x, weight, scale, shift, residual)
-        launch = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
-        launch(layer, choice, x, weight, scale, shift, residual, y)  # type: ignore[arg-type]
-        return y
-
-    backend = backends.selected()
-    return run(tuner(x.device).choose(layer, run, backend if backend in ("cuda", "triton") else "auto"))
+    if operands.y.numel() == 0:
+        return operands.y
+    x, residual = operands.x, operands.residual
+    operands = dataclasses.replace(
+        operands,
+        x=x.contiguous(memory_format=torch.channels_last),
+        residual=None if residual is None else residual.contiguous(memory_format=torch.channels_last),
+    )
+    return operands.run(layer, choose(layer, x.device))
 
 
 def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
@@ -138,7 +226,7 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Se
     last_use = {layers[i + j]: i // fields for i in range(0, len(layers), fields) for j in (0, 1)}
     values: list[Tensor | None] = [x]
     for i, packed in enumerate(filters):
-        source, added, relu, k, r, s, *sizes = layers[i * fields : (i + 1) * fields]
+        source, added, flags, k, r, s, *sizes = layers[i * fields : (i + 1) * fields]
         image = values[source]
         residual = values[added] if added >= 0 else None
         if image is None or (added >= 0 and residual is None):
@@ -150,8 +238,16 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Se
         y = ops.empty_image(image, k, height, width)
         if residual is not None and residual.shape != y.shape:
             raise RuntimeError(f"residual of layer {i} has shape {tuple(residual.shape)}, want {tuple(y.shape)}")
-        weight, scale, shift = ops.cuda_unpack(packed, (k, r, s, image.shape[1]), x.dtype)
-        values.append(_layer(image, weight, scale, shift, residual, y, bool(relu), stride, padding))
+        weight, scale, shift, bias = ops.cuda_unpack(packed, (k, r, s, image.shape[1]), x.dtype)
+        layer = layer_of(
+            *(image.shape, (k, r, s), stride, padding, x.dtype),
+            residual=residual is not None,
+            relu=bool(flags & ops.RELU),
+            folded=bool(flags & ops.FOLDED),
+            shifted=not flags & ops.DEFERRED,
+        )
+        operands = Operands(image, weight, scale, shift, residual, y, bias if layer.folded else None)
+        values.append(_run(layer, operands))
         # What no later layer reads goes back to the allocator.
         for v in (source, added):
             if v >= 0 and last_use[v] == i:
@@ -175,7 +271,9 @@ def _conv(
         raise RuntimeError(f"residual has dtype {residual.dtype}, want {x.dtype} as x has")
     scale, shift = scale_shift(weight, *vectors, eps)
     filters = weight.permute(0, 2, 3, 1).contiguous()
-    return _layer(x, filters, scale, shift, residual, y, relu, stride, padding)
+    k, _, *taps = weight.shape
+    layer = layer_of(x.shape, (k, *taps), stride, padding, x.dtype, residual=residual is not None, relu=relu)
+    return _run(layer, Operands(x, filters, scale, shift, residual, y))
 
 
 def add_relu(a: Tensor, b: Tensor) -> Tensor:

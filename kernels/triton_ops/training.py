@@ -120,7 +120,7 @@ def conv_moments(
             return y, forward.conv_moments(layer, choice, x, scale_shift, filters, wide_bias, y, moments)
         return forward.library(layer, x, scale_shift, filters, wide_bias, moments)
 
-    result, found = run(tuner(x.device).choose(layer, run))
+    result, found = run(tuner(x.device).choose(layer, lambda: [run]))
     return result, statistics if found is None else found
 
 
@@ -251,8 +251,8 @@ def conv_backward(
     choose = tuner(x.device).choose
     data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
     weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
-    data_choice = choose(data_layer, data) if need_x else None
-    weight_choice = choose(weight_layer, of_weight) if need_weight else None
+    data_choice = choose(data_layer, lambda: [data]) if need_x else None
+    weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
     dy = written() if LIBRARY in (data_choice, weight_choice) else None
     if data_choice is not None:
         found = data(data_choice, dy)

@@ -1,8 +1,9 @@
 """Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
 
 The candidates are the tiles of :mod:`.configs` (Triton), those of :mod:`.cuda_configs` (CUDA C++) where the extension
-holds them, and PyTorch's own convolution followed by one fused pass, so that a fused layer is never slower than an
-unfused one, to the accuracy of the measurement. ``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind
+holds them, the libraries' fused kernels of :mod:`resnet_fast.gpu.library` where filters may be folded, and PyTorch's
+own convolution followed by one fused pass: a fused layer is never slower than an unfused one, to the accuracy of the
+measurement (:mod:`resnet_fast.gpu.timing`). ``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind
 of them; a choice among those is kept apart. Choices are written to
 ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
 kernels and so give the same bits. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs`
@@ -17,10 +18,11 @@ import functools
 import json
 import os
 import re
-import statistics
+import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 import triton
 
 from resnet_fast import backends, launch
+from resnet_fast.gpu import library, timing
 
 from . import configs, cuda_configs
 from .configs import A100, Config, Gpu, Layer
@@ -39,11 +42,20 @@ LIBRARY = "library"
 # How a chain of convolutions runs: a stage of it a launch, or a convolution a launch.
 FORMS = ("stages", "layers")
 Choice = Config | CudaConfig | str
+Run = Callable[[Any], object]
+# Seconds of a call of each candidate, and what those raised that cannot run here.
+Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
+_LIBRARIES = (library.CUDNN, library.CUBLASLT)
 # A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
 # should not decide.
 _MARGIN = 0.02
 
 _forced: Choice | None = None
+
+
+def forced() -> Choice | None:
+    """The choice of :func:`use`, None outside of it."""
+    return _forced
 
 
 @contextlib.contextmanager
@@ -73,25 +85,9 @@ def cache_file(name: str) -> Path:
     return Path(folder) / f"gpu-{re.sub(r'[^A-Za-z0-9.+-]+', '_', f'{name}-{versions}')}.json"
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median over at least 10 ms of runs, each after the caches of ``device`` were overwritten.
-
-    Events are recorded on the current device's stream: it is made current, whichever the caller works on.
-    """
-    with torch.cuda.device(device):
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
-        call()
-        samples: list[float] = []
-        while sum(samples) < 10e-3 and len(samples) < 100:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush.zero_()
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) * 1e-3)
-        return statistics.median(samples)
+def _measured(device: torch.device) -> Measure:
+    refusals = (RuntimeError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
+    return functools.partial(timing.interleaved, device=device, errors=refusals)
 
 
 def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
@@ -101,7 +97,9 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
         found += configs.candidates(layer, gpu)
     if backend != "triton" and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
         found += cuda_configs.candidates(layer, gpu)
-    return found if backend in ("cuda", "triton") else [*found, LIBRARY]
+    if backend in ("cuda", "triton"):
+        return found
+    return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
 
 
 def default(layer: Layer, gpu: Gpu, backend: str = "auto") -> Choice:
@@ -110,29 +108,36 @@ def default(layer: Layer, gpu: Gpu, backend: str = "auto") -> Choice:
 
 
 class Tuner:
-    """Choices for one GPU. ``measure``: seconds of a call; None to take the model's word."""
+    """Choices for one GPU. ``measure``: seconds of candidates; None to take the model's word. ``name``: of the GPU."""
 
-    def __init__(self, gpu: Gpu, file: Path | None, measure: Callable[[Callable[[], object]], float] | None) -> None:
-        self.gpu, self.file, self.measure = gpu, file, measure
+    def __init__(self, gpu: Gpu, file: Path | None, measure: Measure | None, name: str = "this GPU") -> None:
+        self.gpu, self.file, self.measure, self.name = gpu, file, measure, name
         self.chosen: dict[tuple[Layer | str, str], Choice] = {}
         self.seconds: dict[str, dict[str, float]] = {}
         self._stored = self._load()
+        self._spent, self._told = 0.0, False
 
-    def choose(self, layer: Layer, run: Callable[[Choice], object], backend: str = "auto") -> Choice:
-        """The choice for ``layer``; ``run(choice)`` computes it once, for the measurement.
+    def choose(self, layer: Layer, trials: Callable[[], Sequence[Run]], backend: str = "auto") -> Choice:
+        """The choice for ``layer``.
 
+        trials: makes runs of the layer for a measurement, on different operands; each ``run(choice)`` computes it once.
         backend: ``"cuda"`` or ``"triton"`` where it was named, otherwise all take part.
         """
         if _forced is not None:
             return _forced
         fallback = functools.partial(default, layer, self.gpu, backend)
-        return self._choose(layer, backend, lambda: candidates(layer, self.gpu, backend), fallback, run)
+        return self._choose(layer, backend, lambda: candidates(layer, self.gpu, backend), fallback, trials)
 
     def choose_form(self, chain: str, forms: dict[str, Callable[[], object]], backend: str = "auto") -> str:
         """Which of :data:`FORMS` runs the chain of convolutions ``chain``; the first where none is measured."""
-        found = self._choose(chain, backend, lambda: list(forms), lambda: next(iter(forms)), lambda form: forms[form]())
+        first = next(iter(forms))
+        found = self._choose(chain, backend, lambda: list(forms), lambda: first, lambda: [lambda form: forms[form]()])
         assert isinstance(found, str)
         return found
+
+    def measures(self) -> bool:
+        """Whether a choice that is missing would be measured now."""
+        return self.measure is not None and not _capturing()
 
     def _choose(
         self,
@@ -140,36 +145,56 @@ class Tuner:
         backend: str,
         among: Callable[[], list[Any]],
         unmeasured: Callable[[], Choice],
-        run: Callable[[Any], object],
+        trials: Callable[[], Sequence[Run]],
     ) -> Choice:
         choice = self.chosen.get((what, backend))
         if choice is None:
             key = _key(what, backend)
             choice = self._stored.get(key)
             if choice is None:
-                if self.measure is None or _capturing():
+                if not self.measures():
                     return unmeasured()  # not kept: a later call may measure
-                choice = self._measure(key, among(), run)
+                begin = time.perf_counter()
+                choice = self._measure(what, backend, among(), trials())
+                self._tell(time.perf_counter() - begin)
                 # Another process may have been first.
                 choice = self._stored.get(key, choice)
             self.chosen[what, backend] = choice
         return choice
 
-    def _measure(self, key: str, among: list[Choice], run: Callable[[Choice], object]) -> Choice:
+    def _measure(self, what: Layer | str, backend: str, among: list[Choice], runs: Sequence[Run]) -> Choice:
         assert self.measure is not None
-        times: dict[Choice, float] = {}
-        for candidate in among:
-            try:
-                times[candidate] = self.measure(lambda c=candidate: run(c))  # type: ignore[misc]
-            except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
-                warnings.warn(f"resnet_fast: {candidate} does not run on this GPU: {error}", stacklevel=2)
+        times, refused = self.measure({c: [functools.partial(run, c) for run in runs] for c in among})
+        for candidate, error in refused.items():
+            warnings.warn(f"resnet_fast: {candidate} does not run on this GPU: {error}", stacklevel=2)
+        if not times:
+            raise RuntimeError(f"none of {', '.join(map(str, among))} runs on this GPU") from next(
+                iter(refused.values())
+            )
+        self._keep(what, backend, times)
+        if isinstance(what, Layer) and what.folded:
+            # Measured by the way: what runs the layer where its filters may not be folded.
+            unfolded = {c: s for c, s in times.items() if c not in _LIBRARIES}
+            if unfolded:
+                self._keep(dataclasses.replace(what, folded=False), backend, unfolded)
+        return self._stored[_key(what, backend)]
+
+    def _keep(self, what: Layer | str, backend: str, times: dict[Choice, float]) -> None:
         best = next(iter(times))
         for candidate, seconds in times.items():
             if seconds < times[best] * (1 - _MARGIN):
                 best = candidate
+        key = _key(what, backend)
         self.seconds[key] = {str(c): s for c, s in times.items()}
         self._store(key, best)
-        return best
+
+    def _tell(self, seconds: float) -> None:
+        """Says once what takes so long."""
+        self._spent += seconds
+        if self._spent > 2 and not self._told:
+            self._told = True
+            where = f", kept in {self.file}" if self.file else ""
+            print(f"resnet_fast: measuring which kernels are fastest on {self.name}, once{where}", file=sys.stderr)
 
     def _load(self) -> dict[str, Choice]:
         if self.file is None or not self.file.exists():
@@ -205,7 +230,7 @@ def _key(what: Layer | str, backend: str) -> str:
 
 def _parse(entry: str | dict[str, int]) -> Choice:
     if isinstance(entry, str):
-        if entry not in (LIBRARY, *FORMS):
+        if entry not in (LIBRARY, *_LIBRARIES, *FORMS):
             raise ValueError(f"unknown choice {entry!r}")
         return entry
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
@@ -226,9 +251,8 @@ def tuner(device: torch.device) -> Tuner:
             _tuners[key] = Tuner(gpu_of(device), None, None)
         else:
             measured = os.environ.get("RESNET_FAST_TUNE", "1") != "0"
-            file = cache_file(torch.cuda.get_device_name(device))
-            measure = functools.partial(_seconds, device=device) if measured else None
-            _tuners[key] = Tuner(gpu_of(device), file, measure)
+            name = torch.cuda.get_device_name(device)
+            _tuners[key] = Tuner(gpu_of(device), cache_file(name), _measured(device) if measured else None, name)
     return _tuners[key]
 
 
