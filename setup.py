@@ -15,9 +15,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("kernels/csrc")
-# The stable ABI is used as of this release: the build loads into it and into every later one.
-ABI_FLOOR = (2, 13)
-CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+# The stable ABI as of this release is used, whatever torch the build finds: the result loads into it and later ones.
+ABI_FLOOR = (2, 11)
+CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 
 
 def flag(name: str, default: bool) -> bool:
@@ -46,13 +46,16 @@ def extension():
     from torch import __version__ as torch_version
     from torch.utils import cpp_extension
 
-    built_for = min(ABI_FLOOR, tuple(int(part) for part in torch_version.split(".")[:2]))
-    target = f"-DTORCH_TARGET_VERSION=0x{built_for[0]:02x}{built_for[1]:02x}000000000000ull"
+    if tuple(int(part) for part in torch_version.split(".")[:2]) < ABI_FLOOR:
+        sys.exit(f"setup.py: torch is {torch_version}, want {ABI_FLOOR[0]}.{ABI_FLOOR[1]} or later")
+    target = f"-DTORCH_TARGET_VERSION=0x{ABI_FLOOR[0]:02x}{ABI_FLOOR[1]:02x}000000000000ull"
     debug = flag("DEBUG", False)
     optimize = ["-O0", "-g"] if debug else ["-O3", "-g0"]
-    # Fused multiply-adds wherever the kernels say a * b + c; no other liberty with floating point.
-    cxx = [*optimize, target, "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", "-fopenmp"]
-    nvcc = [*optimize[:1], target, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+    # Fused multiply-adds wherever the kernels say a * b + c; no other liberty with floating point. Some releases of
+    # torch compile as C++17 unless told.
+    cxx = [*optimize, "-std=c++20", target, "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", "-fopenmp"]
+    nvcc = [*optimize[:1], "-std=c++20", target, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+    nvcc.append("-Xcompiler=-fvisibility=hidden")
     sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
     link: dict[str, list[str]] = {"extra_link_args": ["-fopenmp"]}
 

@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
 
 #include "watch.h"
 
@@ -90,6 +91,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("batch_norm_plan(int rows, int channels) -> int[]");
   m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
 
+  // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises where there is none.
+  m.def("cuda_stream(int device) -> int");
+
   // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp); bytes that are kept, and bytes
   // in use.
   m.def("keep_memory(bool keep) -> ()");
@@ -105,5 +109,12 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  // The release whose headers the build saw, and the first that the result loads into, as major * 256 + minor.
+  if (made == nullptr || PyModule_AddStringConstant(made, "built_with", TORCH_VERSION) != 0 ||
+      PyModule_AddIntConstant(made, "target", static_cast<long>(TORCH_TARGET_VERSION >> 48)) != 0) {
+    Py_XDECREF(made);
+    return nullptr;
+  }
+  return made;
 }
