@@ -1,8 +1,12 @@
-"""``python -m resnet_fast doctor`` and ``python -m resnet_fast explain MODEL``."""
+"""``python -m resnet_fast doctor``, ``explain MODEL`` and ``tune MODEL``."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +30,7 @@ def _doctor(options: argparse.Namespace) -> None:
 def _explain(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    size = options.image_size or (32 if options.model.startswith("cifar") else 224)
-    sized = {"image_size": size} if options.model == "ResNet32" else {}
-    torch.manual_seed(0)
-    model = getattr(reference if options.eager else models, options.model)(**sized)
+    size, model = _model(options, reference if options.eager else models)
     dtype = _DTYPES[options.dtype]
     if options.device == "cuda":
         _explain_cuda(options, model.eval(), (options.batch, 3, size, size))
@@ -45,24 +46,64 @@ def _explain(options: argparse.Namespace) -> None:
 
 def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tuple[int, ...]) -> None:
     """What can be said of a GPU by counting, and, where there is one, which kernel was chosen for each layer."""
-    dtype = _DTYPES[options.dtype]
-    print(roofline(model, torch.empty(shape, dtype=dtype, device="meta")))
+    print(roofline(model, torch.empty(shape, dtype=_DTYPES[options.dtype], device="meta")))
     if not torch.cuda.is_available():
         print("No CUDA device is visible: no time was measured.")
         return
-    from ._triton.tune import choices
+    _run_on_gpu(options, model, shape, training=True)
+    print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
+    _print_choices()
 
+
+def _run_on_gpu(options: argparse.Namespace, model: torch.nn.Module, shape: tuple[int, ...], training: bool) -> None:
+    """Once, which chooses the kernels: training chooses for itself, forward, the data's gradient and the weights'."""
+    dtype = _DTYPES[options.dtype]
     x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         model.to("cuda", dtype)(x)
-    # Training chooses for itself: the forward pass, the gradient of the data and that of the weights.
-    getattr(model.train(), "logits", model)(x).sum().backward()
-    print("\nMeasured once on this GPU, for each shape of a convolution the fastest kernel:")
+    if training:
+        getattr(model.train(), "logits", model)(x).sum().backward()
+    torch.cuda.synchronize()
+
+
+def _print_choices() -> None:
+    from ._triton.tune import choices
+
     for layer, (choice, seconds) in choices().items():
         print(f"  {_chosen(layer, choice)}")
         if seconds:
             fastest_first = sorted(seconds.items(), key=lambda found: found[1])
             print("      us: " + ", ".join(f"{name} {s * 1e6:.1f}" for name, s in fastest_first))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        sys.exit("tune: no CUDA device is visible to PyTorch")
+    if options.batch < 1:
+        sys.exit(f"tune: --batch is {options.batch}, want at least 1")
+    from ._triton.tune import tuner
+    from .gpu import shipped
+
+    size, model = _model(options, models)
+    begin = time.perf_counter()
+    _run_on_gpu(options, model.eval(), (options.batch, 3, size, size), options.training)
+    _print_choices()
+    found = tuner(torch.device("cuda", torch.cuda.current_device()))
+    print(
+        f"{options.model}, {options.dtype}, batch {options.batch}, {size} x {size}: {time.perf_counter() - begin:.1f} s"
+    )
+    print(f"choices for {found.name}: {found.file}")
+    if options.export:
+        shipped.export(found.name, found.entries(), options.export, datetime.date.today().isoformat())
+        print(f"written: {options.export}")
+
+
+def _model(options: argparse.Namespace, module: Any) -> tuple[int, Any]:
+    """The side of its images, and the network."""
+    size = options.image_size or (32 if options.model.startswith("cifar") else 224)
+    sized = {"image_size": size} if options.model == "ResNet32" else {}
+    torch.manual_seed(0)
+    return size, getattr(module, options.model)(**sized)
 
 
 def _chosen(layer: Any, choice: object) -> str:
@@ -88,6 +129,14 @@ def main() -> None:
     layers.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
     layers.add_argument("--eager", action="store_true", help="the same network in plain PyTorch")
     layers.set_defaults(run=_explain)
+    tune = commands.add_parser("tune", help="measure ahead of time which kernels are fastest on this GPU")
+    tune.add_argument("model", choices=_NAMES, metavar="MODEL", help=", ".join(_NAMES))
+    tune.add_argument("--batch", type=int, default=1)
+    tune.add_argument("--image-size", type=int, help="default 224, or 32 for the CIFAR networks")
+    tune.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    tune.add_argument("--training", action="store_true", help="a training step, too")
+    tune.add_argument("--export", type=Path, metavar="FILE", help="write all that is known of this GPU as a table")
+    tune.set_defaults(run=_tune)
     options = parser.parse_args()
     options.run(options)
 

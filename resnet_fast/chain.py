@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
-from . import backends, launch, ops, residual_network
+from . import backends, ops, residual_network
 from .choose import algorithm_of_filter, algorithms
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .gpu import plan as gpu_plan
@@ -96,14 +96,15 @@ class Chain:
     def _packed_for_gpu(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
         """GPUs multiply in the dtype of the images; what runs a layer there decides how its filter is packed."""
         from ._triton.operators import precision
-        from ._triton.tune import forced, tuner
+        from ._triton.tune import capturing, forced
 
         key = (x.shape, x.dtype, backends.selected(), precision(x.dtype), forced())
         found = self._filters.get(key)
         if found is None:
             with torch.no_grad():
-                measures = tuner(x.device).measures()  # not while a graph is captured: a later call plans again
-                folds = self._foldable(x.dtype) if measures or forced() is not None else [False] * len(self.pairs)
+                # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
+                captured = capturing()
+                folds = [False] * len(self.pairs) if captured else self._foldable(x.dtype)
                 layers = gpu_plan.planned(self.layers, x, folds)
                 filters = []
                 for i in range(len(self.pairs)):
@@ -113,7 +114,7 @@ class Chain:
                         packed = self._packed[i, folded, x.dtype] = self._pack_for_gpu(i, x.dtype, folded)
                     filters.append(packed)
             found = filters, layers
-            if measures or launch.is_simulated():
+            if not captured:
                 self._filters[key] = found
         return found
 

@@ -7,6 +7,7 @@ imported by whoever defines the kernels, never here.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -39,16 +40,38 @@ class GpuDevice:
         return name in self._launchers
 
     def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> None:
+        if _this_thread.compiles_only:
+            kernel.warmup(*args, grid=grid, **meta)
+            return
         with _guard(args):
             kernel[grid](*args, **meta)
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
+        if _this_thread.compiles_only:
+            return
         try:
             launcher = self._launchers[name]
         except KeyError:
             raise RuntimeError(f"resnet_fast was built without the CUDA kernel {name!r}") from None
         with _guard(args):
             launcher(tuple(grid), tuple(block), shared, tuple(args))
+
+
+class _ThisThread(threading.local):
+    compiles_only = False
+
+
+_this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[None]:
+    """While open, this thread's launches compile Triton kernels and start nothing: tensors may be on "meta"."""
+    before, _this_thread.compiles_only = _this_thread.compiles_only, True
+    try:
+        yield
+    finally:
+        _this_thread.compiles_only = before
 
 
 gpu = GpuDevice()

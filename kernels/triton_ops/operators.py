@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
-from resnet_fast import backends, ops
+from resnet_fast import backends, launch, ops
 from resnet_fast.gpu import library
 
 from . import add_relu as elementwise
@@ -121,8 +124,8 @@ class Operands:
     def run(self, layer: Layer, choice: Choice) -> Tensor:
         """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``."""
         if isinstance(choice, Config | CudaConfig):
-            launch = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
-            launch(layer, choice, self.x, self.weight, self.scale, self.shift, self.residual, self.y)  # type: ignore[arg-type]
+            start = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
+            start(layer, choice, self.x, self.weight, self.scale, self.shift, self.residual, self.y)  # type: ignore[arg-type]
             return self.y
         if choice == LIBRARY:
             return kernels.library(layer, self.x, self.weight, self.scale, self.shift, self.residual)
@@ -142,21 +145,48 @@ def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object
     The input is in the cache as far as it fits, as behind the layer that writes it.
     """
 
+    first = _operands(layer, device)
+    return [functools.partial(dataclasses.replace(first, weight=w).run, layer) for w in _weights(layer, device)]
+
+
+def _weights(layer: Layer, device: torch.device) -> list[Tensor]:
+    shape = (_TRIALS, layer.out_channels, *layer.kernel, layer.channels)
+    return list(torch.randn(shape, device=device, dtype=layer.dtype) * layer.products**-0.5)
+
+
+def _operands(layer: Layer, device: torch.device) -> Operands:
+    """Of the layer's sizes; random numbers."""
+
     def image(channels: int, height: int, width: int) -> Tensor:
         shape = (layer.batch, height, width, channels)
         return torch.randn(shape, device=device, dtype=layer.dtype).permute(0, 3, 1, 2)
 
-    def operands() -> Operands:
-        weight = torch.randn((layer.out_channels, *layer.kernel, layer.channels), device=device, dtype=layer.dtype)
-        weight *= layer.products**-0.5
-        shift = torch.randn(layer.out_channels, device=device)
-        bias = shift.to(layer.dtype) if layer.folded else None
-        return Operands(x, weight, torch.ones_like(shift), shift, residual, torch.empty_like(y), bias)
-
     x = image(layer.channels, layer.height, layer.width)
     y = image(layer.out_channels, layer.out_height, layer.out_width)
-    residual = y if layer.residual else None
-    return [functools.partial(operands().run, layer) for _ in range(_TRIALS)]
+    weight = torch.empty((layer.out_channels, *layer.kernel, layer.channels), device=device, dtype=layer.dtype)
+    shift = torch.randn(layer.out_channels, device=device)
+    bias = shift.to(layer.dtype) if layer.folded else None
+    residual = torch.randn_like(y) if layer.residual else None
+    return Operands(x, weight, torch.ones_like(shift), shift, residual, y, bias)
+
+
+def prepare(layers: Sequence[Layer], device: torch.device) -> None:
+    """Compiles what the choices of ``layers`` may want, all at once: in a row it takes a minute a network."""
+    if launch.is_simulated():
+        return
+    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tuner(device).wanted(layer, _named())]
+    compiled = [(layer, c) for layer, c in wanted if isinstance(c, Config)]
+    if len(compiled) < 2:
+        return
+    # The compiler and ptxas work outside of Python's lock.
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        torch.cuda.device(device),
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        launch.compile_only(),
+    ):
+        for layer, choice in compiled:
+            _operands(layer, torch.device("meta")).run(layer, choice)
 
 
 def _named() -> str:

@@ -6,8 +6,8 @@ own convolution followed by one fused pass: a fused layer is never slower than a
 measurement (:mod:`resnet_fast.gpu.timing`). ``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind
 of them; a choice among those is kept apart. Choices are written to
 ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
-kernels and so give the same bits. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs`
-expects.
+kernels and so give the same bits. What :mod:`resnet_fast.gpu.shipped` knows of a GPU is not measured again.
+``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs` expects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import triton
 
 from resnet_fast import backends, launch
-from resnet_fast.gpu import library, timing
+from resnet_fast.gpu import library, shipped, timing
 
 from . import configs, cuda_configs
 from .configs import A100, Config, Gpu, Layer
@@ -95,7 +95,10 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
     found: list[Choice] = []
     if backend != "cuda":
         found += configs.candidates(layer, gpu)
-    if backend != "triton" and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
+    # On Hopper the tiles of mma.sync were the fastest for none of 104 layers (an H200, float16): wgmma's and the
+    # libraries' do without them.
+    skipped = backend == "triton" or (backend == "auto" and gpu.family == 90 and layer.dtype != torch.float32)
+    if not skipped and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
         found += cuda_configs.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
         return found
@@ -108,10 +111,22 @@ def default(layer: Layer, gpu: Gpu, backend: str = "auto") -> Choice:
 
 
 class Tuner:
-    """Choices for one GPU. ``measure``: seconds of candidates; None to take the model's word. ``name``: of the GPU."""
+    """Choices for one GPU.
 
-    def __init__(self, gpu: Gpu, file: Path | None, measure: Measure | None, name: str = "this GPU") -> None:
+    file: where they are kept. measure: seconds of candidates; None to take the model's word. name: of the GPU.
+    known: entries as in the file that come with the package; what the file says counts more.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        file: Path | None,
+        measure: Measure | None,
+        name: str = "this GPU",
+        known: Mapping[str, Any] = {},
+    ) -> None:
         self.gpu, self.file, self.measure, self.name = gpu, file, measure, name
+        self._known = {key: _parse(entry) for key, entry in known.items()}
         self.chosen: dict[tuple[Layer | str, str], Choice] = {}
         self.seconds: dict[str, dict[str, float]] = {}
         self._stored = self._load()
@@ -135,9 +150,25 @@ class Tuner:
         assert isinstance(found, str)
         return found
 
+    def wanted(self, layer: Layer, backend: str = "auto") -> list[Choice]:
+        """What :meth:`choose` would run: the choice, or where it would measure, all candidates."""
+        if _forced is not None:
+            return [_forced]
+        known = self.chosen.get((layer, backend)) or self._kept(_key(layer, backend))
+        if known is not None:
+            return [known]
+        return candidates(layer, self.gpu, backend) if self.measures() else [default(layer, self.gpu, backend)]
+
+    def _kept(self, key: str) -> Choice | None:
+        return self._stored.get(key) or self._known.get(key)
+
+    def entries(self) -> dict[str, Any]:
+        """What the file holds, by key."""
+        return {k: c if isinstance(c, str) else dataclasses.asdict(c) for k, c in self._stored.items()}
+
     def measures(self) -> bool:
         """Whether a choice that is missing would be measured now."""
-        return self.measure is not None and not _capturing()
+        return self.measure is not None and not capturing()
 
     def _choose(
         self,
@@ -150,7 +181,7 @@ class Tuner:
         choice = self.chosen.get((what, backend))
         if choice is None:
             key = _key(what, backend)
-            choice = self._stored.get(key)
+            choice = self._kept(key)
             if choice is None:
                 if not self.measures():
                     return unmeasured()  # not kept: a later call may measure
@@ -214,10 +245,9 @@ class Tuner:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # What another process found first stays, so that both run the same from then on.
             self._stored = {**self._stored, **self._load()}
-            entries = {k: c if isinstance(c, str) else dataclasses.asdict(c) for k, c in self._stored.items()}
             handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=self.file.name)
             with open(handle, "w") as out:
-                json.dump(entries, out, indent=1, sort_keys=True)
+                json.dump(self.entries(), out, indent=1, sort_keys=True)
             os.replace(partial, self.file)
         except OSError as error:
             warnings.warn(f"resnet_fast: measured choices cannot be kept in {self.file}: {error}", stacklevel=2)
@@ -236,7 +266,8 @@ def _parse(entry: str | dict[str, int]) -> Choice:
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -252,7 +283,8 @@ def tuner(device: torch.device) -> Tuner:
         else:
             measured = os.environ.get("RESNET_FAST_TUNE", "1") != "0"
             name = torch.cuda.get_device_name(device)
-            _tuners[key] = Tuner(gpu_of(device), cache_file(name), _measured(device) if measured else None, name)
+            measure = _measured(device) if measured else None
+            _tuners[key] = Tuner(gpu_of(device), cache_file(name), measure, name, shipped.load(name))
     return _tuners[key]
 
 

@@ -55,9 +55,9 @@ def planned(layers: Sequence[int], x: Tensor, folds: Sequence[bool]) -> list[int
     from resnet_fast._triton import operators
 
     later = deferred(layers)
-    shapes = [tuple(x.shape)]
-    out: list[int] = []
-    for i, (source, added, flags, k, *sizes) in enumerate(_rows(layers)):
+    rows, shapes = _rows(layers), [tuple(x.shape)]
+    found = []
+    for i, (source, added, flags, k, *sizes) in enumerate(rows):
         kernel, stride, padding = sizes[:2], sizes[2:4], sizes[4:]
         layer = operators.layer_of(
             *(shapes[source], (k, *kernel), stride, padding, x.dtype),
@@ -67,8 +67,14 @@ def planned(layers: Sequence[int], x: Tensor, folds: Sequence[bool]) -> list[int
             shifted=i not in later,
         )
         shapes.append((x.shape[0], k, layer.out_height, layer.out_width))
+        found.append(layer)
+    computed = [layer for layer in found if layer.pixels > 0]
+    operators.prepare(computed, x.device)
+    out: list[int] = []
+    for i, (row, layer) in enumerate(zip(rows, found, strict=True)):
+        source, added, flags, *rest = row
         flags = flags & ops.RELU | (ops.DEFERRED if i in later else 0)
         if folds[i] and layer.pixels > 0 and operators.wants_folded(layer, x.device):
             flags |= ops.FOLDED
-        out += [source, added, flags, k, *sizes]
+        out += [source, added, flags, *rest]
     return out

@@ -1,0 +1,70 @@
+"""Choices that come with the package for GPUs that it was measured on: a file a GPU in ``choices/``.
+
+A file says with which versions it was measured, and which kernels there were; with others it is not current and is left
+alone, as :func:`status` tells. ``python -m resnet_fast tune MODEL --export FILE`` writes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FOLDER", "current", "export", "load", "status"]
+
+FOLDER = Path(__file__).parent / "choices"
+
+
+def _file(gpu: str) -> Path:
+    return FOLDER / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', gpu)}.json"
+
+
+def current() -> dict[str, str]:
+    """What choices depend on beside the GPU: a release of PyTorch, Triton and cuDNN each, and the kernels."""
+    import triton
+
+    from resnet_fast import backends
+    from resnet_fast._triton import configs
+
+    def release(version: str) -> str:
+        return ".".join(version.split(".")[:2])
+
+    tiles = torch.ops.resnet_fast.conv_bn_relu_tiles() if backends.has_cuda_convolution() else []
+    return {
+        "torch": release(torch.__version__),
+        "triton": release(triton.__version__),
+        "cudnn": str((torch.backends.cudnn.version() or 0) // 100),
+        "kernels": hashlib.sha256(f"{list(tiles)} {configs.tables()}".encode()).hexdigest()[:12],
+    }
+
+
+def load(gpu: str) -> dict[str, Any]:
+    """Entries by key for the GPU of that name, none where there is no file or it is not current."""
+    file = _file(gpu)
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text())
+    return content["choices"] if content["versions"] == current() else {}
+
+
+def status(gpu: str) -> str:
+    """A line for the doctor."""
+    file = _file(gpu)
+    if not file.exists():
+        return "none for this GPU: measured at the first call of a shape"
+    content = json.loads(file.read_text())
+    found, wanted = content["versions"], current()
+    if found == wanted:
+        return f"{len(content['choices'])} of {content['date']}"
+    differ = [f"{name} {found.get(name)} (here {wanted[name]})" for name in wanted if found.get(name) != wanted[name]]
+    return f"not current, made with {', '.join(differ)}: measured anew at the first call of a shape"
+
+
+def export(gpu: str, choices: dict[str, Any], file: Path, date: str) -> None:
+    """Writes ``choices``, entries by key, for the GPU of that name."""
+    content = {"gpu": gpu, "date": date, "versions": current(), "choices": dict(sorted(choices.items()))}
+    file.write_text(json.dumps(content, indent=1) + "\n")
