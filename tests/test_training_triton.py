@@ -90,6 +90,29 @@ def test_every_tile_gives_exact_integers(simulated_device, channels, filters, st
                 assert torch.equal(a if need[0] else b, expected), config
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"),
+    [((33, 1), (1, 1), (20, 3)), ((1, 35), (1, 1), (2, 9)), ((1, 67), (1, 2), (2, 12))],
+    ids=str,
+)
+def test_filters_of_more_than_32_taps_in_a_row(simulated_device, kernel, stride, size):
+    """Which taps lie on the map is a bit each, of a stride's phase in the gradient: longer filters need another way."""
+    padding = [kernel[0] // 2, kernel[1] // 2]
+    x, weight = whole(1, 16, *size), whole(16, 16, *kernel)
+    y, _ = ops.conv_moments(x, None, False, weight, None, [*stride], padding, 0, False)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding)
+    assert torch.equal(y.double(), exact.bfloat16().double())
+    grad = whole(*y.shape)
+    rest = (True, True, None, False, [], [])
+    dx, dw, _ = ops.conv_backward(grad, None, None, x, None, False, weight, [*stride], padding, 0, *rest)
+    expected = torch.ops.aten.convolution_backward(
+        *(grad.double(), x.double(), weight.double(), None, stride, padding, [1, 1], False, [0, 0], 1),
+        [True, True, False],
+    )
+    assert torch.equal(dx.double(), expected[0].bfloat16().double())
+    assert torch.equal(dw.double(), expected[1].bfloat16().double())
+
+
 @pytest.mark.parametrize(("shape", "dtype", "which"), CASES, ids=str)
 def test_operators(simulated_device, shape, dtype, which):
     n, c, size, k, kernel, stride, padding = shape

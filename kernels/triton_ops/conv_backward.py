@@ -23,6 +23,7 @@ from . import batch_norm
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
 from .sums import finish_sums
+from .taps import tap_bits, tap_is_inside
 
 __all__ = ["data_gradient", "weight_gradient"]
 
@@ -96,24 +97,27 @@ def _data_gradient_kernel(
     bottom = (a_phase + PAD_H - r0) // STRIDE_H + i
     right = (b_phase + PAD_W - s0) // STRIDE_W + j
     valid = m < pixels
-    rows = tl.zeros((BLOCK_M,), tl.int32)
-    cols = tl.zeros((BLOCK_M,), tl.int32)
-    for t in tl.static_range(most_rows):
-        rows |= (valid & (bottom >= t) & (bottom - t < out_height)).to(tl.int32) << t
-    for t in tl.static_range(most_cols):
-        cols |= ((right >= t) & (right - t < out_width)).to(tl.int32) << t
+    # Rows past the end read nothing.
+    below = tl.where(valid, out_height, 0)
+    rows = tap_bits(bottom, below, most_rows, -1)
+    cols = tap_bits(right, out_width, most_cols, -1)
     corner = ((image.to(index) * out_height + bottom) * out_width + right) * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     taps = taps_h * taps_w
+    # No tap reaches some phases (1x1 filters at stride 2): their loop does not run. Its divisions are hoisted in front
+    # of it all the same; dividing by zero is undefined, so LLVM would conclude that the loop runs and drop the masks of
+    # the first copies, which then read past the weights.
+    divisor = tl.maximum(taps, 1)
+    divisor_w = tl.maximum(taps_w, 1)
     for step in tl.range(0, taps * ((K + BLOCK_K - 1) // BLOCK_K)):
-        tap = step % taps
-        th = tap // taps_w
-        tw = tap % taps_w
-        c = step // taps * BLOCK_K + k
-        inside = (((rows >> th) & (cols >> tw) & 1) != 0)[:, None]
+        tap = step % divisor
+        th = tap // divisor_w
+        tw = tap % divisor_w
+        c = step // divisor * BLOCK_K + k
+        inside = tap_is_inside(rows, cols, th, tw, bottom, right, below, out_width, most_rows, most_cols, -1)[:, None]
         if K % BLOCK_K != 0:
             inside = inside & (c < K)[None, :]
-        offsets = corner[:, None] + (c[None, :] - (th * out_width + tw) * K)
+        offsets = corner[:, None] + (c[None, :] - (th.to(index) * out_width + tw) * K)
         g = tl.load(grad + offsets, mask=inside, other=0.0, cache_modifier=".ca")
         if coefficients is not None:
             v = tl.load(y + offsets, mask=inside, other=0.0, cache_modifier=".ca")

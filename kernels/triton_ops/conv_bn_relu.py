@@ -23,6 +23,7 @@ from torch import Tensor
 from resnet_fast import launch
 
 from .configs import Config, Layer
+from .taps import tap_bits, tap_is_inside
 
 __all__ = ["conv_bn_relu", "conv_grid", "finish", "library"]
 
@@ -86,14 +87,8 @@ def _conv_bn_relu_fwd_kernel(
 
     if C % BLOCK_K == 0:
         # A step is one tap of BLOCK_K channels.
-        few: tl.constexpr = R <= 32 and S <= 32  # taps in a row or column: a bit for each
-        rows = tl.zeros((BLOCK_M,), tl.int32)
-        cols = tl.zeros((BLOCK_M,), tl.int32)
-        if few:
-            for i in tl.static_range(R):
-                rows |= ((top + i >= 0) & (top + i < below)).to(tl.int32) << i
-            for j in tl.static_range(S):
-                cols |= ((left + j >= 0) & (left + j < width)).to(tl.int32) << j
+        rows = tap_bits(top, below, R)
+        cols = tap_bits(left, width, S)
         steps: tl.constexpr = C // BLOCK_K * (R * S)
         first = tl.program_id(1) * steps // SPLIT_K
         last = (tl.program_id(1) + 1) * steps // SPLIT_K
@@ -104,10 +99,7 @@ def _conv_bn_relu_fwd_kernel(
             r = tap // S
             s = tap % S
             c = step // (R * S) * BLOCK_K
-            if few:
-                inside = ((rows >> r) & (cols >> s) & 1) != 0
-            else:
-                inside = (top + r >= 0) & (top + r < below) & (left + s >= 0) & (left + s < width)
+            inside = tap_is_inside(rows, cols, r, s, top, left, below, width, R, S)
             a = tl.load(
                 x + (x_offsets + ((r.to(index) * width + s) * C + c)),
                 mask=inside[:, None],

@@ -24,6 +24,7 @@ from .batch_stats import stats_of_rows
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
 from .sums import finish_moments
+from .taps import tap_bits, tap_is_inside
 
 __all__ = ["conv_moments", "library"]
 
@@ -78,12 +79,8 @@ def _conv_moments_kernel(
 
     if C % BLOCK_K == 0:
         # A step is one tap of BLOCK_K channels.
-        rows = tl.zeros((BLOCK_M,), tl.int32)
-        cols = tl.zeros((BLOCK_M,), tl.int32)
-        for i in tl.static_range(R):
-            rows |= ((top + i >= 0) & (top + i < below)).to(tl.int32) << i
-        for j in tl.static_range(S):
-            cols |= ((left + j >= 0) & (left + j < width)).to(tl.int32) << j
+        rows = tap_bits(top, below, R)
+        cols = tap_bits(left, width, S)
         x_offsets = corner[:, None] + k[None, :]
         w_rows = filters[:, None] + k[None, :]
         for step in tl.range(0, C // BLOCK_K * (R * S)):
@@ -91,8 +88,9 @@ def _conv_moments_kernel(
             r = tap // S
             s = tap % S
             c = step // (R * S) * BLOCK_K
-            inside = (((rows >> r) & (cols >> s) & 1) != 0)[:, None]
-            a = tl.load(x + (x_offsets + ((r * width + s) * C + c)), mask=inside, other=0.0, cache_modifier=".ca")
+            inside = tap_is_inside(rows, cols, r, s, top, left, below, width, R, S)[:, None]
+            at = (r.to(index) * width + s) * C + c
+            a = tl.load(x + (x_offsets + at), mask=inside, other=0.0, cache_modifier=".ca")
             if scale_shift is not None or RELU:
                 z = batch_norm.affine(a, scale_shift, c + k, C)
                 if RELU:
@@ -115,7 +113,7 @@ def _conv_moments_kernel(
             iw = left[:, None] + s[None, :]
             inside = (ih >= 0) & (ih < below[:, None]) & (iw >= 0) & (iw < width) & (at < total)[None, :]
             a = tl.load(
-                x + (corner[:, None] + ((r * width + s) * C + at % C)[None, :]),
+                x + (corner[:, None] + ((r.to(index) * width + s) * C + at % C)[None, :]),
                 mask=inside,
                 other=0.0,
                 cache_modifier=".ca",
