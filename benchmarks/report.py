@@ -101,8 +101,8 @@ def chart(results: list[Result], path: Path, device: Device = CPU) -> None:
 
 
 def save(results: list[Result], device: Device = CPU) -> list[Path]:
-    """Writes the table, the numbers and the chart to ``benchmarks/results/local``, which git ignores."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    """Writes the table, the numbers and the chart to ``benchmarks/results``, which git ignores."""
+    RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     paths = [stem.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
     _write(paths, table(results), results, device)
@@ -112,7 +112,7 @@ def save(results: list[Result], device: Device = CPU) -> list[Path]:
 
 def save_training(results: list[training.Result]) -> list[Path]:
     """The same for training steps, without a chart."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S_training")
     paths = [stem.with_suffix(suffix) for suffix in (".md", ".json")]
     _write(paths, f"{training.table(results)}\n\n{training.readme_table(results)}", results)

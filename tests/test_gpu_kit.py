@@ -432,13 +432,12 @@ def test_options(tmp_path):
 def test_results_are_tables(tmp_path):
     found = parsed(tmp_path)
     rows = [
-        {"item": "versions", "versions": {"card": "H100", "torch": "2.11"}},
         {"item": "a", "case": "net", "variant": "x|y", "ms": 1.5, "ms low": 1.25, "ms high": 2.0},
         {"item": "a", "case": "net", "variant": "ours", "ms": 1.0, "ms low": 1.0, "ms high": 1.0, "best peer": "x|y"},
         {"item": "a", "variant": "z", "error": "not timed, WrongResultError: far"},
         {"item": "b", "missing": "ncu is not installed here"},
     ]
-    results.write([supervise.Phase("infer", 60.0, "done", 3.0, rows)], found)
+    results.write([supervise.Phase("infer", 60.0, "done", 3.0, rows, {"card": "H100", "torch": "2.11"})], found)
     text = (tmp_path / "out/results.md").read_text()
     assert text.startswith("card H100, torch 2.11\n")
     assert "| net  | x/y     | 1.5 (1.25-2) |" in text

@@ -19,8 +19,8 @@ PARTS = {
     "benchmarks": "benchmarks",
     "tests/gpu": "tests/gpu",
     "tests/ptxsim": "tests/ptxsim",  # conftest.py imports it; a rehearsal runs on it
-    "tests/conftest.py": "tests/conftest.py",
-    "tests/support.py": "tests/support.py",
+    "tests/*.py": "tests",  # what tests/gpu and conftest.py share
+    "benchmarks/results/README.md": "benchmarks/results/README.md",  # a benchmark's report wants the folder
     "pyproject.toml": "pyproject.toml",  # pytest's settings
     "LICENSE": "LICENSE",
     "benchmarks/kit/run.sh": "run.sh",
@@ -45,11 +45,13 @@ def pack(library: Path, folder: Path, most: int = MOST_BYTES) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for source, target in PARTS.items():
         here, there = ROOT / source, folder / target
-        there.parent.mkdir(parents=True, exist_ok=True)
         if here.is_dir():
             shutil.copytree(here, there, ignore=_IGNORED, dirs_exist_ok=True)
-        else:
-            shutil.copy(here, there)
+            continue
+        (there.parent if here.is_file() else there).mkdir(parents=True, exist_ok=True)
+        for file in [here] if here.is_file() else here.parent.glob(here.name):
+            if not file.name.startswith("test_"):
+                shutil.copy(file, there)
     copied = folder / "resnet_fast" / library.name
     shutil.copy(library, copied)
     subprocess.run(["strip", "--strip-unneeded", str(copied)], check=True)

@@ -27,8 +27,7 @@ CONDITIONS = {
 
 
 def _versions(phases: Iterable[Phase]) -> dict[str, str]:
-    rows = [row["versions"] for p in phases for row in p.rows if "versions" in row]
-    return rows[0] if rows else {"Python": platform.python_version()}
+    return next((p.versions for p in phases if p.versions), {"Python": platform.python_version()})
 
 
 def write(phases: list[Phase], options: Options) -> str:
@@ -70,7 +69,7 @@ def _section(phase: Phase, kernels: int) -> list[str]:
     notes = [f"- missing: {row['missing']}" for row in phase.rows if "missing" in row]
     # A row may say what it is about beside its error.
     notes += [f"- **{row.get('variant') or row['item']}**: {row['error']}" for row in phase.failures]
-    found = [r for r in phase.rows if "error" not in r and "missing" not in r and "versions" not in r]
+    found = [r for r in phase.rows if "error" not in r and "missing" not in r]
     tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in found:
         shown = _shown(row)

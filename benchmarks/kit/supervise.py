@@ -30,6 +30,7 @@ class Phase:
     state: str = "running"
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -100,6 +101,8 @@ def run(name: str, options: Options, limit: float, notice: Callable[[Phase], obj
                         open_item = line["item"]
                     elif line.get("end"):
                         open_item = None
+                    elif "versions" in line:
+                        phase.versions = line["versions"]
                     else:
                         phase.rows.append(line)
                 phase.seconds = time.monotonic() - begin

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
             file.flush()
 
         if skip == "0":
-            write({"item": name, "versions": versions()})
+            write({"versions": versions()})
         for item in phase.items(options)[int(skip) :]:
             write({"item": item, "begin": True})
             try:
