@@ -1,4 +1,4 @@
-# make bench | bench-peers | roofline | test | test-gpu | test-zoo | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | roofline | test | test-gpu | gpu-kit | test-zoo | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 
@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 
-.PHONY: bench bench-peers roofline test test-gpu test-zoo lint build format clean
+.PHONY: bench bench-peers roofline test test-gpu gpu-kit test-zoo lint build format clean
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -32,6 +32,12 @@ test: build
 # On a machine with an NVIDIA GPU; without one they fail.
 test-gpu: build
 	$(BIN)/python -m pytest tests/gpu/gpu_*.py $(ARGS)
+
+# A folder for machines with a GPU, PyTorch and Triton, and nothing else: tests, compute-sanitizer, tables of times.
+gpu-kit: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),8.0;9.0a;10.0)
+gpu-kit: $(VENV)/.installed
+	USE_CUDA=1 $(BIN)/python setup.py build_ext --build-lib build/gpu-kit-lib --build-temp build/gpu-kit-tmp
+	$(BIN)/python -m benchmarks.kit.pack build/gpu-kit-lib/resnet_fast/_C.abi3.so build/gpu-kit
 
 # Networks of torchvision and timm, which want a later torch than the extension is built for: the same build serves it.
 test-zoo: build $(VENV)-zoo/.installed

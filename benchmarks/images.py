@@ -1,13 +1,14 @@
-"""Inputs: crops of two photographs, handwritten digits, noise; all normalised per channel."""
+"""Inputs: crops of two photographs, handwritten digits, noise; all normalised per channel.
+
+Noise needs neither NumPy nor scikit-learn: they are imported where they are used.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
 __all__ = ["KINDS", "images"]
@@ -33,6 +34,9 @@ def images(kind: str, batch: int, size: int) -> Tensor:
 
 def _photographs(batch: int, size: int, generator: torch.Generator) -> Tensor:
     """Crops at random places of scikit-learn's two photographs (427 x 640) in turn."""
+    import numpy as np
+    from sklearn.datasets import load_sample_images
+
     photographs = [torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in load_sample_images().images]
     crops = []
     for i in range(batch):
@@ -44,5 +48,7 @@ def _photographs(batch: int, size: int, generator: torch.Generator) -> Tensor:
 
 def _digits(batch: int, size: int) -> Tensor:
     """scikit-learn's 8 x 8 digits, resized, in three equal channels."""
+    from sklearn.datasets import load_digits
+
     digits = torch.from_numpy(load_digits().images[:batch]).float()[:, None]
     return F.interpolate(digits, size=(size, size), mode="bilinear", align_corners=False).repeat(1, 3, 1, 1)

@@ -22,7 +22,7 @@ from .variants import BASELINE, OURS
 
 __all__ = ["RESULTS", "chart", "conditions", "save", "save_training", "table"]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "local"
 
 
 def conditions(device: Device = CPU) -> str:

@@ -10,7 +10,7 @@ import resnet_fast
 from resnet_fast.roofline import A100, H100, Roofline, roofline
 
 NETWORKS = [("ResNet32", 8, 224), ("cifar_resnet32", 128, 32), ("resnet50", 8, 224)]
-CHART = Path(__file__).parent / "results" / "roofline.png"
+CHART = Path(__file__).parent / "results" / "local" / "roofline.png"
 
 
 def chart(found: dict[str, Roofline], path: Path) -> None:
@@ -49,7 +49,7 @@ def chart(found: dict[str, Roofline], path: Path) -> None:
     bars.legend(loc="upper left")
     bars.margins(y=0.3)
     figure.suptitle("Computed from datasheets and shapes, not measured")
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -99,17 +99,19 @@ class Result:
 
 
 class Trainer:
-    """A network prepared for one variant, its optimizer and its batch."""
+    """A network prepared for one variant on ``device``, its optimizer and its batch."""
 
-    def __init__(self, case: TrainingCase, plain: nn.Module, variant: TrainingVariant, kind: str) -> None:
-        self.variant = variant
+    def __init__(
+        self, case: TrainingCase, plain: nn.Module, variant: TrainingVariant, kind: str, device: str = "cpu"
+    ) -> None:
+        self.variant, self.device = variant, device
         model = copy.deepcopy(plain)
         if variant.fused:
             model = getattr(resnet_fast, case.model)().train()
             model.load_state_dict(plain.state_dict())
-        self.model = model.to(memory_format=variant.layout)  # type: ignore[call-overload]
-        x, self.target = case.batch(kind)
-        self.x = x.contiguous(memory_format=variant.layout)
+        self.model = model.to(device, memory_format=variant.layout)  # type: ignore[call-overload]
+        x, target = case.batch(kind)
+        self.x, self.target = x.to(device).contiguous(memory_format=variant.layout), target.to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         run: Callable[[Tensor], Tensor] = getattr(self.model, "logits", self.model)
         if variant.compiled:
@@ -122,15 +124,15 @@ class Trainer:
         before = backends.training.recompute_outputs
         backends.training.recompute_outputs = self.variant.recompute
         try:
-            # Raises where something would run unfused.
-            with backends.use("cpu" if self.variant.fused else "auto"):
+            # Raises where something would run unfused; on GPUs all kernels take part, and fallbacks() tells.
+            with backends.use("cpu" if self.variant.fused and backends.kind(self.x) == "cpu" else "auto"):
                 yield
         finally:
             backends.training.recompute_outputs = before
 
     def loss(self) -> Tensor:
         dtype = self.variant.dtype
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device, dtype, enabled=dtype != torch.float32):
             scores = self._run(self.x)
         return F.cross_entropy(scores.float(), self.target)
 
@@ -141,7 +143,7 @@ class Trainer:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def step(self) -> dict[str, float]:
-        """A step of SGD; the seconds of its phases."""
+        """A step of SGD; the seconds of its phases, on GPUs those of the host alone."""
         self.optimizer.zero_grad()
         with self.settings():
             begin = time.perf_counter()
@@ -160,13 +162,13 @@ class Trainer:
 class Gradients:
     """The exact gradients, and how far eager PyTorch's are from them in one dtype."""
 
-    def __init__(self, case: TrainingCase, plain: nn.Module, kind: str) -> None:
-        exact = copy.deepcopy(plain).double()
+    def __init__(self, case: TrainingCase, plain: nn.Module, kind: str, device: str = "cpu") -> None:
+        exact = copy.deepcopy(plain).to(device, torch.float64)
         x, target = case.batch(kind)
-        F.cross_entropy(getattr(exact, "logits", exact)(x.double()), target).backward()
+        F.cross_entropy(getattr(exact, "logits", exact)(x.to(device).double()), target.to(device)).backward()
         self.exact = [p.grad for p in exact.parameters() if p.grad is not None]
         self._eager: dict[torch.dtype, float] = {}
-        self._make = lambda variant: Trainer(case, plain, variant, kind)
+        self._make = lambda variant: Trainer(case, plain, variant, kind, device)
 
     def error(self, found: list[Tensor]) -> float:
         # A bias before batch norm has no gradient but rounding.

@@ -5,6 +5,7 @@ compute run on the simulated device: that is how they are kept in order where th
 """
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ def gpu(request):
     if not torch.cuda.is_available():
         pytest.fail(NO_GPU, pytrace=False)
     return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def processes_of_tests(monkeypatch):
+    """What a test starts is no worker of pytest-xdist, whatever runs the test."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,234 @@
+"""Every family of kernels once, on small shapes, for compute-sanitizer: ``python -m benchmarks.kit.families``.
+
+A family is a function of the device; it computes by our kernels and by PyTorch in float32, and both must be close: a
+sanitizer looks at accesses, not at numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast import backends, blocks, ops, reference
+
+from .options import Options
+
+__all__ = ["FAMILIES", "main"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# batch, channels, size, filters, kernel, stride, padding: halo, gather, projection, stem, odd, split sums.
+SHAPES = [
+    (2, 64, (9, 7), 64, 3, 1, 1),
+    (1, 32, (11, 6), 48, 3, 2, 1),
+    (3, 48, (5, 5), 17, 1, 2, 0),
+    (1, 3, (13, 10), 64, 7, 2, 3),
+    (2, 20, (6, 7), 24, 3, 1, 1),
+    (1, 128, (7, 7), 128, 3, 1, 1),
+]
+
+
+def _close(ours: Tensor, exact: Tensor, what: str) -> None:
+    """Within what 8 bits of mantissa and sums of a thousand products leave: a wrong kernel is not near it."""
+    error = (ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-12)
+    if not error <= 0.05:
+        raise AssertionError(f"{what} is {error.item():.3g} from PyTorch, relative")
+
+
+def _last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def _allow_tf32(allow: bool) -> Iterator[None]:
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, allow
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def add_relu(device: str, small: bool) -> None:
+    for dtype in DTYPES:
+        for shape in ((3, 5, 7, 11), (2, 64, 8, 8)):
+            a, b = (_last(torch.randn(shape, device=device).to(dtype)) for _ in range(2))
+            _close(ops.add_relu(a, b), F.relu(a.float() + b.float()), f"add_relu {shape} {dtype}")
+
+
+def _convolutions(device: str, small: bool, kind: str) -> None:
+    """Every tile of the list that suits a shape, with whole and with split sums."""
+    from resnet_fast._triton import configs, cuda_configs, tune
+
+    gpu = tune.gpu_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    for dtype in DTYPES[:1] if small else DTYPES:
+        for n, c, size, k, kernel, stride, padding in SHAPES[:1] if small else SHAPES:
+            x = _last(torch.randn(n, c, *size, device=device).to(dtype))
+            weight = (torch.randn(k, c, kernel, kernel, device=device) / (c * kernel**2) ** 0.5).to(dtype)
+            z = F.conv2d(x.float(), weight.float(), stride=stride, padding=padding)
+            residual = _last(torch.randn_like(z).to(dtype))
+            exact = F.relu(z + residual.float())
+            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+                window, steps, edges = (kernel, kernel), (stride, stride), (padding, padding)
+                layer = configs.Layer(n, *size, c, k, window, steps, edges, dtype, precision, True, True)
+                found: list[object] = []
+                if kind == "triton":
+                    found = [dataclasses.replace(t, split_k=s) for t in configs.tiles(layer, gpu) for s in (1, 3)]
+                elif kind == "library":
+                    found = [tune.LIBRARY]
+                else:
+                    plain = dtype == torch.float32 and precision == "ieee"
+                    for i, tile in enumerate(cuda_configs.tiles()):
+                        for splits in (1, 3):
+                            config = cuda_configs.CudaConfig(i, min(tile.pixels, 64), splits)
+                            made = cuda_configs.plan(layer, config) if tile.plain == plain else None
+                            if made is not None and made.shared <= gpu.shared:
+                                found.append(config)
+                for choice in found[:2] if small else found:
+                    with _allow_tf32(precision == "tf32"), tune.use(choice):
+                        y = ops.conv_bn_add_relu(x, residual, weight, stride=stride, padding=padding)
+                    _close(y, exact, f"{choice} {layer}")
+
+
+def conv_triton(device: str, small: bool) -> None:
+    _convolutions(device, small, "triton")
+
+
+def conv_cuda(device: str, small: bool) -> None:
+    if not backends.has_cuda_convolution():
+        raise RuntimeError("the extension holds no CUDA C++ kernels: it was built without nvcc")
+    _convolutions(device, small, "cuda")
+
+
+def conv_library(device: str, small: bool) -> None:
+    _convolutions(device, small, "library")
+
+
+def _network(device: str, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    torch.manual_seed(1)
+    for dtype in dtypes:
+        fast = getattr(resnet_fast, name)().to(device).eval()
+        twin = getattr(reference, name)().to(device).eval()
+        twin.load_state_dict(fast.state_dict())
+        x = _last(torch.randn(shape, device=device))
+        with torch.no_grad():
+            ours, exact = fast.to(dtype).features(x.to(dtype)), twin.features(x)
+            fast(x.to(dtype))
+        _close(ours, exact, f"{name} {shape} {dtype}")
+
+
+def stages(device: str, small: bool) -> None:
+    """A stage a launch: images that share a block, blocks that are not full."""
+    for batch in (2,) if small else (3, 140, 301):
+        _network(device, "cifar_resnet20", (batch, 3, 32, 32), DTYPES[:1] if small else DTYPES)
+
+
+def chains(device: str, small: bool) -> None:
+    """A convolution a launch, stems with pooling behind, projections, bottlenecks."""
+    for name in ("resnet18",) if small else ("resnet18", "resnet50"):
+        _network(device, name, (1, 3, 33, 40) if small else (2, 3, 65, 80), DTYPES[:1] if small else DTYPES)
+
+
+def batch_norm(device: str, small: bool) -> None:
+    from resnet_fast._triton import bn_add_relu, bn_relu, cuda_batch_norm
+
+    modules: list[tuple[object, object]] = [(bn_relu, bn_add_relu)]
+    if backends.has_cuda_convolution() and not small:
+        modules.append((cuda_batch_norm, cuda_batch_norm))
+    for plain, add in modules:
+        for dtype in DTYPES[:1] if small else DTYPES:
+            for shape in ((3, 24, 5, 5),) if small else ((4, 64, 16, 17), (3, 24, 5, 5), (2, 19, 5, 7)):
+                x, residual, dy = (_last(torch.randn(shape, device=device).to(dtype)) for _ in range(3))
+                gamma, beta = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
+                z = F.batch_norm(x.float(), None, None, gamma, beta, training=True, eps=1e-5)
+                y, mean, _, invstd = plain.bn_relu_fwd(x, gamma, beta)  # type: ignore[attr-defined]
+                _close(y, F.relu(z), f"bn_relu {shape} {dtype}")
+                plain.bn_relu_bwd(dy, x, mean, invstd, gamma, beta)  # type: ignore[attr-defined]
+                y, mean, _, invstd, mask = add.bn_add_relu_fwd(x, residual, gamma, beta)  # type: ignore[attr-defined]
+                _close(y, F.relu(z + residual.float()), f"bn_add_relu {shape} {dtype}")
+                add.bn_add_relu_bwd(dy, x, mask, mean, invstd, gamma)  # type: ignore[attr-defined]
+
+
+def training(device: str, small: bool) -> None:
+    """Forward and backward of blocks: statistics, both gradients, 1x1 projections with stride 2, all tiles' default and
+    the library's convolutions between our kernels."""
+    from resnet_fast._triton import tune
+
+    kinds = [("BasicBlock", 32, 32, 1), ("BasicBlock", 16, 32, 2), ("Bottleneck", 32, 16, 2), ("Block", 20, 33, 2)]
+    for dtype in DTYPES[:1] if small else DTYPES:
+        for kind, channels, planes, stride in kinds[1:2] if small else kinds:
+            torch.manual_seed(2)
+            fast = getattr(blocks, kind)(channels, planes, stride).to(device).train()
+            twin = getattr(reference, kind)(channels, planes, stride).to(device).train()
+            twin.load_state_dict(fast.state_dict())
+            x = _last(torch.randn(3, channels, 12, 10, device=device))
+            found = []
+            forms = (contextlib.nullcontext(), tune.use(tune.LIBRARY), None)
+            for form in forms[:1] + forms[2:] if small else forms:
+                m: nn.Module = twin if form is None else fast.to(dtype)
+                own = x.detach().to(torch.float32 if form is None else dtype).requires_grad_()
+                m.zero_grad()
+                with form or contextlib.nullcontext():
+                    y = m(own)
+                    (y.float() * torch.linspace(-1, 1, y[0].numel(), device=device).view(y.shape[1:])).sum().backward()
+                assert own.grad is not None
+                found.append((y.detach(), own.grad))
+            for y, dx in found[:-1]:
+                _close(y, found[-1][0], f"{kind} {dtype}, output")
+                # Where rounding turns a sign that ReLU sees, single elements jump.
+                if not (dx.double() - found[-1][1].double()).norm() <= 0.3 * found[-1][1].double().norm():
+                    raise AssertionError(f"{kind} {dtype}: the input's gradient is not near PyTorch's")
+
+
+def steps(device: str, small: bool, count: int = 3, batch: int = 16) -> None:
+    """Steps of training of a whole network; says how far it has come."""
+    torch.manual_seed(3)
+    model = (resnet_fast.CifarResNet(1) if small else resnet_fast.cifar_resnet32()).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    batch, side = (2, 12) if small else (batch, 32)
+    x = _last(torch.randn(batch, 3, side, side, device=device))
+    target = torch.arange(batch, device=device) % 10
+    for i in range(count):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=i % 4 != 3):
+            scores = model(x)
+        loss = F.cross_entropy(scores.float(), target)
+        loss.backward()
+        optimizer.step()
+        if i % 10 == 9 or i + 1 == count:
+            if not loss.isfinite().item():
+                raise AssertionError(f"the loss of step {i} is {loss.item()}")
+            print(f"steps: {i + 1}", flush=True)
+
+
+FAMILIES: dict[str, Callable[[str, bool], None]] = {
+    f.__name__: f for f in (add_relu, conv_triton, conv_cuda, conv_library, stages, chains, batch_norm, training, steps)
+}
+
+
+def main(path: str, family: str, count: str = "") -> None:
+    options = Options.load(path)
+    surroundings: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if options.simulated:
+        from .rehearsal import rehearsal
+
+        surroundings = rehearsal()
+    with surroundings:
+        if count:
+            steps(options.device, options.simulated, int(count))
+        else:
+            FAMILIES[family](options.device, options.simulated)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+    if found := backends.fallbacks():
+        raise RuntimeError(f"resnet_fast ran in part unfused: {found}")
+    print(f"{family}: as PyTorch computes it", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

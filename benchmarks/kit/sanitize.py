@@ -1,0 +1,86 @@
+"""compute-sanitizer over every family of kernels, a process each: memcheck and racecheck; then steps of training.
+
+In a rehearsal the families run in the simulator, which has checks of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+from . import pool
+from .options import Options
+from .tools import tool
+from .worker import Emit
+
+__all__ = ["commands", "errors", "items", "run"]
+
+# By name, so that torch is not needed to list them; ``families`` has them all.
+NAMES = ("add_relu", "conv_triton", "conv_cuda", "conv_library", "stages", "chains", "batch_norm", "training", "steps")
+TOOLS = ("memcheck", "racecheck")
+LONG = "steps of training"
+ERROR_STATUS = 66
+
+
+def items(options: Options) -> list[str]:
+    return ["families"]
+
+
+def commands(options: Options, sanitizer: str | None) -> dict[str, list[str]]:
+    """By name: the long one first, it takes whatever time there is."""
+    me = [sys.executable, "-m", "benchmarks.kit.families", str(Path(options.work, "options.json"))]
+    if sanitizer is None:
+        # Conv_cuda needs nvcc and the sources in the simulator.
+        names = [n for n in NAMES if n != "conv_cuda"]
+        return {f"rehearsal: {name}": [*me, name] for name in names}
+    check = [sanitizer, "--target-processes", "all", "--error-exitcode", str(ERROR_STATUS), "--print-limit", "20"]
+    found = {f"memcheck: {LONG}": [*check, "--tool", "memcheck", *me, "steps", str(options.checked_steps)]}
+    found |= {f"{t}: {name}": [*check, "--tool", t, *me, name] for t in TOOLS for name in NAMES}
+    return found
+
+
+def errors(output: str) -> list[str]:
+    """What the sanitizer reports, the first line of each."""
+    kinds = "Invalid|Misaligned|Error:|Program hit|Race|Warning: Race|Leaked|Uninitialized"
+    found = re.findall(rf"^========= ((?:{kinds}).*)$", output, re.MULTILINE)
+    return list(dict.fromkeys(found))
+
+
+def _steps(output: str) -> int:
+    found = re.findall(r"^steps: (\d+)$", output, re.M)
+    return int(found[-1]) if found else 0
+
+
+def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
+    sanitizer = None if options.simulated else tool("compute-sanitizer")
+    if sanitizer is None and not options.simulated:
+        emit({"missing": "compute-sanitizer is not installed here (PATH, /usr/local/cuda/bin): nothing was checked"})
+        return
+    # Without PyTorch's cache an access beyond a tensor is one beyond its memory.
+    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RESNET_FAST_TUNE": "0"}
+    late = []
+    for ended in pool.run(commands(options, sanitizer), options, options.jobs, deadline - 2, extra):
+        reports = errors(ended.output)
+        row: dict[str, object] = {"check": ended.name, "reports": len(reports), "seconds": ended.seconds}
+        if ended.name.endswith((LONG, "steps")):
+            row["steps"] = _steps(ended.output)
+        print(f"{ended.name}\n{ended.output[-20000:]}\n")
+        if reports:
+            emit({**row, "error": f"{ended.name}: {'; '.join(reports[:4])}"})
+        elif ended.code:
+            emit({**row, "error": f"{ended.name}: ended with {ended.code}: {_reason(ended)}"})
+        elif ended.code is None and not row.get("steps"):
+            late.append(ended.name)
+        else:
+            # Steps that were cut are as good as those that were wanted: their number is told.
+            emit(row)
+    if late:
+        raise TimeoutError(f"not ended in time: {', '.join(late)} ({time.strftime('%H:%M:%S')})")
+
+
+def _reason(ended: pool.Ended) -> str:
+    """The last line that is not the sanitizer's own."""
+    lines = [x for x in ended.output.splitlines() if x.strip() and not x.startswith("=========")]
+    return lines[-1][:300] if lines else ended.last_line
