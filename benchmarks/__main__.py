@@ -7,14 +7,14 @@ import sys
 
 import torch
 
+from . import busy, report, runner, training
 from . import device as devices
-from . import report, runner, training
 from .cases import FUSED, NETWORKS, OPERATORS
 from .device import DEVICES, DTYPES
 from .gpu_variants import GPU_VARIANTS, SLOW
 from .images import KINDS
 from .peers import BF16_PEERS, PEERS
-from .variants import VARIANTS
+from .variants import BASELINE, VARIANTS
 from .verify import WrongResultError
 
 QUICK = ("eager", "eager channels_last", "resnet_fast")
@@ -24,6 +24,7 @@ def _training(options: argparse.Namespace) -> int:
     """Forward, backward and step of every variant, interleaved; bfloat16 under autocast beside float32."""
     rows: list[training.Result] = []
     wrong = False
+    load = busy.Load.now()
     print(report.conditions())
     for case in training.CASES:
         if options.match not in case.group or (case.full and not options.full):
@@ -39,7 +40,10 @@ def _training(options: argparse.Namespace) -> int:
         sys.exit(f"no case contains {options.match!r}")
     print(f"\nGradients were checked against float64 before a step was timed.\n\n{training.table(rows)}\n")
     print(f"{training.readme_table(rows)}\n")
-    print("written:", *map(str, report.save_training(rows)))
+    baselines = {f"{r.group}, {r.images}": r.seconds["step"] for r in rows if r.variant == training.BASELINE}
+    machine = busy.line(load, baselines)
+    print(f"{machine}\n")
+    print("written:", *map(str, report.save_training(rows, machine)))
     return int(wrong)
 
 
@@ -87,6 +91,7 @@ def main() -> int:
         cases += [case for group in OPERATORS.values() for case in group]
     rows: list[runner.Result] = []
     wrong = False
+    load = busy.Load.now()
     print(report.conditions(device))
     for case in cases:
         if options.match not in case.group:
@@ -101,7 +106,9 @@ def main() -> int:
     if not rows:
         sys.exit(f"no case contains {options.match!r}")
     print(f"\nEvery result was checked against float64 before it was timed.\n\n{report.table(rows)}\n")
-    print("written:", *(str(path) for path in report.save(rows, device)))
+    machine = busy.line(load, {f"{r.group}, {r.images}": r.seconds for r in rows if r.variant == BASELINE})
+    print(f"{machine}\n")
+    print("written:", *(str(path) for path in report.save(rows, device, machine)))
     return int(wrong)
 
 

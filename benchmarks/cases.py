@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from resnet_fast.flow import Build
 
 from .images import KINDS, images
 
-__all__ = ["FUSED", "NETWORKS", "OPERATORS", "Case", "Twin"]
+__all__ = ["FUSED", "FUSED_SMALL", "NETWORKS", "OPERATORS", "Case", "Twin"]
 
 
 class Twin(nn.Module):
@@ -60,9 +61,9 @@ class Network(Twin):
 class Foreign(Twin):
     """A ResNet of pytorchcv, which nobody here wrote; its fast twin is what ``fuse`` makes of it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: str = "resnet") -> None:
         super().__init__()
-        net = getattr(import_module("pytorchcv.models.resnet"), name)()
+        net = getattr(import_module(f"pytorchcv.models.{module}"), name)()
         *maps, pool = net.features.children()
         self.maps, self.pool, self.output = nn.Sequential(*maps), pool, net.output
 
@@ -169,6 +170,11 @@ class Case:
     what: str = "inference"
 
     @property
+    def size(self) -> int:
+        """Numbers in its input: which of the cases is the smallest?"""
+        return prod(self.shape)
+
+    @property
     def group(self) -> str:
         return f"{self.model}, {'x'.join(map(str, self.shape))}, {self.what}"
 
@@ -212,15 +218,16 @@ NETWORKS = [
 ]
 
 
-def _foreign(name: str, batch: int) -> list[Case]:
-    shape, title = (batch, 3, 224, 224), f"pytorchcv's {name}"
+def _foreign(name: str, batch: int, size: int = 224, module: str = "resnet", full: bool = True) -> list[Case]:
+    shape, title = (batch, 3, size, size), f"pytorchcv's {name}"
     return [
-        Case(title, shape, lambda: Foreign(name), KINDS, full=True),
-        Case(title, shape, lambda: TrainingStep(Foreign(name)), KINDS, full=True, what="training"),
+        Case(title, shape, lambda: Foreign(name, module), KINDS, full),
+        Case(title, shape, lambda: TrainingStep(Foreign(name, module)), KINDS, full, what="training"),
     ]
 
 
 FUSED = [case for name in ("resnet18", "resnet34", "resnet50") for case in _foreign(name, 8)]
+FUSED_SMALL = _foreign("resnet20_cifar10", 8, 32, "resnet_cifar", full=False)
 
 # The four stages of the ImageNet networks, the three of the CIFAR networks.
 MAPS = [(8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7), (128, 16, 32), (128, 32, 16), (128, 64, 8)]

@@ -1,8 +1,13 @@
-"""Options, the fixture that verifies and times, and the report at the end of ``pytest benchmarks``."""
+"""Options, the fixture that verifies and times, and the report at the end of ``pytest benchmarks``.
+
+The variants of a case are built, verified and timed in turn when the first of them is asked for; each has a test of its
+own, which reports it. By default what takes minutes is left out, whole compilers and large networks: ``--full``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,40 +15,74 @@ import torch
 
 from . import device as devices
 from . import report
+from .busy import Load, line
 from .cases import Case
 from .device import DEVICES, DTYPES, Device
+from .gpu_variants import SLOW as GPU_SLOW
 from .images import KINDS
-from .runner import Bench, Result, variants_of
-from .timing import interleaved
-from .variants import BASELINE, UnavailableError
+from .runner import Measured, Result, measured, variants_of
+from .timing import Spread
+from .variants import BASELINE, SLOW, UnavailableError
 
 Measure = Callable[[Case, str], None]
 _results = pytest.StashKey[list[Result]]()
+_baselines = pytest.StashKey[dict[str, Spread]]()
 _device = pytest.StashKey[Device]()
+_load = pytest.StashKey[Load]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("resnet_fast")
     group.addoption("--threads", type=int, default=2, help="threads of PyTorch and of the kernels")
-    group.addoption("--full", action="store_true", help="resnet18 and resnet50, too")
+    group.addoption("--full", action="store_true", help="large networks and torch.compile, too")
+    group.addoption("--smoke", action="store_true", help="the smallest case of each file: does it run? No figures")
     group.addoption("--images", choices=KINDS, default="photographs", help="what is timed; all are verified")
     group.addoption("--device", choices=DEVICES, default="auto", help="auto: the GPU where one is visible")
     group.addoption("--dtype", choices=list(DTYPES), help="of the arithmetic on a GPU (default float16)")
     group.addoption("--cold", action="store_true", help="overwrite the GPU's cache before each call")
-    group.addoption("--seconds", type=float, default=20.0, help="budget for the interleaved samples of a variant")
+    group.addoption("--seconds", type=float, default=10.0, help="budget for the interleaved samples of a case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_results] = []
+    config.stash[_results], config.stash[_baselines] = [], {}
+    config.stash[_load] = Load.now(config.option.threads)
     try:
         config.stash[_device] = devices.of(config.option.device, config.option.dtype, config.option.cold)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
 
+# Last: the variants of a case come one after another, after whatever else a test is parametrized by.
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
-        metafunc.parametrize("variant", list(variants_of(metafunc.config.stash[_device])))
+        left_out = () if metafunc.config.option.full else (*SLOW, *GPU_SLOW)
+        known = variants_of(metafunc.config.stash[_device])
+        metafunc.parametrize("variant", [name for name in known if name not in left_out])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    smallest: dict[Path, int] = {}
+    for item in items:
+        if (case := _case(item)) is not None:
+            smallest[item.path] = min(case.size, smallest.get(item.path, case.size))
+
+    def wanted(item: pytest.Item) -> bool:
+        case = _case(item)
+        if case is None or config.option.full:
+            return True
+        return case.size == smallest[item.path] if config.option.smoke else not case.full
+
+    left_out = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _case(item: pytest.Item) -> Case | None:
+    callspec = getattr(item, "callspec", None)
+    case = callspec.params.get("case") if callspec is not None else None
+    return case if isinstance(case, Case) else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,37 +94,40 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest) -> Callable[[Case], Bench]:
-    """The case at hand, built once for all its variants; only one is kept, networks are large."""
-    kept: list[Bench] = []
+def measured_case(request: pytest.FixtureRequest) -> Callable[[Case], Measured]:
+    """The case at hand, measured once for all its variants; only one is kept, networks are large."""
+    kept: list[Measured] = []
+    options, device = request.config.option, request.config.stash[_device]
 
-    def get(case: Case) -> Bench:
+    def get(case: Case) -> Measured:
         if not kept or kept[0].case is not case:
             kept.clear()
-            kept.append(Bench(case, request.config.stash[_device]))
+            asked = (item for item in request.session.items if _case(item) is case)
+            names = [item.callspec.params["variant"] for item in asked]  # type: ignore[attr-defined]
+            kind = options.images if options.images in case.kinds else case.kinds[0]
+            # One variant that fails must not take the others' times away: its own test raises what it raised.
+            kept.append(measured(case, names, kind, device, refusals=(Exception,), seconds=options.seconds))
         return kept[0]
 
     return get
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, bench: Callable[[Case], Bench], benchmark: Any) -> Measure:
-    """Verifies a variant, times it in turn with the baseline (``extra_info``), then alone (the plugin's columns)."""
-    options = request.config.option
+def measure(request: pytest.FixtureRequest, measured_case: Callable[[Case], Measured], benchmark: Any) -> Measure:
+    """Reports a variant: its times in turn with the others (``extra_info``), then alone (the plugin's columns)."""
+    config = request.config
 
     def run(case: Case, variant: str) -> None:
-        if case.full and not options.full:
-            pytest.skip("measured with --full only")
-        current = bench(case)
-        kind = options.images if options.images in case.kinds else case.kinds[0]
-        try:
-            calls = {name: current.call(name, kind) for name in dict.fromkeys([BASELINE, variant])}
-        except UnavailableError as reason:
+        found = measured_case(case)
+        reason = found.refused.get(variant)
+        if isinstance(reason, UnavailableError):
             pytest.skip(str(reason))
-        timing = interleaved(calls, seconds=options.seconds, device=current.device)
-        result = current.result(variant, kind, timing)
-        request.config.stash[_results].append(result)
-        benchmark.group = f"{case.group}, {kind}"
+        if reason is not None:
+            raise reason
+        result, baseline = found.results[variant], found.results[BASELINE]
+        config.stash[_results].append(result)
+        config.stash[_baselines][f"{result.group}, {result.images}"] = baseline.seconds
+        benchmark.group = f"{result.group}, {result.images}"
         benchmark.extra_info.update(
             variant=variant,
             threads=result.threads,
@@ -96,7 +138,7 @@ def measure(request: pytest.FixtureRequest, bench: Callable[[Case], Bench], benc
             rounds=result.rounds,
         )
         benchmark.pedantic(
-            _synchronised(calls[variant], current.device),
+            _synchronised(found.calls[variant], config.stash[_device]),
             rounds=5,
             iterations=max(1, round(0.01 / result.seconds.median)),
         )
@@ -119,8 +161,11 @@ def _synchronised(call: Callable[[], Any], device: Device) -> Callable[[], Any]:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     results = config.stash[_results]
     if results:
-        terminalreporter.section("verified, then timed in turn with the baseline")
+        terminalreporter.section("verified, then timed in turn")
         device = config.stash[_device]
+        baselines = config.stash[_baselines]
+        machine = line(config.stash[_load], baselines)
         terminalreporter.write_line(report.conditions(device))
         terminalreporter.write_line(report.table(results))
-        terminalreporter.write_line("written: " + " ".join(str(path) for path in report.save(results, device)))
+        terminalreporter.write_line(machine)
+        terminalreporter.write_line("written: " + " ".join(map(str, report.save(results, device, machine))))

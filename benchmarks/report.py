@@ -100,26 +100,40 @@ def chart(results: list[Result], path: Path, device: Device = CPU) -> None:
     plt.close(figure)
 
 
-def save(results: list[Result], device: Device = CPU) -> list[Path]:
-    """Writes the table, the numbers and the chart to ``benchmarks/results``, which git ignores."""
+def save(results: list[Result], device: Device = CPU, machine: str = "") -> list[Path]:
+    """Writes the table, the numbers and the chart to ``benchmarks/results``, which git ignores.
+
+    machine: the line of :func:`benchmarks.busy.line`.
+    """
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
     paths = [stem.with_suffix(suffix) for suffix in (".md", ".json", ".png")]
-    _write(paths, table(results), results, device)
+    _write(paths, table(results), results, device, machine)
     chart(results, paths[2], device)
     return paths
 
 
-def save_training(results: list[training.Result]) -> list[Path]:
+def save_training(results: list[training.Result], machine: str = "") -> list[Path]:
     """The same for training steps, without a chart."""
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S_training")
     paths = [stem.with_suffix(suffix) for suffix in (".md", ".json")]
-    _write(paths, f"{training.table(results)}\n\n{training.readme_table(results)}", results)
+    _write(paths, f"{training.table(results)}\n\n{training.readme_table(results)}", results, machine=machine)
     return paths
 
 
-def _write(paths: list[Path], text: str, results: Sequence[Result | training.Result], device: Device = CPU) -> None:
-    paths[0].write_text(f"{conditions(device)}\n\n{text}\n")
-    numbers = {"conditions": conditions(device), "results": [dataclasses.asdict(r) for r in results]}
+def _write(
+    paths: list[Path],
+    text: str,
+    results: Sequence[Result | training.Result],
+    device: Device = CPU,
+    machine: str = "",
+) -> None:
+    said = "\n".join(filter(None, (conditions(device), machine)))
+    paths[0].write_text(f"{said}\n\n{text}\n")
+    numbers = {
+        "conditions": conditions(device),
+        "machine": machine,
+        "results": [dataclasses.asdict(r) for r in results],
+    }
     paths[1].write_text(json.dumps(numbers, indent=1) + "\n")

@@ -16,7 +16,7 @@ from .timing import Spread, Timing, interleaved
 from .variants import BASELINE, VARIANTS, UnavailableError, Variant
 from .verify import Reference, WrongResultError
 
-__all__ = ["Bench", "Result", "results", "variants_of"]
+__all__ = ["Bench", "Measured", "Result", "measured", "results", "variants_of"]
 
 
 def variants_of(device: Device) -> dict[str, Variant]:
@@ -93,17 +93,44 @@ class Bench:
         )
 
 
-def results(
-    case: Case, variants: Iterable[str], kind: str, device: Device = CPU, **timing: Any
-) -> tuple[list[Result], dict[str, UnavailableError | WrongResultError]]:
-    """All variants of a case in one interleaved run, and why the others have no time."""
+@dataclass(frozen=True)
+class Measured:
+    """A case after its one interleaved run. Each variant has a result and its call, or is refused with the reason."""
+
+    case: Case
+    results: dict[str, Result]
+    calls: dict[str, Callable[[], Any]]
+    refused: dict[str, Exception]
+
+
+def measured(
+    case: Case,
+    variants: Iterable[str],
+    kind: str,
+    device: Device = CPU,
+    *,
+    refusals: tuple[type[Exception], ...] = (UnavailableError, WrongResultError),
+    **timing: Any,
+) -> Measured:
+    """All variants of a case, and the baseline, built and verified once, then timed in one interleaved run.
+
+    refusals: what a variant may raise without ending the run of the others; of the baseline everything is raised.
+    """
     bench = Bench(case, device)
-    calls = {}
-    refused: dict[str, UnavailableError | WrongResultError] = {}
-    for name in dict.fromkeys([BASELINE, *variants]):
+    calls = {BASELINE: bench.call(BASELINE, kind)}
+    refused: dict[str, Exception] = {}
+    for name in variants:
         try:
             calls[name] = bench.call(name, kind)
-        except (UnavailableError, WrongResultError) as reason:
+        except refusals as reason:
             refused[name] = reason
     times = interleaved(calls, device=device, **timing)
-    return [bench.result(name, kind, times) for name in calls], refused
+    return Measured(case, {name: bench.result(name, kind, times) for name in calls}, calls, refused)
+
+
+def results(
+    case: Case, variants: Iterable[str], kind: str, device: Device = CPU, **timing: Any
+) -> tuple[list[Result], dict[str, Exception]]:
+    """All variants of a case in one interleaved run, and why the others have no time."""
+    found = measured(case, variants, kind, device, **timing)
+    return list(found.results.values()), found.refused

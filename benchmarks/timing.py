@@ -27,6 +27,11 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    @property
+    def width(self) -> float:
+        """Distance of the quartiles, as a share of the median."""
+        return (self.high - self.low) / self.median
+
 
 @dataclass(frozen=True)
 class Timing:

@@ -19,7 +19,7 @@ import resnet_fast
 from .cases import Twin
 from .verify import in_layout
 
-__all__ = ["BASELINE", "OURS", "VARIANTS", "UnavailableError", "Variant"]
+__all__ = ["BASELINE", "OURS", "SLOW", "VARIANTS", "UnavailableError", "Variant"]
 
 Call = Callable[[Tensor], Any]
 
@@ -98,5 +98,6 @@ def compile_fused(module: Twin, x: Tensor) -> Call:
     return _compiled(_fast(module, x), x)
 
 
+SLOW = ("torch.compile, freezing", "resnet_fast, torch.compile")  # half a minute of compiling for a network
 BASELINE = "eager channels_last"
 OURS = "resnet_fast"

@@ -1,19 +1,17 @@
 """The tests for machines with a GPU: they fail where there is none; the simulator keeps what they compute in order."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_pytest
 
 FOLDER = Path(__file__).parent / "gpu"
 FILES = sorted(map(str, FOLDER.glob("gpu_*.py")))
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "pytest", *FILES, "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent.parent)
+    return run_pytest(*FILES, "-q", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make test-gpu runs on it")

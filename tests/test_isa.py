@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import pytest_environment, run_pytest
 from support import rms
 
 from resnet_fast import backends
@@ -31,12 +32,11 @@ def test_the_suites_of_the_operators_on_lesser_instruction_sets(capability, isa,
         return  # this very run
     if isa == "avx2" and backends.isa() == "baseline":
         pytest.skip("this CPU has no AVX2")
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn}
-    assert isa_under(env) == isa
+    caps = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn}
+    assert isa_under(pytest_environment(**caps)) == isa
     selection = "error_rule or exact or winograd or layouts or special or equals_eager or 36"
     selection += " or weight_gradient or ((conv_moments or conv_backward) and bfloat16)"
-    run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection]
-    result = subprocess.run([*run, *SUITES], env=env, cwd=TESTS, capture_output=True, text=True)
+    result = run_pytest("-q", "-x", "-k", selection, *SUITES, cwd=TESTS, **caps)
     assert result.returncode == 0, result.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 500
 

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_pytest
 from support import randomize_
 
 import resnet_fast
@@ -15,7 +15,6 @@ from resnet_fast._triton import tune
 from resnet_fast._triton.configs import Config, Layer, candidates
 
 pytestmark = pytest.mark.machine
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -116,9 +115,8 @@ def test_a_tile_that_does_not_fit_is_left_out(gpu):
 
 @pytest.mark.parametrize("options", [[], ["--cold", "--dtype", "bfloat16"]], ids=["warm", "cold"])
 def test_benchmarks_pick_the_gpu(gpu, options):
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--seconds", "1", *options]
-    command += ["-k", "conv_bn_relu and 128x64x8x8 or network and cifar_resnet32 and 128x3 and not autotune"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    selection = "conv_bn_relu and 128x64x8x8 or network and cifar_resnet32 and 128x3 and not autotune"
+    done = run_pytest("benchmarks", "--benchmark-only", "-q", "--seconds", "1", *options, "-k", selection)
     assert done.returncode == 0, done.stdout[-4000:]
     assert torch.cuda.get_device_name() in done.stdout
     assert "CUDA graph of resnet_fast, cast weights" in done.stdout
