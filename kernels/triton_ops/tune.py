@@ -48,7 +48,7 @@ Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[An
 _LIBRARIES = (library.CUDNN, library.CUBLASLT)
 # A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
 # should not decide.
-_MARGIN = 0.02
+_MARGIN = 0.01
 
 _forced: Choice | None = None
 
