@@ -101,7 +101,7 @@ def test_the_fastest_is_chosen_though_the_host_is_slow(gpu, sizes, monkeypatch):
 
 
 def test_cold_start(gpu, tmp_path):
-    """The first call of resnet50 with empty caches: at most 10 s on an H100, of which the package's own report is told."""
+    """The first call of resnet50 with empty caches: at most 10 s on an H100."""
     code = """
 import time, torch, resnet_fast
 model = resnet_fast.resnet50().eval().cuda().half().requires_grad_(False)
