@@ -56,6 +56,14 @@ def _gpu() -> str:
     return "none visible" if torch.version.cuda else "none in use: this PyTorch is built for CPUs only"
 
 
+def _extension() -> str:
+    """Its build may be older or newer than the torch that it was loaded into."""
+    if not backends.loaded():
+        return "not loaded: see backend cpu"
+    major, minor = divmod(backends.native.target, 256)
+    return f"built with torch {backends.native.built_with}, for torch {major}.{minor} and later"
+
+
 def _isa() -> str:
     if not backends.loaded():
         return "no kernels loaded"
@@ -70,6 +78,7 @@ def diagnosis() -> dict[str, str]:
     status = backends.status()
     return {
         "resnet_fast": importlib.metadata.version("resnet_fast") if _installed() else "not installed, run in place",
+        "extension": _extension(),
         **{f"backend {name}": state for name, state in status.items()},
         "CPU": f"{cpu_name()}, {os.cpu_count()} CPUs",
         "instruction sets": known if flags else "unknown: this system does not list them",

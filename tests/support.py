@@ -172,13 +172,15 @@ def integer_case(n, c, size, k, kernel, stride=1, padding=0, dtype=torch.float32
     kernel, stride, padding = pair(kernel), pair(stride), pair(padding)
     integers = lambda *shape: torch.randint(-4, 5, shape).to(dtype)  # noqa: E731
     power = lambda low, high: torch.ldexp(torch.ones(k), torch.randint(low, high, (k,))).to(dtype)  # noqa: E731
+    eps = 0.25  # variance and eps add up to a power of four
+    signs = torch.where(torch.rand(k) < 0.5, -1, 1).to(dtype)
     return Case(
         integers(n, c, *size),
         integers(n, k, *out_size(size, kernel, stride, padding)),
         integers(k, c, *kernel),
         integers(k),
-        (power(-1, 2) * torch.where(torch.rand(k) < 0.5, -1, 1).to(dtype), integers(k), integers(k), power(-1, 2) ** 2),
-        0.0,
+        (power(-1, 2) * signs, integers(k), integers(k), power(-1, 2) ** 2 - eps),
+        eps,
         stride,
         padding,
     )

@@ -52,9 +52,9 @@ def integers_(block):
                 if m.bias is not None:
                     m.bias.copy_(torch.randint_like(m.bias, -2, 3))
             elif isinstance(m, nn.BatchNorm2d):
-                m.eps = 0.0
+                m.eps = 0.25
                 m.running_mean.copy_(torch.randint_like(m.running_mean, -4, 5))
-                m.running_var.copy_(torch.tensor([0.25, 1.0, 4.0])[torch.randint(0, 3, m.running_var.shape)])
+                m.running_var.copy_(torch.tensor([0.25, 1.0, 4.0])[torch.randint(0, 3, m.running_var.shape)] - m.eps)
                 m.weight.copy_(torch.randint_like(m.weight, -1, 2))
                 m.bias.copy_(torch.randint_like(m.bias, -4, 5))
 
@@ -70,7 +70,7 @@ def test_small_integers_are_exact(kind, channels, out, stride, layout, dtype):
     eager.load_state_dict(fast.state_dict())
     for m in eager.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.eps = 0.0
+            m.eps = 0.25
     fast, eager = fast.to(dtype), eager.double()
     x = torch.randint(-2, 3, (3, channels, 7, 5)).to(dtype)
     with exact_kernels(), backends.use("cpu"), torch.no_grad():

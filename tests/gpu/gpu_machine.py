@@ -28,6 +28,12 @@ def network(gpu):
     return model, x, model(x)
 
 
+def test_the_stream_is_that_of_pytorch(gpu):
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        assert torch.ops.resnet_fast.cuda_stream(0) == torch.cuda.current_stream(0).cuda_stream != 0
+    assert torch.ops.resnet_fast.cuda_stream(0) == torch.cuda.current_stream(0).cuda_stream
+
+
 def test_choices_are_measured_and_kept(gpu, tmp_path):
     layer = Layer(8, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), torch.float16, "ieee", False, True)
     device = torch.device(gpu, 0)
