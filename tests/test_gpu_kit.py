@@ -186,7 +186,7 @@ def rehearse(tmp_path, *arguments):
 
 
 def test_rehearsal_of_the_tables(tmp_path):
-    rows, text = rehearse(tmp_path, "--only", "infer", "train", "profile", "--case", "cifar_resnet20", "2", "16")
+    rows, text = rehearse(tmp_path, "--only", "infer", "train", "profile", "--case", "cifar_resnet20", "2", "8")
     variants = {row["variant"]: row for row in rows["infer"]}
     ours = variants["resnet_fast, cast weights"]
     assert set(variants) >= {"cuDNN fused", "CUDA graph of cuDNN fused", "CUDA graph of resnet_fast, cast weights"}
@@ -202,7 +202,7 @@ def test_rehearsal_of_the_tables(tmp_path):
 
 
 def test_rehearsal_of_training(tmp_path):
-    rows, _ = rehearse(tmp_path, "--only", "soak", "train", "--steps", "3", "--case", "cifar_resnet20 2 12 training")
+    rows, _ = rehearse(tmp_path, "--only", "soak", "train", "--steps", "3", "--case", "cifar_resnet20 2 8 training")
     (soak,) = rows["soak"]
     assert (soak["steps"], soak["losses that are not finite"]) == (3, 0)
     assert {row["variant"] for row in rows["train"]} == {"eager", "resnet_fast"}
@@ -211,8 +211,8 @@ def test_rehearsal_of_training(tmp_path):
 def test_rehearsal_of_tests_and_checks(tmp_path):
     rows, _ = rehearse(tmp_path, "--only", "tests", "sanitize", "--jobs", "2")
     (counts,) = rows["tests"]
-    assert counts["passed"] == counts["tests"] > 5
-    assert {row["check"] for row in rows["sanitize"]} == {f"rehearsal: {n}" for n in sanitize.NAMES if n != "conv_cuda"}
+    assert counts["passed"] == counts["tests"] >= 3
+    assert {row["check"] for row in rows["sanitize"]} == {f"rehearsal: {name}" for name in sanitize.REHEARSED}
 
 
 @pytest.fixture
@@ -368,6 +368,7 @@ steps: 10
 ========= Invalid __global__ write of size 4 bytes
 =========     at conv_bn_relu_fwd_kernel+0x70
 ========= Invalid __global__ write of size 4 bytes
+=========     at conv_bn_relu_fwd_kernel+0x70
 ========= Error: Race reported between Write access at 0x10 and Read access at 0x20
 steps: 40
 ========= ERROR SUMMARY: 3 errors
@@ -380,6 +381,7 @@ def test_reports_of_the_sanitizer(tmp_path):
         "Invalid __global__ write of size 4 bytes",
         "Error: Race reported between Write access",
     ]
+    assert found[0].endswith(" at conv_bn_relu_fwd_kernel+0x70")
     assert sanitize.errors("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n") == []
     commands = sanitize.commands(parsed(tmp_path), "/bin/compute-sanitizer")
     first = next(iter(commands))

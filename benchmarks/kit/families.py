@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,52 +62,54 @@ def add_relu(device: str, small: bool) -> None:
             _close(ops.add_relu(a, b), F.relu(a.float() + b.float()), f"add_relu {shape} {dtype}")
 
 
-def _convolutions(device: str, small: bool, kind: str) -> None:
-    """Every tile of the list that suits a shape, with whole and with split sums."""
-    from resnet_fast._triton import configs, cuda_configs, tune
+def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> None:
+    """Tiles that suit a shape, with whole and with split sums: all in CUDA C++, of Triton's, which are compiled first,
+    two."""
+    from resnet_fast._triton import configs, tune
 
     gpu = tune.gpu_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
-    for dtype in DTYPES[:1] if small else DTYPES:
-        for n, c, size, k, kernel, stride, padding in SHAPES[:1] if small else SHAPES:
-            x = _last(torch.randn(n, c, *size, device=device).to(dtype))
-            weight = (torch.randn(k, c, kernel, kernel, device=device) / (c * kernel**2) ** 0.5).to(dtype)
-            z = F.conv2d(x.float(), weight.float(), stride=stride, padding=padding)
-            residual = _last(torch.randn_like(z).to(dtype))
-            exact = F.relu(z + residual.float())
-            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-                window, steps, edges = (kernel, kernel), (stride, stride), (padding, padding)
-                layer = configs.Layer(n, *size, c, k, window, steps, edges, dtype, precision, True, True)
-                found: list[object] = []
-                if kind == "triton":
-                    found = [dataclasses.replace(t, split_k=s) for t in configs.tiles(layer, gpu) for s in (1, 3)]
-                elif kind == "library":
-                    found = [tune.LIBRARY]
-                else:
-                    plain = dtype == torch.float32 and precision == "ieee"
-                    for i, tile in enumerate(cuda_configs.tiles()):
-                        for splits in (1, 3):
-                            config = cuda_configs.CudaConfig(i, min(tile.pixels, 64), splits)
-                            made = cuda_configs.plan(layer, config) if tile.plain == plain else None
-                            if made is not None and made.shared <= gpu.shared:
-                                found.append(config)
-                for choice in found[:2] if small else found:
-                    with _allow_tf32(precision == "tf32"), tune.use(choice):
-                        y = ops.conv_bn_add_relu(x, residual, weight, stride=stride, padding=padding)
-                    _close(y, exact, f"{choice} {layer}")
+    for n, c, size, k, kernel, stride, padding in SHAPES[:1] if small else SHAPES:
+        x = _last(torch.randn(n, c, *size, device=device).to(dtype))
+        weight = (torch.randn(k, c, kernel, kernel, device=device) / (c * kernel**2) ** 0.5).to(dtype)
+        z = F.conv2d(x.float(), weight.float(), stride=stride, padding=padding)
+        residual = _last(torch.randn_like(z).to(dtype))
+        exact = F.relu(z + residual.float())
+        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+            window, steps, edges = (kernel, kernel), (stride, stride), (padding, padding)
+            layer = configs.Layer(n, *size, c, k, window, steps, edges, dtype, precision, True, True)
+            choices: list[Any] = [tune.LIBRARY]
+            if kind == "triton":
+                found = list(configs.tiles(layer, gpu))
+                choices = [dataclasses.replace(found[0], split_k=3), *found[:2]]
+            elif kind == "cuda":
+                choices = _cuda_choices(layer, gpu.shared)
+            for choice in choices[:2] if small else choices:
+                with _allow_tf32(precision == "tf32"), tune.use(choice):
+                    y = ops.conv_bn_add_relu(x, residual, weight, stride=stride, padding=padding)
+                _close(y, exact, f"{choice} {layer}")
 
 
-def conv_triton(device: str, small: bool) -> None:
-    _convolutions(device, small, "triton")
+def _cuda_choices(layer: Any, shared: int) -> list[Any]:
+    from resnet_fast._triton import cuda_configs
+
+    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
+    found = []
+    for i, tile in enumerate(cuda_configs.tiles()):
+        for splits in (1, 3):
+            config = cuda_configs.CudaConfig(i, min(tile.pixels, 64), splits)
+            made = cuda_configs.plan(layer, config) if tile.plain == plain else None
+            if made is not None and made.shared <= shared:
+                found.append(config)
+    return found
 
 
-def conv_cuda(device: str, small: bool) -> None:
-    if not backends.has_cuda_convolution():
-        raise RuntimeError("the extension holds no CUDA C++ kernels: it was built without nvcc")
-    _convolutions(device, small, "cuda")
+def _conv_family(kind: str, dtype: torch.dtype) -> Callable[[str, bool], None]:
+    def run(device: str, small: bool) -> None:
+        if kind == "cuda" and not backends.has_cuda_convolution():
+            raise RuntimeError("the extension holds no CUDA C++ kernels: it was built without nvcc")
+        _convolutions(device, small, kind, dtype)
 
-
-def conv_library(device: str, small: bool) -> None:
-    _convolutions(device, small, "library")
+    return run
 
 
 def _network(device: str, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -207,7 +210,12 @@ def steps(device: str, small: bool, count: int = 3, batch: int = 16) -> None:
 
 
 FAMILIES: dict[str, Callable[[str, bool], None]] = {
-    f.__name__: f for f in (add_relu, conv_triton, conv_cuda, conv_library, stages, chains, batch_norm, training, steps)
+    **{
+        f"conv_{kind}_{str(dtype).removeprefix('torch.')}": _conv_family(kind, dtype)
+        for kind in ("triton", "cuda", "library")
+        for dtype in DTYPES
+    },
+    **{f.__name__: f for f in (add_relu, stages, chains, batch_norm, training, steps)},
 }
 
 

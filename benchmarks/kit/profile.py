@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from .workloads import Workload
 __all__ = ["call_of", "items", "run"]
 
 DEFAULT = ("ResNet32 64", "resnet50 8", "cifar_resnet32 128", "cifar_resnet32 128 training")
-SMALL = ("cifar_resnet20 2 16", "cifar_resnet20 2 16 training")
+SMALL = ("cifar_resnet20 2 8", "cifar_resnet20 2 8 training")
 MOST = 25  # kernels of a table
 
 
@@ -33,10 +34,13 @@ def items(options: Options) -> list[str]:
 
 def call_of(workload: Workload, name: str, options: Options) -> Callable[[], object]:
     """A plain call, verified, whose kernels have names."""
-    if workload.training:
-        return train.trainer(workload, name, options.device).step
     failed: list[Exception] = []
-    ready, _ = infer.verified(workload, [name], infer.clock_of(options), lambda _, error: failed.append(error))
+    ready: dict[str, Any]
+    if workload.training:
+        made, _ = train.verified(workload, [name], options.device, lambda _, error: failed.append(error))
+        ready = {name: trainer.step for name, trainer in made.items()}
+    else:
+        ready, _ = infer.verified(workload, [name], infer.clock_of(options), lambda _, error: failed.append(error))
     if failed:
         raise failed[0]
     return ready[name]

@@ -7,6 +7,7 @@ GPU was at work in a step, and ``peak`` what a step needs beyond what lies in me
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .options import Options
 from .worker import Emit
 from .workloads import Workload, chosen
 
-__all__ = ["VARIANTS", "items", "run"]
+__all__ = ["VARIANTS", "items", "run", "trainer", "verified"]
 
 OURS = "resnet_fast"
 VARIANTS = {
@@ -51,30 +52,42 @@ def _peak_mib(step: Any, device: str) -> float | None:
     return float(torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
-    workload, device = Workload.of(item), options.device
+def verified(
+    workload: Workload, names: list[str], device: str, refuse: Callable[[str, Exception], None]
+) -> tuple[dict[str, Trainer], dict[str, float]]:
+    """What is ready to be timed, and the errors of its gradients as multiples of eager's."""
     case = workload.training_case()
     plain = case.build()
+    # No search for the fastest algorithm in float64.
     torch.backends.cudnn.benchmark = False
     exact = Gradients(case, plain, "random", device)
     torch.backends.cudnn.benchmark = True
     ready: dict[str, Trainer] = {}
     errors: dict[str, float] = {}
-    for name, variant in VARIANTS.items():
-        if variant.compiled and options.simulated:
-            continue
+    for name in names:
         backends.fallbacks(clear=True)
         try:
-            made = Trainer(case, plain, variant, "random", device)
+            made = Trainer(case, plain, VARIANTS[name], "random", device)
             errors[name] = exact.check(name, made)
-            if variant.fused and (found := backends.fallbacks(clear=True)):
+            if VARIANTS[name].fused and (found := backends.fallbacks(clear=True)):
                 raise RuntimeError(f"resnet_fast runs in part unfused: {found}")
             ready[name] = made
         except Exception as error:
-            first = str(error).strip().splitlines() or [""]
-            emit({"variant": name, "error": f"not timed, {type(error).__name__}: {first[0][:400]}"})
+            refuse(name, error)
             if device == "cuda":
                 torch.cuda.synchronize()  # raises where the context is lost
+    return ready, errors
+
+
+def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
+    workload, device = Workload.of(item), options.device
+
+    def refuse(name: str, error: Exception) -> None:
+        first = str(error).strip().splitlines() or [""]
+        emit({"variant": name, "error": f"not timed, {type(error).__name__}: {first[0][:400]}"})
+
+    names = [name for name, variant in VARIANTS.items() if not (variant.compiled and options.simulated)]
+    ready, errors = verified(workload, names, device, refuse)
     clock = Clock(device, torch.bfloat16)
     timing = interleaved(
         {n: t.step for n, t in ready.items()}, rounds=options.rounds, seconds=options.seconds, device=clock

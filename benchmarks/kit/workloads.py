@@ -19,7 +19,7 @@ INFERENCE = (
     *("cifar_resnet32 1", "cifar_resnet32 128", "cifar_resnet32 1024"),
 )
 TRAINING = ("cifar_resnet32 128 training", "ResNet32 64 training", "resnet50 64 training")
-SMALL = {"inference": ("cifar_resnet20 2 16",), "training": ("cifar_resnet20 2 16 training",)}
+SMALL = {"inference": ("cifar_resnet20 2 8",), "training": ("cifar_resnet20 2 8 training",)}
 
 
 @dataclass(frozen=True)
