@@ -133,6 +133,17 @@ class Chain:
         with torch.no_grad():
             return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], algorithm)
 
+    def pools(self, x: Tensor, pool: Sequence[int]) -> bool:
+        """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
+        if backends.kind(x) != "cuda":
+            return True
+        if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
+            return False
+        from ._triton import cuda_stem, operators
+
+        precision = operators.precision(x.dtype)
+        return cuda_stem.pooled_layer(tuple(self.layers), x.shape, x.dtype, precision, tuple(pool)) is not None
+
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
         """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
         stages = None if pool else self.stages(x)
@@ -220,7 +231,7 @@ class Fusing:
 
         pool: max pooling that takes the result, by the same operator where no gradient is wanted.
         """
-        window = None if pool is None or self.training or backends.kind(x) != "cpu" else pooling_window(pool)
+        window = None if pool is None or self.training else pooling_window(pool)
         if pool is not None and (window is None or torch.compiler.is_compiling()):
             y = self.fused(x)
             return None if y is None else pool(y)
@@ -235,6 +246,8 @@ class Fusing:
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
             y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             return y if pool is None else pool(y)
+        if pool is not None and window is not None and not chain.pools(x, window):
+            return pool(chain.run(x))
         return chain.run(x, window or ())
 
     def packed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Chain | None, Tensor, str | None]:
