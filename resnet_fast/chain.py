@@ -76,10 +76,10 @@ class Chain:
         """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
         return self.packed(x)[0]
 
-    def packed(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        """Packed filters for inputs like ``x``, and the integers that go with them."""
+    def packed(self, x: Tensor, pooled: bool = False) -> tuple[list[Tensor], list[int]]:
+        """Packed filters for inputs like ``x``, and the integers that go with them; pooled: for a kernel that pools."""
         if backends.kind(x) == "cuda":
-            return self._packed_for_gpu(x)
+            return self._packed_for_gpu(x, pooled)
         key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products)
         found = self._filters.get(key)
         if found is None:
@@ -93,19 +93,19 @@ class Chain:
             found = self._filters[key] = filters, self.layers
         return found
 
-    def _packed_for_gpu(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
+    def _packed_for_gpu(self, x: Tensor, pooled: bool) -> tuple[list[Tensor], list[int]]:
         """GPUs multiply in the dtype of the images; what runs a layer there decides how its filter is packed."""
         from ._triton.operators import precision
         from ._triton.tune import capturing, forced
 
-        key = (x.shape, x.dtype, backends.selected(), precision(x.dtype), forced())
+        key = (x.shape, x.dtype, pooled, backends.selected(), precision(x.dtype), forced())
         found = self._filters.get(key)
         if found is None:
             with torch.no_grad():
                 # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
                 captured = capturing()
-                folds = [False] * len(self.pairs) if captured else self._foldable(x.dtype)
-                layers = gpu_plan.planned(self.layers, x, folds)
+                folds = [False] * len(self.pairs) if captured or pooled else self._foldable(x.dtype)
+                layers = self.layers if pooled else gpu_plan.planned(self.layers, x, folds)
                 filters = []
                 for i in range(len(self.pairs)):
                     folded = bool(layers[i * ops.LAYER_FIELDS + 2] & ops.FOLDED)
@@ -190,6 +190,17 @@ class Chain:
         with torch.no_grad():
             return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], algorithm)
 
+    def pools(self, x: Tensor, pool: Sequence[int]) -> bool:
+        """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
+        if backends.kind(x) != "cuda":
+            return True
+        if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
+            return False
+        from ._triton import cuda_stem, operators
+
+        precision = operators.precision(x.dtype)
+        return cuda_stem.pooled_layer(tuple(self.layers), x.shape, x.dtype, precision, tuple(pool)) is not None
+
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
         """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
         stages = None if pool else self.stages(x)
@@ -198,7 +209,7 @@ class Chain:
         return self._run_layers(x, pool)
 
     def _run_layers(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
-        return torch.ops.resnet_fast.residual_stage(x, *self.packed(x), pool)
+        return torch.ops.resnet_fast.residual_stage(x, *self.packed(x, bool(pool)), pool)
 
 
 class _Run(torch.autograd.Function):
@@ -277,7 +288,7 @@ class Fusing:
 
         pool: max pooling that takes the result, by the same operator where no gradient is wanted.
         """
-        window = None if pool is None or self.training or backends.kind(x) != "cpu" else pooling_window(pool)
+        window = None if pool is None or self.training else pooling_window(pool)
         if pool is not None and (window is None or torch.compiler.is_compiling()):
             y = self.fused(x)
             return None if y is None else pool(y)
@@ -292,6 +303,8 @@ class Fusing:
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
             y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             return y if pool is None else pool(y)
+        if pool is not None and window is not None and not chain.pools(x, window):
+            return pool(chain.run(x))
         return chain.run(x, window or ())
 
     def packed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Chain | None, Tensor, str | None]:

@@ -592,7 +592,14 @@ def _register() -> None:
         for op in (*_OPERATORS, *_TRAINING):
             if not backends.has_kernel(op, "cuda"):  # in CUDA C++
                 library.impl(op, _triton_operator(op), "CUDA")
-    for op in (*_OPERATORS, *_TRAINING, *_ON_CPUS, "conv_bn_relu_launch", "residual_network"):
+    for op in (
+        *_OPERATORS,
+        *_TRAINING,
+        *_ON_CPUS,
+        "conv_bn_relu_launch",
+        "conv_bn_relu_pool_launch",
+        "residual_network",
+    ):
         backends.note_kernel(op)
     # Registrations live as long as their library object.
     globals()["_library"] = library

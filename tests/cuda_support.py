@@ -52,6 +52,12 @@ def find_cuda(name):
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::ConvArgs);"""
         return source, FLAGS, stem
+    if stem == "conv_bn_relu_pool_fwd_kernel":
+        source = f"""#include "conv_bn_relu_pool.cuh"
+        template __global__ void resnet_fast::cuda::conv_bn_relu_pool_fwd_kernel<{t}, {number}>(
+            const {t}*, const {t}*, const float*, const float*, {t}*,
+            const __grid_constant__ resnet_fast::cuda::StemArgs);"""
+        return source, FLAGS, stem
     # All of a type at once: they are small, and a run of the compiler is not.
     instances = set()
     for kernel, flags, parameters in BATCH_NORM.values():

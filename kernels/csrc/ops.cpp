@@ -86,6 +86,17 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
+  // A convolution of an image and the max pooling behind it on CUDA devices: the kernels that there are
+  // (cuda/conv_bn_relu_pool_plan.h) as filter, overlapping windows or not, and plain products or not; the geometry of a
+  // launch as [blocks, threads, shared bytes, completed args]; and the launch itself.
+  m.def("conv_bn_relu_pool_kernels() -> int[]");
+  m.def(
+      "conv_bn_relu_pool_plan(int kernel, int[] args, int element_size, bool aligned, int multiprocessors, int shared) "
+      "-> int[]");
+  m.def(
+      "conv_bn_relu_pool_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) y, int kernel, int "
+      "blocks, int[] args) -> ()");
+
   // Batch norm on CUDA devices: the geometry for an image of rows x channels (cuda/batch_norm_plan.h), and the
   // launches.
   m.def("batch_norm_plan(int rows, int channels) -> int[]");

@@ -24,7 +24,7 @@ from resnet_fast.gpu import library
 
 from . import add_relu as elementwise
 from . import conv_bn_relu as kernels
-from . import cuda_conv
+from . import cuda_conv, cuda_stem
 from .configs import Config, Layer
 from .cuda_configs import CudaConfig
 from .tune import LIBRARY, Choice, tuner
@@ -246,13 +246,13 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Se
     if x.dim() != 4:
         raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
     check_dtype("x", x)
-    if pool:
-        raise RuntimeError(f"pool is {list(pool)}, want none: pooling behind a stage runs on its own on CUDA devices")
     if len(layers) != fields * len(filters) or not filters:
         raise RuntimeError(f"layers has {len(layers)} integers, want {fields} for each of {len(filters)} filters")
     for packed in filters:
         if packed.device != x.device or packed.dtype != torch.float32:
             raise RuntimeError(f"filters has one on {packed.device} in {packed.dtype}, want {x.device} and float32")
+    if pool:
+        return _pooled_stage(x, filters[0], layers, pool)
     last_use = {layers[i + j]: i // fields for i in range(0, len(layers), fields) for j in (0, 1)}
     values: list[Tensor | None] = [x]
     for i, packed in enumerate(filters):
@@ -285,6 +285,21 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Se
     result = values[-1]
     assert result is not None
     return result
+
+
+def _pooled_stage(x: Tensor, packed: Tensor, layers: list[int], pool: Sequence[int]) -> Tensor:
+    """One convolution and the pooling behind it in one launch; no other chain has a kernel for it."""
+    layer = cuda_stem.pooled_layer(tuple(layers), x.shape, x.dtype, precision(x.dtype), tuple(pool))
+    if layer is None:
+        raise RuntimeError(
+            f"pool is {list(pool)}, want none: on CUDA devices max pooling of 2 x 2, or of 3 x 3 with stride 2 and "
+            "padding 1, runs with one convolution of 7 x 7 or 3 x 3 and stride 2 from 3 channels to a multiple of 16"
+        )
+    weight, scale, shift, _ = ops.cuda_unpack(packed, (layer.out_channels, *layer.kernel, layer.channels), x.dtype)
+    sizes = ((layer.out_height, layer.out_width), pool[4:], pool[:2], pool[2:4])
+    y = ops.empty_image(x, layer.out_channels, *(ops.conv_size(*size) for size in zip(*sizes, strict=True)))
+    cuda_stem.conv_bn_relu_pool(layer, x, weight, scale, shift, pool, y)
+    return y
 
 
 def _conv(

@@ -51,6 +51,13 @@ __device__ inline uint32_t to_tf32(uint32_t bits) {
   return out;
 }
 
+// The greater, or NaN where one of them is: fmaxf drops it.
+__device__ inline float max_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
 // 16 bytes from global to shared memory, on their way until a wait covers them. Past L1, which holds nothing that a
 // block needs again.
 __device__ inline void copy_async(uint32_t to, const void* from) {

@@ -1,0 +1,164 @@
+// Geometry of the stem's launches: pure functions of shapes, for the launcher and for whoever tests it. No CUDA, no
+// PyTorch.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_plan.h"
+
+namespace resnet_fast::cuda {
+
+// kFilter x kFilter filters over three channels with stride 2, and max pooling with stride 2: of 2x2 without padding,
+// or, overlapping, of 3x3 with padding 1.
+struct StemKernel {
+  int filter;
+  bool overlap;
+  Math math;
+};
+constexpr StemKernel kStemKernels[] = {
+    {7, false, Math::kTensor}, {7, true, Math::kTensor}, {3, false, Math::kTensor}, {3, true, Math::kTensor},
+    {7, false, Math::kPlain},  {7, true, Math::kPlain},  {3, false, Math::kPlain},  {3, true, Math::kPlain},
+};
+constexpr int kStemKernelCount = sizeof(kStemKernels) / sizeof(kStemKernels[0]);
+
+constexpr int kStemChannels = 3;
+constexpr int kStemFilters = 64;  // output channels of a block
+constexpr int kStemWarps = 4;
+constexpr int kStemThreads = 32 * kStemWarps;
+constexpr int kStemTile = 8;  // pooled pixels of a row that a warp computes at a time, each from 2x2 of the convolution
+
+// A warp's share of the filters: those that fit its registers; for plain products, which read them from shared memory,
+// all. Warps that have the same filters, `workers` of them, share the rows of a block.
+constexpr int stem_warp_filters(Math math, int element_size) {
+  return math == Math::kPlain ? 64 : element_size == 2 ? 32 : 16;
+}
+constexpr int stem_workers(Math math, int element_size) {
+  return kStemWarps * stem_warp_filters(math, element_size) / kStemFilters;
+}
+
+// A filter row over three channels is 3 * filter elements in sequence, of the input as of the filter: these pairs, of
+// which the first or the last holds one element of a neighbour.
+constexpr int stem_pairs(int filter) { return (kStemChannels * filter + 2) / 2; }
+
+enum StemLoad : int32_t { kStemElements, kStemPlanes, kStemPixels };
+
+// What the kernel needs to know. The first fields are the caller's; what follows from them is plan_stem's.
+struct StemArgs {
+  int64_t image_stride, channel_stride, row_stride, column_stride;  // of x, in elements
+  int32_t batch, height, width, out_channels, pad_h, pad_w, relu;
+  int32_t rows, tiles;  // of a warp: pooled rows, and tiles of kStemTile pixels across; 0 for plan_stem to choose
+  int32_t load;  // how x is read: by elements, or in 16-byte packs of planes (NCHW) or of pixels (channels_last)
+  int32_t out_height, out_width, pooled_height, pooled_width;
+  int32_t strips, across;  // blocks of an image: down and across
+  int32_t patch_rows, packs, pitch;  // patch of a block's input: rows, packs of a row by each channel, bytes of a row
+  int32_t odd;  // elements of a neighbour that come before a filter row, 0 or 1: pairs begin at even elements
+};
+constexpr int kStemStrides = 4, kStemFields = 20;
+static_assert(sizeof(StemArgs) == 8 * kStemStrides + 4 * kStemFields);
+
+struct StemPlan {
+  StemArgs args;
+  int64_t units;  // patches; blocks take one after the other
+  int64_t blocks;  // grid x; y is for every 64 output channels
+  int shared;
+};
+
+constexpr int64_t floor_to(int64_t a, int64_t b) { return (a >= 0 ? a / b : -((-a + b - 1) / b)) * b; }
+
+// First pooled pixel of the patch `across` from the left. Where windows overlap, a patch but the first begins with a
+// pixel of the one before, which is computed again for its right half and not written.
+constexpr int64_t stem_first_pixel(bool overlap, int tiles, int64_t across) {
+  return across * (kStemTile * tiles - (overlap ? 1 : 0));
+}
+constexpr int64_t stem_patches(bool overlap, int tiles, int64_t pooled_width) {
+  const int64_t pixels = int64_t{kStemTile} * tiles;
+  return pooled_width <= pixels ? 1 : 1 + ceil_div(pooled_width - pixels, pixels - (overlap ? 1 : 0));
+}
+
+// Bytes of shared memory: scale and shift; what a pixel's right neighbour needs of it, for each row of each warp, where
+// windows overlap; the filters; the patch. Filters that go into registers lie where the patch comes afterwards.
+constexpr int kStemConstantBytes = 2 * kStemFilters * 4;
+constexpr int stem_edge_bytes(int filters, int element_size) { return 4 * (2 * filters / 4) * element_size; }
+constexpr int64_t stem_edges(StemKernel k, const StemArgs& a, int size) {
+  return k.overlap ? int64_t{kStemWarps} * (a.rows + 1) * stem_edge_bytes(stem_warp_filters(k.math, size), size) : 0;
+}
+constexpr int kStemPlainPitch = kStemFilters + 2;  // floats: the filters' elements, 2 banks apart
+constexpr int64_t stem_filter_bytes(StemKernel k, int size) {
+  const int64_t row = k.filter * kStemChannels;
+  return k.math == Math::kPlain ? ceil_div(row * k.filter * kStemPlainPitch * 4, 128) * 128
+                                : int64_t{kStemFilters} * k.filter * stem_pairs(k.filter) * 2 * size;
+}
+constexpr int64_t stem_shared(StemKernel k, const StemArgs& a, int size) {
+  const int64_t patch = int64_t{a.patch_rows} * a.pitch, filters = stem_filter_bytes(k, size);
+  return kStemConstantBytes + stem_edges(k, a, size) +
+         (k.math == Math::kPlain ? filters + patch : (filters > patch ? filters : patch));
+}
+
+// Fills in what follows from the shape and from rows and tiles, already in `a`.
+constexpr StemPlan stem_geometry(StemKernel k, StemArgs a, int size, int multiprocessors, int shared) {
+  const int pack = 16 / size, group = kStemChannels * pack, workers = stem_workers(k.math, size);
+  a.out_height = (a.height + 2 * a.pad_h - k.filter) / 2 + 1;
+  a.out_width = (a.width + 2 * a.pad_w - k.filter) / 2 + 1;
+  a.pooled_height = k.overlap ? (a.out_height + 1) / 2 : a.out_height / 2;
+  a.pooled_width = k.overlap ? (a.out_width + 1) / 2 : a.out_width / 2;
+  a.strips = static_cast<int32_t>(ceil_div(a.pooled_height, int64_t{workers} * a.rows));
+  a.across = static_cast<int32_t>(stem_patches(k.overlap, a.tiles, a.pooled_width));
+  a.patch_rows = 2 * (2 * workers * a.rows + (k.overlap ? 1 : 0) - 1) + k.filter;
+  a.odd = a.pad_w % 2;  // a row begins 3 * pad_w elements before an even one
+  // The farthest that a warp's first pair lies behind the patch's first element, a multiple of `group`.
+  const int64_t begin = -int64_t{kStemChannels} * a.pad_w - a.odd;
+  const int64_t lead = a.across == 1 ? begin - floor_to(begin, group) : group - 2;
+  const int64_t last = 2 * kStemTile * a.tiles - 1;
+  a.packs = static_cast<int32_t>(ceil_div(lead + 2 * kStemChannels * last + 2 * stem_pairs(k.filter), group));
+  // 16 words from a multiple of 32: a pair of rows of pairs lies in different banks for eight pixels, 6 words apart.
+  a.pitch = static_cast<int32_t>(ceil_div(int64_t{a.packs} * 48 - 64, 128) * 128 + 64);
+  const int64_t units = int64_t{a.batch} * a.strips * a.across;
+  const int64_t bytes = stem_shared(k, a, size);
+  const int64_t fit = (shared + 1024) / (bytes + 1024), limit = k.math == Math::kPlain ? 2 : 3;
+  const int64_t resident = fit < limit ? fit : limit, slots = multiprocessors * (resident > 0 ? resident : 1);
+  return {a, units, units < slots ? units : slots, static_cast<int>(bytes)};
+}
+
+// Clocks of the busiest multiprocessor, for ranking alone.
+constexpr double stem_clocks(StemKernel k, const StemPlan& plan, int size, int multiprocessors) {
+  const StemArgs& a = plan.args;
+  const double pixels = a.tiles * (a.rows + (k.overlap ? 0.5 : 0.0));  // tiles of a warp
+  const double slots = k.filter == 7 ? 20 : 4;
+  // A tile's products, 1.5 clocks each with tensor cores or 64 of 32 lanes a quarter of a clock; alone, a warp waits.
+  const double busy =
+      k.math == Math::kPlain ? 20.0 * k.filter * k.filter * kStemChannels : slots * (size == 2 ? 7 : 10);
+  const double alone = k.math == Math::kPlain ? 3 * busy : slots * 40;
+  const double load = 1500 + a.patch_rows * a.pitch / 32.0;
+  const double most = static_cast<double>(ceil_div(plan.units, multiprocessors));
+  const double rounds = static_cast<double>(ceil_div(plan.units, plan.blocks > 0 ? plan.blocks : 1));
+  const double work = most * (kStemWarps * pixels * busy + a.patch_rows * a.pitch / 64.0);
+  const double chain = rounds * (pixels * alone + load);
+  return work > chain ? work + load : chain;
+}
+
+// The plan for rows and tiles of `a`, or, where these are 0, for those that the clocks above want. No blocks where no
+// choice fits `shared` bytes a block.
+constexpr StemPlan plan_stem(StemKernel k, StemArgs a, int size, bool aligned, int multiprocessors, int shared) {
+  const int64_t pack = 16 / size;
+  const bool packs = aligned && a.width % pack == 0 && a.row_stride % pack == 0 && a.image_stride % pack == 0;
+  a.load = packs && a.column_stride == 1 && a.channel_stride % pack == 0        ? kStemPlanes
+           : packs && a.channel_stride == 1 && a.column_stride == kStemChannels ? kStemPixels
+                                                                                : kStemElements;
+  if (a.rows > 0 && a.tiles > 0) {
+    const StemPlan plan = stem_geometry(k, a, size, multiprocessors, shared);
+    return plan.shared <= shared ? plan : StemPlan{};
+  }
+  StemPlan best = {};
+  double least = 0;
+  for (a.tiles = 1; a.tiles <= 8; ++a.tiles) {
+    for (a.rows = 1; a.rows <= 16; ++a.rows) {
+      const StemPlan plan = stem_geometry(k, a, size, multiprocessors, shared);
+      if (plan.shared > shared) continue;
+      const double clocks = stem_clocks(k, plan, size, multiprocessors);
+      if (best.shared == 0 || clocks < least) best = plan, least = clocks;
+    }
+  }
+  return best;
+}
+
+}  // namespace resnet_fast::cuda
