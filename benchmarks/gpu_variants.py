@@ -30,6 +30,7 @@ class Graphed:
     """
 
     def __init__(self, call: Call, x: Tensor) -> None:
+        self.call = call  # the graph reads its weights, but does not keep them
         self.held = x.clone(memory_format=torch.preserve_format)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
