@@ -1,4 +1,5 @@
-# make bench | bench-peers | roofline | test | test-gpu | gpu-kit | test-zoo | lint | build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | roofline | test | test-gpu | gpu-kit | test-zoo | test-floor | test-triton-versions | lint | build |
+# format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 
@@ -12,7 +13,16 @@ export PATH := $(BIN):$(PATH)
 CXX_FILES := $(shell find kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 
-.PHONY: bench bench-peers roofline test test-gpu gpu-kit test-zoo lint build format clean
+# Releases of Triton beside the pinned one. GPU images carry the first: make test runs some kernels with it.
+TRITON_VERSIONS ?= 3.6.0 3.8.0
+# What GPU kernels compute; not what a compiler makes of them, which is pinned.
+TRITON_TESTS := tests/ptxsim/test_triton.py tests/test_zero_trips_triton.py tests/test_add_relu_triton.py \
+  tests/test_bn_relu_triton.py tests/test_conv_bn_relu_triton.py tests/test_training_triton.py
+# Operators, models and simulated GPUs; not the programs, their benchmarks, and what depends on the pinned compiler.
+FLOOR_TESTS := tests --ignore-glob='*/test_program*' --ignore-glob='*/test_*benchmarks*' --ignore-glob='*/test_*gate*' \
+  --ignore=tests/test_packaging.py --ignore=tests/test_readme.py --ignore=tests/test_triton_versions.py
+
+.PHONY: bench bench-peers roofline test test-gpu gpu-kit test-zoo test-floor test-triton-versions lint build format clean
 
 bench: build
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -26,7 +36,7 @@ bench-peers: build
 roofline: build
 	$(BIN)/python -m benchmarks.roofline
 
-test: build
+test: build $(VENV)-triton/3.6.0/.installed
 	$(BIN)/python -m pytest tests $(ARGS)
 
 # On a machine with an NVIDIA GPU; without one they fail.
@@ -42,6 +52,17 @@ gpu-kit: $(VENV)/.installed
 # Networks of torchvision and timm, which want a later torch than the extension is built for: the same build serves it.
 test-zoo: build $(VENV)-zoo/.installed
 	PYTHONPATH=$(CURDIR) $(abspath $(VENV)-zoo)/bin/python -m pytest tests/zoo $(ARGS)
+
+# The oldest torch that the extension is for, and its Triton: the same build serves it. Kernels in Triton are found where
+# an installation would put them.
+test-floor: build $(VENV)-floor/.installed
+	ln -sfn ../kernels/triton_ops resnet_fast/_triton
+	PYTHONPATH=$(CURDIR) $(abspath $(VENV)-floor)/bin/python -m pytest $(FLOOR_TESTS) $(ARGS)
+
+test-triton-versions: build $(TRITON_VERSIONS:%=$(VENV)-triton/%/.installed)
+	for version in $(TRITON_VERSIONS); do \
+	  PYTHONPATH=$(abspath $(VENV)-triton)/$$version $(BIN)/python -m pytest $(TRITON_TESTS) $(ARGS) || exit 1; \
+	done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(PY_FILES)
@@ -73,5 +94,15 @@ $(VENV)-zoo/.installed: requirements-zoo.txt
 	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-zoo.txt
 	touch $@
 
+$(VENV)-floor/.installed: requirements-floor.txt
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-floor.txt
+	touch $@
+
+# A folder for PYTHONPATH: everything else is that of $(VENV).
+$(VENV)-triton/%/.installed: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-zoo build dist *.egg-info resnet_fast/*.so
+	rm -rf $(VENV) $(VENV)-zoo $(VENV)-floor $(VENV)-triton build dist *.egg-info resnet_fast/*.so resnet_fast/_triton
