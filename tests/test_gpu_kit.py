@@ -148,6 +148,19 @@ def test_a_phase_ends_at_its_limit_with_what_it_has(stand_in, tmp_path):
     assert phase["rows"][-1]["error"] == "ended at the time limit of 18 s"
 
 
+def test_what_is_ended_from_outside_leaves_its_results(stand_in, tmp_path):
+    process = subprocess.Popen([*stand_in, "--only", "soak", "--ncu", "slow"], stdout=subprocess.DEVNULL)
+    log, began = tmp_path / "work/logs/soak.log", time.monotonic()
+    while time.monotonic() - began < 50 and not (log.exists() and "in slow" in log.read_text()):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == 128 + 15
+    (phase,) = json.loads((tmp_path / "out/results.json").read_text())["phases"]
+    assert phase["state"] == "stopped"
+    assert [row["item"] for row in phase["rows"] if "value" in row][-1] == "slow"
+    assert "in crashes" in (tmp_path / "out/log.txt").read_text()
+
+
 def test_what_does_not_start_is_reported(tmp_path, monkeypatch):
     found = parsed(tmp_path)
     monkeypatch.setattr(supervise, "ROOT", tmp_path)
@@ -419,7 +432,7 @@ def test_options(tmp_path):
     found = parsed(tmp_path, "--only", "infer", "doctor", "--case", "ResNet32", "64", "--case", "resnet50 8 training")
     assert found.only == ("doctor", "infer")
     assert found.cases == ("ResNet32 64", "resnet50 8 training")
-    assert options.Options.load(str(found.save())) == found
+    assert options.Options.load(str(found.file)) == found
     assert found.environment()["RESNET_FAST_CACHE"] == str(tmp_path / "work/choices")
     assert Workload.of("ResNet32 64") == Workload("ResNet32", 64, 224, False)
     assert Workload.of("cifar_resnet32 128 training") == Workload("cifar_resnet32", 128, 32, True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import results
-from .options import PHASES, Options, parse
+from .options import PHASES, SIDE_BY_SIDE, Options, parse
 from .supervise import Phase, run
 
 __all__ = ["main"]
@@ -40,6 +42,35 @@ def _say(phase: Phase) -> None:
     sys.stdout.flush()
 
 
+def _groups(names: tuple[str, ...]) -> list[list[str]]:
+    """Those that run at the same time, in their order."""
+    together = [name for name in names if name in SIDE_BY_SIDE]
+    groups = [[name] for name in names if name not in SIDE_BY_SIDE]
+    return [*groups, together] if together else groups
+
+
+def _run(group: list[str], options: Options, limit: float, done: list[Phase]) -> list[Phase]:
+    current: dict[str, Phase] = {}
+    lock, stop = threading.Lock(), threading.Event()
+
+    def notice(phase: Phase) -> None:
+        with lock:
+            current[phase.name] = phase
+            results.write([*done, *current.values()], options)
+
+    def one(name: str) -> Phase:
+        phase = run(name, options, limit, notice, stop)
+        with lock:
+            _say(phase)
+        return phase
+
+    with ThreadPoolExecutor(len(group)) as pool:
+        try:
+            return list(pool.map(one, group))
+        finally:
+            stop.set()  # where this was ended from outside, what runs ends, too
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 where all phases ended by themselves and nothing failed."""
     options = parse(arguments)
@@ -49,14 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     done: list[Phase] = []
     shares = {name: PHASES[name] for name in options.only}
     try:
-        for name in options.only:
-            limit = max(5.0, (end - time.monotonic()) * shares[name] / sum(shares.values()))
-            del shares[name]
-            print(f"{name}: at most {limit:.0f} s", flush=True)
-            phase = run(name, options, limit, lambda now: results.write([*done, now], options))
-            done.append(phase)
-            _say(phase)
-            results.write(done, options)
+        for group in _groups(options.only):
+            share = sum(shares[name] for name in group)
+            limit = max(5.0, (end - time.monotonic()) * share / sum(shares.values()))
+            for name in group:
+                del shares[name]
+            print(f"{' beside '.join(group)}: at most {limit:.0f} s", flush=True)
+            done += _run(group, options, limit, done)
             _collect(options)
     finally:
         _collect(options)

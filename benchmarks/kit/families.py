@@ -137,6 +137,23 @@ def chains(device: str, small: bool) -> None:
         _network(device, name, (1, 3, 33, 40) if small else (2, 3, 65, 80), DTYPES[:1] if small else DTYPES)
 
 
+def pooled_stems(device: str, small: bool) -> None:
+    """7x7 convolutions of three channels with max pooling behind, of 2 x 2 and of 3 x 3 that overlap; odd sizes."""
+    for name in ("resnet18", "ResNet32"):
+        torch.manual_seed(1)
+        fast, twin = (getattr(m, name)().to(device).eval() for m in (resnet_fast, reference))
+        twin.load_state_dict(fast.state_dict())
+        for shape in ((1, 3, 21, 18),) if small else ((1, 3, 21, 18), (3, 3, 64, 75), (2, 3, 96, 224)):
+            x = _last(torch.randn(shape, device=device))
+            for dtype in DTYPES[:1] if small else DTYPES:
+                with torch.no_grad():
+                    _close(
+                        fast.to(dtype).pooled_stem(x.to(dtype)),
+                        twin.pooled_stem(x),
+                        f"pooled stem of {name}, {shape} {dtype}",
+                    )
+
+
 def batch_norm(device: str, small: bool) -> None:
     from resnet_fast._triton import bn_add_relu, bn_relu, cuda_batch_norm
 
@@ -215,7 +232,7 @@ FAMILIES: dict[str, Callable[[str, bool], None]] = {
         for kind in ("triton", "cuda", "library")
         for dtype in DTYPES
     },
-    **{f.__name__: f for f in (add_relu, stages, chains, batch_norm, training, steps)},
+    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, batch_norm, training, steps)},
 }
 
 

@@ -71,6 +71,8 @@ def verified(
             refuse(name, error)
             if clock.name == "cuda":
                 torch.cuda.synchronize()  # raises where the context is lost
+                gc.collect()
+                torch.cuda.empty_cache()
             continue
         ready[name] = timed
     return ready, errors
@@ -93,6 +95,8 @@ def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
         emit({"variant": name, "error": f"not timed, {type(error).__name__}: {first[0][:400]}"})
 
     ready, errors = verified(workload, names, clock, refuse)
+    if not ready:
+        return  # each has given its reason
     with torch.no_grad():
         timing = interleaved(ready, rounds=options.rounds, seconds=options.seconds, device=clock)
     plain = [n for n in (*PLAIN[:-1], COMPILED) if n in ready]

@@ -87,7 +87,7 @@ def _counters(case: str, options: Options, emit: Emit, deadline: float) -> None:
         return
     command = [ncu, "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{options.ncu}"]
     command += ["--launch-skip", "3", "--launch-count", "3", sys.executable, "-m", "benchmarks.kit.profile"]
-    command += [str(Path(options.work, "options.json")), case]
+    command += [str(options.file), case]
     done = subprocess.run(
         command,
         capture_output=True,

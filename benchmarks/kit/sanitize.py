@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 import time
-from pathlib import Path
 
 from . import pool
 from .options import Options
@@ -20,12 +19,12 @@ __all__ = ["commands", "errors", "items", "run"]
 # By name, so that torch is not needed to list them; ``families`` has them all. What takes longest comes first.
 _DTYPES = ("float16", "bfloat16", "float32")
 NAMES = (
-    *("chains", "training", "stages", "batch_norm"),
+    *("chains", "training", "stages", "batch_norm", "pooled_stems"),
     *(f"conv_{kind}_{dtype}" for kind in ("triton", "cuda", "library") for dtype in _DTYPES),
     *("add_relu", "steps"),
 )
-# Of each kind of convolution a rehearsal takes one; CUDA C++ would be compiled first there.
-REHEARSED = tuple(n for n in NAMES if not n.startswith("conv_") or n == "conv_triton_float16")
+# A rehearsal takes one of those that are alike; CUDA C++ would be compiled first there.
+REHEARSED = ("training", "stages", "batch_norm", "pooled_stems", "conv_triton_float16", "add_relu", "steps")
 TOOLS = ("memcheck", "racecheck")
 LONG = "steps of training"
 ERROR_STATUS = 66
@@ -37,7 +36,7 @@ def items(options: Options) -> list[str]:
 
 def commands(options: Options, sanitizer: str | None) -> dict[str, list[str]]:
     """By name: the long one first, it takes whatever time there is."""
-    me = [sys.executable, "-m", "benchmarks.kit.families", str(Path(options.work, "options.json"))]
+    me = [sys.executable, "-m", "benchmarks.kit.families", str(options.file)]
     if sanitizer is None:
         return {f"rehearsal: {name}": [*me, name] for name in REHEARSED}
     # What an interface of CUDA refuses is not reported: PyTorch asks for what may not be there, and raises otherwise.

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,20 +38,40 @@ class Phase:
         return [row for row in self.rows if "error" in row]
 
 
-class _Tail:
-    """The lines that a file of rows has got since it was last asked; a line that is half written waits."""
+class _Progress:
+    """What the processes of a phase have written so far; a line that is half written waits."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.at = path, 0
+    def __init__(self, phase: Phase, path: Path) -> None:
+        self.phase, self.path = phase, path
+        self.begun = 0  # items
+        self._at, self._open = 0, ""  # the item that is under way
+        path.unlink(missing_ok=True)
 
-    def lines(self) -> list[dict[str, Any]]:
+    def read(self) -> bool:
+        """Takes what is new; whether there was something."""
         if not self.path.exists():
-            return []
+            return False
         with self.path.open("rb") as file:
-            file.seek(self.at)
+            file.seek(self._at)
             whole, newline, _ = file.read().rpartition(b"\n")
-        self.at += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        self._at += len(whole) + len(newline)
+        for line in map(json.loads, whole.splitlines()):
+            if line.get("begin"):
+                self.begun += 1
+                self._open = line["item"]
+            elif line.get("end"):
+                self._open = ""
+            elif "versions" in line:
+                self.phase.versions = line["versions"]
+            else:
+                self.phase.rows.append(line)
+        return bool(whole)
+
+    def fail(self, reason: str) -> None:
+        """The item that was under way, if there was one, has ended so."""
+        if self._open:
+            self.phase.rows.append({"item": self._open, "error": reason})
+            self._open = ""
 
 
 def end(process: subprocess.Popen[Any]) -> None:
@@ -67,22 +88,25 @@ def end(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run(name: str, options: Options, limit: float, notice: Callable[[Phase], object]) -> Phase:
-    """Runs a phase; ``notice`` is called whenever it has given something."""
-    phase = Phase(name, limit)
-    begin, log = time.monotonic(), Path(options.work, "logs", f"{name}.log")
-    rows = Path(options.work, f"{name}.jsonl")
-    rows.unlink(missing_ok=True)
+def run(
+    name: str,
+    options: Options,
+    limit: float,
+    notice: Callable[[Phase], object],
+    stop: threading.Event | None = None,
+) -> Phase:
+    """Runs a phase; ``notice`` is called whenever it has given something. It ends early when ``stop`` is set."""
+    stop = stop or threading.Event()
+    phase, log = Phase(name, limit), Path(options.work, "logs", f"{name}.log")
     log.unlink(missing_ok=True)
-    tail = _Tail(rows)
-    begun: list[str] = []
-    deadline = time.time() + limit
-    command = [sys.executable, "-m", "benchmarks.kit.worker", name, str(options.save()), str(rows), str(deadline)]
-    while True:
-        before, open_item = len(begun), None
+    progress = _Progress(phase, Path(options.work, f"{name}.jsonl"))
+    begin, deadline = time.monotonic(), time.time() + limit
+    command = [sys.executable, "-m", "benchmarks.kit.worker", name, str(options.file), str(progress.path)]
+    while phase.state == "running":
+        before = progress.begun
         with log.open("ab") as out:
             process = subprocess.Popen(
-                [*command, str(len(begun))],
+                [*command, str(deadline), str(before)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -90,46 +114,27 @@ def run(name: str, options: Options, limit: float, notice: Callable[[Phase], obj
                 cwd=ROOT,
                 start_new_session=True,
             )
-        late = False
         try:
-            while True:
-                code = process.poll()
-                found = tail.lines()
-                for line in found:
-                    if line.get("begin"):
-                        begun.append(line["item"])
-                        open_item = line["item"]
-                    elif line.get("end"):
-                        open_item = None
-                    elif "versions" in line:
-                        phase.versions = line["versions"]
-                    else:
-                        phase.rows.append(line)
+            # What runs has a few seconds to end by itself.
+            while (code := process.poll()) is None and time.time() < deadline + 3 and not stop.wait(_TICK):
                 phase.seconds = time.monotonic() - begin
-                if found:
+                if progress.read():
                     notice(phase)
-                if code is not None:
-                    break
-                # What runs has a few seconds to end by itself.
-                if late := time.time() > deadline + 3:
-                    break
-                time.sleep(_TICK)
         finally:
             end(process)
-        if late or (code != 0 and time.time() > deadline):
-            phase.state = "time limit"
-            if open_item is not None:
-                phase.rows.append({"item": open_item, "error": f"ended at the time limit of {limit:.0f} s"})
-            break
-        if code == 0:
+        progress.read()
+        if stop.is_set():
+            phase.state = "stopped"
+        elif code == 0:
             phase.state = "done"
-            break
-        if len(begun) == before:
+        elif time.time() > deadline:
+            phase.state = "time limit"
+            progress.fail(f"ended at the time limit of {limit:.0f} s")
+        elif progress.begun == before:
             phase.state = "failed"
             phase.rows.append({"item": name, "error": f"does not start: {_last_line(log)}"})
-            break
-        if open_item is not None:
-            phase.rows.append({"item": open_item, "error": f"{_exit(code)}: {_last_line(log)}"})
+        else:
+            progress.fail(f"{_exit(code)}: {_last_line(log)}")
     phase.seconds = time.monotonic() - begin
     notice(phase)
     return phase

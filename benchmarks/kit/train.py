@@ -88,6 +88,8 @@ def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
 
     names = [name for name, variant in VARIANTS.items() if not (variant.compiled and options.simulated)]
     ready, errors = verified(workload, names, device, refuse)
+    if not ready:
+        return  # each has given its reason
     clock = Clock(device, torch.bfloat16)
     timing = interleaved(
         {n: t.step for n, t in ready.items()}, rounds=options.rounds, seconds=options.seconds, device=clock
