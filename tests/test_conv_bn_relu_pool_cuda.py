@@ -4,13 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_support import cuda_device
-from ptxsim.sim import GLOBAL_BASE, Fault
-from support import EAGER_LAYOUTS, assert_error_rule, channels_last, eager_results, twins
+from support import channels_last
 
-import resnet_fast
-from resnet_fast import backends, reference
 from resnet_fast._triton import cuda_stem
-from resnet_fast._triton.configs import A100, Gpu, Layer
+from resnet_fast._triton.configs import Layer
 
 stage = torch.ops.resnet_fast.residual_stage
 pack = torch.ops.resnet_fast.pack_conv_bn

@@ -166,8 +166,8 @@ def _pooled_stage(x: Tensor, packed: Tensor, layers: list[int], pool: Sequence[i
     layer = cuda_stem.pooled_layer(tuple(layers), x.shape, x.dtype, precision(x.dtype), tuple(pool))
     if layer is None:
         raise RuntimeError(
-            f"pool is {list(pool)}, want none: on CUDA devices max pooling of 2 x 2, or of 3 x 3 with stride 2 and padding "
-            "1, runs with one convolution of 7 x 7 or 3 x 3 and stride 2 from 3 channels to a multiple of 16"
+            f"pool is {list(pool)}, want none: on CUDA devices max pooling of 2 x 2, or of 3 x 3 with stride 2 and "
+            "padding 1, runs with one convolution of 7 x 7 or 3 x 3 and stride 2 from 3 channels to a multiple of 16"
         )
     weight, scale, shift = ops.cuda_unpack(packed, (layer.out_channels, *layer.kernel, layer.channels), x.dtype)
     sizes = ((layer.out_height, layer.out_width), pool[4:], pool[:2], pool[2:4])
