@@ -1,5 +1,5 @@
-# make bench | bench-peers | roofline | test | test-gpu | gpu-kit | test-zoo | test-floor | test-triton-versions | lint | build |
-# format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
+# make bench | bench-peers | roofline | test | test-gpu | gpu-kit | test-zoo | test-floor | test-triton-versions | lint |
+# build | format: each makes .venv, installs what requirements-dev.txt pins and builds, if need be.
 #
 #   make bench ARGS="--threads 4"      make test ARGS="-k stage"      make build PYTHON=python3.12
 

@@ -59,8 +59,8 @@ def kernel_of(layer: Layer, pool: Sequence[int]) -> int | None:
 def pooled_layer(
     fields: tuple[int, ...], shape: torch.Size, dtype: torch.dtype, precision: str, pool: tuple[int, ...]
 ) -> Layer | None:
-    """The one layer that the integers ``fields`` of ``residual_stage`` state for ``x`` of ``shape``, where a kernel
-    that can be launched computes it with ``pool`` behind it; or None."""
+    """The one layer that the integers ``fields`` of ``residual_stage`` state for ``x`` of ``shape``, where there is a
+    kernel for it and ``pool`` behind it; or None."""
     found = _layer_and_kernel(fields, shape, dtype, precision, pool)
     return None if found is None or not launch.has_cuda(kernel_name(dtype, found[1])) else found[0]
 

@@ -46,14 +46,15 @@ __device__ Two from_left(Two v) {
 }
 
 // What a pixel's right neighbour needs of it: the right pixels of its 2x2.
-template <typename T, int kTiles>
-struct alignas(16) Edge {
-  Two<T> right[2][kTiles];
+template <typename T>
+struct alignas(2 * sizeof(Two<T>)) Edge {
+  Two<T> right[2];
 };
 
-// 16 bits: of four tiles of channels a lane gets one whole, 16 bytes.
+// 16 bits: of four tiles of channels a lane gets one whole, 16 bytes. y: the pixel's channels of this warp, of which
+// there are `channels`.
 template <typename T, int kTiles>
-__device__ void store(T* y, int64_t at, int channel, const StemArgs& a, bool there, const Two<T> (&v)[kTiles]) {
+__device__ void store(T* y, int channels, bool there, const Two<T> (&v)[kTiles]) {
   const int quad = threadIdx.x % 4;
   if constexpr (sizeof(T) == 2) {
     static_assert(kTiles == 4);
@@ -61,40 +62,55 @@ __device__ void store(T* y, int64_t at, int channel, const StemArgs& a, bool the
 #pragma unroll
     for (int j = 0; j < 4; ++j) words[j] = reinterpret_cast<const uint32_t&>(v[j]);
     transpose4(words);
-    const int mine = channel + 8 * quad;
-    ptx::store_if(there && mine < a.out_channels, y + at + mine, {words[0], words[1], words[2], words[3]});
+    ptx::store_if(there && 8 * quad < channels, y + 8 * quad, {words[0], words[1], words[2], words[3]});
   } else {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int mine = channel + 8 * j + 2 * quad;
-      if (there && mine < a.out_channels) *reinterpret_cast<float2*>(y + at + mine) = v[j];
-    }
+    for (int j = 0; j < kTiles; ++j)
+      if (there && 8 * j < channels) *reinterpret_cast<float2*>(y + 8 * j + 2 * quad) = v[j];
   }
 }
 
-// A warp's part of a patch. in: what the lane's left upper pixel reads first for the patch's first pooled row and
-// pixel; edges: of this lane's pixel column, one for each row; constants: scale and shift of the warp's channels.
+// A warp's part of a patch, from row `begin` to `end`, and its channels from `channel` on. in: what the lane's left
+// upper pixel reads first for the patch's first pooled row and pixel; edges: for each row those of two columns;
+// constants: scale and shift of the warp's channels.
 template <typename T, int kIndex, typename Math>
-__device__ void pool_columns(const Math& math, const char* in, Edge<T, Math::kTiles>* edges, const float* constants,
-                             T* y, const StemArgs& a, const Patch& p, int begin, int end, int channel) {
+__device__ void pool_columns(const Math& math, const char* in, Edge<T>* edges, const float* constants, T* y,
+                             const StemArgs& a, const Patch& p, int begin, int end, int channel) {
+  const int channels = a.out_channels - channel;
   constexpr bool kOverlap = kStemKernels[kIndex].overlap;
   constexpr int kTiles = Math::kTiles;
   const int lane = threadIdx.x % 32, pixel = lane / 4, quad = lane % 4;
   // Where windows overlap, the lower half of the row above is computed first.
   const int first = kOverlap && begin > 0 ? begin - 1 : begin;
+  // Both are harmless: what is not a number stays, what is lower than all changes nothing.
+  const Two<T> least = a.relu ? round2(float2{0, 0}, T{}) : lowest<T>();
+  if constexpr (kOverlap) {
+    // Left of the first column lies nothing: its neighbours read the second buffer.
+    for (int i = lane; i < (end - first) * 4 * kTiles; i += 32)
+      edges[i / (4 * kTiles) * 8 * kTiles + 4 * kTiles + i % (4 * kTiles)] = {lowest<T>(), lowest<T>()};
+    __syncwarp();
+  }
+  in += 4 * (first - p.row) * a.pitch;
+  y += ((int64_t{p.image} * a.pooled_height + first) * a.pooled_width + p.pixel + pixel) * a.out_channels + channel;
+  int left = p.pixel;
 #pragma unroll 1
-  for (int tile = 0; tile < a.tiles; ++tile) {
-    const int column = p.pixel + tile * kStemTile + pixel;
-    if (column - pixel >= a.pooled_width) break;
-    const bool there = column < a.pooled_width && !(kOverlap && p.pixel > 0 && column == p.pixel);
+  for (int tile = 0; tile < a.tiles && left < a.pooled_width; ++tile, left += kStemTile) {
+    const int column = left + pixel;
+    // The first pixel of a patch that is not the first belongs to the patch before.
+    const bool there = column < a.pooled_width && !(kOverlap && tile == 0 && left > 0 && pixel == 0);
+    // What this column reads of the one before; what it writes lies in the other buffer.
+    int before = (tile % 2 == 0 ? 4 * kTiles : 0) + quad;
+    const char* at = in;
+    T* to = y;
+    in += kStemTile * 12 * static_cast<int>(sizeof(T)), y += kStemTile * a.out_channels;
     Two<T> up[kTiles];
     if constexpr (kOverlap)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) up[j] = lowest<T>();
 #pragma unroll 1
-    for (int row = first; row < end; ++row) {
+    for (int row = first; row < end;
+         ++row, at += 4 * a.pitch, before += 8 * kTiles, to += int64_t{a.pooled_width} * a.out_channels) {
       float acc[2][kTiles][4];
-      const char* at = in + 4 * (row - p.row) * a.pitch + tile * kStemTile * 12 * static_cast<int>(sizeof(T));
       if (kOverlap && row < begin) {
         math.template multiply<1>(acc, at);
 #pragma unroll
@@ -105,59 +121,54 @@ __device__ void pool_columns(const Math& math, const char* in, Edge<T, Math::kTi
         math.template multiply<0>(acc, at);
       }
 
-      Edge<T, kTiles> left;
-      if constexpr (kOverlap) {
-        if (pixel == 0) {
-          if (tile > 0) {
-            left = edges[(row - first) * 4 + quad];
-          } else {
-#pragma unroll
-            for (int j = 0; j < kTiles; ++j) left.right[0][j] = left.right[1][j] = lowest<T>();
-          }
-        }
-        __syncwarp();
-      }
-      Edge<T, kTiles> mine;
-      Two<T> pooled[kTiles];
+      const float* vectors = constants + ptx::opaque(threadIdx.x) % 4 * 2;
+      Two<T> v[2][2][kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const float2 scale = *reinterpret_cast<const float2*>(constants + 8 * j + 2 * quad);
-        const float2 shift = *reinterpret_cast<const float2*>(constants + kStemFilters + 8 * j + 2 * quad);
-        Two<T> v[2][2];
+        const float2 scale = *reinterpret_cast<const float2*>(vectors + 8 * j);
+        const float2 shift = *reinterpret_cast<const float2*>(vectors + kStemFilters + 8 * j);
 #pragma unroll
         for (int dy = 0; dy < 2; ++dy)
 #pragma unroll
           for (int dx = 0; dx < 2; ++dx) {
             const float* z = &acc[dy][j][2 * dx];
             // Rounding keeps order: it may come before pooling.
-            v[dy][dx] = round2(float2{fmaf(z[0], scale.x, shift.x), fmaf(z[1], scale.y, shift.y)}, T{});
+            v[dy][dx][j] = round2(float2{fmaf(z[0], scale.x, shift.x), fmaf(z[1], scale.y, shift.y)}, T{});
           }
-        if constexpr (!kOverlap) {
-          pooled[j] = max2(max2(v[0][0], v[0][1]), max2(v[1][0], v[1][1]));
-        } else {
-          // Of windows beyond the last pixel or row of an odd size.
-          const bool beyond = 2 * column + 1 >= a.out_width, below = 2 * row + 1 >= a.out_height;
-          if (beyond) v[0][1] = v[1][1] = lowest<T>();
-          if (below) v[1][0] = v[1][1] = lowest<T>();
+      }
+      // Where the convolution's output has an odd size, the last windows reach beyond it.
+      if (kOverlap && (2 * (left + kStemTile) > a.out_width || 2 * row + 1 >= a.out_height)) {
+        const bool beyond = 2 * column + 1 >= a.out_width, below = 2 * row + 1 >= a.out_height;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          if (beyond) v[0][1][j] = lowest<T>();
+          if (below) v[1][0][j] = lowest<T>();
+          if (beyond || below) v[1][1][j] = lowest<T>();
+        }
+      }
+      Two<T> pooled[kTiles];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        if constexpr (kOverlap) {
+          Edge<T> edge;
+          if (pixel == 0) edge = edges[before + 4 * j];
+          if (pixel == kStemTile - 1) edges[(before ^ 4 * kTiles) + 4 * j] = {v[0][1][j], v[1][1][j]};
           Two<T> half[2];
 #pragma unroll
           for (int dy = 0; dy < 2; ++dy) {
-            mine.right[dy][j] = v[dy][1];
-            const Two<T> beside = from_left(v[dy][1]);
-            half[dy] = max2(max2(v[dy][0], v[dy][1]), pixel == 0 ? left.right[dy][j] : beside);
+            const Two<T> beside = from_left(v[dy][1][j]);
+            half[dy] = max2(max2(v[dy][0][j], v[dy][1][j]), pixel == 0 ? edge.right[dy] : beside);
           }
-          pooled[j] = max2(max2(half[0], half[1]), up[j]);
+          pooled[j] = max2(max2(half[0], half[1]), max2(up[j], least));
           up[j] = half[1];
+        } else {
+          pooled[j] = max2(max2(max2(v[0][0][j], v[0][1][j]), max2(v[1][0][j], v[1][1][j])), least);
         }
-        if (a.relu) pooled[j] = relu2(pooled[j]);
       }
       if constexpr (kOverlap) {
-        if (pixel == kStemTile - 1) edges[(row - first) * 4 + quad] = mine;
-        __syncwarp();
-        if (row < begin) continue;
+        __syncwarp();  // the next column reads this one's edges
       }
-      const int64_t at_pixel = (int64_t{p.image} * a.pooled_height + row) * a.pooled_width + column;
-      store<T, kTiles>(y, at_pixel * a.out_channels, channel, a, there, pooled);
+      if (!kOverlap || row >= begin) store<T, kTiles>(to, channels, there, pooled);
     }
   }
 }
@@ -186,10 +197,9 @@ __global__ void __launch_bounds__(kStemThreads, kStemKernels[kIndex].math == Mat
   constexpr StemKernel kKernel = kStemKernels[kIndex];
   constexpr int kFilters = 8 * Multiply::kTiles, kParts = kStemFilters / kFilters, kWorkers = kStemWarps / kParts;
   static_assert(kFilters == stem_warp_filters(kKernel.math, sizeof(T)));
-  static_assert(stem_edge_bytes(kFilters, sizeof(T)) == 4 * sizeof(Edge<T, Multiply::kTiles>));
+  static_assert(stem_edge_bytes(kFilters, sizeof(T)) == 8 * Multiply::kTiles * sizeof(Edge<T>));
   extern __shared__ __align__(128) char shared[];
 
-  const int warp = threadIdx.x / 32, part = warp % kParts, worker = warp / kParts;
   const int first = blockIdx.y * kStemFilters;
   float* constants = reinterpret_cast<float*>(shared);
   for (int i = threadIdx.x; i < kStemFilters; i += kStemThreads) {
@@ -204,8 +214,8 @@ __global__ void __launch_bounds__(kStemThreads, kStemKernels[kIndex].math == Mat
   else
     load_filters<T, kKernel.filter>(filters, weight, a, first);
   __syncthreads();
-  const Multiply math(Multiply::kResident ? filters : filters + part * (stem_filter_bytes(kKernel, sizeof(T)) / kParts),
-                      a);
+  constexpr int kPartBytes = Multiply::kResident ? 0 : stem_filter_bytes(kKernel, sizeof(T)) / kParts;
+  const Multiply math(filters + threadIdx.x / 32 % kParts * kPartBytes, a);
 
   const int units = a.batch * a.strips * a.across;
 #pragma unroll 1
@@ -218,12 +228,13 @@ __global__ void __launch_bounds__(kStemThreads, kStemKernels[kIndex].math == Mat
     ptx::copy_async_wait<0>();
     __syncthreads();
 
+    const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, part = warp % kParts, worker = warp / kParts;
     const int begin = p.row + worker * a.rows, end = min(begin + a.rows, a.pooled_height);
     // In the patch: of pooled row p.row and this lane's pixel of the first tile.
-    const int lead = kStemChannels * (4 * p.pixel - a.pad_w) - a.odd - p.element;
+    const int lead = kStemChannels * (4 * p.pixel - a.pad_w) - 1 + a.shift - p.element;
     const char* in =
-        patch + (kKernel.overlap ? 2 * a.pitch : 0) + (lead + threadIdx.x % 32 / 4 * 12) * static_cast<int>(sizeof(T));
-    auto* mine = reinterpret_cast<Edge<T, Multiply::kTiles>*>(edges) + warp * (a.rows + 1) * 4;
+        patch + (kKernel.overlap ? 2 * a.pitch : 0) + (lead + thread % 32 / 4 * 12) * static_cast<int>(sizeof(T));
+    auto* mine = reinterpret_cast<Edge<T>*>(edges) + warp * (a.rows + 1) * 8 * Multiply::kTiles;
     pool_columns<T, kIndex>(math, in, mine, constants + part * kFilters, y, a, p, begin, end, first + part * kFilters);
   }
 }

@@ -26,7 +26,7 @@ __device__ Patch patch_of(const StemArgs& a, int unit, bool overlap, int workers
   p.row = unit / a.across % a.strips * workers * a.rows;
   p.pixel = static_cast<int>(stem_first_pixel(overlap, a.tiles, across));
   p.top = 2 * (2 * p.row - (overlap ? 1 : 0)) - a.pad_h;
-  p.element = static_cast<int>(floor_to(kStemChannels * (4 * p.pixel - a.pad_w) - a.odd, kGroup));
+  p.element = static_cast<int>(floor_to(kStemChannels * (4 * p.pixel - a.pad_w) - 1 + a.shift, kGroup));
   return p;
 }
 
@@ -38,7 +38,7 @@ __device__ void load_elements(char* patch, const T* image, const StemArgs& a, co
   narrow(0.f, zero);
 #pragma unroll 4
   for (int i = threadIdx.x; i < a.patch_rows * row_elements; i += kStemThreads) {
-    const int row = i / row_elements, at = i % row_elements, y = p.top + row, e = p.element + at;
+    const int row = i / row_elements, at = i % row_elements, y = p.top + row, e = p.element + at - a.shift;
     const bool there = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
     const int x = e / kStemChannels, c = e % kStemChannels;
     reinterpret_cast<T*>(patch + row * a.pitch)[at] =
@@ -63,7 +63,7 @@ __device__ void load_pixels(char* patch, const T* image, const StemArgs& a, cons
 // A pack of each of the three planes at a time, which become three packs of pixels.
 template <typename T>
 __device__ void load_planes(char* patch, const T* image, const StemArgs& a, const Patch& p) {
-  constexpr int kPack = Pack<T>::kSize, kBatch = 3;  // under way at a time
+  constexpr int kPack = Pack<T>::kSize, kBatch = 2;  // under way at a time
   const int count = a.patch_rows * a.packs, first = p.element / kStemChannels;
   for (int i = threadIdx.x; i < count; i += kBatch * kStemThreads) {
     uint4 planes[kBatch][kStemChannels];
@@ -104,14 +104,14 @@ __device__ void load_patch(char* patch, const T* x, const StemArgs& a, const Pat
     load_elements(patch, image, a, p);
 }
 
-// Filters for tensor cores: [filter][row][pair], zero where a pair holds a neighbour's element; TF32 is rounded here.
+// Filters for tensor cores: [filter][row][pair], zero for the neighbour's element; TF32 is rounded here.
 template <typename T, int kFilter>
 __device__ void load_filters(char* to, const T* weight, const StemArgs& a, int first) {
   constexpr int kRow = 2 * stem_pairs(kFilter);
 #pragma unroll 8
   for (int i = threadIdx.x; i < kStemFilters * kFilter * kRow; i += kStemThreads) {
-    const int row = i / kRow, e = i % kRow - a.odd;
-    const bool there = e >= 0 && e < kStemChannels * kFilter && first + row / kFilter < a.out_channels;
+    const int row = i / kRow, e = i % kRow - 1;
+    const bool there = e >= 0 && first + row / kFilter < a.out_channels;
     T v;
     narrow(0.f, v);
     if (there) v = weight[(first * kFilter + row) * kStemChannels * kFilter + e];

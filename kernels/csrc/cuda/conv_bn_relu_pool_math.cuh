@@ -7,8 +7,8 @@
 //
 // The sum over a filter's elements may come in any order that both operands share. Elements are taken in pairs, and a
 // "slot" is what the four lanes of a row of mma's matrix load at once, a pair each. Slots are chosen so that lanes read
-// from different banks (pixels are 12 elements apart): 2x2 pairs, of two filter rows; what an odd number of rows and
-// pairs leaves over: the last pair of each row, and the bottom row.
+// from different banks (pixels are 12 elements apart): squares of 2x2 pairs, of two filter rows; what an odd number of
+// rows and pairs leaves over: the last pair of each row, and the bottom row. Two slots make a step.
 #pragma once
 
 #include "conv_bn_relu_pool_load.cuh"
@@ -19,11 +19,14 @@ template <int kFilter>
 struct Slots {
   static constexpr int kPairs = stem_pairs(kFilter);
   static_assert(kFilter % 2 == 1 && kPairs % 2 == 1 && kPairs >= 5, "the order below");
-  static constexpr int kColumns = kPairs / 2, kRows = kFilter / 2;  // of 2x2 pairs
-  static constexpr int kSquares = kColumns * kRows;  // slot column * kRows + row
+  static constexpr int kColumns = kPairs / 2, kRows = kFilter / 2;  // of squares
+  // First two squares side by side a step, so that the row of pixels above and the row below share what is loaded.
+  static constexpr int kTwins = kColumns / 2 * kRows * 2;
+  static constexpr int kSingles = kColumns % 2 * kRows;
   static constexpr int kEnds = (kFilter + 3) / 4;  // the last pairs of four rows each
   static constexpr int kBottoms = (kPairs + 2) / 4;  // four pairs of the bottom row each, but its last
-  static constexpr int kCount = kSquares + kEnds + kBottoms;
+  static constexpr int kRest = kSingles + kEnds + kBottoms, kCount = kTwins + kRest;
+  static_assert(kCount % 2 == 0, "slots come in twos");
 
   // Where a group of four begins: the last one overlaps the one before, and its lanes that do so take no part.
   static constexpr int end_row(int i) { return kFilter < 4 ? 0 : 4 * i < kFilter - 4 ? 4 * i : kFilter - 4; }
@@ -34,14 +37,23 @@ struct Slots {
     int row, pair;
     bool there;
   };
-  __device__ static Tap tap(int slot, int quad) {
-    if (slot < kSquares) return {slot % kRows * 2 + quad / 2, slot / kRows * 2 + quad % 2, true};
-    if (slot < kSquares + kEnds) {
-      const int i = slot - kSquares, row = end_row(i) + quad;
-      return {min(row, kFilter - 1), kPairs - 1, row >= 4 * i && row < kFilter};
-    }
-    const int i = slot - kSquares - kEnds, pair = bottom_pair(i) + quad;
+  __device__ static Tap square(int column, int row, int quad) {
+    return {2 * row + quad / 2, 2 * column + quad % 2, true};
+  }
+  __device__ static Tap end(int i, int quad) {
+    const int row = end_row(i) + quad;
+    return {min(row, kFilter - 1), kPairs - 1, row >= 4 * i && row < kFilter};
+  }
+  __device__ static Tap bottom(int i, int quad) {
+    const int pair = bottom_pair(i) + quad;
     return {kFilter - 1, pair, pair >= 4 * i};
+  }
+  __device__ static Tap tap(int slot, int quad) {
+    if (slot < kTwins) return square(slot / 2 / kRows * 2 + slot % 2, slot / 2 % kRows, quad);
+    slot -= kTwins;
+    if (slot < kSingles) return square(kColumns - 1, slot, quad);
+    slot -= kSingles;
+    return slot < kEnds ? end(slot, quad) : bottom(slot - kEnds, quad);
   }
 };
 
@@ -86,10 +98,7 @@ template <typename T, int kFilter>
 class TensorStem {
   using S = Slots<kFilter>;
   using Pair = PairBits<T>;
-  static constexpr int kSlots = S::kCount, kPairBytes = 2 * sizeof(T), kPixel = 6 * sizeof(T);
-  // 16 bits: two slots to a product. TF32: one.
-  static constexpr bool kTwo = sizeof(T) == 2;
-  static_assert(!kTwo || kSlots % 2 == 0, "slots come in twos");
+  static constexpr int kPairBytes = 2 * sizeof(T), kPixel = 6 * sizeof(T);
 
  public:
   static constexpr int kTiles = stem_warp_filters(Math::kTensor, sizeof(T)) / 8;
@@ -100,7 +109,7 @@ class TensorStem {
     const int lane = threadIdx.x % 32, quad = lane % 4;
     pitch_ = a.pitch;
 #pragma unroll
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < S::kCount; ++s) {
       const auto tap = S::tap(s, quad);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -109,94 +118,114 @@ class TensorStem {
         filters_[s][j] &= Pair::mask(tap.there, tap.there);
       }
     }
-    squares_ = quad / 2 * pitch_ + quad % 2 * kPairBytes;
-    ends_ = min(quad, kFilter - 1) * pitch_ + (S::kPairs - 1) * kPairBytes;
-    bottoms_ = (kFilter - 1) * pitch_ + quad * kPairBytes;
-    // A neighbour's element counts for nothing, infinite or not a number as it may be.
-    first_square_ = Pair::mask(quad % 2 != 0 || a.odd == 0, true);
-#pragma unroll
-    for (int i = 0; i < S::kEnds; ++i) {
-      const auto tap = S::tap(S::kSquares + i, quad);
-      end_[i] = Pair::mask(tap.there, tap.there && a.odd != 0);
-    }
-    first_bottom_ = Pair::mask(quad != 0 || a.odd == 0, true);
-    const bool there = S::tap(kSlots - 1, quad).there;
-    last_bottom_ = Pair::mask(there, there);
   }
 
   // acc = the sums of the rows dy = kFrom and 1. at: what the lane's left upper pixel reads first.
   template <int kFrom>
   __device__ void multiply(float (&acc)[2][kTiles][4], const char* at) const {
+    const Lane lane(at, pitch_);
 #pragma unroll
     for (int dy = kFrom; dy < 2; ++dy)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) acc[dy][j][e] = 0;
-    uint32_t fragments[2][4];
-    // The row dy = 1 takes the rows of pairs that dy = 0 takes, but the first, and one more.
 #pragma unroll
-    for (int c = 0; c < S::kColumns; ++c) {
-      Pair pairs[S::kRows + 1][2];
+    for (int c = 0; c < S::kColumns / 2; ++c) {
+      // Pixels of the row dy = 1 lie two rows of the input, a row of squares, below.
 #pragma unroll
-      for (int r = kFrom; r <= S::kRows; ++r)
-        load(pairs[r], at + squares_ + 2 * r * pitch_ + 2 * c * kPairBytes, c == 0, first_square_);
-#pragma unroll
-      for (int r = 0; r < S::kRows; ++r) product<kFrom>(acc, fragments, c * S::kRows + r, pairs[r], pairs[r + 1]);
+      for (int r = kFrom; r <= S::kRows; ++r) {
+        Step step;
+        square(step.pair[0], lane, 2 * c, r);
+        square(step.pair[1], lane, 2 * c + 1, r);
+        const int slot = 2 * (c * S::kRows + r);
+        if (kFrom == 0 && r < S::kRows) product(acc[0], step, slot);
+        if (r > 0) product(acc[1], step, slot - 2);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < S::kEnds; ++i) {
-      Pair pairs[2][2];
+    for (int i = 0; i < S::kRest; i += 2) {
 #pragma unroll
-      for (int dy = kFrom; dy < 2; ++dy) load(pairs[dy], at + ends_ + (S::end_row(i) + 2 * dy) * pitch_, true, end_[i]);
-      product<kFrom>(acc, fragments, S::kSquares + i, pairs[0], pairs[1]);
-    }
-#pragma unroll
-    for (int i = 0; i < S::kBottoms; ++i) {
-      Pair pairs[2][2];
-      const bool last = i > 0 && i == S::kBottoms - 1;
-#pragma unroll
-      for (int dy = kFrom; dy < 2; ++dy)
-        load(pairs[dy], at + bottoms_ + 2 * dy * pitch_ + S::bottom_pair(i) * kPairBytes, i == 0 || last,
-             last ? last_bottom_ : first_bottom_);
-      product<kFrom>(acc, fragments, S::kSquares + S::kEnds + i, pairs[0], pairs[1]);
+      for (int dy = kFrom; dy < 2; ++dy) {
+        Step step;
+        rest(step.pair[0], lane, i, dy);
+        rest(step.pair[1], lane, i + 1, dy);
+        product(acc[dy], step, S::kTwins + i);
+      }
     }
   }
 
  private:
-  // A lane's pair for its left and its right pixel.
-  __device__ static void load(Pair (&pairs)[2], const char* from, bool masked, const Pair& mask) {
+  // Two slots, each for a lane's left and right pixel.
+  struct Step {
+    Pair pair[2][2];
+  };
+
+  // Where a lane reads its pairs of each kind of slots. A neighbour's element counts for nothing, infinite or not a
+  // number as it may be: masks tell what is wanted of the first pairs of a filter row.
+  struct Lane {
+    const char *square, *end, *bottom;
+    int quad;
+    Pair first_square, first_bottom;
+
+    __device__ Lane(const char* at, int pitch) : quad(ptx::opaque(threadIdx.x % 4)) {
+      square = at + quad / 2 * pitch + quad % 2 * kPairBytes;
+      end = at + min(quad, kFilter - 1) * pitch + (S::kPairs - 1) * kPairBytes;
+      bottom = at + (kFilter - 1) * pitch + quad * kPairBytes;
+      first_square = Pair::mask(quad % 2 != 0, true);
+      first_bottom = Pair::mask(quad != 0, true);
+    }
+  };
+
+  // there: whether this lane takes part.
+  __device__ static void load(Pair (&pairs)[2], const char* from, bool masked, const Pair& mask, bool there = true) {
 #pragma unroll
     for (int dx = 0; dx < 2; ++dx) {
       pairs[dx] = Pair::load(from + dx * kPixel);
       if (masked) pairs[dx] &= mask;
       pairs[dx].round();
+#pragma unroll
+      for (uint32_t& word : pairs[dx].word) word = there ? word : 0;
     }
   }
+  __device__ void square(Pair (&pairs)[2], const Lane& lane, int column, int row) const {
+    load(pairs, lane.square + 2 * row * pitch_ + 2 * column * kPairBytes, column == 0, lane.first_square);
+  }
+  // The i-th slot behind the twins.
+  __device__ void rest(Pair (&pairs)[2], const Lane& lane, int i, int dy) const {
+    if (i < S::kSingles) return square(pairs, lane, S::kColumns - 1, i + dy);
+    const int below = 2 * dy * pitch_;
+    i -= S::kSingles;
+    if (i < S::kEnds) {
+      const char* from = lane.end + below + S::end_row(i) * pitch_;
+      return load(pairs, from, false, lane.first_square, S::end(i, lane.quad).there);
+    }
+    i -= S::kEnds;
+    const char* from = lane.bottom + below + S::bottom_pair(i) * kPairBytes;
+    load(pairs, from, i == 0, lane.first_bottom, S::bottom(i, lane.quad).there);
+  }
 
-  template <int kFrom>
-  __device__ void product(float (&acc)[2][kTiles][4], uint32_t (&fragments)[2][4], int slot, const Pair (&above)[2],
-                          const Pair (&below)[2]) const {
+  // 16 bits: both slots in one product. TF32: one after the other.
+  __device__ void product(float (&acc)[kTiles][4], const Step& step, int slot) const {
+    const Pair(&pair)[2][2] = step.pair;
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t a[4] = {pair[0][0].word[0], pair[0][1].word[0], pair[1][0].word[0], pair[1][1].word[0]};
 #pragma unroll
-    for (int dy = kFrom; dy < 2; ++dy) {
-      const Pair(&pairs)[2] = dy == 0 ? above : below;
-      if constexpr (kTwo) {
-        fragments[dy][slot % 2 * 2] = pairs[0].word[0], fragments[dy][slot % 2 * 2 + 1] = pairs[1].word[0];
-        if (slot % 2 == 0) continue;
+      for (int j = 0; j < kTiles; ++j)
+        ptx::mma_m16n8k16(acc[j], a, filters_[slot][j].word[0], filters_[slot + 1][j].word[0], T{});
+    } else {
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          ptx::mma_m16n8k16(acc[dy][j], fragments[dy], filters_[slot - 1][j].word[0], filters_[slot][j].word[0], T{});
-      } else {
-        const uint32_t a[4] = {pairs[0].word[0], pairs[1].word[0], pairs[0].word[1], pairs[1].word[1]};
+      for (int s = 0; s < 2; ++s) {
+        const uint32_t a[4] = {pair[s][0].word[0], pair[s][1].word[0], pair[s][0].word[1], pair[s][1].word[1]};
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
-          ptx::mma_m16n8k8_tf32(acc[dy][j], a, filters_[slot][j].word[0], filters_[slot][j].word[1]);
+          ptx::mma_m16n8k8_tf32(acc[j], a, filters_[slot + s][j].word[0], filters_[slot + s][j].word[1]);
       }
     }
   }
 
-  Pair filters_[kSlots][kTiles], first_square_, end_[S::kEnds], first_bottom_, last_bottom_;
-  int pitch_, squares_, ends_, bottoms_;
+  Pair filters_[S::kCount][kTiles];
+  int pitch_;
 };
 
 // The same in exact float32, from filters in shared memory.
@@ -207,7 +236,7 @@ class PlainStem {
   static constexpr bool kResident = true;
 
   __device__ PlainStem(const char* filters, const StemArgs& a)
-      : filters_(reinterpret_cast<const float*>(filters) + threadIdx.x % 4 * 2), pitch_(a.pitch), odd_(a.odd) {}
+      : filters_(reinterpret_cast<const float*>(filters) + threadIdx.x % 4 * 2), pitch_(a.pitch) {}
 
   template <int kFrom>
   __device__ void multiply(float (&acc)[2][kTiles][4], const char* at) const {
@@ -220,7 +249,7 @@ class PlainStem {
     const float* filter = filters_;
 #pragma unroll 1
     for (int row = 0; row < kFilter; ++row) {
-      const float* pixels = reinterpret_cast<const float*>(at + row * pitch_) + odd_;
+      const float* pixels = reinterpret_cast<const float*>(at + row * pitch_) + 1;
 #pragma unroll 3
       for (int k = 0; k < kStemChannels * kFilter; ++k) {
         float2 f[kTiles];
@@ -245,7 +274,7 @@ class PlainStem {
 
  private:
   const float* filters_;
-  int pitch_, odd_;
+  int pitch_;
 };
 
 }  // namespace resnet_fast::cuda::stem

@@ -36,9 +36,9 @@ constexpr int stem_workers(Math math, int element_size) {
   return kStemWarps * stem_warp_filters(math, element_size) / kStemFilters;
 }
 
-// A filter row over three channels is 3 * filter elements in sequence, of the input as of the filter: these pairs, of
-// which the first or the last holds one element of a neighbour.
-constexpr int stem_pairs(int filter) { return (kStemChannels * filter + 2) / 2; }
+// A filter row over three channels is 3 * filter elements in sequence, of the input as of the filter, and one of a
+// neighbour before them: these pairs.
+constexpr int stem_pairs(int filter) { return (kStemChannels * filter + 1) / 2; }
 
 enum StemLoad : int32_t { kStemElements, kStemPlanes, kStemPixels };
 
@@ -51,7 +51,7 @@ struct StemArgs {
   int32_t out_height, out_width, pooled_height, pooled_width;
   int32_t strips, across;  // blocks of an image: down and across
   int32_t patch_rows, packs, pitch;  // patch of a block's input: rows, packs of a row by each channel, bytes of a row
-  int32_t odd;  // elements of a neighbour that come before a filter row, 0 or 1: pairs begin at even elements
+  int32_t shift;  // of the patch, 0 or 1 elements: pairs begin at even ones, and the first a neighbour's before
 };
 constexpr int kStemStrides = 4, kStemFields = 20;
 static_assert(sizeof(StemArgs) == 8 * kStemStrides + 4 * kStemFields);
@@ -78,7 +78,7 @@ constexpr int64_t stem_patches(bool overlap, int tiles, int64_t pooled_width) {
 // Bytes of shared memory: scale and shift; what a pixel's right neighbour needs of it, for each row of each warp, where
 // windows overlap; the filters; the patch. Filters that go into registers lie where the patch comes afterwards.
 constexpr int kStemConstantBytes = 2 * kStemFilters * 4;
-constexpr int stem_edge_bytes(int filters, int element_size) { return 4 * (2 * filters / 4) * element_size; }
+constexpr int stem_edge_bytes(int filters, int element_size) { return 2 * 2 * filters * element_size; }
 constexpr int64_t stem_edges(StemKernel k, const StemArgs& a, int size) {
   return k.overlap ? int64_t{kStemWarps} * (a.rows + 1) * stem_edge_bytes(stem_warp_filters(k.math, size), size) : 0;
 }
@@ -104,9 +104,9 @@ constexpr StemPlan stem_geometry(StemKernel k, StemArgs a, int size, int multipr
   a.strips = static_cast<int32_t>(ceil_div(a.pooled_height, int64_t{workers} * a.rows));
   a.across = static_cast<int32_t>(stem_patches(k.overlap, a.tiles, a.pooled_width));
   a.patch_rows = 2 * (2 * workers * a.rows + (k.overlap ? 1 : 0) - 1) + k.filter;
-  a.odd = a.pad_w % 2;  // a row begins 3 * pad_w elements before an even one
+  a.shift = 1 - a.pad_w % 2;
   // The farthest that a warp's first pair lies behind the patch's first element, a multiple of `group`.
-  const int64_t begin = -int64_t{kStemChannels} * a.pad_w - a.odd;
+  const int64_t begin = -int64_t{kStemChannels} * a.pad_w - 1 + a.shift;
   const int64_t lead = a.across == 1 ? begin - floor_to(begin, group) : group - 2;
   const int64_t last = 2 * kStemTile * a.tiles - 1;
   a.packs = static_cast<int32_t>(ceil_div(lead + 2 * kStemChannels * last + 2 * stem_pairs(k.filter), group));
@@ -119,28 +119,32 @@ constexpr StemPlan stem_geometry(StemKernel k, StemArgs a, int size, int multipr
   return {a, units, units < slots ? units : slots, static_cast<int>(bytes)};
 }
 
-// Clocks of the busiest multiprocessor, for ranking alone.
+// Clocks of the busiest multiprocessor, for ranking alone: the first patches arrive; then products and later patches go
+// on side by side, as far as a multiprocessor has other blocks while one waits for its patch.
 constexpr double stem_clocks(StemKernel k, const StemPlan& plan, int size, int multiprocessors) {
   const StemArgs& a = plan.args;
-  const double pixels = a.tiles * (a.rows + (k.overlap ? 0.5 : 0.0));  // tiles of a warp
-  const double slots = k.filter == 7 ? 20 : 4;
-  // A tile's products, 1.5 clocks each with tensor cores or 64 of 32 lanes a quarter of a clock; alone, a warp waits.
+  const double tiles = a.tiles * (a.rows + (k.overlap ? 0.5 : 0.0));  // of a warp
+  const double slots = k.filter == 7 ? 20 : 4;  // conv_bn_relu_pool_math.cuh
+  // A tile's products where four schedulers have many warps, and where one has a single warp.
   const double busy =
       k.math == Math::kPlain ? 20.0 * k.filter * k.filter * kStemChannels : slots * (size == 2 ? 7 : 10);
-  const double alone = k.math == Math::kPlain ? 3 * busy : slots * 40;
-  const double load = 1500 + a.patch_rows * a.pitch / 32.0;
-  const double most = static_cast<double>(ceil_div(plan.units, multiprocessors));
-  const double rounds = static_cast<double>(ceil_div(plan.units, plan.blocks > 0 ? plan.blocks : 1));
-  const double work = most * (kStemWarps * pixels * busy + a.patch_rows * a.pitch / 64.0);
-  const double chain = rounds * (pixels * alone + load);
-  return work > chain ? work + load : chain;
+  const double alone = k.math == Math::kPlain ? 5 * busy : slots * (size == 2 ? 40 : 50);
+  // 24 bytes a clock is a multiprocessor's share of the cache that all have; 1500 clocks until the first are there.
+  const double bytes = a.patch_rows * a.packs * 48.0, load = 1500 + bytes / 24;
+  const int64_t most = ceil_div(plan.units, multiprocessors), resident = ceil_div(plan.blocks, multiprocessors);
+  const int64_t rounds = ceil_div(plan.units, plan.blocks > 0 ? plan.blocks : 1);
+  const double work = most * (kStemWarps * tiles * busy + 300.0) + (most - resident) * bytes / 48;
+  const double chain = rounds * (tiles * alone + 300) + (rounds - 1) * load;
+  return 1500 + resident * bytes / 24 + (work > chain ? work : chain);
 }
 
 // The plan for rows and tiles of `a`, or, where these are 0, for those that the clocks above want. No blocks where no
 // choice fits `shared` bytes a block.
 constexpr StemPlan plan_stem(StemKernel k, StemArgs a, int size, bool aligned, int multiprocessors, int shared) {
   const int64_t pack = 16 / size;
-  const bool packs = aligned && a.width % pack == 0 && a.row_stride % pack == 0 && a.image_stride % pack == 0;
+  // Packs lie in the patch as they lie in the input: no padding but an odd one lets pairs begin at even elements.
+  const bool packs =
+      aligned && a.pad_w % 2 == 1 && a.width % pack == 0 && a.row_stride % pack == 0 && a.image_stride % pack == 0;
   a.load = packs && a.column_stride == 1 && a.channel_stride % pack == 0        ? kStemPlanes
            : packs && a.channel_stride == 1 && a.column_stride == kStemChannels ? kStemPixels
                                                                                 : kStemElements;

@@ -58,6 +58,13 @@ __device__ inline float max_nan(float a, float b) {
   return out;
 }
 
+// The same value, of which the compiler knows nothing: it computes what follows from it where it is used, instead of
+// keeping that in registers around a loop.
+__device__ inline int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // 16 bytes from global to shared memory, on their way until a wait covers them. Past L1, which holds nothing that a
 // block needs again.
 __device__ inline void copy_async(uint32_t to, const void* from) {
