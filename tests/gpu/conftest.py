@@ -21,6 +21,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "alone: takes times, beside which nothing else may use the GPU")
     config.addinivalue_line("markers", "machine: asks for what only a GPU has: streams, graphs, clocks, memory")
 
 

@@ -82,6 +82,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("sizes", LAYERS, ids=str)
 def test_the_fastest_is_chosen_though_the_host_is_slow(gpu, sizes, monkeypatch):
     batch, size, channels, filters, kernel, stride, residual, relu, shifted = sizes
@@ -106,6 +107,7 @@ def test_the_fastest_is_chosen_though_the_host_is_slow(gpu, sizes, monkeypatch):
     assert seconds[choice] <= 1.03 * min(seconds.values())
 
 
+@pytest.mark.alone
 def test_cold_start(gpu, tmp_path):
     """The first call of resnet50 with empty caches: at most 10 s on an H100."""
     code = """
