@@ -177,14 +177,14 @@ def test_commands_in_parallel(tmp_path):
     commands = {
         "quick": ["bash", "-c", "echo out; echo err >&2"],
         "fails": ["bash", "-c", "echo why; exit 4"],
-        "slow": ["bash", "-c", f"(sleep 3; touch {marker}) & wait"],
+        "slow": ["bash", "-c", f"(sleep 2; touch {marker}) & wait"],
         "waits": ["bash", "-c", "echo never"],
     }
     ended = {e.name: e for e in pool.run(commands, found, 1, time.time() + 1.5, {"WITH": "this"})}
     assert {name: e.code for name, e in ended.items()} == {"quick": 0, "fails": 4, "slow": None, "waits": None}
     assert (ended["quick"].output, ended["fails"].last_line) == ("out\nerr\n", "why")
     assert ended["waits"].output == "was not started"
-    time.sleep(2)
+    time.sleep(3)
     assert not marker.exists()
 
 
