@@ -19,7 +19,7 @@ from resnet_fast.flow import Build
 
 from .images import KINDS, images
 
-__all__ = ["FUSED", "FUSED_SMALL", "NETWORKS", "OPERATORS", "Case", "Twin"]
+__all__ = ["FUSED", "FUSED_SMALL", "NETWORKS", "OPERATORS", "UNFUSED", "Case", "Twin"]
 
 
 class Twin(nn.Module):
@@ -73,6 +73,29 @@ class Foreign(Twin):
 
     def fast(self) -> Twin:
         return resnet_fast.fuse(self)  # type: ignore[return-value]
+
+
+class Unfused(Network):
+    """A network with a hook on every convolution: all of it runs unfused, and the time is that of finding out."""
+
+    def __init__(self, name: str, net: Any) -> None:
+        super().__init__(name, net)
+        for m in net.modules():
+            if isinstance(m, nn.Conv2d):
+                m.register_forward_hook(_nothing)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with resnet_fast.backends.use("auto"):  # who asks for a backend by name is told that it cannot run
+            return super().forward(x)
+
+    def fast(self) -> Twin:
+        net = getattr(resnet_fast, self.name)()
+        net.load_state_dict(self.net.state_dict())
+        return Unfused(self.name, net).eval()
+
+
+def _nothing(module: nn.Module, inputs: Any, output: Any) -> None:
+    pass
 
 
 class TrainingStep(Twin):
@@ -168,6 +191,7 @@ class Case:
     kinds: tuple[str, ...] = ("random",)
     full: bool = False  # measured with --full only
     what: str = "inference"
+    variants: tuple[str, ...] | None = None  # measured by these alone
 
     @property
     def size(self) -> int:
@@ -216,6 +240,20 @@ NETWORKS = [
     _network("resnet18", 8, 224, full=True),
     _network("resnet50", 8, 224, full=True),
 ]
+
+
+def _unfused(name: str, batch: int, size: int) -> Case:
+    return Case(
+        f"{name}, hooks",
+        (batch, 3, size, size),
+        lambda: Unfused(name, getattr(reference, name)()),
+        ("photographs",),
+        variants=("eager", "eager channels_last", "resnet_fast"),
+    )
+
+
+# Where the kernels take little of the time, and where they take most.
+UNFUSED = [_unfused("cifar_resnet20", 1, 32), _unfused("resnet18", 1, 224)]
 
 
 def _foreign(name: str, batch: int, size: int = 224, module: str = "resnet", full: bool = True) -> list[Case]:

@@ -69,7 +69,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def wanted(item: pytest.Item) -> bool:
         case = _case(item)
-        if case is None or config.option.full:
+        if case is None:
+            return True
+        if case.variants is not None and item.callspec.params["variant"] not in case.variants:  # type: ignore
+            return False
+        if config.option.full:
             return True
         return case.size == smallest[item.path] if config.option.smoke else not case.full
 

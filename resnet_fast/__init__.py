@@ -18,6 +18,7 @@ from .models import (
     resnet50,
     resnet101,
 )
+from .watch import refresh
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "fuse",
     "ops",
     "reference",
+    "refresh",
     "report",
     "resnet18",
     "resnet34",

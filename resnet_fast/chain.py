@@ -20,8 +20,9 @@ from .choose import algorithm_of_filter, algorithms
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .gpu import plan as gpu_plan
 from .pooling import pooling_window
+from .refusal import Refusal
 from .training import Program
-from .watch import Watch, uncounted_reason
+from .watch import Watch, touched
 
 __all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
 
@@ -262,8 +263,8 @@ def _unfused(layers: list[int], eps: list[float], x: Tensor, *sources: Any) -> T
 class Fusing:
     """Runs what :meth:`flow` states as one operator."""
 
-    _chain: Chain | None = None
-    _program: Program | None = None
+    _chain: Chain | Refusal | None = None  # in eval mode
+    _program: Program | Refusal | None = None  # in training mode
     _whole: Any = None  # of networks: see whole.py
     training: bool
 
@@ -288,6 +289,9 @@ class Fusing:
 
         pool: max pooling that takes the result, by the same operator where no gradient is wanted.
         """
+        refusal = self._refusal()
+        if refusal is not None:
+            return self._declined(refusal.reason)
         window = None if pool is None or self.training else pooling_window(pool)
         if pool is not None and (window is None or torch.compiler.is_compiling()):
             y = self.fused(x)
@@ -307,6 +311,15 @@ class Fusing:
             return pool(chain.run(x))
         return chain.run(x, window or ())
 
+    def _refusal(self) -> Refusal | None:
+        """What is known to keep the module from running fused, before anything else is asked."""
+        if torch.compiler.is_compiling():  # which would guard on what it looks at
+            return None
+        kept = self._program if self.training else self._chain
+        if not isinstance(kept, Refusal) or backends.selected() == "eager":
+            return None
+        return kept if kept.fresh() else None
+
     def packed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Chain | None, Tensor, str | None]:
         """The chain as it is now and ``x`` in the dtype that it takes, or None, ``x`` and why not."""
         reason = self.cannot_run(x, False, autocast)
@@ -316,10 +329,12 @@ class Fusing:
         if chain is None or not chain.fresh():
             recorder = Recorder()
             self.flow(recorder, 0)
-            reason = recorder.reason(self.parts()) or uncounted_reason(self.parts())
-            chain = self._chain = Chain(self.parts(), recorder, self.opened()) if reason is None else None
-        if chain is None:
-            return None, x, reason
+            parts, opened = self.parts(), self.opened()
+            reason = recorder.reason(parts)
+            chain = Chain(parts, recorder, opened) if reason is None else Refusal(reason, parts, opened, False)
+            self._chain = chain
+        if isinstance(chain, Refusal):
+            return None, x, chain.reason
         x, reason = _admitted(x, chain.dtype, chain.device, autocast)
         return (chain if reason is None else None), x, reason
 
@@ -362,12 +377,20 @@ class Fusing:
             recorder = Recorder(training=True)
             self.flow(recorder, 0)
             program = Program(recorder.pairs, recorder.layers)
-            reason = recorder.reason(self.parts()) or program.reason()
-            if reason is not None:
-                return self._declined(reason)
-            if not torch.compiler.is_compiling():
-                program.watch = Watch(self.parts(), self.opened(), contents=False)
+            parts, opened = self.parts(), self.opened()
+            reason = recorder.reason(parts) or program.reason()
+            if torch.compiler.is_compiling():
+                if reason is not None:
+                    return self._declined(reason)
+            elif reason is not None:
+                program = self._program = Refusal(reason, parts, opened, True)
+            else:
+                program.watch = Watch(parts, opened, contents=False)
                 self._program = program
+        if isinstance(program, Refusal):
+            return self._declined(program.reason)
+        if not torch.compiler.is_compiling() and not program.keeps_statistics():
+            return self._declined("statistics made in inference mode, outside of it")  # PyTorch says what it allows
         weight = program.pairs[0][0].weight
         x, reason = _admitted(x, weight.dtype, weight.device, autocast)
         if x.numel() == 0:
@@ -412,7 +435,13 @@ class Fused(Fusing, nn.Module):
     def train(self, mode: bool = True) -> Fused:
         if mode != self.training:
             self._chain = self._program = self._whole = None
+        touched(self)
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """By ``load_state_dict`` of this module and of those around it."""
+        super()._load_from_state_dict(*args, **kwargs)
+        touched(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack for themselves: packed filters are as large as the weights and bound to this CPU."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .plan import Plan
+from .watch import touched
 
 __all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
 
@@ -83,7 +84,13 @@ class FusedTraced(nn.Module):
     def train(self, mode: bool = True) -> FusedTraced:
         if mode != self.training:
             self._resnet_fast.forget()
+        touched(self)
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """By ``load_state_dict`` of this module and of those around it."""
+        super()._load_from_state_dict(*args, **kwargs)
+        touched(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the class behind, as there is no name to find this one by."""

@@ -39,6 +39,13 @@ class Program:
         """Whether the modules are as they were when ``watch`` was set."""
         return self.watch is not None and self.watch.unchanged()
 
+    def keeps_statistics(self) -> bool:
+        """Whether running statistics may be written: of those made in inference mode, not outside of it."""
+        if torch.is_inference_mode_enabled():
+            return True
+        kept = (t for _, bn in self.pairs if bn is not None for t in (bn.running_mean, bn.num_batches_tracked))
+        return not any(t is not None and t.is_inference() for t in kept)
+
     def reason(self) -> str | None:
         """Why the chain cannot be run, or None."""
         for layer in self.layers:

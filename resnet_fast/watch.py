@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from array import array
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backends import native
 
-__all__ = ["DROPOUTS", "Watch", "attributes", "hooks_reason", "uncounted_reason"]
+__all__ = ["DROPOUTS", "Watch", "attributes", "hooks_reason", "refresh", "touched"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CONTENTS: tuple[Any, ...] = (torch.Tensor._version,)
-_KIND: tuple[Any, ...] = (torch.Tensor.dtype, torch.Tensor.device, torch.Tensor.shape)
+_VERSION: Any = Tensor._version
+_SHAPE: Any = Tensor.shape
+_KIND: tuple[Any, ...] = (vars(object)["__class__"], Tensor.dtype, Tensor.device, _SHAPE)
 DROPOUTS = (
     nn.Dropout,
     nn.Dropout1d,
@@ -51,12 +54,19 @@ def hooks_reason(parts: list[nn.Module]) -> str | None:
     return None
 
 
-def uncounted_reason(parts: list[nn.Module]) -> str | None:
-    """Why changes of the modules' tensors could not be seen, or None."""
-    stores = (store for module in parts for store in (module._parameters, module._buffers))
-    if any(t is not None and t.is_inference() for store in stores for t in store.values()):
-        return "weights made in inference mode, whose changes are not counted"
-    return None
+def _has_version(t: Tensor) -> bool:
+    try:
+        return t._version >= 0
+    except RuntimeError:
+        return False
+
+
+def _place(t: Tensor) -> tuple[int, int] | None:
+    """Address and bytes of a tensor that the host can read, from its first number to its last, or None."""
+    if t.device.type != "cpu" or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
+        return None
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), (last + 1) * t.element_size() if t.numel() else 0
 
 
 class _Snapshot:
@@ -73,17 +83,80 @@ class _Snapshot:
         self.held += objects
         self.words.extend(map(id, objects))
 
+    def add_values(self, entries: Mapping[Any, Any]) -> None:
+        self.add(entries)
+        self.count(entries)
+        self.add(*entries.values())
+
+    def add_attribute(self, descriptor: Any, tensors: Sequence[Tensor]) -> None:
+        self.add(descriptor)
+        self.count(tensors)
+        self.add(*chain.from_iterable((t, descriptor.__get__(t)) for t in tensors))
+
+
+# Those that are alive, to be told of what they do not see; of the second, contents that they cannot read.
+_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+_blind: weakref.WeakSet[Watch] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def _end(watches: weakref.WeakSet[Watch], modules: Iterable[nn.Module]) -> None:
+    """Those that watch one of ``modules`` see a change from now on."""
+    these = set(map(id, modules))
+    with _lock:
+        for watch in watches:
+            if not watch.modules.isdisjoint(these):
+                watch.end()
+
+
+def touched(module: nn.Module) -> None:
+    """``module`` was loaded into or changed its mode: what was packed from contents that cannot be read is old."""
+    if _blind:
+        _end(_blind, [module])
+
+
+def refresh(model: nn.Module) -> None:
+    """Packs all weights of ``model`` anew at the next call, whatever has changed or not.
+
+    Wanted after changes that are not seen by themselves:
+
+    - of any weights: through ``Tensor.data``, a NumPy view, or memory that another library writes;
+    - of weights made or moved in ``torch.inference_mode()``, on CPUs: of single elements, in inference mode (a sample
+      of each tensor is compared at every call: all of up to 512 bytes, else eight pieces of 64 bytes);
+    - of such weights on GPUs: whatever is done in place in inference mode, unless ``load_state_dict``, ``train()`` or
+      ``eval()`` of a module that runs fused, or of one around it, comes after it or does it.
+
+    Programs that ``torch.compile`` has frozen and CUDA graphs hold weights of their own: compile or capture them again.
+
+    Args:
+        model: a network or any part of one, fused or not, in any mode.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
+    _end(_watches, model.modules())
+
 
 class Watch:
     """What modules were like when they were packed: their children, settings, hooks, and the contents of their tensors.
 
     Contents are told by PyTorch's own count of in-place changes (``Tensor._version``) and by the address of the memory.
     Changes through ``Tensor.data`` or a NumPy view are not counted by PyTorch, so they are not seen here either.
-    Without ``contents`` only what tensors there are and their dtypes, devices and shapes count. All else is told by
-    identity: a setting that is set to an equal value is another one, and only packed once more.
+    Tensors made or moved in inference mode are not counted at all: of these, shape, strides and address count, and a
+    fingerprint of their contents, which on CPUs is taken at every question: all of a tensor of up to 512 bytes,
+    eight pieces of 64 bytes of a larger one. On other devices that would make the host wait, so nothing is read there:
+    :func:`touched` says when the contents may be others. :func:`refresh` ends a watch whatever it sees.
+
+    Without ``contents`` only what tensors there are and their classes, dtypes, devices and shapes count; without
+    ``kinds`` only what tensors there are. All else is told by identity: a setting that is set to an equal value is
+    another one, and only packed once more.
     """
 
-    def __init__(self, modules: list[nn.Module], opened: Sequence[nn.Module] = (), *, contents: bool = True) -> None:
+    def __init__(
+        self, modules: list[nn.Module], opened: Sequence[nn.Module] = (), *, contents: bool = True, kinds: bool = True
+    ) -> None:
         was = _Snapshot()
         was.count(modules)
         for m in modules:
@@ -91,35 +164,60 @@ class Watch:
             settings = (names for kind, names in _SETTINGS.items() if isinstance(m, kind))
             names = [*next(settings, ()), *(attributes(m) if m in opened else ())]
             was.add(m, type(m), vars(m))
+            if "forward" in vars(m):
+                was.add(vars(m)["forward"])
+            else:
+                was.words.append(0)
             was.count(names)
             was.add(*chain.from_iterable((name, vars(m)[name]) for name in names))
         stores = [store for m in modules for store in (m._parameters, m._buffers) if store]
         children = [m._modules for m in modules if m._modules]
-        was.count((*stores, *children))
-        for entries in (*stores, *children):
-            was.add(entries)
-            was.count(entries)
-            was.add(*entries.values())
         hooks = [getattr(m, hooks) for m in modules[1:] for hooks in _HOOKS]
-        was.count(hooks)
-        was.add(*hooks)
+        was.count((*stores, *children, *hooks))
+        for entries in (*stores, *children, *hooks):
+            was.add_values(entries)
         # A count of batches changes no result.
         tensors = [t for store in stores for t in store.values() if t is not None and t.is_floating_point()]
-        asked = _CONTENTS if contents else _KIND
-        was.count(asked)
-        for attribute in asked:
-            was.add(attribute)
-            was.count(tensors)
-            was.add(*chain.from_iterable((t, attribute.__get__(t)) for t in tensors))
+        uncounted = [t for t in tensors if contents and t.is_inference()]
+        self._add_tensors(was, tensors, uncounted, contents, kinds)
+        self.modules = frozenset(map(id, modules))
+        self._held = was.held
+        self._snapshot: bytes | None = was.words.tobytes()
+        with _lock:
+            _watches.add(self)
+            if any(_place(t) is None for t in uncounted):
+                _blind.add(self)
+
+    def _add_tensors(
+        self, was: _Snapshot, tensors: list[Tensor], uncounted: list[Tensor], contents: bool, kinds: bool
+    ) -> None:
         # Aliases keep the memory from being given to someone else, whose address would look like the old one.
         self._aliases = [t.detach() for t in tensors if contents]
-        was.count(self._aliases)
-        was.add(*chain.from_iterable((t.data_ptr, t.data_ptr()) for t in tensors if contents))
-        self._held, self._snapshot = was.held, was.words.tobytes()
+        methods = [t.data_ptr for t in tensors if contents] + [t.stride for t in uncounted if t.dim() > 1]
+        was.count(methods)
+        was.add(*chain.from_iterable((method, method()) for method in methods))
+        if contents:
+            # One that was moved in inference mode has kept a version, which counts what is done outside of it.
+            asked = [(_VERSION, [t for t in tensors if not t.is_inference() or _has_version(t)])]
+            # In place and without new memory, only shape and strides can change.
+            asked += [(_SHAPE, uncounted)]
+        else:
+            asked = [(kind, tensors) for kind in _KIND if kinds]
+        was.count(asked)
+        for attribute, of in asked:
+            was.add_attribute(attribute, of)
+        places = [place for t in uncounted if (place := _place(t)) is not None]
+        was.count(places)
+        for place in places:
+            was.words.extend((*place, native.fingerprint(place)))
 
     def __reduce__(self) -> Any:
         raise TypeError("a Watch knows its objects by their addresses: a copy would not hold them")
 
     def unchanged(self) -> bool:
         """In C: this is asked before every fused call."""
-        return native.unchanged(self._snapshot)
+        return self._snapshot is not None and native.unchanged(self._snapshot)
+
+    def end(self) -> None:
+        """From now on nothing is as it was."""
+        self._snapshot = None

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from resnet_fast import backends
-from resnet_fast.watch import Watch
+from resnet_fast.watch import Watch, refresh
 
 
 class Owner(nn.Module):
@@ -124,10 +125,149 @@ def test_errors_come_through():
     with torch.inference_mode():
         owner.bn.running_mean = torch.zeros(3)
     assert not seen.unchanged()
-    with pytest.raises(RuntimeError, match="version counter"):
-        watch(owner)
     with pytest.raises(TypeError, match="bytes"):
         backends.native.unchanged([])
+    for wrong in ([], (1,)):
+        with pytest.raises(TypeError, match="place is no pair, want"):
+            backends.native.fingerprint(wrong)
+    with pytest.raises(OverflowError):
+        backends.native.fingerprint((1, -1))
+
+
+def test_without_kinds_only_what_there_is():
+    """What keeps a module from running fused whatever its tensors are."""
+    owner = Owner()
+    seen = watch(owner, contents=False, kinds=False)
+    with torch.no_grad():
+        for name in ("shape", "in place", "data"):
+            (STRUCTURE | CONTENTS)[name](owner)
+            assert seen.unchanged()
+    owner.conv.bias = None
+    assert not seen.unchanged()
+
+
+def test_hooks_and_forwards_that_stay():
+    """They keep a module from running fused: as long as they are the same, so is the answer."""
+    owner = Owner()
+    handles = [owner.conv.register_forward_hook(lambda *_: None) for _ in range(2)]
+    owner.bn.forward = own = owner.bn.forward
+    seen = watch(owner)
+    assert seen.unchanged()
+    handles[0].remove()
+    assert not seen.unchanged()
+    seen = watch(owner)
+    owner.bn.forward = lambda x: x
+    assert not seen.unchanged()
+    owner.bn.forward = own
+    assert seen.unchanged()
+    del owner.bn.forward
+    assert not seen.unchanged()
+
+
+def hash_of(t):
+    return backends.native.fingerprint((t.data_ptr(), t.numel() * t.element_size()))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 65, 127, 448, 511, 512])
+def test_every_byte_of_a_small_tensor_counts(count):
+    memory = torch.randint(256, (count,), dtype=torch.uint8)
+    hashes = {hash_of(memory)}
+    for i in range(count):
+        memory[i] ^= 1 << i % 8
+        hashes.add(hash_of(memory))
+    assert len(hashes) == count + 1
+
+
+@pytest.mark.parametrize("count", [513, 1000, 4096, 9216, 2_359_296])
+def test_eight_lines_of_a_large_tensor_count(count):
+    """The first 64 bytes, the last 64, and six pieces between that lie evenly."""
+    memory = torch.zeros(count, dtype=torch.uint8)
+    before, seen = hash_of(memory), []
+    for at in range(0, count, max(1, count // 50_000)):
+        memory[at] = 1
+        if hash_of(memory) != before:
+            seen.append(at)
+        memory[at] = 0
+    step = max(1, count // 50_000)
+    assert seen[0] == 0
+    assert seen[-1] > count - 1 - step
+    pieces = len(seen) if step > 64 else len(seen) * step / 64
+    assert 7 <= pieces <= 9
+    assert max(b - a for a, b in itertools.pairwise(seen)) <= count / 7 + 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_changes_of_all_numbers_alike_do_not_cancel(dtype):
+    for count in (5, 16, 64, 1000):
+        t = torch.randn(count, dtype=dtype)
+        values = (t, -t, t * 2, t.flip(0), t.roll(1), t + 1, t.abs(), torch.zeros_like(t), -torch.zeros_like(t))
+        assert len({hash_of(value) for value in map(torch.clone, values)}) == len(values)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return Owner()
+
+
+def moved_in_inference_mode():
+    """Its parameters keep a version, which counts nothing that is done in inference mode."""
+    owner = Owner()
+    with torch.inference_mode():
+        return owner.double().float()
+
+
+UNCOUNTED = {name: CONTENTS[name] for name in ("data", "there and back", "swapped")} | {
+    "in place": lambda o: o.conv.weight.add_(1),
+    "all of it": lambda o: o.conv.weight.fill_(1),
+    "a buffer in place": lambda o: o.bn.running_var.mul_(2),
+    "one number of a few": lambda o: o.bn.running_mean[2].fill_(5),
+    "transposed in place": lambda o: o.conv.weight.transpose_(2, 3),
+    "a load": lambda o: o.load_state_dict({k: v + 1 for k, v in o.state_dict().items()}),
+    "fewer numbers": lambda o: o.bn.running_mean.resize_(2),
+    "resized": lambda o: o.bn.running_mean.untyped_storage().resize_(1 << 20),
+    "memory gone": lambda o: o.bn.running_mean.untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.parametrize("make", [made_in_inference_mode, moved_in_inference_mode])
+@pytest.mark.parametrize("name", STRUCTURE | UNCOUNTED | NOTHING)
+def test_what_is_seen_of_tensors_made_in_inference_mode(make, name):
+    owner = make()
+    assert owner.conv.weight.is_inference()
+    assert owner.bn.running_mean.is_inference()
+    seen = watch(owner)
+    assert seen.unchanged()
+    with torch.inference_mode():
+        (STRUCTURE | UNCOUNTED | NOTHING)[name](owner)
+    assert seen.unchanged() == (name in NOTHING)
+
+
+def test_a_moved_tensor_that_is_changed_outside_of_inference_mode():
+    """No number of it that the fingerprint reads."""
+    owner = moved_in_inference_mode()
+    owner.conv.weight.data = torch.ones(1024, 2, 3, 3)
+    with torch.inference_mode():
+        owner.double().float()
+    seen = watch(owner)
+    factors = torch.ones(1024, 2, 3, 3)
+    factors[100, 1] = 2
+    with torch.inference_mode():
+        owner.conv.weight.mul_(factors.clone())
+    assert seen.unchanged()  # as the next assertion wants it
+    with torch.no_grad():
+        owner.conv.weight.mul_(factors)
+    assert not seen.unchanged()
+
+
+def test_refresh_ends_every_watch_of_a_part():
+    owner, other = Owner(), Owner()
+    whole, part, others = watch(owner), Watch([owner.conv]), watch(other)
+    refresh(owner.bn)
+    assert [w.unchanged() for w in (whole, part, others)] == [False, True, True]
+    refresh(nn.Sequential(owner))
+    assert [w.unchanged() for w in (part, others)] == [False, True]
+    with pytest.raises(TypeError, match="model is a list, want a torch"):
+        refresh([owner])
 
 
 class Asked(torch.overrides.TorchFunctionMode):

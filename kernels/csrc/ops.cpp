@@ -118,7 +118,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 
 // Importing the module runs the registrations.
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr},
+                                  {"fingerprint", fingerprint, METH_O, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* made = PyModule_Create(&module);
   // The release whose headers the build saw, and the first that the result loads into, as major * 256 + minor.

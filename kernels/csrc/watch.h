@@ -5,3 +5,6 @@
 
 // unchanged(snapshot: bytes) -> bool; resnet_fast/watch.py writes the snapshot.
 PyObject* unchanged(PyObject* self, PyObject* snapshot);
+
+// fingerprint((address: int, bytes: int)) -> int: the hash of a sample of the memory there, as `unchanged` forms it.
+PyObject* fingerprint(PyObject* self, PyObject* place);

@@ -1,0 +1,35 @@
+"""What is kept of a module that runs unfused: falling back must cost next to nothing over PyTorch's own operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from . import backends, launch, ops
+from .flow import operator
+from .watch import Watch
+
+__all__ = ["Refusal"]
+
+
+class Refusal:
+    """Why a module runs unfused, for as long as all stays as it is on which that depends: recorded once, not a call."""
+
+    def __init__(self, reason: str, parts: list[nn.Module], opened: Sequence[nn.Module], training: bool) -> None:
+        self.reason = reason
+        self._simulated = launch.is_simulated()
+        tensors = (t for m in parts for store in (m._parameters, m._buffers) for t in store.values() if t is not None)
+        # A reason holds where tensors are as usual, too, if they are: then what they are need not be asked.
+        kinds = not all(_is_usual(t, training) for t in tensors)
+        self._watch = Watch(parts, opened, contents=False, kinds=kinds)
+
+    def fresh(self) -> bool:
+        return self._simulated == launch.is_simulated() and self._watch.unchanged()
+
+
+def _is_usual(t: Tensor, training: bool) -> bool:
+    """Whether kernels take it, so that no reason is about it."""
+    device = backends.kind(t)
+    usual = type(t) in (Tensor, nn.Parameter) and backends.has_kernel(operator(training), device)
+    return usual and (t.dtype in ops.DTYPES.get(device, ()) or not t.is_floating_point())
