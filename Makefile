@@ -94,9 +94,10 @@ $(VENV)-zoo/.installed: requirements-zoo.txt
 	$(VENV)-zoo/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-zoo.txt
 	touch $@
 
-$(VENV)-floor/.installed: requirements-floor.txt
+$(VENV)-floor/.installed: requirements-floor.txt requirements-nodeps.txt
 	$(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-floor.txt
+	$(VENV)-floor/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	touch $@
 
 # A folder for PYTHONPATH: everything else is that of $(VENV).
