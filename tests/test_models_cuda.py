@@ -18,8 +18,9 @@ def exact_float32():
     torch.backends.cudnn.allow_tf32 = before
 
 
-def check(name, shape, dtype, convolutions, **options):
-    """The last feature map by the error rule; every convolution of it in CUDA C++, one launch each."""
+def check(name, shape, dtype, convolutions, stems=0, **options):
+    """The last feature map by the error rule; every convolution of it in CUDA C++, one launch each; stems: those that
+    pool, too."""
     model = randomize_(getattr(resnet_fast, name)(**options)).eval()
     twin = getattr(reference, name)(**options).eval()
     twin.load_state_dict(model.state_dict())
@@ -33,7 +34,8 @@ def check(name, shape, dtype, convolutions, **options):
             out = model.to(dtype).features(x.to(dtype))
     assert_error_rule(out, exact, eager, name)
     assert backends.fallbacks() == {}
-    assert len([n for n, _ in device.launches if n.startswith("conv_bn_relu_fwd_kernel<")]) == convolutions
+    for kernel, count in (("conv_bn_relu_fwd_kernel<", convolutions), ("conv_bn_relu_pool_fwd_kernel<", stems)):
+        assert len([n for n, _ in device.launches if n.startswith(kernel)]) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -42,7 +44,7 @@ def test_cifar_resnet32(dtype):
 
 
 def test_resnet32():
-    check("ResNet32", (1, 3, 64, 64), torch.float16, 1 + 2 * 16 + 3, image_size=64)  # the stem, blocks, projections
+    check("ResNet32", (1, 3, 64, 64), torch.float16, 2 * 16 + 3, 1, image_size=64)  # blocks, projections; the stem
 
 
 def test_named_backends():

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from cuda_support import find_cuda
 from ptxsim.device import simulated
 
 NO_GPU = "no CUDA device is visible to PyTorch: these tests need an NVIDIA GPU"
@@ -54,6 +55,6 @@ def settings(gpu):
     """float32 means float32 where a test does not ask for TF32; the simulator stands in where it was asked for."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    with simulated() if gpu == "cpu" else contextlib.nullcontext():
+    with simulated(find_cuda=find_cuda) if gpu == "cpu" else contextlib.nullcontext():
         yield
     torch.backends.cudnn.allow_tf32 = before

@@ -62,6 +62,49 @@ def test_every_tile_gives_exact_integers(gpu, channels, filters, dtype, precisio
         assert torch.equal(y.cpu(), expected), choice
 
 
+POOLS = ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1])
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(t, "ieee") for t in DTYPES] + [(torch.float32, "tf32")], ids=str)
+@pytest.mark.parametrize("pool", POOLS, ids=["2x2", "3x3"])
+@pytest.mark.parametrize("shape", [(3, (61, 72), 7, 3, 64), (2, (33, 37), 7, 3, 48), (2, (30, 41), 3, 1, 80)], ids=str)
+def test_pooled_stems_give_exact_integers(gpu, shape, pool, dtype, precision):
+    """Images of either layout, a slice, and one with a NaN; several shares of a warp."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    batch, size, kernel, padding, filters = shape
+    x, weight = torch.randint(-2, 3, (batch, 3, *size)).to(dtype), torch.randint(-2, 3, (filters, 3, kernel, kernel))
+    shift = torch.randint(-2, 3, (filters,)).to(dtype)
+    x[0, 1, 5, 7], weight = torch.nan, weight.to(dtype)
+    z = F.conv2d(x.double(), weight.double(), shift.double(), 2, padding).relu()
+    expected = F.max_pool2d(z, pool[:2], pool[2:4], pool[4:]).to(dtype).nan_to_num(7)
+    filters = [torch.ops.resnet_fast.pack_conv_bn(weight.to(gpu), shift.to(gpu), *[None] * 4, 0.0)]
+    layers = [0, -1, 1, weight.shape[0], kernel, kernel, 2, 2, padding, padding]
+    wide = torch.zeros(batch, 4, size[0], size[1] + 3, dtype=dtype)
+    wide[:, 1:, :, 2:-1] = x
+    for image in (x.to(gpu), channels_last(x).to(gpu), wide.to(gpu)[:, 1:, :, 2:-1]):
+        y = torch.ops.resnet_fast.residual_stage(image, filters, layers, pool)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(y.cpu().nan_to_num(7), expected)
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool", POOLS, ids=["2x2", "3x3"])
+def test_pooled_stems_of_full_size(gpu, pool, dtype):
+    """The images of ImageNet, in each size of batch that is shared out in another way; the same bits again."""
+    weight = torch.randint(-2, 3, (64, 3, 7, 7), device=gpu).to(dtype)
+    filters = [torch.ops.resnet_fast.pack_conv_bn(weight, *[None] * 5, 0.0)]
+    layers = [0, -1, 0, 64, 7, 7, 2, 2, 3, 3]
+    for batch in (1, 2, 8, 33, 64):
+        x = torch.randint(-2, 3, (batch, 3, 224, 224), device=gpu).to(dtype)
+        z = F.conv2d(x.float(), weight.float(), None, 2, 3)
+        expected = F.max_pool2d(z, pool[:2], pool[2:4], pool[4:]).to(dtype)
+        for image in (x, channels_last(x)):
+            y = torch.ops.resnet_fast.residual_stage(image, filters, layers, pool)
+            assert torch.equal(y, expected)
+            assert torch.equal(y, torch.ops.resnet_fast.residual_stage(image, filters, layers, pool))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_add_relu(gpu, dtype):
     a, b = torch.randn(3, 5, 7, 11).to(dtype), torch.randn(3, 5, 7, 11).to(dtype)
