@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops, residual_network
+from . import backends, ops
 from .choose import algorithm_of_filter, algorithms
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
-from .gpu import plan as gpu_plan
+from .gpu.chain import GpuChain
 from .pooling import pooling_window
 from .refusal import Refusal
 from .training import Program
@@ -56,10 +55,13 @@ class Chain:
         self._watch = Watch(parts, opened)
         self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [eps_of(bn) for _, bn in recorder.pairs]
-        self._packed: dict[tuple[int, int, torch.dtype], Tensor] = {}  # by layer, algorithm and dtype
-        self._filters: dict[tuple[Any, ...], tuple[list[Tensor], list[int]]] = {}  # by what the input is
-        self._folds: dict[torch.dtype, list[bool]] = {}
-        self._networks: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}  # likewise, and by classes
+        self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and algorithm
+        self._filters: dict[tuple[Any, ...], list[Tensor]] = {}  # by what the input is
+
+    @cached_property
+    def gpu(self) -> GpuChain:
+        """How the chain runs on GPUs."""
+        return GpuChain(self.layers, self.sources, self.eps)
 
     def fresh(self) -> bool:
         return self._watch.unchanged()
@@ -75,142 +77,35 @@ class Chain:
 
     def filters(self, x: Tensor) -> list[Tensor]:
         """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
-        return self.packed(x)[0]
-
-    def packed(self, x: Tensor, pooled: bool = False) -> tuple[list[Tensor], list[int]]:
-        """Packed filters for inputs like ``x``, and the integers that go with them; pooled: for a kernel that pools."""
         if backends.kind(x) == "cuda":
-            return self._packed_for_gpu(x, pooled)
+            return self.gpu.packed(x)[0]
         key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products)
-        found = self._filters.get(key)
-        if found is None:
-            # CPUs round weights, if at all, after batch norm is folded in.
+        filters = self._filters.get(key)
+        if filters is None:
             filters = []
             for i, algorithm in enumerate(self.algorithms(x)):
-                packed = self._packed.get((i, algorithm, self.dtype))
+                packed = self._packed.get((i, algorithm))
                 if packed is None:
-                    packed = self._packed[i, algorithm, self.dtype] = self._pack(i, self.dtype, algorithm)
+                    packed = self._packed[i, algorithm] = self._pack(i, algorithm)
                 filters.append(packed)
-            found = self._filters[key] = filters, self.layers
-        return found
+            self._filters[key] = filters
+        return filters
 
-    def _packed_for_gpu(self, x: Tensor, pooled: bool) -> tuple[list[Tensor], list[int]]:
-        """GPUs multiply in the dtype of the images; what runs a layer there decides how its filter is packed."""
-        from ._triton.operators import precision
-        from ._triton.tune import capturing, forced
-
-        key = (x.shape, x.dtype, pooled, backends.selected(), precision(x.dtype), forced())
-        found = self._filters.get(key)
-        if found is None:
-            with torch.no_grad():
-                # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
-                captured = capturing()
-                folds = [False] * len(self.pairs) if captured or pooled else self._foldable(x.dtype)
-                layers = self.layers if pooled else gpu_plan.planned(self.layers, x, folds)
-                filters = []
-                for i in range(len(self.pairs)):
-                    folded = bool(layers[i * ops.LAYER_FIELDS + 2] & ops.FOLDED)
-                    packed = self._packed.get((i, folded, x.dtype))
-                    if packed is None:
-                        packed = self._packed[i, folded, x.dtype] = self._pack_for_gpu(i, x.dtype, folded)
-                    filters.append(packed)
-            found = filters, layers
-            if not captured:
-                self._filters[key] = found
-        return found
-
-    def _foldable(self, dtype: torch.dtype) -> list[bool]:
-        if dtype not in self._folds:
-            self._folds[dtype] = gpu_plan.foldable(self.sources, self.eps, dtype)
-        return self._folds[dtype]
-
-    def _pack_for_gpu(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
-        """Without its shift where that is added later, with the shift of another where it is added here."""
-        from ._triton.operators import packed
-
-        later = gpu_plan.deferred(self.layers)
-        scale, shift = self._scale_shift(layer)
-        for other, reader in later.items():
-            if reader == layer:
-                shift = shift + self._scale_shift(other)[1]
-        weight = self.sources[layer][0]
-        assert weight is not None
-        return packed(weight, scale, torch.zeros_like(shift) if layer in later else shift, dtype, folded=folded)
-
-    def _scale_shift(self, layer: int) -> tuple[Tensor, Tensor]:
-        from ._triton.operators import scale_shift
-
+    def _pack(self, layer: int, algorithm: int) -> Tensor:
+        """CPUs round weights, if at all, after batch norm is folded in."""
         weight, *vectors = self.sources[layer]
-        assert weight is not None
-        return scale_shift(weight, *vectors, self.eps[layer])
-
-    def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
-        """The stages of the chain where each can run as one launch on the GPU of ``x``."""
-        if backends.kind(x) != "cuda" or backends.selected() == "triton":
-            return None
-        found = residual_network.stages(self.layers, x.shape[1:], x.dtype)
-        if found is None or not residual_network.runs(found, x.dtype):
-            return None
-        return found if self._in_stages(x, found) else None
-
-    def _in_stages(self, x: Tensor, stages: tuple[residual_network.Stage, ...]) -> bool:
-        """Whether a launch a stage is faster here than a launch a convolution: measured once on the GPU of ``x``."""
-        if x.shape[0] == 0 or not backends.has_kernel("residual_stage", "cuda"):
-            return True
-        from ._triton.tune import FORMS, tuner
-
-        forms = dict(zip(FORMS, (lambda: self.run_stages(x, stages), lambda: self._run_layers(x)), strict=True))
-        chain = f"chain {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
-        backend = backends.selected()
-        return tuner(x.device).choose_form(chain, forms, backend if backend == "cuda" else "auto") == FORMS[0]
-
-    @cached_property
-    def _digest(self) -> str:
-        """Names the chain's shape in the file of what was measured."""
-        return sha256(repr(self.layers).encode()).hexdigest()[:12]
-
-    def run_stages(
-        self,
-        x: Tensor,
-        stages: tuple[residual_network.Stage, ...],
-        head: tuple[Tensor, Tensor | None] | None = None,
-    ) -> Tensor:
-        """A launch for each of :meth:`stages`; head: weight and bias of the linear layer behind average pooling."""
-        classes = 0 if head is None else head[0].shape[0]
-        key = (x.shape[1:], x.dtype, classes)
-        packed = self._networks.get(key)
-        if packed is None:
-            with torch.no_grad():
-                filters = [self._pack(i, x.dtype, 0) for i in range(len(self.pairs))]
-                packed = self._networks[key] = residual_network.pack(stages, filters, x.dtype, head)
-        return torch.ops.resnet_fast.residual_network(x, packed, self.layers, classes)
-
-    def _pack(self, layer: int, dtype: torch.dtype, algorithm: int) -> Tensor:
-        weight, *vectors = self.sources[layer]
-        assert weight is not None
         with torch.no_grad():
-            return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], algorithm)
+            return torch.ops.resnet_fast.pack_conv_bn(weight, *vectors, self.eps[layer], algorithm)
 
     def pools(self, x: Tensor, pool: Sequence[int]) -> bool:
         """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
-        if backends.kind(x) != "cuda":
-            return True
-        if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
-            return False
-        from ._triton import cuda_stem, operators
-
-        precision = operators.precision(x.dtype)
-        return cuda_stem.pooled_layer(tuple(self.layers), x.shape, x.dtype, precision, tuple(pool)) is not None
+        return backends.kind(x) != "cuda" or self.gpu.pools(x, pool)
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
         """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
-        stages = None if pool else self.stages(x)
-        if stages is not None:
-            return self.run_stages(x, stages)
-        return self._run_layers(x, pool)
-
-    def _run_layers(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
-        return torch.ops.resnet_fast.residual_stage(x, *self.packed(x, bool(pool)), pool)
+        if backends.kind(x) == "cuda":
+            return self.gpu.run(x, pool)
+        return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
 
 
 class _Run(torch.autograd.Function):

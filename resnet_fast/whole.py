@@ -61,9 +61,9 @@ class Whole(Fusing):
         if not averages or type(linear) is not nn.Linear:
             return None
         chain, x, _ = self.packed(x, autocast_dtype(x))
-        stages = None if chain is None else chain.stages(x)
+        stages = None if chain is None else chain.gpu.stages(x)
         if chain is None or stages is None or not residual_network.has_head(stages):
             return None
         if linear.in_features != stages[-1].channels or linear.weight.dtype != chain.dtype:
             return None
-        return chain.run_stages(x, stages, (linear.weight, linear.bias))
+        return chain.gpu.run_stages(x, stages, (linear.weight, linear.bias))

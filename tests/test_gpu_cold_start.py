@@ -10,7 +10,7 @@ import torch
 import triton
 
 from resnet_fast import launch
-from resnet_fast._triton import conv_bn_relu, operators, tune
+from resnet_fast._triton import conv_bn_relu, layers, tune
 from resnet_fast._triton.configs import A100, Config, Gpu, Layer
 from resnet_fast.gpu import library, shipped
 
@@ -40,7 +40,7 @@ def hopper(monkeypatch, tmp_path):
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(torch.cuda, "device", lambda device: launch.contextlib.nullcontext())
     gpu = tune.Tuner(Gpu(90, 132, 227 * 1024), None, lambda calls: pytest.fail("nothing is to be measured"))
-    monkeypatch.setattr(operators, "tuner", lambda device: gpu)
+    monkeypatch.setattr(layers, "tuner", lambda device: gpu)
     return gpu, lambda: [len(kernel.device_caches[0][0]) for kernel in kernels]
 
 
@@ -48,13 +48,14 @@ def test_all_that_is_measured_is_compiled_beforehand(hopper, monkeypatch):
     gpu, compiled = hopper
     wanted = [c for c in gpu.wanted(LAYER) if isinstance(c, Config)]
     assert len(wanted) >= 2
-    operators.prepare([LAYER, LAYER], torch.device("cpu"))
+    layers.prepare([LAYER, LAYER], torch.device("cpu"))
     splits = len({c.split_k for c in wanted if c.split_k > 1})
     assert compiled() == [len(wanted), splits]
     # What runs later asks for the very same kernels.
     with launch.compile_only():
         for choice in wanted:
-            operators._operands(LAYER, torch.device("cpu")).run(LAYER, choice)
+            x, filters, residual = layers.operands(LAYER, torch.device("cpu"))
+            layers.run(LAYER, choice, x, filters, residual)
     assert compiled() == [len(wanted), splits]
 
 
@@ -62,10 +63,10 @@ def test_a_known_choice_alone_is_compiled(hopper):
     gpu, compiled = hopper
     other = Layer(2, 8, 8, 32, 32, (3, 3), (2, 2), (1, 1), torch.float16, "ieee", False, True)
     gpu.chosen = {(LAYER, "auto"): Config(64, 32, 32, 4, 2), (other, "auto"): Config(128, 32, 32, 4, 2)}
-    operators.prepare([LAYER, other], torch.device("cpu"))
+    layers.prepare([LAYER, other], torch.device("cpu"))
     assert compiled() == [2, 0]
     gpu.chosen = {(LAYER, "auto"): library.CUDNN, (other, "auto"): tune.LIBRARY}
-    operators.prepare([LAYER, other], torch.device("cpu"))
+    layers.prepare([LAYER, other], torch.device("cpu"))
     assert compiled() == [2, 0]
 
 

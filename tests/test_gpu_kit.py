@@ -383,6 +383,7 @@ steps: 10
 ========= Invalid __global__ write of size 4 bytes
 =========     at conv_bn_relu_fwd_kernel+0x70
 ========= Error: Race reported between Write access at 0x10 and Read access at 0x20
+========= Error: Race reported between Write access at sm90_xmma_dgrad_execute_kernel__5x_cudnn+0x7dd0
 steps: 40
 ========= ERROR SUMMARY: 3 errors
 """
@@ -395,6 +396,8 @@ def test_reports_of_the_sanitizer(tmp_path):
         "Error: Race reported between Write access",
     ]
     assert found[0].endswith(" at conv_bn_relu_fwd_kernel+0x70")
+    (library,) = sanitize.errors(SANITIZER, library=True)
+    assert library.endswith("__5x_cudnn+0x7dd0")
     assert sanitize.errors("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n") == []
     commands = sanitize.commands(parsed(tmp_path), "/bin/compute-sanitizer")
     first = next(iter(commands))

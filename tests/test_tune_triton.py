@@ -118,7 +118,7 @@ def test_a_launch_a_stage_or_a_launch_a_convolution(simulated_device, monkeypatc
     x = torch.randn(1, 16, 32, 32).half()
     file = tmp_path / "gpu.json"
     results = {}
-    for slow, launches in ((tune.FORMS[1], 1), (tune.FORMS[0], 4)):
+    for slow, launches in ((tune.LAYERS, 1), (tune.STAGES, 4)):
         file.unlink(missing_ok=True)
 
         def measure(calls, slow=slow):

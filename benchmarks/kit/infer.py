@@ -88,7 +88,7 @@ def _spread(name: str, spread: Spread, scale: float = 1.0) -> dict[str, float]:
 
 def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
     workload, clock = Workload.of(item), clock_of(options)
-    names = [*PLAIN, *([] if options.simulated else [COMPILED]), *GRAPHS]
+    names = [*PLAIN, *([COMPILED] if options.compiled and not options.simulated else []), *GRAPHS]
 
     def refuse(name: str, error: Exception) -> None:
         first = str(error).strip().splitlines() or [""]

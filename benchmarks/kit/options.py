@@ -48,6 +48,7 @@ class Options:
     workers: int = 4  # of pytest-xdist
     jobs: int = 10  # processes at a time that share the GPU
     ncu: str = ""  # a kernel's name
+    compiled: bool = True  # whether torch.compile, which takes a minute a case, is among the peers
     simulated: bool = False
 
     @property
@@ -100,6 +101,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--workers", type=int, default=4, help="of pytest, where pytest-xdist is installed")
     parser.add_argument("--jobs", type=int, default=10, help="processes at a time in sanitize and warm")
     parser.add_argument("--ncu", default="", metavar="KERNEL", help="profile: counters of kernels of that name")
+    parser.add_argument("--no-compiled", action="store_true", help="without torch.compile among the peers")
     parser.add_argument("--simulated", action="store_true", help="small shapes on the simulated device: a rehearsal")
     found = parser.parse_args(arguments)
     work = found.work or Path(tempfile.gettempdir(), f"resnet_fast-gpu-kit-{os.getuid()}")
@@ -118,6 +120,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         workers=found.workers,
         jobs=found.jobs,
         ncu=found.ncu,
+        compiled=not found.no_compiled,
         simulated=found.simulated,
     )
     for folder in (options.out, options.work, Path(options.work, "logs")):

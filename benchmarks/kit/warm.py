@@ -95,7 +95,7 @@ def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
 
 def _parallel(options: Options, emit: Emit, deadline: float) -> None:
     me = [sys.executable, "-m", "benchmarks.kit.warm", str(options.file)]
-    what = ["ours"] if options.simulated else ["ours", "torch.compile"]
+    what = ["ours", "torch.compile"] if options.compiled and not options.simulated else ["ours"]
     commands = {f"{case}: {name}": [*me, name, case] for name in what for case in cases(options)}
     rehearsed = {"RESNET_FAST_CACHE": str(Path(options.work, "rehearsed")), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     late = []

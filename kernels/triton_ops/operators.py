@@ -8,26 +8,20 @@ the fastest. So packed filters are scale, shift, the shift in the dtype of the i
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from resnet_fast import backends, launch, ops
-from resnet_fast.gpu import library
+from resnet_fast import ops
 
 from . import add_relu as elementwise
-from . import conv_bn_relu as kernels
-from . import cuda_conv, cuda_stem
-from .configs import Config, Layer
-from .cuda_configs import CudaConfig
-from .tune import LIBRARY, Choice, tuner
+from . import cuda_stem
+from . import layers as layer_kernels
+from .configs import Layer
+from .layers import Filter, precision
+from .tune import LIBRARY, Choice
 
 _ALIGN = 4  # floats: 16 bytes
 MOST_PIXELS = 2**31 - 1
@@ -100,148 +94,21 @@ def check_dtype(name: str, t: Tensor) -> None:
         raise RuntimeError(f"{name} has dtype {t.dtype}, want float16, bfloat16 or float32")
 
 
-def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
-
-
 @dataclass(frozen=True)
-class Operands:
-    """What a layer computes with.
+class Step:
+    """A layer of a chain with all that it needs. Values are numbered, 0 is the input; ``last`` are those that no later
+    step reads."""
 
-    x, residual, y: channels_last, one dtype; ``y`` takes the result of kernels that do not allocate it.
-    weight: ``[K, R, S, C]``. scale, shift: ``[K]``, float32. bias: the shift in the dtype of ``x``, where the scale is
-    in the filters.
-    """
-
-    x: Tensor
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    residual: Tensor | None
-    y: Tensor
-    bias: Tensor | None = None
-
-    def run(self, layer: Layer, choice: Choice) -> Tensor:
-        """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``."""
-        if isinstance(choice, Config | CudaConfig):
-            start = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
-            start(layer, choice, self.x, self.weight, self.scale, self.shift, self.residual, self.y)  # type: ignore[arg-type]
-            return self.y
-        if choice == LIBRARY:
-            return kernels.library(layer, self.x, self.weight, self.scale, self.shift, self.residual)
-        if self.bias is None:
-            raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
-        bias = self.bias if layer.shifted else None
-        return library.run(choice, layer, self.x, self.weight, bias, self.residual)
+    layer: Layer
+    choice: Choice
+    filters: Filter
+    source: int
+    residual: int
+    last: tuple[int, ...]
 
 
-# So many layers' filters take turns in a measurement, as a network's do.
-_TRIALS = 8
-
-
-def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object]]:
-    """Runs of a layer on numbers of their own, for a measurement: ``run(choice)``.
-
-    The input is in the cache as far as it fits, as behind the layer that writes it.
-    """
-
-    first = _operands(layer, device)
-    return [functools.partial(dataclasses.replace(first, weight=w).run, layer) for w in _weights(layer, device)]
-
-
-def _weights(layer: Layer, device: torch.device) -> list[Tensor]:
-    shape = (_TRIALS, layer.out_channels, *layer.kernel, layer.channels)
-    return list(torch.randn(shape, device=device, dtype=layer.dtype) * layer.products**-0.5)
-
-
-def _operands(layer: Layer, device: torch.device) -> Operands:
-    """Of the layer's sizes; random numbers."""
-
-    def image(channels: int, height: int, width: int) -> Tensor:
-        shape = (layer.batch, height, width, channels)
-        return torch.randn(shape, device=device, dtype=layer.dtype).permute(0, 3, 1, 2)
-
-    x = image(layer.channels, layer.height, layer.width)
-    y = image(layer.out_channels, layer.out_height, layer.out_width)
-    weight = torch.empty((layer.out_channels, *layer.kernel, layer.channels), device=device, dtype=layer.dtype)
-    shift = torch.randn(layer.out_channels, device=device)
-    bias = shift.to(layer.dtype) if layer.folded else None
-    residual = torch.randn_like(y) if layer.residual else None
-    return Operands(x, weight, torch.ones_like(shift), shift, residual, y, bias)
-
-
-def prepare(layers: Sequence[Layer], device: torch.device) -> None:
-    """Compiles what the choices of ``layers`` may want, all at once: in a row it takes a minute a network."""
-    if launch.is_simulated():
-        return
-    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tuner(device).wanted(layer, _named())]
-    compiled = [(layer, c) for layer, c in wanted if isinstance(c, Config)]
-    if len(compiled) < 2:
-        return
-    # The compiler and ptxas work outside of Python's lock.
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        torch.cuda.device(device),
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-        launch.compile_only(),
-    ):
-        for layer, choice in compiled:
-            _operands(layer, torch.device("meta")).run(layer, choice)
-
-
-def _named() -> str:
-    backend = backends.selected()
-    return backend if backend in ("cuda", "triton") else "auto"
-
-
-def choose(layer: Layer, device: torch.device) -> Choice:
-    """What runs the layer there, measured if need be on numbers of its own."""
-    return tuner(device).choose(layer, lambda: trials(layer, device), _named())
-
-
-def wants_folded(layer: Layer, device: torch.device) -> bool:
-    """Whether the layer's choice reads filters that hold batch norm's scale."""
-    return choose(layer, device) in (library.CUDNN, library.CUBLASLT)
-
-
-def layer_of(
-    shape: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    residual: bool,
-    relu: bool,
-    folded: bool = False,
-    shifted: bool = True,
-) -> Layer:
-    """shape: of the input. kernel: ``[K, R, S]``."""
-    batch, channels, height, width = shape
-    k, r, s = kernel
-    return Layer(
-        *(batch, height, width, channels, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
-        *(dtype, precision(dtype), residual, relu),
-        folded=folded,
-        shifted=shifted,
-    )
-
-
-def _run(layer: Layer, operands: Operands) -> Tensor:
-    if layer.pixels > MOST_PIXELS:
-        raise RuntimeError(f"x gives {layer.pixels} output pixels, more than the {MOST_PIXELS} that one launch covers")
-    if operands.y.numel() == 0:
-        return operands.y
-    x, residual = operands.x, operands.residual
-    operands = dataclasses.replace(
-        operands,
-        x=x.contiguous(memory_format=torch.channels_last),
-        residual=None if residual is None else residual.contiguous(memory_format=torch.channels_last),
-    )
-    return operands.run(layer, choose(layer, x.device))
-
-
-def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
+def steps(x: Tensor, filters: Sequence[Tensor], layers: Sequence[int]) -> list[Step]:
+    """A chain for inputs like ``x``, checked, with the choice for each of its layers."""
     fields = ops.LAYER_FIELDS
     if x.dim() != 4:
         raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
@@ -251,50 +118,74 @@ def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Se
     for packed in filters:
         if packed.device != x.device or packed.dtype != torch.float32:
             raise RuntimeError(f"filters has one on {packed.device} in {packed.dtype}, want {x.device} and float32")
-    if pool:
-        return _pooled_stage(x, filters[0], layers, pool)
     last_use = {layers[i + j]: i // fields for i in range(0, len(layers), fields) for j in (0, 1)}
-    values: list[Tensor | None] = [x]
+    shapes = {0: tuple(x.shape)}
+    found = []
     for i, packed in enumerate(filters):
         source, added, flags, k, r, s, *sizes = layers[i * fields : (i + 1) * fields]
-        image = values[source]
-        residual = values[added] if added >= 0 else None
-        if image is None or (added >= 0 and residual is None):
+        if source not in shapes or (added >= 0 and added not in shapes):
             raise RuntimeError(f"layers has a layer {i} that reads a value {source} or {added} that is not there")
-        stride, padding = sizes[:2], sizes[2:]
-        height, width = (
-            ops.conv_size(n, p, size, t) for n, p, size, t in zip(image.shape[2:], padding, (r, s), stride, strict=True)
-        )
-        y = ops.empty_image(image, k, height, width)
-        if residual is not None and residual.shape != y.shape:
-            raise RuntimeError(f"residual of layer {i} has shape {tuple(residual.shape)}, want {tuple(y.shape)}")
-        weight, scale, shift, bias = ops.cuda_unpack(packed, (k, r, s, image.shape[1]), x.dtype)
-        layer = layer_of(
-            *(image.shape, (k, r, s), stride, padding, x.dtype),
-            residual=residual is not None,
+        folded = bool(flags & ops.FOLDED)
+        layer = layer_kernels.layer_of(
+            *(shapes[source], (k, r, s), sizes[:2], sizes[2:], x.dtype),
+            residual=added >= 0,
             relu=bool(flags & ops.RELU),
-            folded=bool(flags & ops.FOLDED),
+            folded=folded,
             shifted=not flags & ops.DEFERRED,
         )
-        operands = Operands(image, weight, scale, shift, residual, y, bias if layer.folded else None)
-        values.append(_run(layer, operands))
-        # What no later layer reads goes back to the allocator.
-        for v in (source, added):
-            if v >= 0 and last_use[v] == i:
-                values[v] = None
-    result = values[-1]
-    assert result is not None
-    return result
+        shape = (x.shape[0], k, layer.out_height, layer.out_width)
+        if added >= 0 and shapes[added] != shape:
+            raise RuntimeError(f"residual of layer {i} has shape {shapes[added]}, want {shape}")
+        check_pixels(layer)
+        weight, scale, shift, bias = ops.cuda_unpack(packed, (k, r, s, layer.channels), x.dtype)
+        filter_ = Filter(weight, scale, shift, bias if folded else None)
+        choice = layer_kernels.choose(layer, x.device) if layer.pixels > 0 else LIBRARY
+        last = tuple(dict.fromkeys(v for v in (source, added) if v >= 0 and last_use[v] == i))
+        found.append(Step(layer, choice, filter_, source, added, last))
+        shapes[i + 1] = shape
+    return found
+
+
+def check_pixels(layer: Layer) -> None:
+    if layer.pixels > MOST_PIXELS:
+        raise RuntimeError(f"x gives {layer.pixels} output pixels, more than the {MOST_PIXELS} that one launch covers")
+
+
+def run_steps(x: Tensor, found: Sequence[Step]) -> Tensor:
+    """A chain on ``x``. What no later layer reads goes back to the allocator."""
+    values = {0: x.contiguous(memory_format=torch.channels_last)}
+    for i, step in enumerate(found):
+        layer, residual = step.layer, values[step.residual] if step.residual >= 0 else None
+        if layer.pixels == 0:
+            y = ops.empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
+        else:
+            y = layer_kernels.run(layer, step.choice, values[step.source], step.filters, residual)
+        values[i + 1] = y
+        for v in step.last:
+            del values[v]
+    return values[len(found)]
+
+
+_NO_POOL = (
+    "pool is {}, want none: on CUDA devices max pooling of 2 x 2, or of 3 x 3 with stride 2 and padding 1, runs with "
+    "one convolution of 7 x 7 or 3 x 3 and stride 2 from 3 channels to a multiple of 16"
+)
+
+
+def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
+    if pool and len(filters) == 1:
+        return _pooled_stage(x, filters[0], layers, pool)
+    found = steps(x, filters, layers)
+    if pool:
+        raise RuntimeError(_NO_POOL.format(list(pool)))
+    return run_steps(x, found)
 
 
 def _pooled_stage(x: Tensor, packed: Tensor, layers: list[int], pool: Sequence[int]) -> Tensor:
     """One convolution and the pooling behind it in one launch; no other chain has a kernel for it."""
     layer = cuda_stem.pooled_layer(tuple(layers), x.shape, x.dtype, precision(x.dtype), tuple(pool))
     if layer is None:
-        raise RuntimeError(
-            f"pool is {list(pool)}, want none: on CUDA devices max pooling of 2 x 2, or of 3 x 3 with stride 2 and "
-            "padding 1, runs with one convolution of 7 x 7 or 3 x 3 and stride 2 from 3 channels to a multiple of 16"
-        )
+        raise RuntimeError(_NO_POOL.format(list(pool)))
     weight, scale, shift, _ = ops.cuda_unpack(packed, (layer.out_channels, *layer.kernel, layer.channels), x.dtype)
     sizes = ((layer.out_height, layer.out_width), pool[4:], pool[:2], pool[2:4])
     y = ops.empty_image(x, layer.out_channels, *(ops.conv_size(*size) for size in zip(*sizes, strict=True)))
@@ -317,8 +208,15 @@ def _conv(
     scale, shift = scale_shift(weight, *vectors, eps)
     filters = weight.permute(0, 2, 3, 1).contiguous()
     k, _, *taps = weight.shape
-    layer = layer_of(x.shape, (k, *taps), stride, padding, x.dtype, residual=residual is not None, relu=relu)
-    return _run(layer, Operands(x, filters, scale, shift, residual, y))
+    has_residual = residual is not None
+    layer = layer_kernels.layer_of(x.shape, (k, *taps), stride, padding, x.dtype, residual=has_residual, relu=relu)
+    check_pixels(layer)
+    if layer.pixels == 0 or y.numel() == 0:
+        return y
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    choice = layer_kernels.choose(layer, x.device)
+    return layer_kernels.run(layer, choice, x, Filter(filters, scale, shift), residual)
 
 
 def add_relu(a: Tensor, b: Tensor) -> Tensor:

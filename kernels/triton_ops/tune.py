@@ -39,8 +39,9 @@ from .cuda_configs import CudaConfig
 __all__ = ["Tuner", "choices", "gpu_of", "tuner", "use"]
 
 LIBRARY = "library"
-# How a chain of convolutions runs: a stage of it a launch, or a convolution a launch.
-FORMS = ("stages", "layers")
+# How a chain of convolutions runs: a stage of it a launch, a convolution and the pooling behind it a launch, or a
+# convolution a launch.
+STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
 Choice = Config | CudaConfig | str
 Run = Callable[[Any], object]
 # Seconds of a call of each candidate, and what those raised that cannot run here.
@@ -144,7 +145,7 @@ class Tuner:
         return self._choose(layer, backend, lambda: candidates(layer, self.gpu, backend), fallback, trials)
 
     def choose_form(self, chain: str, forms: dict[str, Callable[[], object]], backend: str = "auto") -> str:
-        """Which of :data:`FORMS` runs the chain of convolutions ``chain``; the first where none is measured."""
+        """Which of ``forms`` runs the chain of convolutions ``chain``; the first where none is measured."""
         first = next(iter(forms))
         found = self._choose(chain, backend, lambda: list(forms), lambda: first, lambda: [lambda form: forms[form]()])
         assert isinstance(found, str)
@@ -260,7 +261,7 @@ def _key(what: Layer | str, backend: str) -> str:
 
 def _parse(entry: str | dict[str, int]) -> Choice:
     if isinstance(entry, str):
-        if entry not in (LIBRARY, *_LIBRARIES, *FORMS):
+        if entry not in (LIBRARY, *_LIBRARIES, STAGES, POOLED, LAYERS):
             raise ValueError(f"unknown choice {entry!r}")
         return entry
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)

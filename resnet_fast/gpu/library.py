@@ -55,9 +55,11 @@ def run(choice: str, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
         flat = torch._addmm_activation(bias, rows, columns) if layer.relu else torch.addmm(bias, rows, columns)
         return flat.view(layer.batch, layer.out_height, layer.out_width, -1).permute(0, 3, 1, 2)
     filters = weight.permute(0, 3, 1, 2)
-    if not layer.relu:
-        return F.conv2d(x, filters, bias, layer.stride, layer.padding)
     settings = (bias, layer.stride, layer.padding, (1, 1), 1)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, filters, *settings)
-    return torch.cudnn_convolution_add_relu(x, filters, residual, 1.0, *settings)
+    if not layer.relu:
+        y = F.conv2d(x, filters, bias, layer.stride, layer.padding)
+    elif residual is None:
+        y = torch.cudnn_convolution_relu(x, filters, *settings)
+    else:
+        y = torch.cudnn_convolution_add_relu(x, filters, residual, 1.0, *settings)
+    return y.contiguous(memory_format=torch.channels_last)  # which it is, unless a side of one misled cuDNN

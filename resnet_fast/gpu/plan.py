@@ -52,14 +52,14 @@ def planned(layers: Sequence[int], x: Tensor, folds: Sequence[bool]) -> list[int
 
     folds: of each layer, whether its filters may be.
     """
-    from resnet_fast._triton import operators
+    from resnet_fast._triton import layers as kernels
 
     later = deferred(layers)
     rows, shapes = _rows(layers), [tuple(x.shape)]
     found = []
     for i, (source, added, flags, k, *sizes) in enumerate(rows):
         kernel, stride, padding = sizes[:2], sizes[2:4], sizes[4:]
-        layer = operators.layer_of(
+        layer = kernels.layer_of(
             *(shapes[source], (k, *kernel), stride, padding, x.dtype),
             residual=added >= 0,
             relu=bool(flags & ops.RELU),
@@ -69,12 +69,12 @@ def planned(layers: Sequence[int], x: Tensor, folds: Sequence[bool]) -> list[int
         shapes.append((x.shape[0], k, layer.out_height, layer.out_width))
         found.append(layer)
     computed = [layer for layer in found if layer.pixels > 0]
-    operators.prepare(computed, x.device)
+    kernels.prepare(computed, x.device)
     out: list[int] = []
     for i, (row, layer) in enumerate(zip(rows, found, strict=True)):
         source, added, flags, *rest = row
         flags = flags & ops.RELU | (ops.DEFERRED if i in later else 0)
-        if folds[i] and layer.pixels > 0 and operators.wants_folded(layer, x.device):
+        if folds[i] and layer.pixels > 0 and kernels.wants_folded(layer, x.device):
             flags |= ops.FOLDED
         out += [source, added, flags, *rest]
     return out

@@ -15,7 +15,7 @@ from support import randomize_
 
 import resnet_fast
 from resnet_fast import backends
-from resnet_fast._triton import operators, tune
+from resnet_fast._triton import layers, tune
 from resnet_fast._triton.configs import Config, Layer
 
 pytestmark = pytest.mark.machine
@@ -40,7 +40,7 @@ def test_choices_are_measured_and_kept(gpu, tmp_path):
     file = tmp_path / "gpu.json"
     tuner = tune.tuner(device)
     fresh = tune.Tuner(tuner.gpu, file, tuner.measure)
-    choice = fresh.choose(layer, lambda: operators.trials(layer, device))
+    choice = fresh.choose(layer, lambda: layers.trials(layer, device))
     (seconds,) = fresh.seconds.values()
     assert list(seconds) == [str(c) for c in tune.candidates(layer, tuner.gpu)]
     assert len(json.loads(file.read_text())) == 1
@@ -90,18 +90,18 @@ def test_the_fastest_is_chosen_though_the_host_is_slow(gpu, sizes, monkeypatch):
     layer = Layer(*image, filters, *taps, torch.float16, "ieee", residual, relu, folded=True, shifted=shifted)
     device = torch.device(gpu, 0)
     tuner = tune.tuner(device)
-    operators.prepare([layer], device)
+    layers.prepare([layer], device)
     with monkeypatch.context() as patch:
-        run = operators.Operands.run
+        run = layers.run
 
         def slowly(*arguments):
             time.sleep(1e-3)
             return run(*arguments)
 
-        patch.setattr(operators.Operands, "run", slowly)
+        patch.setattr(layers, "run", slowly)
         fresh = tune.Tuner(tuner.gpu, None, tuner.measure)
-        choice = fresh.choose(layer, lambda: operators.trials(layer, device))
-    trial = operators.trials(layer, device)[0]
+        choice = fresh.choose(layer, lambda: layers.trials(layer, device))
+    trial = layers.trials(layer, device)[0]
     seconds = graph_seconds({c: functools.partial(trial, c) for c in tune.candidates(layer, tuner.gpu)})
     print({str(c): f"{s * 1e6:.1f} us" for c, s in seconds.items()}, "chosen:", choice)
     assert seconds[choice] <= 1.03 * min(seconds.values())
@@ -187,7 +187,7 @@ def test_a_tile_that_does_not_fit_is_left_out(gpu, monkeypatch):
     huge = Config(256, 256, 64, 8, 8)
     monkeypatch.setattr(tune, "candidates", lambda *_: [huge, tune.LIBRARY])
     with pytest.warns(UserWarning, match="does not run on this GPU"):
-        assert tuner.choose(layer, lambda: operators.trials(layer, device)) == tune.LIBRARY
+        assert tuner.choose(layer, lambda: layers.trials(layer, device)) == tune.LIBRARY
 
 
 @pytest.mark.parametrize("options", [[], ["--cold", "--dtype", "bfloat16"]], ids=["warm", "cold"])

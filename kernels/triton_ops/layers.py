@@ -1,0 +1,143 @@
+"""One convolution with its epilogue: what it computes with, what runs it, and the measurement that decides that."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from resnet_fast import backends, launch, ops
+from resnet_fast.gpu import library
+
+from . import conv_bn_relu as kernels
+from . import cuda_conv
+from .configs import Config, Layer
+from .cuda_configs import CudaConfig
+from .tune import LIBRARY, Choice, tuner
+
+__all__ = ["Filter", "choose", "layer_of", "precision", "prepare", "run", "trials", "wants_folded"]
+
+# So many layers' filters take turns in a measurement, as a network's do.
+_TRIALS = 8
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def layer_of(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: bool,
+    relu: bool,
+    folded: bool = False,
+    shifted: bool = True,
+) -> Layer:
+    """shape: of the input. kernel: ``[K, R, S]``."""
+    batch, channels, height, width = shape
+    k, r, s = kernel
+    return Layer(
+        *(batch, height, width, channels, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
+        *(dtype, precision(dtype), residual, relu),
+        folded=folded,
+        shifted=shifted,
+    )
+
+
+@dataclass(frozen=True)
+class Filter:
+    """weight: ``[K, R, S, C]`` in the dtype of the images. scale, shift: ``[K]``, float32. bias: the shift in the dtype
+    of the images, where the weights hold the scale."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    bias: Tensor | None = None
+
+
+def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
+    """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``; images in channels_last."""
+    if isinstance(choice, Config | CudaConfig):
+        y = ops.empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
+        start = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
+        start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)  # type: ignore[arg-type]
+        return y
+    if choice == LIBRARY:
+        return kernels.library(layer, x, filters.weight, filters.scale, filters.shift, residual)
+    if filters.bias is None:
+        raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
+    return library.run(choice, layer, x, filters.weight, filters.bias if layer.shifted else None, residual)
+
+
+def choose(layer: Layer, device: torch.device) -> Choice:
+    """What runs the layer there, measured if need be on numbers of its own."""
+    return tuner(device).choose(layer, lambda: trials(layer, device), _named())
+
+
+def wants_folded(layer: Layer, device: torch.device) -> bool:
+    """Whether the layer's choice reads filters that hold batch norm's scale."""
+    return choose(layer, device) in (library.CUDNN, library.CUBLASLT)
+
+
+def _named() -> str:
+    backend = backends.selected()
+    return backend if backend in ("cuda", "triton") else "auto"
+
+
+def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object]]:
+    """Runs of a layer on numbers of their own, for a measurement: ``run(choice)``.
+
+    The input is in the cache as far as it fits, as behind the layer that writes it.
+    """
+    x, filters, residual = operands(layer, device)
+    shape = (_TRIALS, layer.out_channels, *layer.kernel, layer.channels)
+    weights = torch.randn(shape, device=device, dtype=layer.dtype) * layer.products**-0.5
+    return [functools.partial(_run_choice, layer, x, replace(filters, weight=w), residual) for w in weights]
+
+
+def _run_choice(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None, choice: Choice) -> Tensor:
+    return run(layer, choice, x, filters, residual)
+
+
+def operands(layer: Layer, device: torch.device) -> tuple[Tensor, Filter, Tensor | None]:
+    """Input, filter and residual of the layer's sizes, of random numbers."""
+
+    def image(channels: int, height: int, width: int) -> Tensor:
+        shape = (layer.batch, height, width, channels)
+        return torch.randn(shape, device=device, dtype=layer.dtype).permute(0, 3, 1, 2)
+
+    weight = torch.randn((layer.out_channels, *layer.kernel, layer.channels), device=device, dtype=layer.dtype)
+    shift = torch.randn(layer.out_channels, device=device)
+    filters = Filter(weight, torch.ones_like(shift), shift, shift.to(layer.dtype) if layer.folded else None)
+    residual = image(layer.out_channels, layer.out_height, layer.out_width) if layer.residual else None
+    return image(layer.channels, layer.height, layer.width), filters, residual
+
+
+def prepare(layers: Sequence[Layer], device: torch.device) -> None:
+    """Compiles what the choices of ``layers`` may want, all at once: in a row it takes a minute a network."""
+    if launch.is_simulated():
+        return
+    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tuner(device).wanted(layer, _named())]
+    compiled = [(layer, c) for layer, c in wanted if isinstance(c, Config)]
+    if len(compiled) < 2:
+        return
+    # The compiler and ptxas work outside of Python's lock.
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        torch.cuda.device(device),
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        launch.compile_only(),
+    ):
+        for layer, choice in compiled:
+            x, filters, residual = operands(layer, torch.device("meta"))
+            run(layer, choice, x, filters, residual)

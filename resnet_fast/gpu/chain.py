@@ -1,0 +1,187 @@
+"""A chain of convolutions on a GPU: which of its forms runs, and for each layer the kernel and a filter packed for it.
+
+A chain runs a stage a launch where it is made of narrow stages, a stem and the pooling behind it as one launch, and
+otherwise a convolution a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, ops, residual_network
+from . import plan
+
+__all__ = ["GpuChain"]
+
+Key = tuple[Any, ...]  # what the input is, and the switches that count
+
+
+class GpuChain:
+    """Packed for one state of the weights.
+
+    layers: the integers of ``residual_stage``. sources, eps: of each layer, what ``pack_conv_bn`` makes a filter of.
+    """
+
+    def __init__(self, layers: list[int], sources: Sequence[Sequence[Tensor | None]], eps: Sequence[float]) -> None:
+        self.layers, self.sources, self.eps = layers, sources, eps
+        self._packed: dict[tuple[int, bool, torch.dtype], Tensor] = {}  # by layer, folded and dtype
+        self._filters: dict[Key, tuple[list[Tensor], list[int]]] = {}
+        self._steps: dict[Key, list[Any]] = {}
+        self._foldable: dict[torch.dtype, list[bool]] = {}
+        self._networks: dict[Key, Tensor] = {}
+
+    def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
+        """pool: window, stride and padding of max pooling that :meth:`pools` takes."""
+        if pool:
+            return self._run_pooled(x, pool)
+        stages = self.stages(x)
+        return self.run_layers(x) if stages is None else self.run_stages(x, stages)
+
+    def run_layers(self, x: Tensor) -> Tensor:
+        """A launch a convolution. What ``residual_stage`` finds out of its integers at each call is kept here."""
+        from .._triton.operators import run_steps, steps
+        from .._triton.tune import capturing
+
+        key = self._key(x)
+        found = self._steps.get(key)
+        if found is None:
+            found = steps(x, *self.packed(x))
+            if not capturing():
+                self._steps[key] = found
+        return run_steps(x, found)
+
+    def run_stages(
+        self,
+        x: Tensor,
+        stages: tuple[residual_network.Stage, ...],
+        head: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """A launch for each of :meth:`stages`; head: weight and bias of the linear layer behind average pooling."""
+        classes = 0 if head is None else head[0].shape[0]
+        key = (x.shape[1:], x.dtype, classes)
+        packed = self._networks.get(key)
+        if packed is None:
+            with torch.no_grad():
+                filters = [self._plain(i, x.dtype) for i in range(len(self.sources))]
+                packed = self._networks[key] = residual_network.pack(stages, filters, x.dtype, head)
+        return torch.ops.resnet_fast.residual_network(x, packed, self.layers, classes)
+
+    def _run_pooled(self, x: Tensor, pool: Sequence[int]) -> Tensor:
+        filters = [self._filter(i, x.dtype, False) for i in range(len(self.sources))]
+        return torch.ops.resnet_fast.residual_stage(x, filters, self.layers, pool)
+
+    def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
+        """The stages of the chain where each can run as one launch on the GPU of ``x``, and that is faster there."""
+        if backends.selected() == "triton":
+            return None
+        found = residual_network.stages(self.layers, x.shape[1:], x.dtype)
+        if found is None or not residual_network.runs(found, x.dtype):
+            return None
+        if x.shape[0] == 0 or not backends.has_kernel("residual_stage", "cuda"):
+            return found
+        from .._triton.tune import LAYERS, STAGES
+
+        forms = {STAGES: lambda: self.run_stages(x, found), LAYERS: lambda: self.run_layers(x)}
+        return found if self._first_is_fastest(x, "chain", forms) else None
+
+    def pools(self, x: Tensor, pool: Sequence[int]) -> bool:
+        """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
+        if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
+            return False
+        from .._triton import cuda_stem
+        from .._triton.layers import precision
+        from .._triton.tune import LAYERS, POOLED
+
+        arithmetic = precision(x.dtype)
+        if cuda_stem.pooled_layer(tuple(self.layers), x.shape, x.dtype, arithmetic, tuple(pool)) is None:
+            return False
+        # In 16 bits 3 to 5 times as fast as the library's convolution and pooling, at any batch (an H200).
+        if x.dtype != torch.float32 or x.shape[0] == 0:
+            return True
+
+        def apart() -> Tensor:
+            return F.max_pool2d(self.run_layers(x), list(pool[:2]), list(pool[2:4]), list(pool[4:]))
+
+        forms = {POOLED: lambda: self._run_pooled(x, pool), LAYERS: apart}
+        return self._first_is_fastest(x, f"{arithmetic} stem and pool {pool[0]}x{pool[1]}", forms)
+
+    def _first_is_fastest(self, x: Tensor, kind: str, forms: dict[str, Callable[[], Tensor]]) -> bool:
+        """Measured once on the GPU of ``x``."""
+        from .._triton.tune import tuner
+
+        name = f"{kind} {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+        backend = "cuda" if backends.selected() == "cuda" else "auto"
+        return tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
+
+    @cached_property
+    def _digest(self) -> str:
+        """Names the chain's shape in the file of what was measured."""
+        return sha256(repr(self.layers).encode()).hexdigest()[:12]
+
+    def packed(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Filters for inputs like ``x``, packed as what runs the layers wants them, and the integers with them."""
+        from .._triton.tune import capturing
+
+        key = self._key(x)
+        found = self._filters.get(key)
+        if found is None:
+            with torch.no_grad():
+                # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
+                captured = capturing()
+                folds = [False] * len(self.sources) if captured else self._folds(x.dtype)
+                layers = plan.planned(self.layers, x, folds)
+                flags = layers[2 :: ops.LAYER_FIELDS]
+                found = [self._filter(i, x.dtype, bool(f & ops.FOLDED)) for i, f in enumerate(flags)], layers
+            if not captured:
+                self._filters[key] = found
+        return found
+
+    def _key(self, x: Tensor) -> Key:
+        from .._triton.layers import precision
+        from .._triton.tune import forced
+
+        return x.shape, x.dtype, backends.selected(), precision(x.dtype), forced()
+
+    def _folds(self, dtype: torch.dtype) -> list[bool]:
+        """Of each layer, whether its filters may hold batch norm's scale."""
+        if dtype not in self._foldable:
+            self._foldable[dtype] = plan.foldable(self.sources, self.eps, dtype)
+        return self._foldable[dtype]
+
+    def _filter(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
+        """Without its shift where that is added later, with the shift of another where it is added here."""
+        from .._triton.operators import packed
+
+        key = (layer, folded, dtype)
+        if key not in self._packed:
+            later = plan.deferred(self.layers)
+            with torch.no_grad():
+                scale, shift = self._scale_shift(layer)
+                for other, reader in later.items():
+                    if reader == layer:
+                        shift = shift + self._scale_shift(other)[1]
+                weight = self.sources[layer][0]
+                assert weight is not None
+                shift = torch.zeros_like(shift) if layer in later else shift
+                self._packed[key] = packed(weight, scale, shift, dtype, folded=folded)
+        return self._packed[key]
+
+    def _plain(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """The layer's filter by itself."""
+        weight, *vectors = self.sources[layer]
+        assert weight is not None
+        return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], 0)
+
+    def _scale_shift(self, layer: int) -> tuple[Tensor, Tensor]:
+        from .._triton.operators import scale_shift
+
+        weight, *vectors = self.sources[layer]
+        assert weight is not None
+        return scale_shift(weight, *vectors, self.eps[layer])
