@@ -130,6 +130,8 @@ def conv_bn_relu_pool(
         raise RuntimeError(f"conv_bn_relu_pool: {layer} does not fit this GPU's shared memory")
     if made.blocks == 0 or layer.out_channels == 0:
         return
+    if weight.data_ptr() % _ALIGN != 0:
+        weight = weight.clone()
     launch.cuda_launch(
         kernel_name(layer.dtype, kernel),
         (made.blocks, -(-layer.out_channels // _FILTERS)),

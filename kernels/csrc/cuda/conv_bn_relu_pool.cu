@@ -141,8 +141,9 @@ void conv_bn_relu_pool_launch(const Tensor& x, const Tensor& weight, const Tenso
   holds("y", y, int64_t{a.batch} * a.pooled_height * a.pooled_width * a.out_channels);
   check_same_dtype(kName, "weight", weight, "x", x);
   check_same_dtype(kName, "y", y, "x", x);
-  RESNET_FAST_CHECK(reinterpret_cast<uintptr_t>(y.data_ptr()) % 16 == 0, kName,
-                    ": y does not begin at a multiple of 16 bytes");
+  for (const auto& [name, p] : {std::pair("y", y.data_ptr()), std::pair("weight", weight.data_ptr())})
+    RESNET_FAST_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, kName, ": ", name,
+                      " does not begin at a multiple of 16 bytes");
   const void* function = instance(kernel, x.scalar_type());
   RESNET_FAST_CHECK(function != nullptr, kName, ": x has dtype ", dtype_name(x.scalar_type()), ", which kernel ",
                     kernel, " does not compute");

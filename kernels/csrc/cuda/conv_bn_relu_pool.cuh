@@ -37,6 +37,8 @@ __device__ Two<T> lowest() {
   return round2(float2{-INFINITY, -INFINITY}, T{});
 }
 
+extern __shared__ __align__(128) char shared[];
+
 // From the lane of the pixel on the left.
 __device__ inline float2 from_left(float2 v) { return {__shfl_up_sync(~0u, v.x, 4), __shfl_up_sync(~0u, v.y, 4)}; }
 template <typename Two>
@@ -51,10 +53,10 @@ struct alignas(2 * sizeof(Two<T>)) Edge {
   Two<T> right[2];
 };
 
-// 16 bits: of four tiles of channels a lane gets one whole, 16 bytes. y: the pixel's channels of this warp, of which
-// there are `channels`.
+// 16 bits: of four tiles of channels a lane gets one whole, 16 bytes, if it is `there`. y: the pixel's channels of this
+// warp, of which there are `channels`.
 template <typename T, int kTiles>
-__device__ void store(T* y, int channels, bool there, const Two<T> (&v)[kTiles]) {
+__device__ void store(T* y, bool there, int channels, const Two<T> (&v)[kTiles]) {
   const int quad = threadIdx.x % 4;
   if constexpr (sizeof(T) == 2) {
     static_assert(kTiles == 4);
@@ -62,7 +64,7 @@ __device__ void store(T* y, int channels, bool there, const Two<T> (&v)[kTiles])
 #pragma unroll
     for (int j = 0; j < 4; ++j) words[j] = reinterpret_cast<const uint32_t&>(v[j]);
     transpose4(words);
-    ptx::store_if(there && 8 * quad < channels, y + 8 * quad, {words[0], words[1], words[2], words[3]});
+    ptx::store_if(there, y + 8 * quad, {words[0], words[1], words[2], words[3]});
   } else {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
@@ -71,23 +73,22 @@ __device__ void store(T* y, int channels, bool there, const Two<T> (&v)[kTiles])
 }
 
 // A warp's part of a patch, from row `begin` to `end`, and its channels from `channel` on. in: what the lane's left
-// upper pixel reads first for the patch's first pooled row and pixel; edges: for each row those of two columns;
-// constants: scale and shift of the warp's channels.
+// upper pixel reads first for the patch's first pooled row and pixel; edges: where in shared memory those of two
+// columns lie for each row, a multiple of their bytes; constants: scale and shift of the warp's channels.
 template <typename T, int kIndex, typename Math>
-__device__ void pool_columns(const Math& math, const char* in, Edge<T>* edges, const float* constants, T* y,
+__device__ void pool_columns(const Math& math, const char* in, int edges, const float* constants, T* y,
                              const StemArgs& a, const Patch& p, int begin, int end, int channel) {
   const int channels = a.out_channels - channel;
   constexpr bool kOverlap = kStemKernels[kIndex].overlap;
-  constexpr int kTiles = Math::kTiles;
+  constexpr int kTiles = Math::kTiles, kEdges = 4 * kTiles * sizeof(Edge<T>);  // bytes of a column's in one row
   const int lane = threadIdx.x % 32, pixel = lane / 4, quad = lane % 4;
   // Where windows overlap, the lower half of the row above is computed first.
   const int first = kOverlap && begin > 0 ? begin - 1 : begin;
-  // Both are harmless: what is not a number stays, what is lower than all changes nothing.
-  const Two<T> least = a.relu ? round2(float2{0, 0}, T{}) : lowest<T>();
   if constexpr (kOverlap) {
     // Left of the first column lies nothing: its neighbours read the second buffer.
     for (int i = lane; i < (end - first) * 4 * kTiles; i += 32)
-      edges[i / (4 * kTiles) * 8 * kTiles + 4 * kTiles + i % (4 * kTiles)] = {lowest<T>(), lowest<T>()};
+      *reinterpret_cast<Edge<T>*>(shared + edges + i / (4 * kTiles) * 2 * kEdges + kEdges +
+                                  i % (4 * kTiles) * sizeof(Edge<T>)) = {lowest<T>(), lowest<T>()};
     __syncwarp();
   }
   in += 4 * (first - p.row) * a.pitch;
@@ -97,9 +98,10 @@ __device__ void pool_columns(const Math& math, const char* in, Edge<T>* edges, c
   for (int tile = 0; tile < a.tiles && left < a.pooled_width; ++tile, left += kStemTile) {
     const int column = left + pixel;
     // The first pixel of a patch that is not the first belongs to the patch before.
-    const bool there = column < a.pooled_width && !(kOverlap && tile == 0 && left > 0 && pixel == 0);
+    const bool there = column < a.pooled_width && !(kOverlap && tile == 0 && left > 0 && pixel == 0) &&
+                       (sizeof(T) == 4 || 8 * quad < channels);
     // What this column reads of the one before; what it writes lies in the other buffer.
-    int before = (tile % 2 == 0 ? 4 * kTiles : 0) + quad;
+    int before = edges + (tile % 2 == 0 ? kEdges : 0) + quad * static_cast<int>(sizeof(Edge<T>));
     const char* at = in;
     T* to = y;
     in += kStemTile * 12 * static_cast<int>(sizeof(T)), y += kStemTile * a.out_channels;
@@ -109,7 +111,7 @@ __device__ void pool_columns(const Math& math, const char* in, Edge<T>* edges, c
       for (int j = 0; j < kTiles; ++j) up[j] = lowest<T>();
 #pragma unroll 1
     for (int row = first; row < end;
-         ++row, at += 4 * a.pitch, before += 8 * kTiles, to += int64_t{a.pooled_width} * a.out_channels) {
+         ++row, at += 4 * a.pitch, before += 2 * kEdges, to += int64_t{a.pooled_width} * a.out_channels) {
       float acc[2][kTiles][4];
       if (kOverlap && row < begin) {
         math.template multiply<1>(acc, at);
@@ -146,13 +148,17 @@ __device__ void pool_columns(const Math& math, const char* in, Edge<T>* edges, c
           if (beyond || below) v[1][1][j] = lowest<T>();
         }
       }
+      // Harmless without ReLU: what is not a number stays, what is lower than all changes nothing.
+      const Two<T> least = ptx::opaque(a.relu) ? round2(float2{0, 0}, T{}) : lowest<T>();
       Two<T> pooled[kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if constexpr (kOverlap) {
           Edge<T> edge;
-          if (pixel == 0) edge = edges[before + 4 * j];
-          if (pixel == kStemTile - 1) edges[(before ^ 4 * kTiles) + 4 * j] = {v[0][1][j], v[1][1][j]};
+          constexpr int kNext = 4 * sizeof(Edge<T>);
+          if (pixel == 0) edge = *reinterpret_cast<const Edge<T>*>(shared + before + j * kNext);
+          if (pixel == kStemTile - 1)
+            *reinterpret_cast<Edge<T>*>(shared + (before ^ kEdges) + j * kNext) = {v[0][1][j], v[1][1][j]};
           Two<T> half[2];
 #pragma unroll
           for (int dy = 0; dy < 2; ++dy) {
@@ -168,7 +174,7 @@ __device__ void pool_columns(const Math& math, const char* in, Edge<T>* edges, c
       if constexpr (kOverlap) {
         __syncwarp();  // the next column reads this one's edges
       }
-      if (!kOverlap || row >= begin) store<T, kTiles>(to, channels, there, pooled);
+      if (!kOverlap || row >= begin) store<T, kTiles>(to, there, channels, pooled);
     }
   }
 }
@@ -197,9 +203,8 @@ __global__ void __launch_bounds__(kStemThreads, kStemKernels[kIndex].math == Mat
   constexpr StemKernel kKernel = kStemKernels[kIndex];
   constexpr int kFilters = 8 * Multiply::kTiles, kParts = kStemFilters / kFilters, kWorkers = kStemWarps / kParts;
   static_assert(kFilters == stem_warp_filters(kKernel.math, sizeof(T)));
-  static_assert(stem_edge_bytes(kFilters, sizeof(T)) == 8 * Multiply::kTiles * sizeof(Edge<T>));
-  extern __shared__ __align__(128) char shared[];
-
+  constexpr int kEdges = 8 * Multiply::kTiles * sizeof(Edge<T>);
+  static_assert(stem_edge_bytes(kFilters, sizeof(T)) == kEdges && kStemConstantBytes % kEdges == 0);
   const int first = blockIdx.y * kStemFilters;
   float* constants = reinterpret_cast<float*>(shared);
   for (int i = threadIdx.x; i < kStemFilters; i += kStemThreads) {
@@ -207,15 +212,19 @@ __global__ void __launch_bounds__(kStemThreads, kStemKernels[kIndex].math == Mat
     constants[kStemFilters + i] = first + i < a.out_channels ? shift[first + i] : 0;
   }
   char* edges = shared + kStemConstantBytes;
-  char* filters = edges + stem_edges(kKernel, a, sizeof(T));
+  char* last = edges + stem_edges(kKernel, a, sizeof(T));
+  char* filters = last + stem_last_bytes(kKernel, sizeof(T));
   char* patch = Multiply::kResident ? filters + stem_filter_bytes(kKernel, sizeof(T)) : filters;
   if constexpr (Multiply::kResident)
     load_filters<kKernel.filter>(reinterpret_cast<float*>(filters), weight, a, first);
   else
     load_filters<T, kKernel.filter>(filters, weight, a, first);
+  ptx::copy_async_commit();
+  ptx::copy_async_wait<0>();
   __syncthreads();
   constexpr int kPartBytes = Multiply::kResident ? 0 : stem_filter_bytes(kKernel, sizeof(T)) / kParts;
-  const Multiply math(filters + threadIdx.x / 32 % kParts * kPartBytes, a);
+  const int part_of_filters = threadIdx.x / 32 % kParts;
+  const Multiply math(filters + part_of_filters * kPartBytes, last + part_of_filters * Multiply::kLastBytes, a);
 
   const int units = a.batch * a.strips * a.across;
 #pragma unroll 1
@@ -231,11 +240,11 @@ __global__ void __launch_bounds__(kStemThreads, kStemKernels[kIndex].math == Mat
     const int thread = ptx::opaque(threadIdx.x), warp = thread / 32, part = warp % kParts, worker = warp / kParts;
     const int begin = p.row + worker * a.rows, end = min(begin + a.rows, a.pooled_height);
     // In the patch: of pooled row p.row and this lane's pixel of the first tile.
-    const int lead = kStemChannels * (4 * p.pixel - a.pad_w) - 1 + a.shift - p.element;
+    const int lead = kStemChannels * (4 * p.pixel - a.pad_w) - 1 + stem_shift(a) - p.element;
     const char* in =
         patch + (kKernel.overlap ? 2 * a.pitch : 0) + (lead + thread % 32 / 4 * 12) * static_cast<int>(sizeof(T));
-    auto* mine = reinterpret_cast<Edge<T>*>(edges) + warp * (a.rows + 1) * 8 * Multiply::kTiles;
-    pool_columns<T, kIndex>(math, in, mine, constants + part * kFilters, y, a, p, begin, end, first + part * kFilters);
+    pool_columns<T, kIndex>(math, in, kStemConstantBytes + warp * (a.rows + 1) * kEdges, constants + part * kFilters, y,
+                            a, p, begin, end, first + part * kFilters);
   }
 }
 

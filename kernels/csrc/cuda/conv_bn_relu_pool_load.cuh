@@ -26,7 +26,7 @@ __device__ Patch patch_of(const StemArgs& a, int unit, bool overlap, int workers
   p.row = unit / a.across % a.strips * workers * a.rows;
   p.pixel = static_cast<int>(stem_first_pixel(overlap, a.tiles, across));
   p.top = 2 * (2 * p.row - (overlap ? 1 : 0)) - a.pad_h;
-  p.element = static_cast<int>(floor_to(kStemChannels * (4 * p.pixel - a.pad_w) - 1 + a.shift, kGroup));
+  p.element = static_cast<int>(floor_to(kStemChannels * (4 * p.pixel - a.pad_w) - 1 + stem_shift(a), kGroup));
   return p;
 }
 
@@ -36,14 +36,19 @@ __device__ void load_elements(char* patch, const T* image, const StemArgs& a, co
   const int row_elements = a.packs * kStemChannels * Pack<T>::kSize;
   T zero;
   narrow(0.f, zero);
-#pragma unroll 4
+#pragma unroll 2
   for (int i = threadIdx.x; i < a.patch_rows * row_elements; i += kStemThreads) {
-    const int row = i / row_elements, at = i % row_elements, y = p.top + row, e = p.element + at - a.shift;
+    const int row = i / row_elements, at = i % row_elements, y = p.top + row, e = p.element + at - stem_shift(a);
     const bool there = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
     const int x = e / kStemChannels, c = e % kStemChannels;
     reinterpret_cast<T*>(patch + row * a.pitch)[at] =
         there ? image[y * a.row_stride + x * a.column_stride + c * a.channel_stride] : zero;
   }
+}
+
+// i / a.packs, for i * a.packs below 2^31.
+__device__ inline int patch_row(const StemArgs& a, int i) {
+  return static_cast<int>(__umulhi(2 * static_cast<uint32_t>(i), static_cast<uint32_t>(a.packs_inverse)));
 }
 
 // Whole packs of pixels, as they are.
@@ -52,9 +57,10 @@ __device__ void load_pixels(char* patch, const T* image, const StemArgs& a, cons
   constexpr int kPack = Pack<T>::kSize;
   const int row_packs = a.packs * kStemChannels;
   const uint32_t to = ptx::shared_address(patch);
-#pragma unroll 4
+#pragma unroll 2
   for (int i = threadIdx.x; i < a.patch_rows * row_packs; i += kStemThreads) {
-    const int row = i / row_packs, at = i % row_packs, y = p.top + row, e = p.element + at * kPack;
+    const int row = patch_row(a, i / kStemChannels), at = i - row * row_packs, y = p.top + row,
+              e = p.element + at * kPack;
     const bool there = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
     ptx::copy_async(to + row * a.pitch + at * 16, image + (there ? y * a.row_stride + e : 0), there ? 16 : 0);
   }
@@ -69,7 +75,8 @@ __device__ void load_planes(char* patch, const T* image, const StemArgs& a, cons
     uint4 planes[kBatch][kStemChannels];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int item = i + b * kStemThreads, y = p.top + item / a.packs, x = first + item % a.packs * kPack;
+      const int item = i + b * kStemThreads, row = patch_row(a, item), y = p.top + row,
+                x = first + (item - row * a.packs) * kPack;
       const bool there = item < count && y >= 0 && y < a.height && x >= 0 && x < a.width;
       const T* from = image + (there ? y * a.row_stride + x : 0);
 #pragma unroll
@@ -85,7 +92,8 @@ __device__ void load_planes(char* patch, const T* image, const StemArgs& a, cons
         const Pack<T>& plane = reinterpret_cast<const Pack<T>&>(planes[b][e % kStemChannels]);
         pixels[e / kPack].value[e % kPack] = plane.value[e / kStemChannels];
       }
-      auto* to = reinterpret_cast<Pack<T>*>(patch + item / a.packs * a.pitch) + item % a.packs * kStemChannels;
+      const int row = patch_row(a, item);
+      auto* to = reinterpret_cast<Pack<T>*>(patch + row * a.pitch) + (item - row * a.packs) * kStemChannels;
 #pragma unroll
       for (int c = 0; c < kStemChannels; ++c) to[c] = pixels[c];
     }
@@ -104,22 +112,17 @@ __device__ void load_patch(char* patch, const T* x, const StemArgs& a, const Pat
     load_elements(patch, image, a, p);
 }
 
-// Filters for tensor cores: [filter][row][pair], zero for the neighbour's element; TF32 is rounded here.
+// Filters for tensor cores, as they are; on their way until copy_async_wait and a barrier.
 template <typename T, int kFilter>
 __device__ void load_filters(char* to, const T* weight, const StemArgs& a, int first) {
-  constexpr int kRow = 2 * stem_pairs(kFilter);
-#pragma unroll 8
-  for (int i = threadIdx.x; i < kStemFilters * kFilter * kRow; i += kStemThreads) {
-    const int row = i / kRow, e = i % kRow - 1;
-    const bool there = e >= 0 && first + row / kFilter < a.out_channels;
-    T v;
-    narrow(0.f, v);
-    if (there) v = weight[(first * kFilter + row) * kStemChannels * kFilter + e];
-    if constexpr (sizeof(T) == 4)
-      reinterpret_cast<uint32_t*>(to)[i] = ptx::to_tf32(__float_as_uint(v));
-    else
-      reinterpret_cast<T*>(to)[i] = v;
-  }
+  constexpr int kPack = Pack<T>::kSize, kElements = kFilter * kFilter * kStemChannels;
+  static_assert(16 * kElements % kPack == 0, "filters come in sixteens, and they in packs");
+  const int count = min(a.out_channels - first, kStemFilters) * kElements;
+  const uint32_t to_address = ptx::shared_address(to);
+#pragma unroll
+  for (int i = threadIdx.x * kPack; i < kStemFilters * kElements; i += kStemThreads * kPack)
+    ptx::copy_async(to_address + i * static_cast<int>(sizeof(T)), weight + (i < count ? first * kElements + i : 0),
+                    i < count ? 16 : 0);
 }
 
 // Filters for plain products: [element][filter].

@@ -73,6 +73,16 @@ struct PairBits {
     }
     return v;
   }
+  __device__ static PairBits of(T first, T second) {
+    PairBits v;
+    if constexpr (kWords == 1) {
+      const T both[2] = {first, second};
+      v.word[0] = reinterpret_cast<const uint32_t&>(both);
+    } else {
+      v.word[0] = __float_as_uint(first), v.word[1] = __float_as_uint(second);
+    }
+    return v;
+  }
   // All bits of the elements that are wanted.
   __device__ static PairBits mask(bool first, bool second) {
     PairBits v;
@@ -93,29 +103,43 @@ struct PairBits {
   }
 };
 
-// Products on tensor cores, from filters that stay in registers.
+// Products on tensor cores, from filters that stay in registers, but those of the last step: without them the compiler
+// has registers to spare.
 template <typename T, int kFilter>
 class TensorStem {
   using S = Slots<kFilter>;
   using Pair = PairBits<T>;
-  static constexpr int kPairBytes = 2 * sizeof(T), kPixel = 6 * sizeof(T);
+  static constexpr int kPairBytes = 2 * sizeof(T), kPixel = 6 * sizeof(T), kHeld = S::kCount - 2;
+  struct alignas(2 * sizeof(Pair)) Last {
+    Pair pair[2];
+  };
 
  public:
   static constexpr int kTiles = stem_warp_filters(Math::kTensor, sizeof(T)) / 8;
   static constexpr bool kResident = false;  // filters leave shared memory
+  static constexpr int kLastBytes = kTiles * 32 * sizeof(Last);
 
-  // filters: those of this warp, as load_filters has them.
-  __device__ TensorStem(const char* filters, const StemArgs& a) {
+  // filters: those of this warp, [filter][row][element]; last: where those of the last step are to lie.
+  __device__ TensorStem(const char* filters, char* last, const StemArgs& a)
+      : last_(reinterpret_cast<Last*>(last)), pitch_(a.pitch) {
+    constexpr int kRow = kStemChannels * kFilter;
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    pitch_ = a.pitch;
+    const T* mine = reinterpret_cast<const T*>(filters) + lane / 4 * kFilter * kRow;
+    T zero;
+    narrow(0.f, zero);
 #pragma unroll
     for (int s = 0; s < S::kCount; ++s) {
       const auto tap = S::tap(s, quad);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const int row = (8 * j + lane / 4) * kFilter + tap.row;
-        filters_[s][j] = Pair::load(filters + (row * S::kPairs + tap.pair) * kPairBytes);
-        filters_[s][j] &= Pair::mask(tap.there, tap.there);
+        // A row's first pair begins with an element of a neighbour.
+        const T* pair = mine + (8 * j * kFilter + tap.row) * kRow + 2 * tap.pair - 1;
+        Pair both = Pair::of(tap.there && tap.pair > 0 ? pair[0] : zero, tap.there ? pair[1] : zero);
+        both.round();
+        if (s < kHeld)
+          filters_[s][j] = both;
+        else
+          last_[j * 32 + lane].pair[s - kHeld] = both;
       }
     }
   }
@@ -139,8 +163,8 @@ class TensorStem {
         square(step.pair[0], lane, 2 * c, r);
         square(step.pair[1], lane, 2 * c + 1, r);
         const int slot = 2 * (c * S::kRows + r);
-        if (kFrom == 0 && r < S::kRows) product(acc[0], step, slot);
-        if (r > 0) product(acc[1], step, slot - 2);
+        if (kFrom == 0 && r < S::kRows) product(acc[0], step, slot, lane.thread);
+        if (r > 0) product(acc[1], step, slot - 2, lane.thread);
       }
     }
 #pragma unroll
@@ -150,7 +174,7 @@ class TensorStem {
         Step step;
         rest(step.pair[0], lane, i, dy);
         rest(step.pair[1], lane, i + 1, dy);
-        product(acc[dy], step, S::kTwins + i);
+        product(acc[dy], step, S::kTwins + i, lane.thread);
       }
     }
   }
@@ -165,10 +189,10 @@ class TensorStem {
   // number as it may be: masks tell what is wanted of the first pairs of a filter row.
   struct Lane {
     const char *square, *end, *bottom;
-    int quad;
+    int thread, quad;  // of the warp, and of the four that share a pixel
     Pair first_square, first_bottom;
 
-    __device__ Lane(const char* at, int pitch) : quad(ptx::opaque(threadIdx.x % 4)) {
+    __device__ Lane(const char* at, int pitch) : thread(ptx::opaque(threadIdx.x % 32)), quad(thread % 4) {
       square = at + quad / 2 * pitch + quad % 2 * kPairBytes;
       end = at + min(quad, kFilter - 1) * pitch + (S::kPairs - 1) * kPairBytes;
       bottom = at + (kFilter - 1) * pitch + quad * kPairBytes;
@@ -206,25 +230,30 @@ class TensorStem {
   }
 
   // 16 bits: both slots in one product. TF32: one after the other.
-  __device__ void product(float (&acc)[kTiles][4], const Step& step, int slot) const {
+  __device__ void product(float (&acc)[kTiles][4], const Step& step, int slot, int thread) const {
     const Pair(&pair)[2][2] = step.pair;
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t a[4] = {pair[0][0].word[0], pair[0][1].word[0], pair[1][0].word[0], pair[1][1].word[0]};
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-        ptx::mma_m16n8k16(acc[j], a, filters_[slot][j].word[0], filters_[slot + 1][j].word[0], T{});
-    } else {
+    for (int j = 0; j < kTiles; ++j) {
+      Last filters;
+      if (slot < kHeld)
+        filters = {filters_[slot][j], filters_[slot + 1][j]};
+      else
+        filters = last_[j * 32 + thread];
+      if constexpr (sizeof(T) == 2) {
+        const uint32_t a[4] = {pair[0][0].word[0], pair[0][1].word[0], pair[1][0].word[0], pair[1][1].word[0]};
+        ptx::mma_m16n8k16(acc[j], a, filters.pair[0].word[0], filters.pair[1].word[0], T{});
+      } else {
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const uint32_t a[4] = {pair[s][0].word[0], pair[s][1].word[0], pair[s][0].word[1], pair[s][1].word[1]};
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          ptx::mma_m16n8k8_tf32(acc[j], a, filters_[slot + s][j].word[0], filters_[slot + s][j].word[1]);
+        for (int s = 0; s < 2; ++s) {
+          const uint32_t a[4] = {pair[s][0].word[0], pair[s][1].word[0], pair[s][0].word[1], pair[s][1].word[1]};
+          ptx::mma_m16n8k8_tf32(acc[j], a, filters.pair[s].word[0], filters.pair[s].word[1]);
+        }
       }
     }
   }
 
-  Pair filters_[S::kCount][kTiles];
+  Pair filters_[kHeld][kTiles];
+  Last* last_;
   int pitch_;
 };
 
@@ -235,7 +264,9 @@ class PlainStem {
   static constexpr int kTiles = kStemFilters / 8;
   static constexpr bool kResident = true;
 
-  __device__ PlainStem(const char* filters, const StemArgs& a)
+  static constexpr int kLastBytes = 0;
+
+  __device__ PlainStem(const char* filters, char*, const StemArgs& a)
       : filters_(reinterpret_cast<const float*>(filters) + threadIdx.x % 4 * 2), pitch_(a.pitch) {}
 
   template <int kFrom>

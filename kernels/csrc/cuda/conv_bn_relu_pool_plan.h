@@ -51,10 +51,13 @@ struct StemArgs {
   int32_t out_height, out_width, pooled_height, pooled_width;
   int32_t strips, across;  // blocks of an image: down and across
   int32_t patch_rows, packs, pitch;  // patch of a block's input: rows, packs of a row by each channel, bytes of a row
-  int32_t shift;  // of the patch, 0 or 1 elements: pairs begin at even ones, and the first a neighbour's before
+  int32_t packs_inverse;  // 2^31 / packs + 1: i / packs without a division
 };
 constexpr int kStemStrides = 4, kStemFields = 20;
 static_assert(sizeof(StemArgs) == 8 * kStemStrides + 4 * kStemFields);
+
+// Elements by which a patch is shifted, 0 or 1, so that the pairs of a filter row begin at an even one.
+constexpr int stem_shift(const StemArgs& a) { return 1 - a.pad_w % 2; }
 
 struct StemPlan {
   StemArgs args;
@@ -75,9 +78,10 @@ constexpr int64_t stem_patches(bool overlap, int tiles, int64_t pooled_width) {
   return pooled_width <= pixels ? 1 : 1 + ceil_div(pooled_width - pixels, pixels - (overlap ? 1 : 0));
 }
 
-// Bytes of shared memory: scale and shift; what a pixel's right neighbour needs of it, for each row of each warp, where
-// windows overlap; the filters; the patch. Filters that go into registers lie where the patch comes afterwards.
-constexpr int kStemConstantBytes = 2 * kStemFilters * 4;
+// Bytes of shared memory: scale and shift, in as many as keep the rest aligned; what a pixel's right neighbour needs of
+// it, for each row of each warp, where windows overlap; the filters; the patch. Filters that go into registers lie
+// where the patch comes afterwards.
+constexpr int kStemConstantBytes = 1024;
 constexpr int stem_edge_bytes(int filters, int element_size) { return 2 * 2 * filters * element_size; }
 constexpr int64_t stem_edges(StemKernel k, const StemArgs& a, int size) {
   return k.overlap ? int64_t{kStemWarps} * (a.rows + 1) * stem_edge_bytes(stem_warp_filters(k.math, size), size) : 0;
@@ -86,11 +90,13 @@ constexpr int kStemPlainPitch = kStemFilters + 2;  // floats: the filters' eleme
 constexpr int64_t stem_filter_bytes(StemKernel k, int size) {
   const int64_t row = k.filter * kStemChannels;
   return k.math == Math::kPlain ? ceil_div(row * k.filter * kStemPlainPitch * 4, 128) * 128
-                                : int64_t{kStemFilters} * k.filter * stem_pairs(k.filter) * 2 * size;
+                                : row * k.filter * kStemFilters * size;
 }
+// What registers do not hold of the filters: the last step of conv_bn_relu_pool_math.cuh, 32 elements of each.
+constexpr int stem_last_bytes(StemKernel k, int size) { return k.math == Math::kPlain ? 0 : 32 * kStemFilters * size; }
 constexpr int64_t stem_shared(StemKernel k, const StemArgs& a, int size) {
   const int64_t patch = int64_t{a.patch_rows} * a.pitch, filters = stem_filter_bytes(k, size);
-  return kStemConstantBytes + stem_edges(k, a, size) +
+  return kStemConstantBytes + stem_edges(k, a, size) + stem_last_bytes(k, size) +
          (k.math == Math::kPlain ? filters + patch : (filters > patch ? filters : patch));
 }
 
@@ -104,12 +110,12 @@ constexpr StemPlan stem_geometry(StemKernel k, StemArgs a, int size, int multipr
   a.strips = static_cast<int32_t>(ceil_div(a.pooled_height, int64_t{workers} * a.rows));
   a.across = static_cast<int32_t>(stem_patches(k.overlap, a.tiles, a.pooled_width));
   a.patch_rows = 2 * (2 * workers * a.rows + (k.overlap ? 1 : 0) - 1) + k.filter;
-  a.shift = 1 - a.pad_w % 2;
   // The farthest that a warp's first pair lies behind the patch's first element, a multiple of `group`.
-  const int64_t begin = -int64_t{kStemChannels} * a.pad_w - 1 + a.shift;
+  const int64_t begin = -int64_t{kStemChannels} * a.pad_w - 1 + stem_shift(a);
   const int64_t lead = a.across == 1 ? begin - floor_to(begin, group) : group - 2;
   const int64_t last = 2 * kStemTile * a.tiles - 1;
   a.packs = static_cast<int32_t>(ceil_div(lead + 2 * kStemChannels * last + 2 * stem_pairs(k.filter), group));
+  a.packs_inverse = static_cast<int32_t>((int64_t{1} << 31) / a.packs + 1);
   // 16 words from a multiple of 32: a pair of rows of pairs lies in different banks for eight pixels, 6 words apart.
   a.pitch = static_cast<int32_t>(ceil_div(int64_t{a.packs} * 48 - 64, 128) * 128 + 64);
   const int64_t units = int64_t{a.batch} * a.strips * a.across;
