@@ -56,6 +56,15 @@ def _gpu() -> str:
     return "none visible" if torch.version.cuda else "none in use: this PyTorch is built for CPUs only"
 
 
+def _gpu_choices() -> dict[str, str]:
+    """What is known of this GPU's fastest kernels before anything is measured."""
+    if not torch.cuda.is_available() or not backends.status()["triton"].startswith("loaded"):
+        return {}
+    from .gpu import shipped
+
+    return {"GPU choices": shipped.status(torch.cuda.get_device_name())}
+
+
 def _extension() -> str:
     """Its build may be older or newer than the torch that it was loaded into."""
     if not backends.loaded():
@@ -93,6 +102,7 @@ def diagnosis() -> dict[str, str]:
         "nvcc": _nvcc(),
         "Triton": _triton(),
         "GPU": _gpu(),
+        **_gpu_choices(),
     }
 
 
