@@ -102,7 +102,7 @@ class Opened:
             return f"{name} is gone"
         if original(module) is not self.kind:
             return f"a {type(module).__name__} where a {self.kind.__name__} was"
-        now = attributes(module)
+        now = vars(module)  # looked into by name: the compiler of some releases of PyTorch cannot list it
         for attribute, essence in self.attributes.items():
             if attribute not in now or _essence(now[attribute]) != essence:
                 return f"another value of {self.kind.__name__}.{attribute}"
