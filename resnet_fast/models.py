@@ -11,7 +11,7 @@ from . import backends, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
 from .chain import Fused
 from .flow import Build
-from .pooling import MaxPool2d
+from .pooling import MaxPool2d, flat_average
 from .whole import Whole
 
 __all__ = [
@@ -51,6 +51,10 @@ class ResNet32(Fused, reference.ResNet32):
             return super().pooled_stem(x)  # a subclass has its own stem
         y = self.fused(x, self.maxpooling)
         return self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
+
+    def flat(self, x: Tensor) -> Tensor:
+        y = flat_average(self.avgpooling, x)
+        return super().flat(x) if y is None else y
 
 
 class _ConvBnReluStem(Fused):
@@ -104,6 +108,10 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
         y = self.fused(x)
         return super().stem(x) if y is None else y
 
+    def flat(self, x: Tensor) -> Tensor:
+        y = flat_average(self.avgpool, x)
+        return super().flat(x) if y is None else y
+
 
 class ResNet(_ConvBnReluStem, reference.ResNet):
     __doc__ = reference.ResNet.__doc__
@@ -120,6 +128,10 @@ class ResNet(_ConvBnReluStem, reference.ResNet):
             return super().pooled_stem(x)  # a subclass has its own stem
         y = self.fused(x, self.maxpool)
         return self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
+
+    def flat(self, x: Tensor) -> Tensor:
+        y = flat_average(self.avgpool, x)
+        return super().flat(x) if y is None else y
 
 
 class _BottleneckResNet(ResNet):

@@ -598,6 +598,7 @@ def _register() -> None:
         *_ON_CPUS,
         "conv_bn_relu_launch",
         "conv_bn_relu_pool_launch",
+        "avg_pool_flatten_launch",
         "residual_network",
     ):
         backends.note_kernel(op)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as nn_module
 
 from . import backends
 from .fission import dense
 from .watch import hooks_reason
 
-__all__ = ["MaxPool2d", "pair", "pooling_window"]
+__all__ = ["MaxPool2d", "flat_average", "pair", "pooling_window"]
 
 _PLACES = 16  # of a window that four bits tell apart
 # Indices of so many outputs are turned into places at once: they stay in a CPU's cache.
@@ -60,6 +61,36 @@ def pooling_window(pool: nn.Module) -> list[int] | None:
     if pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:
         return None
     return [*pair(pool.kernel_size), *pair(pool.stride), *pair(pool.padding)]
+
+
+def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
+    """``torch.flatten(pool(x), 1)`` in one launch: average pooling on a GPU, no gradient wanted; or None."""
+    if (
+        backends.kind(x) != "cuda"
+        or torch.compiler.is_compiling()
+        or not backends.has_kernel("avg_pool_flatten_launch", "cuda")
+        or not backends.has_kernel("residual_stage", "cuda")  # the launchers
+        or backends.selected() not in ("auto", "cuda")
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or type(x) is not Tensor
+        or x.dim() != 4
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or nn_module._has_any_global_hook()
+        or hooks_reason([pool, pool]) is not None
+    ):
+        return None
+    if type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
+        kernel = stride = list(x.shape[2:])
+    elif type(pool) is nn.AvgPool2d and not pool.ceil_mode and pool.divisor_override is None:
+        kernel, stride = pair(pool.kernel_size), pair(pool.stride)
+        if pair(pool.padding) != [0, 0] or any(k > size for k, size in zip(kernel, x.shape[2:], strict=True)):
+            return None
+    else:
+        return None
+    from ._triton import cuda_avg_pool
+
+    return cuda_avg_pool.avg_pool_flatten(x, kernel, stride) if cuda_avg_pool.suits(x) else None
 
 
 def pair(value: Any) -> list[int]:

@@ -187,6 +187,10 @@ class ResNet32(nn.Module):
         """The last feature map: ``[N, 3, image_size, image_size] -> [N, 512, ceil(image_size / 32), ...]``."""
         return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
+    def flat(self, x: Tensor) -> Tensor:
+        """What the classifier takes of the last feature map."""
+        return torch.flatten(self.avgpooling(x), 1)
+
     def logits(self, x: Tensor) -> Tensor:
         """Class scores before the softmax, ``[N, num_classes]``."""
         side = self._feature_side(self.image_size)
@@ -195,7 +199,7 @@ class ResNet32(nn.Module):
                 f"x is {x.shape[2]} x {x.shape[3]}, but the classifier expects images of {self.image_size} x "
                 f"{self.image_size} ({self.classifier.in_features} features): build the model with image_size="
             )
-        return self.classifier(torch.flatten(self.avgpooling(self.features(x)), 1))
+        return self.classifier(self.flat(self.features(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.softmax(self.logits(x), dim=1)
@@ -229,8 +233,12 @@ class CifarResNet(nn.Module):
         """The last feature map, ``[N, 64, ceil(H / 4), ceil(W / 4)]``."""
         return self.layer3(self.layer2(self.layer1(self.stem(x))))
 
+    def flat(self, x: Tensor) -> Tensor:
+        """What the linear layer takes of the last feature map."""
+        return torch.flatten(self.avgpool(x), 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.features(x)), 1))
+        return self.fc(self.flat(self.features(x)))
 
 
 class ResNet(nn.Module):
@@ -272,8 +280,12 @@ class ResNet(nn.Module):
         """The last feature map, ``[N, 512 * expansion, ceil(H / 32), ceil(W / 32)]``."""
         return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
+    def flat(self, x: Tensor) -> Tensor:
+        """What the linear layer takes of the last feature map."""
+        return torch.flatten(self.avgpool(x), 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.flatten(self.avgpool(self.features(x)), 1))
+        return self.fc(self.flat(self.features(x)))
 
 
 def _make_stage(model: CifarResNet | ResNet, inplanes: int, planes: int, num_blocks: int, stride: int) -> nn.Sequential:

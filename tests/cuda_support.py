@@ -58,6 +58,11 @@ def find_cuda(name):
             const {t}*, const {t}*, const float*, const float*, {t}*,
             const __grid_constant__ resnet_fast::cuda::StemArgs);"""
         return source, FLAGS, stem
+    if stem == "avg_pool_flatten_fwd_kernel":
+        source = f"""#include "avg_pool_flatten.cuh"
+        template __global__ void resnet_fast::cuda::avg_pool_flatten_fwd_kernel<{t}>(
+            const {t}*, {t}*, const __grid_constant__ resnet_fast::cuda::AvgPoolArgs);"""
+        return source, FLAGS, stem
     # All of a type at once: they are small, and a run of the compiler is not.
     instances = set()
     for kernel, flags, parameters in BATCH_NORM.values():

@@ -131,6 +131,53 @@ def test_every_instance_gives_exact_integers(dtype, precision, tile):
         assert [r for r in report.conflicts() if t.load != "mixed" or r.kind == "matrix"] == [], config
 
 
+def test_counters_are_left_at_zero(device):
+    """The same ones serve the next launch, of another layer, too: one buffer for all, and none is zeroed in between."""
+    cases = [random_case(2, (9, 8), c, 32, 3, 1, 1, torch.float16, whole) for c in (72, 256)]
+    tile = next(i for i, t in enumerate(tiles()) if t.load == "halo" and t.channels == 64)
+    with tune.use(CudaConfig(tile, 64, 2)):
+        assert torch.equal(plain(cases[0]), exact_sum(cases[0]))
+        counters = cuda_conv.counters_of(cases[0].x, 1)
+        for case in cases * 2:
+            assert not counters.any()
+            assert torch.equal(plain(case), exact_sum(case))
+    assert cuda_conv.counters_of(cases[0].x, counters.numel()) is counters
+    assert not counters.any()
+    # What goes wrong otherwise: the first block to arrive takes itself for the last.
+    counters.fill_(1)
+    with tune.use(CudaConfig(tile, 64, 2)), pytest.raises(Fault, match="uninitialised"):
+        plain(cases[0])
+
+
+def test_whose_counters(monkeypatch):
+    """Each stream has its own, each capture has its own on each of its streams; more of them replace fewer."""
+    at = [(0, 1, 0)]
+    monkeypatch.setattr(cuda_conv, "_stream", lambda _: at[0])
+    x = torch.zeros(1)
+    with cuda_device():
+        first = cuda_conv.counters_of(x, 10)
+        assert cuda_conv.counters_of(x, first.numel()) is first
+        more = cuda_conv.counters_of(x, first.numel() + 1)
+        assert more.numel() > first.numel()
+        assert cuda_conv.counters_of(x, 1) is more
+        assert not more.is_inference()
+        seen = [first, more]
+        for at[0] in ((0, 2, 0), (1, 1, 0), (0, 1, 7), (0, 2, 7), (0, 1, 8)):
+            with torch.inference_mode():
+                counters = cuda_conv.counters_of(x, 1)
+            assert not counters.is_inference()
+            assert all(counters is not other for other in seen)
+            assert cuda_conv.counters_of(x, 1) is counters
+            seen.append(counters)
+        at[0] = (0, 1, 0)
+        assert cuda_conv.counters_of(x, 1) is more
+        at[0] = (0, 1, 8)  # a capture that was over
+        assert all(cuda_conv.counters_of(x, 1) is not other for other in seen)
+    with cuda_device():
+        at[0] = (0, 1, 0)
+        assert cuda_conv.counters_of(x, 1) is not more  # another device behind the launches
+
+
 def test_tf32(device):
     """TF32 keeps 10 bits of a factor, rounded to nearest: 2^-11 each, so 2^-10 of a product, to first order."""
     torch.backends.cudnn.allow_tf32 = True

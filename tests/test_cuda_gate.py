@@ -2,6 +2,7 @@
 
 import cuda_gate as gate
 import pytest
+import torch
 
 from resnet_fast._triton.cuda_configs import tiles
 
@@ -71,6 +72,37 @@ def test_batch_norm(arch):
         assert (k.count("LDG.128") > 0) is (k.values[0] == 1), what
         if "apply" in k.stem:
             assert (k.count("STG.128") > 0) is (k.values[0] == 1), what
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pooled_stems(arch):
+    """Three blocks fit a multiprocessor, two where products are plain; filters stay in registers over the loops."""
+    found = [k for k in gate.kernels() if k.stem == "conv_bn_relu_pool_fwd_kernel" and k.arch == arch]
+    kinds = torch.ops.resnet_fast.conv_bn_relu_pool_kernels()
+    kinds = [kinds[i : i + 3] for i in range(0, len(kinds), 3)]
+    expected = {
+        (t, i)
+        for i, (_, _, plain) in enumerate(kinds)
+        for t in ("float16", "bfloat16", "float32")
+        if not plain or t == "float32"
+    }
+    assert {(k.dtype, k.values[0]) for k in found} == expected
+    for k in found:
+        size, overlap, plain = kinds[k.values[0]]
+        what = f"sm_{k.arch} {k.dtype} {size, overlap, plain}: {k.registers} registers, {k.opcodes.most_common(6)}"
+        assert (2 if plain else 3) * 4 * -(-k.registers * 32 // 256) * 256 <= 65536, what
+        assert k.shared == (0 if arch == 80 else 1024), what
+        assert k.count("LDGSTS.128") > 0, what
+        assert k.count("LDG.128") > 0, what  # planes
+        if k.dtype != "float32":
+            assert k.count("STG.128") > 0, what
+        if not plain:
+            (loop,) = (b for b in k.inner_loops if max(k.inner_loops, key=lambda b: b.total()) == b)
+            products = sum(n for name, n in loop.items() if name.startswith("HMMA"))
+            # A tile of 8 pixels: 10 steps of 2 x 4 products of 16 bits, or 20 of 2 x 2 of TF32; and half of it again,
+            # without the row above, where windows overlap.
+            assert products == (4 if size == 7 else 0.8) * 20 * (1.5 if overlap else 1), what
+            print(f"{what}: {(loop.total() - products) / products:.2f} beside each mma in the code of the loop")
 
 
 # Instructions of the main loop beside each mma on sm_80, of which seven cost nothing: an mma keeps a scheduler's tensor

@@ -79,12 +79,16 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
 
   // Convolution on CUDA devices: the tiles that there are (cuda/conv_plan.h), the geometry of a launch as [blocks,
-  // threads, shared bytes, floats and zeroed integers of workspace, completed args], and the launch itself.
+  // threads, shared bytes, floats and integers of workspace, completed args], and the launch itself, which takes
+  // integers of zero and leaves them at zero.
   m.def("conv_bn_relu_tiles() -> int[]");
   m.def("conv_bn_relu_plan(int tile, int[] args, int element_size, bool aligned) -> int[]");
   m.def(
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
+
+  // The stream of launches on the device of x, and the capture of a CUDA graph that it takes part in, 0 where in none.
+  m.def("current_capture(Tensor x) -> int[]");
 
   // A convolution of an image and the max pooling behind it on CUDA devices: the kernels that there are
   // (cuda/conv_bn_relu_pool_plan.h) as filter, overlapping windows or not, and plain products or not; the geometry of a
@@ -96,6 +100,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "conv_bn_relu_pool_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) y, int kernel, int "
       "blocks, int[] args) -> ()");
+
+  // y = flatten(avg_pool2d(x, kernel, stride), 1) on CUDA devices, of x in channels_last.
+  m.def("avg_pool_flatten_launch(Tensor x, Tensor(a!) y, int[2] kernel, int[2] stride) -> ()");
 
   // Batch norm on CUDA devices: the geometry for an image of rows x channels (cuda/batch_norm_plan.h), and the
   // launches.

@@ -131,11 +131,30 @@ void conv_bn_relu_launch(const Tensor& x, const Tensor& weight, const Tensor& sc
 
 }  // namespace
 
+namespace {
+
+// The stream that launches on the device of x take, and which capture of a CUDA graph it takes part in, 0 where in
+// none.
+std::vector<int64_t> current_capture(const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = current_stream(x);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
+  RESNET_FAST_CHECK(error == cudaSuccess, "current_capture: ", cudaGetErrorString(error));
+  return {reinterpret_cast<int64_t>(stream), status == cudaStreamCaptureStatusNone ? 0 : static_cast<int64_t>(id) + 1};
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("conv_bn_relu_tiles", TORCH_BOX(&conv_bn_relu_tiles));
   m.impl("conv_bn_relu_plan", TORCH_BOX(&conv_bn_relu_plan));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) { m.impl("conv_bn_relu_launch", TORCH_BOX(&conv_bn_relu_launch)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) {
+  m.impl("conv_bn_relu_launch", TORCH_BOX(&conv_bn_relu_launch));
+  m.impl("current_capture", TORCH_BOX(&current_capture));
+}
 
 }  // namespace resnet_fast

@@ -146,7 +146,7 @@ struct MathOf<float, kIndex> {
 
 // x: [batch, height, width, channels]; weight: [out_channels, kernel_h, kernel_w, channels]; scale, shift:
 // [out_channels]; residual, y: [batch, out_height, out_width, out_channels], residual may be null. partial and
-// counters: the workspace of the plan, counters zeroed.
+// counters: the workspace of the plan; counters are zero before and after.
 template <typename T, int kIndex>
 __global__ void __launch_bounds__(kConvTiles[kIndex].threads(), kConvTiles[kIndex].blocks_per_sm)
     conv_bn_relu_fwd_kernel(const T* __restrict__ x, const T* __restrict__ weight, const float* __restrict__ scale,

@@ -139,7 +139,7 @@ constexpr double stem_clocks(StemKernel k, const StemPlan& plan, int size, int m
   const double bytes = a.patch_rows * a.packs * 48.0, load = 1500 + bytes / 24;
   const int64_t most = ceil_div(plan.units, multiprocessors), resident = ceil_div(plan.blocks, multiprocessors);
   const int64_t rounds = ceil_div(plan.units, plan.blocks > 0 ? plan.blocks : 1);
-  const double work = most * (kStemWarps * tiles * busy + 300.0) + (most - resident) * bytes / 48;
+  const double work = most * (kStemWarps * tiles * busy + 150.0) + (most - resident) * bytes / 48;
   const double chain = rounds * (tiles * alone + 300) + (rounds - 1) * load;
   return 1500 + resident * bytes / 24 + (work > chain ? work : chain);
 }

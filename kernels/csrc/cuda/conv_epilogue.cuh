@@ -77,7 +77,8 @@ __device__ ConvOutput join_warps(Sums& sums, unsigned char* memory, const ConvBl
 
 // Sums of a block's part of the products come together: all but the last block to arrive leave theirs in `partial` and
 // are done; the last one waits for those that are still writing and adds all in the order of the parts, so that it does
-// not matter who was last. Returns whether this block has the whole sum.
+// not matter who was last, and leaves the counters at zero, as it found them: a later launch on the same stream may
+// take them again. Returns whether this block has the whole sum.
 template <int kIndex, typename Sums>
 __device__ bool join_splits(Sums& sums, float* partial, int* counters, const ConvArgs& a, const ConvOutput& output,
                             int split) {
@@ -104,9 +105,13 @@ __device__ bool join_splits(Sums& sums, float* partial, int* counters, const Con
     if (threadIdx.x == 0) atomicAdd(counter + 1, 1);
     return false;
   }
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
     while (atomicAdd(counter + 1, 0) != a.splits - 1) {
     }
+    // All others are through with both.
+    atomicExch(counter, 0);
+    atomicExch(counter + 1, 0);
+  }
   __threadfence();
   __syncthreads();
 #pragma unroll

@@ -77,7 +77,7 @@ struct ConvPlan {
   ConvArgs args;
   int64_t blocks;  // grid x; y is splits
   int threads, shared;
-  int64_t partial_floats, counters;  // workspace of split sums: floats, and zeroed integers
+  int64_t partial_floats, counters;  // workspace of split sums: floats, and integers that are zero before and after
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
