@@ -22,6 +22,7 @@ from resnet_fast import launch
 from . import batch_norm
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
+from .rounding import to_operand
 from .sums import finish_sums
 from .taps import tap_bits, tap_is_inside
 
@@ -125,7 +126,7 @@ def _data_gradient_kernel(
         at = ((r0 + th * STRIDE_H) * S + s0 + tw * STRIDE_W) * C
         w = weight + c.to(tl.int64)[:, None] * (R * S * C) + (at + n)[None, :]
         b = tl.load(w, mask=(c < K)[:, None] & (n < C)[None, :], other=0.0)
-        acc = tl.dot(g, b, acc, input_precision=PRECISION)
+        acc = tl.dot(to_operand(g, PRECISION), to_operand(b, PRECISION), acc, input_precision=PRECISION)
 
     ih = a_phase + i * STRIDE_H
     iw = b_phase + j * STRIDE_W
@@ -219,7 +220,7 @@ def _weight_gradient_kernel(
             if RELU:
                 z = tl.where(relu_keeps(z), z, 0.0)
             a = tl.where(inside, z, 0.0).to(a.dtype)
-        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(to_operand(g, PRECISION)), to_operand(a, PRECISION), acc, input_precision=PRECISION)
     here = (m.to(tl.int64)[:, None] * (R * S) + tap) * C + n[None, :]
     here += tl.program_id(1).to(tl.int64) * (K * R * S * C)
     tl.store(partial + here, acc, mask=(m < K)[:, None] & (n < C)[None, :])

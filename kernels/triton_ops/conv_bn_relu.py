@@ -23,6 +23,7 @@ from torch import Tensor
 from resnet_fast import launch
 
 from .configs import Config, Layer
+from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside
 
 __all__ = ["conv_bn_relu", "conv_grid", "finish", "library"]
@@ -110,7 +111,7 @@ def _conv_bn_relu_fwd_kernel(
                 b = tl.load(w_rows + (tap * C + c))
             else:
                 b = tl.load(w_rows + (tap * C + c), mask=n[:, None] < K, other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
     else:
         # Few or odd channels: a step is BLOCK_K of the R * S * C products in a row, taps and channels mixed.
         total: tl.constexpr = R * S * C
@@ -132,7 +133,7 @@ def _conv_bn_relu_fwd_kernel(
                 cache_modifier=".ca",
             )
             b = tl.load(filters[:, None] + at[None, :], mask=(n < K)[:, None] & (at < total)[None, :], other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
 
     here = m.to(index)[:, None] * K + n[None, :]
     kept = (m < pixels)[:, None] & (n < K)[None, :]

@@ -23,6 +23,7 @@ from .arguments import as_rows
 from .batch_stats import stats_of_rows
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
+from .rounding import to_operand
 from .sums import finish_moments
 from .taps import tap_bits, tap_is_inside
 
@@ -100,7 +101,7 @@ def _conv_moments_kernel(
                 b = tl.load(w_rows + (tap * C + c))
             else:
                 b = tl.load(w_rows + (tap * C + c), mask=n[:, None] < K, other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
     else:
         # Few or odd channels: a step is BLOCK_K of the R * S * C products in a row, taps and channels mixed.
         total: tl.constexpr = R * S * C
@@ -124,7 +125,7 @@ def _conv_moments_kernel(
                     z = tl.where(relu_keeps(z), z, 0.0)
                 a = tl.where(inside, z, 0.0).to(a.dtype)
             b = tl.load(filters[:, None] + at[None, :], mask=(n < K)[:, None] & (at < total)[None, :], other=0.0)
-            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+            acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
 
     here = m.to(index)[:, None] * K + n[None, :]
     kept = (m < pixels)[:, None] & (n < K)[None, :]
