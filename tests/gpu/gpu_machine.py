@@ -10,12 +10,13 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from processes import run_pytest
 from support import randomize_
 
 import resnet_fast
 from resnet_fast import backends
-from resnet_fast._triton import layers, tune
+from resnet_fast._triton import cuda_configs, cuda_conv, layers, tune
 from resnet_fast._triton.configs import Config, Layer
 
 pytestmark = pytest.mark.machine
@@ -133,6 +134,35 @@ def test_the_command_shows_the_choices(gpu):
     done = subprocess.run([*command, "--dtype", "float16"], capture_output=True, text=True, check=True)
     assert "Measured once on this GPU" in done.stdout
     assert "3x3/1 16 -> 1x16x32x32: " in done.stdout
+
+
+def test_counters_of_split_sums(gpu):
+    """The same counters in launch after launch; those of two streams and of a graph, all at once, are their own."""
+    x = torch.randint(-2, 3, (8, 256, 14, 14)).to(gpu, torch.float16).contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-2, 3, (256, 256, 3, 3)).to(gpu, torch.float16)
+    expected = F.conv2d(x.float(), weight.float(), padding=1).relu().half()
+    tile = next(i for i, t in enumerate(cuda_configs.tiles()) if t.load == "halo" and t.channels == 64)
+    run = functools.partial(resnet_fast.ops.conv_bn_relu, x, weight, padding=1)
+    with tune.use(cuda_configs.CudaConfig(tile, 64, 4)):
+        assert all(torch.equal(run(), expected) for _ in range(3))
+        counters = cuda_conv.counters_of(x, 1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [run() for _ in range(4)]
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(50):
+            with torch.cuda.stream(streams[0]):
+                graph.replay()
+            for stream in streams[1:]:
+                with torch.cuda.stream(stream):
+                    results.append(run())
+            results.append(run())
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in (*captured, *results))
+        assert cuda_conv.counters_of(x, 1) is counters
+        assert not counters.any()
 
 
 def test_graph(network):

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import Case, assert_error_rule, channels_last, random_case
+from torch import nn
 
 from resnet_fast import ops
 from resnet_fast._triton import bn_add_relu, bn_relu, tune
 from resnet_fast._triton.configs import Layer, tiles
+from resnet_fast.pooling import flat_average
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [
@@ -103,6 +105,17 @@ def test_pooled_stems_of_full_size(gpu, pool, dtype):
             y = torch.ops.resnet_fast.residual_stage(image, filters, layers, pool)
             assert torch.equal(y, expected)
             assert torch.equal(y, torch.ops.resnet_fast.residual_stage(image, filters, layers, pool))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_average_pooling_into_a_matrix(gpu, dtype):
+    for shape, pool in (((5, 512, 7, 7), nn.AvgPool2d(2)), ((3, 72, 7, 6), nn.AdaptiveAvgPool2d(1))):
+        x = channels_last(torch.randint(-8, 9, shape).to(dtype))
+        y = flat_average(pool, channels_last(x.to(gpu)))
+        assert y is not None
+        cells = 4 if shape[1] == 512 else 42
+        expected = ((torch.flatten(pool(x.double()), 1) * cells).round().float() / cells).to(dtype)
+        assert torch.equal(y.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
