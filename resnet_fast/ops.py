@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .conv_gradient import convolution_backward
 
 __all__ = ["add_relu", "conv_bn", "conv_bn_add_relu", "conv_bn_relu"]
 
@@ -479,9 +480,7 @@ def _conv_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Any, ...]:
             grad_mean = -scaled.sum((0, 2, 3)).to(mean.dtype)
     mask = [need_x, need_w, need_b]
     grad_x, grad_w, grad_b = (
-        torch.ops.aten.convolution_backward(
-            grad_z, x, weight, [weight.shape[0]], ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1, mask
-        )
+        convolution_backward(grad_z, x, weight, [weight.shape[0]], ctx.stride, ctx.padding, mask)
         if any(mask)
         else (None, None, None)
     )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast import backends
 
@@ -21,6 +22,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # How far one Winograd convolution may be from float64, in errors of eager's; direct ones may be 2.
 WINOGRAD_FACTOR = 3
 EAGER_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+class NoWildGradients(TorchDispatchMode):
+    """Fails before PyTorch is asked for gradients whose computation may overwrite the memory of the test process.
+
+    resnet_fast/conv_gradient.py says which; here layouts do not count, for a weight of 1 x 1 is in both. Maps that
+    strides do not divide go through other code of oneDNN's: that is what eager may be compared on.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            grad, x, weight, _, stride, *_, mask = args
+            divided = all(g * s == n for g, s, n in zip(grad.shape[2:], stride, x.shape[2:], strict=True))
+            wild = mask[1] and weight.shape[2:] == (1, 1) and max(stride) > 1 and divided and x.shape[1] < 16
+            assert not wild or x.dtype == torch.float64, f"weight's gradient of 1x1, stride {stride}, x {x.shape}"
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

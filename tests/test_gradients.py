@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support import EAGER_LAYOUTS, OPS, Case, assert_error_rule, random_case, twins
+from support import EAGER_LAYOUTS, OPS, Case, NoWildGradients, assert_error_rule, random_case, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fast import backends, blocks, ops, reference
+from resnet_fast.conv_gradient import convolution_backward
 
 
 def test_eval_leaves_the_statistics():
@@ -217,6 +218,36 @@ def test_gradients_of_the_operators(op, shape, dtype, bn):
     for name in exact:
         assert ours[name].dtype == eager[0][name].dtype, name
         assert_error_rule(ours[name], exact[name], [e[name] for e in eager], name)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [False, True, False], [True, False, False]], ids=str)
+@pytest.mark.parametrize("stride", [[2, 2], [1, 3]], ids=str)
+@pytest.mark.parametrize("channels", [2, 5, 15, 16])
+@pytest.mark.parametrize("layout", EAGER_LAYOUTS, ids=str)
+def test_gradients_of_strided_1x1_convolutions_of_few_channels(layout, channels, stride, mask):
+    """What oneDNN gets wrong is not asked of it. Integers: every sum is exact."""
+    x = torch.randint(-3, 4, (3, channels, 8, 6)).float().contiguous(memory_format=layout)
+    weight = torch.randint(-3, 4, (7, channels, 1, 1)).float().contiguous(memory_format=layout)
+    grad = torch.randint(-3, 4, (3, 7, 8 // stride[0], 6 // stride[1])).float().contiguous(memory_format=layout)
+    with NoWildGradients():
+        ours = convolution_backward(grad, x, weight, [7], stride, [0, 0], mask)
+    tensors = (t.double().contiguous(memory_format=torch.contiguous_format) for t in (grad, x, weight))
+    exact = torch.ops.aten.convolution_backward(*tensors, [7], stride, [0, 0], [1, 1], False, [0, 0], 1, mask)
+    for value, right, wanted in zip(ours, exact, mask, strict=True):
+        assert (value is None) == (not wanted)
+        assert value is None or torch.equal(value.double(), right)
+
+
+@pytest.mark.parametrize("layout", EAGER_LAYOUTS, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_operators_do_not_ask_for_gradients_that_overwrite_memory(op, layout):
+    case = random_case(3, 5, (8, 6), 16, 1, 2, 0)
+    grad = torch.randn_like(case.residual)
+    exact = case_gradients(plain_layer, case.to(torch.float64), op, grad.double())
+    with NoWildGradients():
+        ours = case_gradients(fused, case, op, grad, layout)
+    for name, value in ours.items():
+        assert torch.allclose(value.double(), exact[name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("op", OPS)

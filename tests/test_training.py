@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support import EAGER_LAYOUTS, WINOGRAD_FACTOR, assert_error_rule, exact_kernels, permuted, twins
+from support import EAGER_LAYOUTS, WINOGRAD_FACTOR, NoWildGradients, assert_error_rule, exact_kernels, permuted, twins
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +29,8 @@ def step(m, x, grad=None, autocast=False):
     x = x.detach().clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = getattr(m, "logits", m)(x)
-    y.backward(torch.ones_like(y) if grad is None else grad.to(y.dtype))
+    with NoWildGradients():
+        y.backward(torch.ones_like(y) if grad is None else grad.to(y.dtype))
     grads = {name: p.grad for name, p in m.named_parameters()}
     return {"output": y.detach(), "x": x.grad} | grads | {k: v.clone() for k, v in m.named_buffers()}
 
@@ -71,7 +72,7 @@ def assert_trains_as_eager_on_the_whole(fast, eager, draws):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(16, 24, 7, 9), (5, 7, 8, 6), (64, 64, 14, 14), (32, 16, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 24, 7, 9), (5, 7, 9, 6), (64, 64, 14, 14), (32, 16, 3, 2)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks(kind, stride, shape, dtype):

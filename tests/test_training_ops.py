@@ -183,12 +183,14 @@ def test_conv_backward(shape, dtype, algorithm):
         assert_error_rule(dw, exact[1], [eager[1].to(dtype)], "dw", factor)
     factor = 8 if dtype == torch.bfloat16 or algorithm else 2  # sums of gradients as they were rounded, or by Winograd
     assert_error_rule(sums[:2], exact[2], [eager[2]], "sums", factor if dtype != torch.bfloat16 else 1e5)
-    # Alone, each is the same to the bit.
+    # Alone, the data's gradient is the same to the bit, the weight's up to the order of its sums: how many images are
+    # summed at once depends on the maps that are wanted beside them, and on the number of threads.
     for need_x in (True, False):
         alone = (weight, *settings, need_x, not need_x, residual if need_x else None, need_x, *([x], [means]))
         alone = alone if need_x else (*alone[:8], [], [])
         a, b, c = ops.conv_backward(grad, y, coefficients, x, scale_shift, True, *alone)
-        assert torch.equal(a, dx) if need_x else torch.equal(b, dw)
+        difference = (b.double() - dw.double()).norm()
+        assert torch.equal(a, dx) if need_x else difference <= 16 * torch.finfo(dw.dtype).eps * dw.double().norm()
         images, rows_of_sums = (len(x), 3) if need_x else (0, 0)
         assert (a.shape, c.shape) == ((images, *x.shape[1:]), (rows_of_sums, x.shape[1]))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast import ops
+from resnet_fast.conv_gradient import convolution_backward
 
 from . import batch_norm
 from . import conv_backward as backward
@@ -217,10 +218,8 @@ def conv_backward(
         return dx.zero_() if residual is None else dx.copy_(residual), dw.zero_(), sums.zero_()
     filters = _filters(weight, x)
 
-    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        plain = filters.permute(0, 3, 1, 2)
-        settings = (None, stride, padding, [1, 1], False, [0, 0], 1, mask)
-        return torch.ops.aten.convolution_backward(gradient, image, plain, *settings)
+    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+        return convolution_backward(gradient, image, filters.permute(0, 3, 1, 2), None, stride, padding, mask)
 
     def written() -> Tensor:
         if y is None or coefficients is None:
