@@ -36,11 +36,11 @@ MODELS = {
     "block": (pair_of_blocks, (2, 16, 7, 7)),
     "small network, one image": (small, (1, 3, 16, 16)),
     "small network": (small, (6, 3, 16, 16)),
-    "network with a pooled stem": (stem_and_pool, (2, 3, 64, 64)),
     "a network fused afterwards": (converted(lambda: reference.CifarResNet(1)), (2, 3, 16, 16)),
 }
 
 
+POOLED = {"network with a pooled stem": (stem_and_pool, (2, 3, 64, 64))}
 FEW = ("block", "small network, one image", "a network fused afterwards")
 
 
@@ -185,7 +185,7 @@ def peer(tmp_path_factory):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_changes_that_are_not_counted(route, model, gradients, peer):
-    make, shape = MODELS[model]
+    make, shape = (MODELS | POOLED)[model]
     fast, eager = make()
     x = torch.randn(shape)
     for m in (fast, eager):
@@ -197,6 +197,11 @@ def test_changes_that_are_not_counted(route, model, gradients, peer):
         assert_same(fast, eager, x, gradients)
         assert not torch.equal(before[0], result(fast, x, gradients)[0])
     assert backends.fallbacks() == {}
+
+
+@pytest.mark.parametrize("route", ["fused Adam", "broadcast", "numpy"])
+def test_a_pooled_stem(route, peer):
+    test_changes_that_are_not_counted(route, *POOLED, False, peer)
 
 
 @pytest.mark.parametrize("model", MODELS)
