@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .backends import native
 
@@ -69,6 +70,13 @@ def _place(t: Tensor) -> tuple[int, int] | None:
     return t.data_ptr(), (last + 1) * t.element_size() if t.numel() else 0
 
 
+def _storage(t: Tensor) -> int | None:
+    """Where the memory begins that a tensor shares with its views, or None."""
+    if t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
+        return None
+    return t.untyped_storage().data_ptr() or None
+
+
 class _Snapshot:
     """Counts and objects in a row, for ``unchanged`` of ``kernels/csrc/watch.cpp``, which reads them in this order."""
 
@@ -94,9 +102,9 @@ class _Snapshot:
         self.add(*chain.from_iterable((t, descriptor.__get__(t)) for t in tensors))
 
 
-# Those that are alive, to be told of what they do not see; of the second, contents that they cannot read.
+# Those that are alive, to be told of what they do not see; the second: those that watch contents.
 _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
-_blind: weakref.WeakSet[Watch] = weakref.WeakSet()
+_of_contents: weakref.WeakSet[Watch] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
@@ -110,21 +118,45 @@ def _end(watches: weakref.WeakSet[Watch], modules: Iterable[nn.Module]) -> None:
 
 
 def touched(module: nn.Module) -> None:
-    """``module`` was loaded into or changed its mode: what was packed from contents that cannot be read is old."""
-    if _blind:
-        _end(_blind, [module])
+    """``module`` was loaded into or told its mode, be it the same: what was packed from its contents is old."""
+    if _of_contents:
+        _end(_of_contents, [module])
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    """After every step of every optimizer: fused ones bump no version, and small steps may miss the fingerprint.
+
+    Contents that the host cannot read are old after any step, if one of them wants a gradient: what the optimizer holds
+    may be a copy or a shard of them, which is written back later. Others are old if the optimizer holds their memory.
+    """
+    if torch.compiler.is_compiling():  # a compiled step bumps versions
+        return
+    with _lock:
+        watches = [watch for watch in _of_contents if not watch.ended()]
+    if not watches:
+        return
+    written = {_storage(p) for group in optimizer.param_groups for p in group["params"]}
+    for watch in watches:
+        if any(t.requires_grad for t in watch.unread) or not watch.storages.isdisjoint(written):
+            watch.end()
+
+
+register_optimizer_step_post_hook(_stepped)
 
 
 def refresh(model: nn.Module) -> None:
     """Packs all weights of ``model`` anew at the next call, whatever has changed or not.
 
-    Wanted after changes that are not seen by themselves:
+    Seen without it, whatever PyTorch counts: every step of a ``torch.optim`` optimizer, ``load_state_dict``, and every
+    ``train()`` and ``eval()`` of a module that runs fused or of one around it, whether or not the mode changes. On
+    CPUs, too, whoever writes: what changes a sample of the tensor, which is compared at every call (all of up to 512
+    bytes, else eight pieces of 64 bytes). Wanted after changes that PyTorch does not count and none of these shows:
 
-    - of any weights: through ``Tensor.data``, a NumPy view, or memory that another library writes;
-    - of weights made or moved in ``torch.inference_mode()``, on CPUs: of single elements, in inference mode (a sample
-      of each tensor is compared at every call: all of up to 512 bytes, else eight pieces of 64 bytes);
-    - of such weights on GPUs: whatever is done in place in inference mode, unless ``load_state_dict``, ``train()`` or
-      ``eval()`` of a module that runs fused, or of one around it, comes after it or does it.
+    - on CPUs: of single elements outside of the sample, through ``Tensor.data``, a NumPy or DLPack view, shared memory
+      or a storage, and whatever is done to weights made or moved in ``torch.inference_mode()``, in that mode;
+    - on GPUs: of any elements, in place, through these, by collectives such as ``torch.distributed.broadcast``, by a
+      CUDA graph that is replayed, or by kernels of other libraries; and in inference mode, to weights made or moved in
+      it.
 
     Programs that ``torch.compile`` has frozen and CUDA graphs hold weights of their own: compile or capture them again.
 
@@ -142,12 +174,12 @@ def refresh(model: nn.Module) -> None:
 class Watch:
     """What modules were like when they were packed: their children, settings, hooks, and the contents of their tensors.
 
-    Contents are told by PyTorch's own count of in-place changes (``Tensor._version``) and by the address of the memory.
-    Changes through ``Tensor.data`` or a NumPy view are not counted by PyTorch, so they are not seen here either.
-    Tensors made or moved in inference mode are not counted at all: of these, shape, strides and address count, and a
-    fingerprint of their contents, which on CPUs is taken at every question: all of a tensor of up to 512 bytes,
-    eight pieces of 64 bytes of a larger one. On other devices that would make the host wait, so nothing is read there:
-    :func:`touched` says when the contents may be others. :func:`refresh` ends a watch whatever it sees.
+    Contents are told by PyTorch's own count of in-place changes (``Tensor._version``), by the address of the memory,
+    and on CPUs by a fingerprint that is taken at every question: all of a tensor of up to 512 bytes, eight pieces of 64
+    bytes of a larger one. It shows what PyTorch does not count: fused optimizers, collectives, other processes and
+    libraries that write to the memory. On other devices it would make the host wait, so nothing is read there:
+    :func:`touched` and steps of optimizers say when the contents may be others. :func:`refresh` ends a watch whatever
+    it sees. Tensors made or moved in inference mode are not counted at all: shape and strides count instead.
 
     Without ``contents`` only what tensors there are and their classes, dtypes, devices and shapes count; without
     ``kinds`` only what tensors there are. All else is told by identity: a setting that is set to an equal value is
@@ -178,19 +210,23 @@ class Watch:
             was.add_values(entries)
         # A count of batches changes no result.
         tensors = [t for store in stores for t in store.values() if t is not None and t.is_floating_point()]
-        uncounted = [t for t in tensors if contents and t.is_inference()]
-        self._add_tensors(was, tensors, uncounted, contents, kinds)
+        places = [_place(t) for t in tensors] if contents else []
+        self.unread = [t for t, place in zip(tensors, places, strict=False) if place is None]
+        self.storages = frozenset(start for t in tensors if contents and (start := _storage(t)) is not None)
+        self._add_tensors(was, tensors, contents, kinds)
+        was.count(read := [place for place in places if place is not None])
+        for place in read:
+            was.words.extend((*place, native.fingerprint(place)))
         self.modules = frozenset(map(id, modules))
         self._held = was.held
         self._snapshot: bytes | None = was.words.tobytes()
         with _lock:
             _watches.add(self)
-            if any(_place(t) is None for t in uncounted):
-                _blind.add(self)
+            if contents:
+                _of_contents.add(self)
 
-    def _add_tensors(
-        self, was: _Snapshot, tensors: list[Tensor], uncounted: list[Tensor], contents: bool, kinds: bool
-    ) -> None:
+    def _add_tensors(self, was: _Snapshot, tensors: list[Tensor], contents: bool, kinds: bool) -> None:
+        uncounted = [t for t in tensors if contents and t.is_inference()]
         # Aliases keep the memory from being given to someone else, whose address would look like the old one.
         self._aliases = [t.detach() for t in tensors if contents]
         methods = [t.data_ptr for t in tensors if contents] + [t.stride for t in uncounted if t.dim() > 1]
@@ -206,10 +242,6 @@ class Watch:
         was.count(asked)
         for attribute, of in asked:
             was.add_attribute(attribute, of)
-        places = [place for t in uncounted if (place := _place(t)) is not None]
-        was.count(places)
-        for place in places:
-            was.words.extend((*place, native.fingerprint(place)))
 
     def __reduce__(self) -> Any:
         raise TypeError("a Watch knows its objects by their addresses: a copy would not hold them")
@@ -221,3 +253,6 @@ class Watch:
     def end(self) -> None:
         """From now on nothing is as it was."""
         self._snapshot = None
+
+    def ended(self) -> bool:
+        return self._snapshot is None
