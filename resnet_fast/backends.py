@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any, Final, Literal
 
 import torch
+from torch.autograd import forward_ad
 
 from . import launch
 
@@ -158,6 +159,15 @@ def unfused_reason(op: str, device: str) -> str | None:
         return "no training in CUDA C++: backends.use('triton') has it"
     if _selected == "cuda" and op != "add_relu" and not has_cuda_convolution():
         return "no kernel in CUDA C++ was compiled: backends.use('triton') has one"
+    return None
+
+
+def transform_reason() -> str | None:
+    """Why nothing may run fused now: the kernels carry no tangents and cannot look into the tensors of a transform."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform"
     return None
 
 

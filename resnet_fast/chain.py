@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops
 from .choose import algorithm_of_filter, algorithms
+from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .gpu.chain import GpuChain
 from .pooling import pooling_window
@@ -112,7 +112,8 @@ class _Run(torch.autograd.Function):
     """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
 
     Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
-    changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values.
+    changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values. Where the
+    backward itself is to be differentiated, that run stays connected with what the chain was called with.
     """
 
     @staticmethod
@@ -122,20 +123,15 @@ class _Run(torch.autograd.Function):
         return chain.run(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, need_x, _, *need_sources = ctx.needs_input_grad
-        needed = [need_x, *need_sources]
         device, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
-            leaves: list[Any] = [
-                None if t is None else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needed, strict=True)
-            ]
-            y = _unfused(ctx.layers, ctx.eps, *leaves)
-        wanted = [t for t, need in zip(leaves, needed, strict=True) if need]
-        grads = iter(torch.autograd.grad(y, wanted, grad))
-        grad_x, *grad_sources = (next(grads) if need else None for need in needed)
+
+        def again(*tensors: Any) -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                return _unfused(ctx.layers, ctx.eps, *tensors)
+
+        grad_x, *grad_sources = gradients_again(again, ctx.saved_tensors, [need_x, *need_sources], grad)
         return None, grad_x, None, *grad_sources
 
 
@@ -256,11 +252,9 @@ class Fusing:
             return f"an input of type {type(x).__name__}"
         if torch.jit.is_tracing():
             return "torch.jit.trace"
-        if torch._C._are_functorch_transforms_active():
-            return "a torch.func transform"
         if nn_module._has_any_global_hook():
             return "a global module hook"
-        return None
+        return backends.transform_reason()
 
     def _trained(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
         """In training mode: one autograd function. What was recorded holds until a module changes, not a weight."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import backends
 from .conv_gradient import convolution_backward
+from .differentiation import Registry
 
 __all__ = ["add_relu", "conv_bn", "conv_bn_add_relu", "conv_bn_relu"]
 
@@ -44,6 +45,8 @@ def _unfused_reason(op: str, x: Tensor) -> str | None:
     # add_relu has a kernel in CUDA C++ that takes float64, too; meta tensors are for shapes.
     if reason is None and x.dtype not in DTYPES.get(kind, (x.dtype,)) and (op, kind) != ("add_relu", "cuda"):
         return f"no kernel for {x.dtype}"
+    if reason is None and not torch.compiler.is_compiling():
+        return backends.transform_reason()
     return reason
 
 
@@ -237,8 +240,14 @@ def unfused_conv(
     # The kernels take vectors of another dtype than the images have; F.conv2d does not.
     bias = bias if bias is None or torch.is_autocast_enabled(weight.device.type) else bias.to(weight.dtype)
     y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
-    if running_mean is not None:
+    if running_mean is not None and (torch.compiler.is_compiling() or backends.transform_reason() is None):
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
+    elif running_mean is not None and running_var is not None:
+        # Written out: F.batch_norm has no derivatives by the statistics, these operators have.
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if bn_weight is None else scale * bn_weight
+        wide = (y - _channel(running_mean)) * _channel(scale)
+        y = (wide if bn_bias is None else wide + _channel(bn_bias)).to(y.dtype)
     if len(inputs) > 1:
         y = y + inputs[1]
     return y if op == "conv_bn" else F.relu(y)
@@ -553,6 +562,22 @@ def _triton_operator(op: str) -> Any:
     return kernel
 
 
+def _unfused_operator(op: str, inputs: int) -> Any:
+    def unfused(*args: Any) -> Tensor:
+        weight, bias, *bn, stride, padding = args[inputs:]
+        return unfused_conv(op, list(args[:inputs]), weight, bias, tuple(bn), stride, padding, [1, 1], 1)
+
+    return unfused
+
+
+_UNFUSED: dict[str, Any] = {
+    "conv_bn": _unfused_operator("conv_bn", 1),
+    "conv_bn_relu": _unfused_operator("conv_bn_relu", 1),
+    "conv_bn_add_relu": _unfused_operator("conv_bn_add_relu", 2),
+    "add_relu": lambda a, b: F.relu(a + b),
+}
+
+
 def _register_network(library: Any) -> None:
     """The stage kernels are CUDA C++ behind a launcher in Python: Triton is not needed."""
     from . import residual_network
@@ -563,7 +588,7 @@ def _register_network(library: Any) -> None:
 
 
 def _register() -> None:
-    library = torch.library.Library("resnet_fast", "IMPL")
+    library = Registry("resnet_fast", "IMPL", _UNFUSED)
     for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
         name = f"resnet_fast::{op}"
         torch.library.register_fake(name, fake_conv if inputs == 1 else fake_add_layer, lib=library)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as nn_module
 
 from . import backends
+from .differentiation import first_order
 from .fission import dense
 from .watch import hooks_reason
 
@@ -49,7 +49,7 @@ class MaxPool2d(nn.MaxPool2d):
             and backends.selected() != "eager"
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
-            and not torch._C._are_functorch_transforms_active()
+            and backends.transform_reason() is None
         )
 
 
@@ -75,7 +75,7 @@ def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
         or type(x) is not Tensor
         or x.dim() != 4
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or backends.transform_reason() is not None
         or nn_module._has_any_global_hook()
         or hooks_reason([pool, pool]) is not None
     ):
@@ -116,11 +116,11 @@ class _MaxPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (places,) = ctx.saved_tensors
         kernel, stride, padding, *_ = ctx.settings
-        if ctx.fused:
+        first = first_order(grad)
+        if ctx.fused and first:
             with torch._C._AutoDispatchBelowAutograd():
                 dx = torch.ops.resnet_fast.max_pool_backward.default(
                     dense(grad), places, ctx.shape[2:], kernel, stride, padding
@@ -128,7 +128,8 @@ class _MaxPool(torch.autograd.Function):
             return dx, None, None, None, None
         indices = _indices(places, grad.shape, ctx.shape, kernel, stride, padding)
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its shape
-        dx = torch.ops.aten.max_pool2d_with_indices_backward(dense(grad), x, *ctx.settings, indices)
+        grad = dense(grad) if first else grad  # batches of vmap have no layout
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.settings, indices)
         return dx, None, None, None, None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
+from .differentiation import Registry
 from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift
 
 
@@ -104,7 +105,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _register() -> None:
-    library = torch.library.Library("resnet_fast", "IMPL")
+    library = Registry("resnet_fast", "IMPL", {})
     library.impl("train_stage", train_stage, "CompositeExplicitAutograd")
     library.impl("train_stage_backward", train_stage_backward, "CompositeExplicitAutograd")
     torch.library.register_fake("resnet_fast::train_stage", _fake, lib=library)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import backends, train_stage  # noqa: F401  (registers the operator)
-from .fission import Backward, Kept, Layer, counts, dense, forward, layers_of
+from .differentiation import first_order, gradients_again
+from .fission import TENSORS, Backward, Kept, Layer, counts, dense, forward, layers_of
 from .watch import Watch
 
 __all__ = ["Program"]
@@ -70,7 +71,8 @@ class Program:
         if torch.compiler.is_compiling():
             out, moments = self._traced(x, tensors)
         else:
-            out, *moments = _Train.apply(self.layers, backends.training.recompute_outputs, x, *tensors)
+            # Outside of the function: what it saves is then its input, with which a second derivative is connected.
+            out, *moments = _Train.apply(self.layers, backends.training.recompute_outputs, dense(x), *tensors)
         with torch.no_grad():
             _track([bn for _, bn in self.pairs], self.batch, moments, pixels)
         return out
@@ -123,13 +125,15 @@ def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(layers, recompute, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``"""
+    """``forward(layers, recompute, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
+
+    ``x``: channels_last. More than first derivatives come of PyTorch's own operators, by running these again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, layers: list[Layer], recompute: bool, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        x = dense(x)
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
             out, kept = forward(layers, x, list(tensors), recompute)
@@ -139,9 +143,12 @@ class _Train(torch.autograd.Function):
         return out, *kept.moments
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         count = len(ctx.layers)
+        if not first_order(grad):
+            x, *saved = ctx.saved_tensors
+            tensors = [x, *saved[4 * count :]]
+            return None, None, *gradients_again(_Again(ctx.layers), tensors, ctx.needs_input_grad[2:], grad)
         x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
@@ -151,3 +158,32 @@ class _Train(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             run = Backward(ctx.layers, x, kept, tensors, ctx.needs_input_grad[2:])
             return None, None, *run.gradients(grad)
+
+
+class _Again:
+    """The chain on PyTorch's own operators; running statistics stay as they are."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+
+    def __call__(self, x: Tensor, *tensors: Any) -> Tensor:
+        values = [x]
+        with torch.autocast(x.device.type, enabled=False):  # the chain was given x in autocast's dtype
+            for i, layer in enumerate(self.layers):
+                residual = None if layer.residual < 0 else values[layer.residual]
+                own = tensors[TENSORS * i : TENSORS * (i + 1)]
+                values.append(self._layer(layer, values[layer.source], residual, *own))
+        return values[-1]
+
+    @staticmethod
+    def _layer(
+        layer: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *norm: Tensor | None
+    ) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.conv2d(x, weight.to(x.dtype), bias, layer.stride, layer.padding)
+        if layer.normalized:
+            gamma, beta, mean, var = norm
+            y = F.batch_norm(y, mean, var, gamma, beta, training=layer.batch_statistics, eps=layer.eps)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if layer.relu else y

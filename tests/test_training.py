@@ -407,17 +407,6 @@ def test_changes_in_place_before_the_backward_pass_raise(what):
         y.sum().backward()
 
 
-def test_second_derivatives_raise():
-    m = blocks.BasicBlock(8, 8).train()
-    x = torch.randn(2, 8, 6, 6, requires_grad=True)
-    (grad,) = torch.autograd.grad(m(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-    with backends.use("eager"):
-        (grad,) = torch.autograd.grad(m(x).square().sum(), x, create_graph=True)
-        grad.sum().backward()
-
-
 def test_backward_twice():
     m = blocks.BasicBlock(8, 8).train()
     x = torch.randn(2, 8, 6, 6, requires_grad=True)

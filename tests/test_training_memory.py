@@ -195,9 +195,6 @@ def test_broken_arguments_of_max_pooling(change, message):
 def test_max_pooling_keeps_half_a_byte_an_output():
     pool, x = MaxPool2d(2).train(), torch.randn(2, 3, 9, 7, requires_grad=True)
     assert saved_bytes(pool, lambda: pool(x)) == 2 * 3 * 4 * 3 // 2
-    (grad,) = torch.autograd.grad(pool(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("case", ["eval", "eager", "large window", "narrow", "three dimensions", "vmap"])

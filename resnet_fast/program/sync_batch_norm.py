@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 __all__ = ["SyncBatchNorm2d", "convert"]
 
@@ -53,8 +52,9 @@ class _Normalize(torch.autograd.Function):
         return (xhat * _per_channel(weight) + _per_channel(bias)).to(x.dtype), mean, variance, n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable says so only where the incoming gradient requires one
+            raise RuntimeError("create_graph=True: SyncBatchNorm2d has no second derivatives, want create_graph=False")
         x, weight, mean, invstd, n = ctx.saved_tensors
         wide = grad.to(weight.dtype)
         xhat = (x.to(weight.dtype) - _per_channel(mean)) * _per_channel(invstd)
