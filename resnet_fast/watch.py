@@ -152,11 +152,13 @@ def refresh(model: nn.Module) -> None:
     CPUs, too, whoever writes: what changes a sample of the tensor, which is compared at every call (all of up to 512
     bytes, else eight pieces of 64 bytes). Wanted after changes that PyTorch does not count and none of these shows:
 
-    - on CPUs: of single elements outside of the sample, through ``Tensor.data``, a NumPy or DLPack view, shared memory
-      or a storage, and whatever is done to weights made or moved in ``torch.inference_mode()``, in that mode;
+    - on CPUs: of elements outside of the sample alone, through ``Tensor.data``, NumPy or DLPack views, shared memory, a
+      storage or a collective; or by anything in ``torch.inference_mode()``, of weights made or moved in it;
     - on GPUs: of any elements, in place, through these, by collectives such as ``torch.distributed.broadcast``, by a
-      CUDA graph that is replayed, or by kernels of other libraries; and in inference mode, to weights made or moved in
-      it.
+      CUDA graph that is replayed, or by kernels of other libraries; or by anything in inference mode, of weights made
+      or moved in it.
+
+    On GPUs weights that want a gradient are packed anew after a step of any optimizer, one of another network included.
 
     Programs that ``torch.compile`` has frozen and CUDA graphs hold weights of their own: compile or capture them again.
 
