@@ -72,7 +72,10 @@ def _guarded(op: str, kernel: Callable[..., Any], unfused: Callable[..., Tensor]
             backends.decline(op, reason)
             return unfused(*args, **kwargs)
         if _has_tangent(args):
-            raise RuntimeError(f"resnet_fast::{op} has no derivative in forward mode: use conv_bn_relu and its kin")
+            raise RuntimeError(
+                f"resnet_fast::{op} has no derivative in forward mode: use conv_bn_relu and its kin, "
+                "or an uncompiled module"
+            )
         return kernel(keyset, *args, **kwargs)
 
     return guarded

@@ -3,6 +3,7 @@
 Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. On
 CPUs these functions compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without
 a kernel, dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
+So does everything within forward-mode differentiation and ``torch.func``. The operators have derivatives of any order.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
 into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
@@ -510,7 +511,9 @@ def _add_relu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def without_gradient(op: str) -> Any:
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"resnet_fast::{op} has no gradient of its own: use conv_bn_relu and its kin, or a module")
+        raise RuntimeError(
+            f"resnet_fast::{op} has no gradient of its own: use conv_bn_relu and its kin, or an uncompiled module"
+        )
 
     return backward
 

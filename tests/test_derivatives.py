@@ -300,6 +300,21 @@ def test_operators_without_derivatives_raise():
         assert torch.equal(stage(x), m(x)) or torch.allclose(stage(x), m(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["input penalty", "functional.jvp", "dual", "dual, no_grad", "is_grads_batched"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_compiled_modules_give_or_refuse(training, name):
+    """The operators of a compiled program under PyTorch's own autograd, which a backend without AOTAutograd leaves."""
+    fast, eager = module_pair("BasicBlock", training, torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    x = module_input("BasicBlock", torch.float64)
+    if training or name == "dual, no_grad":
+        with pytest.raises(RuntimeError, match=r"resnet_fast::(train|residual)_stage"):
+            DERIVATIVES[name](compiled, x)
+    else:
+        assert_eagers(name, compiled, eager, x)
+
+
 def test_synchronised_batch_norm_refuses_second_derivatives(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
