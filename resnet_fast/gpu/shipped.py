@@ -33,12 +33,16 @@ def current() -> dict[str, str]:
     def release(version: str) -> str:
         return ".".join(version.split(".")[:2])
 
-    tiles = torch.ops.resnet_fast.conv_bn_relu_tiles() if backends.has_cuda_convolution() else []
+    def digest(tiles: object) -> str:
+        return hashlib.sha256(str(tiles).encode()).hexdigest()[:12]
+
+    built = backends.has_cuda_convolution()
     return {
         "torch": release(torch.__version__),
         "triton": release(triton.__version__),
         "cudnn": str((torch.backends.cudnn.version() or 0) // 100),
-        "kernels": hashlib.sha256(f"{list(tiles)} {configs.tables()}".encode()).hexdigest()[:12],
+        "triton_tiles": digest(configs.tables()),
+        "cuda_tiles": digest(list(torch.ops.resnet_fast.conv_bn_relu_tiles())) if built else "none built",
     }
 
 
