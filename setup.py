@@ -56,7 +56,7 @@ def extension():
     cxx = [*optimize, "-std=c++20", target, "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", "-fopenmp"]
     nvcc = [*optimize[:1], "-std=c++20", target, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
     nvcc.append("-Xcompiler=-fvisibility=hidden")
-    sources = sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("cpu/*.cpp"))
+    sources = [path for folder in (".", "chain", "cpu") for path in sorted(CSRC.glob(f"{folder}/*.cpp"))]
     link: dict[str, list[str]] = {"extra_link_args": ["-fopenmp"]}
 
     home = cuda_home()

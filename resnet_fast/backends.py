@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from . import launch
 
-__all__ = ["cpu", "fallbacks", "isa", "status", "training", "use"]
+__all__ = ["cpu", "cuda", "fallbacks", "isa", "status", "training", "use"]
 
 Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
@@ -80,6 +80,17 @@ class _Cpu:
 
 
 cpu = _Cpu()
+
+
+class _Cuda:
+    """Switches of the GPU path."""
+
+    replay: bool = True
+    """Chains of convolutions are launched from C++ from their third call with inputs of a kind on, as the second one
+    was: what Python takes for a layer is several times what the GPU does. ``False`` launches from Python, always."""
+
+
+cuda = _Cuda()
 
 
 class _Training:

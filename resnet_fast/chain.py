@@ -26,6 +26,10 @@ from .watch import Watch, touched
 __all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
 
 
+# What modules keep of what they were packed for.
+_KEPT = ("_chain", "_program", "_whole", "_network")
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants on the device of ``x``, None where it is off."""
     device = x.device.type
@@ -323,7 +327,8 @@ class Fused(Fusing, nn.Module):
 
     def train(self, mode: bool = True) -> Fused:
         if mode != self.training:
-            self._chain = self._program = self._whole = None
+            for name in _KEPT:
+                self.__dict__.pop(name, None)
         touched(self)
         return super().train(mode)
 
@@ -334,4 +339,4 @@ class Fused(Fusing, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack for themselves: packed filters are as large as the weights and bound to this CPU."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program", "_whole")}
+        return {name: value for name, value in self.__dict__.items() if name not in _KEPT}

@@ -9,25 +9,51 @@ imported by whoever defines the kernels, never here.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 # Starts a CUDA kernel on the current stream: grid, block, bytes of shared memory, arguments.
 Launcher = Callable[[tuple[int, ...], tuple[int, ...], int, tuple[Any, ...]], None]
 Grid = Sequence[int] | Callable[[dict[str, Any]], Sequence[int]]
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as a recorder of launches writes it down."""
+
+    function: int  # where it is, for the GPU
+    by_driver: bool  # a function of the driver, not of the extension
+    threads: int
+    shared: int
+    parameters: tuple[str, ...]  # types of what is passed, as Triton names them
+    scratch_pointers: int  # parameters behind these, of which nothing is used
+    owner: Any  # lives as long as the function
+
+
 class Device(Protocol):
     """What can run a kernel. A launch is asynchronous on the current stream, as far as the caller can tell."""
 
-    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> None: ...
+    # Takes what a tape launches, as (kernel, grid, [(bytes, extent or -1) a parameter]); None for the GPU itself, False
+    # where tapes launch nothing.
+    replay: Callable[[Compiled, Sequence[int], Sequence[tuple[bytes, int]]], None] | Literal[False] | None
+
+    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
+        """Returns what :meth:`compiled_triton` takes."""
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None: ...
 
     def has_cuda(self, name: str) -> bool: ...
 
+    def compiled_triton(self, ran: Any) -> tuple[Compiled, tuple[str, ...]]:
+        """And the names of what is passed."""
+
+    def compiled_cuda(self, name: str, threads: int, shared: int, args: Sequence[Any]) -> Compiled: ...
+
 
 class GpuDevice:
     """The current CUDA device: Triton's own launcher, and the extension's registered launchers."""
+
+    replay = None
 
     def __init__(self) -> None:
         self._launchers: dict[str, Launcher] = {}
@@ -39,12 +65,29 @@ class GpuDevice:
     def has_cuda(self, name: str) -> bool:
         return name in self._launchers
 
-    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> None:
+    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
         if _this_thread.compiles_only:
-            kernel.warmup(*args, grid=grid, **meta)
-            return
+            return kernel.warmup(*args, grid=grid, **meta)
         with _guard(args):
-            kernel[grid](*args, **meta)
+            return kernel[grid](*args, **meta)
+
+    def compiled_triton(self, ran: Any) -> tuple[Compiled, tuple[str, ...]]:
+        passed = {name: kind for name, kind in ran.src.signature.items() if kind != "constexpr"}
+        # Behind the arguments come pointers to scratch memory, as many as this release of Triton has.
+        entry = ran.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
+        if ran.metadata.global_scratch_size or getattr(ran.metadata, "profile_scratch_size", 0):
+            raise RuntimeError(f"{ran.metadata.name} wants scratch memory")
+        found = Compiled(
+            *(ran.function, True, 32 * ran.metadata.num_warps, ran.metadata.shared, tuple(passed.values())),
+            scratch_pointers=entry.count(".param") - len(passed),
+            owner=ran,
+        )
+        return found, tuple(passed)
+
+    def compiled_cuda(self, name: str, threads: int, shared: int, args: Sequence[Any]) -> Compiled:
+        from .backends import native
+
+        return Compiled(native.kernel(name), False, threads, shared, ("i64",) * len(args), 0, None)
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
         if _this_thread.compiles_only:
@@ -59,6 +102,7 @@ class GpuDevice:
 
 class _ThisThread(threading.local):
     compiles_only = False
+    recorder: Any = None
 
 
 _this_thread = _ThisThread()
@@ -72,6 +116,22 @@ def compile_only() -> Iterator[None]:
         yield
     finally:
         _this_thread.compiles_only = before
+
+
+def record(recorder: Any) -> None:
+    """Tells ``recorder.launched`` of this thread's launches from now on; None ends that."""
+    _this_thread.recorder = recorder
+
+
+def recording() -> bool:
+    """Whether this thread's launches are being written down."""
+    return _this_thread.recorder is not None
+
+
+def unrecorded() -> contextlib.AbstractContextManager[Any]:
+    """While open, what this thread does is no part of what is recorded."""
+    recorder = _this_thread.recorder
+    return contextlib.nullcontext() if recorder is None else recorder.pause()
 
 
 gpu = GpuDevice()
@@ -110,7 +170,11 @@ def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
         return
     # Products and sums may fuse, as in the C++ kernels; Triton's default for it changes from release to release.
     meta.setdefault("enable_fp_fusion", True)
-    device().triton(kernel, grid, args, meta)
+    ran = device().triton(kernel, grid, args, meta)
+    if _this_thread.recorder is not None:
+        compiled, passed = device().compiled_triton(ran)
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | meta
+        _this_thread.recorder.launched(compiled, grid(bound) if callable(grid) else grid, [bound[n] for n in passed])
 
 
 def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
@@ -121,6 +185,9 @@ def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: in
     if 0 in tuple(grid):
         return
     device().cuda(name, grid, block, shared, args)
+    if _this_thread.recorder is not None:
+        compiled = device().compiled_cuda(name, block[0], shared, args)
+        _this_thread.recorder.launched(compiled, grid, args)
 
 
 def has_cuda(name: str) -> bool:

@@ -11,6 +11,7 @@ from . import backends, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
 from .chain import Fused
 from .flow import Build
+from .gpu.network import Replayed
 from .pooling import MaxPool2d, flat_average
 from .whole import Whole
 
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-class ResNet32(Fused, reference.ResNet32):
+class ResNet32(Replayed, Fused, reference.ResNet32):
     __doc__ = reference.ResNet32.__doc__
     block = Block
     stage = Stage
@@ -113,7 +114,7 @@ class CifarResNet(_ConvBnReluStem, reference.CifarResNet):
         return super().flat(x) if y is None else y
 
 
-class ResNet(_ConvBnReluStem, reference.ResNet):
+class ResNet(Replayed, _ConvBnReluStem, reference.ResNet):
     __doc__ = reference.ResNet.__doc__
     block: ClassVar[type[BasicBlock] | type[Bottleneck]] = BasicBlock
     stage = Stage

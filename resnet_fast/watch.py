@@ -37,7 +37,7 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
 
 
 # What every module has; ``training`` is asked for where it matters.
-_OF_ALL_MODULES = {*vars(nn.Module()), "_chain", "_program", "_whole", "_resnet_fast", "_is_full_backward_hook"}
+_OF_ALL_MODULES = {*vars(nn.Module()), "_chain", "_program", "_whole", "_network", "_resnet_fast", "_is_full_backward_hook"}
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class Watch:
         for m in modules:
             # Where a module's own code was looked into, its other attributes count, too.
             settings = (names for kind, names in _SETTINGS.items() if isinstance(m, kind))
-            names = [*next(settings, ()), *(attributes(m) if m in opened else ())]
+            names = [*next(settings, ()), *(("training", *attributes(m)) if m in opened else ())]
             was.add(m, type(m), vars(m))
             if "forward" in vars(m):
                 was.add(vars(m)["forward"])

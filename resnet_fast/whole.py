@@ -66,4 +66,4 @@ class Whole(Fusing):
             return None
         if linear.in_features != stages[-1].channels or linear.weight.dtype != chain.dtype:
             return None
-        return chain.gpu.run_stages(x, stages, (linear.weight, linear.bias))
+        return chain.gpu.scores(x, stages, (linear.weight, linear.bias))

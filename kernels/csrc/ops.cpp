@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
 
+#include "chain/tape.h"
 #include "watch.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
@@ -109,6 +110,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("batch_norm_plan(int rows, int channels) -> int[]");
   m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
 
+  // A chain on the tape `number` (chain/tape.h), for an input like that which it was recorded with.
+  m.def("run_tape(Tensor x, int number) -> Tensor");
+
   // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises where there is none.
   m.def("cuda_stream(int device) -> int");
 
@@ -127,6 +131,9 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr},
                                   {"fingerprint", fingerprint, METH_O, nullptr},
+                                  {"tape", resnet_fast::add_tape, METH_VARARGS, nullptr},
+                                  {"drop_tape", resnet_fast::drop_tape, METH_O, nullptr},
+                                  {"kernel", resnet_fast::kernel, METH_O, nullptr},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* made = PyModule_Create(&module);

@@ -58,7 +58,7 @@ def counters_of(x: Tensor, count: int) -> Tensor:
     known, counters = kept.get(key, (0, None))
     if counters is None or known != capture or counters.numel() < count:
         # A tensor made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), launch.unrecorded():
             counters = torch.zeros(max(count, _FEWEST), dtype=torch.int32, device=x.device)
         kept[key] = capture, counters
     return counters

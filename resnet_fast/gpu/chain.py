@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends, ops, residual_network
 from . import plan
+from .tape import Tapes
 
 __all__ = ["GpuChain"]
 
@@ -36,13 +37,23 @@ class GpuChain:
         self._steps: dict[Key, list[Any]] = {}
         self._foldable: dict[torch.dtype, list[bool]] = {}
         self._networks: dict[Key, Tensor] = {}
+        self.tapes = Tapes()
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
         """pool: window, stride and padding of max pooling that :meth:`pools` takes."""
+        return self.tapes.run(x, (*self._key(x), tuple(pool)), lambda: self._run(x, pool))
+
+    def _run(self, x: Tensor, pool: Sequence[int]) -> Tensor:
         if pool:
             return self._run_pooled(x, pool)
         stages = self.stages(x)
         return self.run_layers(x) if stages is None else self.run_stages(x, stages)
+
+    def scores(
+        self, x: Tensor, stages: tuple[residual_network.Stage, ...], head: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        """:meth:`run_stages` with a head."""
+        return self.tapes.run(x, (*self._key(x), "scores"), lambda: self.run_stages(x, stages, head))
 
     def run_layers(self, x: Tensor) -> Tensor:
         """A launch a convolution. What ``residual_stage`` finds out of its integers at each call is kept here."""
@@ -71,11 +82,13 @@ class GpuChain:
             with torch.no_grad():
                 filters = [self._plain(i, x.dtype) for i in range(len(self.sources))]
                 packed = self._networks[key] = residual_network.pack(stages, filters, x.dtype, head)
-        return torch.ops.resnet_fast.residual_network(x, packed, self.layers, classes)
+        return residual_network.residual_network(x, packed, self.layers, classes)
 
     def _run_pooled(self, x: Tensor, pool: Sequence[int]) -> Tensor:
+        from .._triton.operators import residual_stage
+
         filters = [self._filter(i, x.dtype, False) for i in range(len(self.sources))]
-        return torch.ops.resnet_fast.residual_stage(x, filters, self.layers, pool)
+        return residual_stage(x, filters, self.layers, pool)
 
     def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
         """The stages of the chain where each can run as one launch on the GPU of ``x``, and that is faster there."""
@@ -143,10 +156,16 @@ class GpuChain:
                 self._filters[key] = found
         return found
 
-    def _key(self, x: Tensor) -> Key:
+    @cached_property
+    def _arithmetic(self) -> tuple[Callable[[torch.dtype], str], Callable[[], Any]]:
+        """What else decides how a layer runs: looked up once, for it is asked at every call."""
         from .._triton.layers import precision
         from .._triton.tune import forced
 
+        return precision, forced
+
+    def _key(self, x: Tensor) -> Key:
+        precision, forced = self._arithmetic
         return x.shape, x.dtype, backends.selected(), precision(x.dtype), forced()
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
@@ -175,9 +194,11 @@ class GpuChain:
 
     def _plain(self, layer: int, dtype: torch.dtype) -> Tensor:
         """The layer's filter by itself."""
+        from .._triton.operators import pack_conv_bn
+
         weight, *vectors = self.sources[layer]
         assert weight is not None
-        return torch.ops.resnet_fast.pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer], 0)
+        return pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer])
 
     def _scale_shift(self, layer: int) -> tuple[Tensor, Tensor]:
         from .._triton.operators import scale_shift

@@ -19,6 +19,7 @@ class TritonBinary:
     shared: int
     threads: int
     passed: tuple[str, ...]  # parameters that are passed at the launch; the others became constants
+    types: tuple[str, ...]  # of these
 
 
 @functools.cache
@@ -54,9 +55,10 @@ def compile_triton(kernel, *args, **meta) -> tuple[TritonBinary, dict]:
     if special not in cache:
         chosen, signature, constexprs, attrs = kernel._pack_args(backend, meta, bound, specialization, options)
         binary = triton.compile(source(kernel, signature, constexprs, attrs), target=target, options=chosen.__dict__)
-        passed = tuple(n for n, t in signature.items() if t != "constexpr")
+        passed = {n: t for n, t in signature.items() if t != "constexpr"}
         cache[special] = TritonBinary(
-            binary.asm["ptx"], binary.metadata.name, binary.metadata.shared, 32 * binary.metadata.num_warps, passed
+            *(binary.asm["ptx"], binary.metadata.name, binary.metadata.shared, 32 * binary.metadata.num_warps),
+            *(tuple(passed), tuple(passed.values())),
         )
     return cache[special], bound
 

@@ -1,10 +1,13 @@
 """The simulated device behind the package's launch seam: same Python, same launch geometry, same compiled kernel."""
 
 import contextlib
+import ctypes
 import functools
 import re
 
 import torch
+
+from resnet_fast.launch import Compiled
 
 from .compilers import compile_cuda, compile_triton
 from .fresh import FreshTensors
@@ -47,7 +50,7 @@ class SimulatedDevice:
     def has_cuda(self, name: str) -> bool:
         return name in self._cuda or (self.find_cuda is not None and self.find_cuda(name) is not None)
 
-    def triton(self, kernel, grid, args, meta) -> None:
+    def triton(self, kernel, grid, args, meta):
         binary, bound = compile_triton(kernel, *args, **meta)
         if id(binary) not in self._triton:
             self._triton[id(binary)] = (binary, Kernel(binary.ptx, binary.name))
@@ -59,6 +62,28 @@ class SimulatedDevice:
             binary.shared,
             binary.passed,
         )
+        return binary
+
+    def compiled_triton(self, binary):
+        owner = (None, self._triton[id(binary)][1])
+        return Compiled(0, True, binary.threads, binary.shared, binary.types, 0, owner), binary.passed
+
+    def compiled_cuda(self, name, threads, shared, args):
+        owner = (name, _kernel(*self._cuda[name]))
+        return Compiled(0, False, threads, shared, ("i64",) * len(args), 0, owner)
+
+    def replay(self, compiled, grid, parameters) -> None:
+        """A launch of a tape: pointers come as addresses with the bytes that lie there."""
+        name, kernel = compiled.owner
+        sizes = [size for _, size in kernel.info["params"]]
+        args = []
+        for size, (data, extent) in zip(sizes, parameters, strict=False):
+            if extent < 0:
+                args.append(data[:size])
+            else:
+                memory = (ctypes.c_char * extent).from_address(int.from_bytes(data, "little"))
+                args.append(torch.frombuffer(memory, dtype=torch.uint8) if extent else None)
+        self._run(kernel, grid, compiled.threads, args, compiled.shared, name=name)
 
     def cuda(self, name, grid, block, shared, args) -> None:
         if name not in self._cuda:
@@ -94,7 +119,7 @@ def simulated(**options):
     from resnet_fast import launch
     from resnet_fast._triton import OPERATORS
 
-    with FreshTensors({"resnet_fast": lambda name, *args: OPERATORS[name](*args)}) as fresh:
+    with FreshTensors({"resnet_fast": OPERATORS}) as fresh:
         device = SimulatedDevice(fresh=fresh, **options)
         with launch.use_device(device):
             yield device

@@ -22,16 +22,16 @@ class FreshTensors(TorchDispatchMode):
     """While active, keeps one byte map per uninitialised storage: 0 = never written."""
 
     def __init__(self, operators=None):
-        """operators: by namespace, what runs in the place of an operator that takes tensors: called with its name and
-        its arguments."""
+        """operators: by namespace and name, what runs in the place of an operator."""
         super().__init__()
         self._operators = operators or {}
         self._maps: dict[int, tuple[StorageWeakRef, np.ndarray]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in self._operators and any("Tensor" in str(a.type) for a in func._schema.arguments):
+        operator = self._operators.get(func.namespace, {}).get(func._opname)
+        if operator is not None:
             with self:
-                return self._operators[func.namespace](func._opname, *args, **(kwargs or {}))
+                return operator(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
         if name in _EMPTY and isinstance(out, torch.Tensor) and out.device.type == "cpu":

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "conv_plan.h"
+#include "kernel_names.h"
 #include "launch.h"
 
 namespace resnet_fast {
@@ -128,6 +129,16 @@ void conv_bn_relu_launch(const Tensor& x, const Tensor& weight, const Tensor& sc
   RESNET_FAST_CHECK(error == cudaSuccess, "conv_bn_relu: launch failed: ", cudaGetErrorString(error));
   check_launch("conv_bn_relu");
 }
+
+template <typename T>
+void name_tiles(const std::string& dtype) {
+  for (int i = 0; i < cuda::kConvTileCount; ++i)
+    if (const void* kernel = cuda::conv_kernel<T>(i))
+      name_kernel("conv_bn_relu_fwd_kernel<" + dtype + ", " + std::to_string(i) + ">", kernel);
+}
+
+const bool named = (name_tiles<__half>("float16"), name_tiles<__nv_bfloat16>("bfloat16"), name_tiles<float>("float32"),
+                    true);
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "conv_bn_relu_pool.cuh"
+#include "kernel_names.h"
 #include "launch.h"
 
 namespace resnet_fast {
@@ -165,6 +166,15 @@ void conv_bn_relu_pool_launch(const Tensor& x, const Tensor& weight, const Tenso
   RESNET_FAST_CHECK(error == cudaSuccess, kName, ": launch failed: ", cudaGetErrorString(error));
   check_launch(kName);
 }
+
+const bool named = [] {
+  for (const ScalarType type : {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float})
+    for (int i = 0; i < cuda::kStemKernelCount; ++i)
+      if (const void* function = instance(i, type))
+        name_kernel(std::string("conv_bn_relu_pool_fwd_kernel<") + dtype_name(type) + ", " + std::to_string(i) + ">",
+                    function);
+  return true;
+}();
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "kernel_names.h"
 #include "launch.h"
 #include "residual_stage_kernels.cuh"
 
@@ -102,6 +103,18 @@ void residual_stage_launch(int64_t kernel, const Tensor& x, const Tensor& filter
                    current_stream(x));
   check_launch("residual_stage_launch");
 }
+
+const bool named = [] {
+  constexpr const char* kEntries[] = {"stem", "map", "strided"};
+  for (const Kernel& k : kKernels) {
+    const std::string size = std::to_string(k.size);
+    const std::string name = std::string("residual_stage_") + kEntries[static_cast<int>(k.entry)] + "_" +
+                             std::to_string(k.channels) + "x" + size + "x" + size + "_" + std::to_string(k.images) + "_";
+    name_kernel(name + (k.element_size == 2 ? "float16" : "float32"), k.first);
+    if (k.bfloat16 != nullptr) name_kernel(name + "bfloat16", k.bfloat16);
+  }
+  return true;
+}();
 
 }  // namespace
 

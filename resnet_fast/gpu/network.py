@@ -1,0 +1,63 @@
+"""A whole network on a GPU as one tape: one call into C++ from the images to the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..chain import Fusing, autocast_dtype
+from ..watch import Watch, hooks_reason
+from .tape import Tapes
+
+__all__ = ["Network", "Replayed"]
+
+
+class Network(Fusing):
+    """``model(x)`` in eval mode, replayed for as long as no module of it changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._watch: Watch | None = None
+        self.tapes = Tapes()
+        self._known = False  # whether the code of every module is known
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.model.training
+
+    def run(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        autocast = autocast_dtype(x)
+        if self.cannot_run(x, False, autocast) is not None or not self._fresh():
+            return forward(x)
+        kind = (backends.selected(), torch.backends.cudnn.allow_tf32, autocast, torch.is_inference_mode_enabled())
+        return self.tapes.run(x, kind, lambda: forward(x))
+
+    def _fresh(self) -> bool:
+        if self._watch is None or not self._watch.unchanged():
+            modules = list(self.model.modules())
+            self.tapes = Tapes()
+            self._watch = Watch(modules, modules)
+            self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)
+        return self._known
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether ``forward`` is a function of its input and of what is watched, and does nothing else."""
+    return type(module).__module__.startswith(("resnet_fast.", "torch.nn.modules."))
+
+
+class Replayed(nn.Module):
+    """Mixin: on a GPU in eval mode, where no gradient may be wanted, ``forward`` of the class behind it as one tape."""
+
+    _network: Network | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        forward = super().forward
+        if torch.compiler.is_compiling() or backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():
+            return forward(x)
+        if self._network is None:
+            self._network = Network(self)
+        return self._network.run(x, forward)

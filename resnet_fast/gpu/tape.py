@@ -1,0 +1,411 @@
+"""A chain's launches and calls, recorded once for each kind of input and replayed in C++.
+
+From Python a launch costs the host 50 to 200 us, several times what it costs the GPU. What depends on shapes alone is
+therefore found once: while a call runs as usual, a :class:`Recorder` writes down each kernel with its grid and its
+arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape.cpp`` replays that for
+other inputs of the same kind, at a few microseconds a step.
+
+Memory that kernels write comes from PyTorch's allocator: what is returned, and one piece for all that is not, in which
+buffers share room whose lifetimes do not overlap. Everything else that a kernel reads is a constant, held by the tape.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import weakref
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import backends, launch
+from ..backends import native
+
+__all__ = ["Recorder", "Tape", "Tapes", "record"]
+
+_ALIGN = 512  # bytes, as of the allocator
+# As of c10::ScalarType, of which the C interface uses the numbers.
+_DTYPES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bfloat16: 15,
+}
+_EMPTY = (
+    "aten::empty",
+    "aten::empty_strided",
+    "aten::empty_like",
+    "aten::empty_permuted",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+)
+# As tape.h numbers them.
+_INPUT, _SCRATCH, _OUTPUT, _CONSTANT, _RESULT = range(5)
+_NONE, _TENSOR, _INT, _DOUBLE, _BOOL, _INTS, _FORMAT = range(7)
+_UNKNOWN = -1  # the buffer of what no step of a tape gives
+_FORMATS = {torch.contiguous_format: 0, torch.channels_last: 1, torch.preserve_format: 2}
+
+
+class _Buffer:
+    """Memory that steps read and write; ``first`` and ``last``: the steps between which it is wanted."""
+
+    def __init__(self, kind: int, place: int, size: int, step: int) -> None:
+        self.kind, self.place, self.bytes, self.first, self.last = kind, place, size, step, step
+
+
+class _Launch(NamedTuple):
+    compiled: launch.Compiled
+    grid: tuple[int, ...]
+    parameters: list[bytes | tuple[int, int, int]]  # or buffer, offset and extent in bytes
+
+
+class _Call(NamedTuple):
+    name: str
+    overload: str
+    arguments: list[tuple[int, bool, Any]]
+    result: int
+
+
+class _NotRecordedError(Exception):
+    pass
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what runs on this thread between its entry and its exit, for inputs like ``x``.
+
+    ``reason``: why there will be no tape, or None.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x, self.reason = x, None
+        self.steps: list[_Launch | _Call] = []
+        self._buffers: list[_Buffer] = []
+        self._numbers: dict[int, int] = {}  # of buffers, by storage
+        self._views: list[tuple[int, ...]] = []
+        self._held: list[Any] = []  # so that no storage takes the place of another meanwhile
+        self._constants: list[Any] = []
+        self._paused = False
+        self._add(x, _INPUT, x.data_ptr(), _span(x))
+
+    def __enter__(self) -> Recorder:
+        launch.record(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        launch.record(None)
+        super().__exit__(*error)
+
+    def pause(self) -> _Pause:
+        """A context in which nothing is written down: what is made there is a constant."""
+        return _Pause(self)
+
+    def launched(self, compiled: launch.Compiled, grid: Sequence[int], values: Sequence[Any]) -> None:
+        """A kernel ran; ``values``: what ``compiled.parameters`` got, in their order."""
+        if self.reason is not None:
+            return
+        parameters = []
+        for kind, value in zip(compiled.parameters, values, strict=True):
+            if isinstance(value, Tensor):
+                buffer, offset = self._place(value)
+                parameters.append((buffer, offset, _span(value)))
+            else:
+                parameters.append(_bytes_of(kind, value))
+        parameters += [bytes(8)] * compiled.scratch_pointers
+        self.steps.append(_Launch(compiled, (*grid, 1, 1)[:3], parameters))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._paused or self.reason is not None:
+            return out
+        try:
+            self._ran(func, args, kwargs or {}, out)
+        except _NotRecordedError as error:
+            self.reason = str(error)
+        return out
+
+    def _ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        schema = func._schema
+        if schema.name == "aten::max_pool2d_with_indices":  # a call gives one tensor, and nobody asked for the indices
+            out, indices = out
+            self._numbers[indices.untyped_storage()._cdata] = _UNKNOWN
+            self._held.append(indices)
+            func = torch.ops.aten.max_pool2d.default
+            schema = func._schema
+        if schema.is_mutable or not isinstance(out, Tensor):
+            raise _NotRecordedError(f"{schema.name} in a chain")
+        if schema.name in _EMPTY:
+            self._add(out, _SCRATCH, 0, out.untyped_storage().nbytes())
+            return
+        if self._is_view(out, args):
+            return
+        values = [
+            args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            for i, argument in enumerate(schema.arguments)
+        ]
+        if schema.name == "aten::addmm" and values[3:] == [1, 1]:  # whose factors are of a type that is not carried
+            func, values = torch.ops.aten.linear.default, [values[1], values[2].t(), values[0]]
+            schema = func._schema
+        arguments = [self._argument(a.type, value) for a, value in zip(schema.arguments, values, strict=True)]
+        self._add(out, _RESULT, 0, out.untyped_storage().nbytes())
+        self.steps.append(_Call(schema.name, schema.overload_name, arguments, self._view(out)))
+
+    def _is_view(self, out: Tensor, args: Sequence[Any]) -> bool:
+        """Of a buffer, or of a constant, which gets no number by that."""
+        storage = out.untyped_storage()._cdata
+        return storage in self._numbers or any(
+            isinstance(a, Tensor) and a.untyped_storage()._cdata == storage for a in args
+        )
+
+    def _argument(self, kind: Any, value: Any) -> tuple[int, bool, Any]:
+        optional = isinstance(kind, torch.OptionalType)
+        if value is None:
+            return _NONE, optional, 0
+        if isinstance(value, Tensor):
+            return _TENSOR, optional, self._view(value)
+        name = str(kind.getElementType() if optional else kind)
+        if isinstance(value, torch.memory_format) and value in _FORMATS:
+            return _FORMAT, optional, _FORMATS[value]
+        if name == "bool":
+            return _BOOL, optional, int(value)
+        if name == "int" and type(value) is int:
+            return _INT, optional, value
+        if name == "float":
+            return _DOUBLE, optional, struct.unpack("q", struct.pack("d", value))[0]
+        if name == "List[int]" and all(type(v) is int for v in value):
+            return _INTS, optional, list(value)
+        raise _NotRecordedError(f"an operator's argument {value!r} of type {kind}")
+
+    def _add(self, t: Tensor, kind: int, place: int, size: int) -> int:
+        storage = t.untyped_storage()
+        self._held.append(storage)
+        self._numbers[storage._cdata] = len(self._buffers)
+        self._buffers.append(_Buffer(kind, place, size, len(self.steps)))
+        return len(self._buffers) - 1
+
+    def _place(self, t: Tensor) -> tuple[int, int]:
+        """Number of the buffer of ``t``, and the bytes before it there."""
+        storage = t.untyped_storage()
+        number = self._numbers.get(storage._cdata)
+        if number is None:
+            number = self._add(t, _CONSTANT, storage.data_ptr(), storage.nbytes())
+            self._constants.append(storage)
+        if number == _UNKNOWN:
+            raise _NotRecordedError("indices of max pooling")
+        buffer = self._buffers[number]
+        buffer.last = len(self.steps)
+        begin = self.x.data_ptr() if number == 0 else storage.data_ptr()
+        if t.data_ptr() < begin:
+            raise _NotRecordedError("memory before the input")
+        return number, t.data_ptr() - begin
+
+    def _view(self, t: Tensor) -> int:
+        if t.dtype not in _DTYPES:
+            raise _NotRecordedError(f"a tensor of {t.dtype}")
+        buffer, offset = self._place(t)
+        self._views.append((buffer, _DTYPES[t.dtype], offset // t.element_size(), *_listed(t.shape, t.stride())))
+        return len(self._views) - 1
+
+    def tape(self, y: Tensor) -> Tape | None:
+        """Once it has ended; ``y``: what was computed. None for a :attr:`reason`."""
+        if self.reason is not None:
+            return None
+        try:
+            return Tape(self._words(y), self)
+        except _NotRecordedError as error:
+            self.reason = str(error)
+            return None
+
+    def _words(self, y: Tensor) -> list[int]:
+        result = self._view(y)
+        returned = self._buffers[self._views[result][0]]
+        if returned.kind == _SCRATCH:
+            if y.storage_offset() != 0 or y.untyped_storage().nbytes() != _span(y):
+                raise _NotRecordedError("a result that is a part of what was computed")
+            returned.kind = _OUTPUT
+        elif returned.kind != _RESULT:
+            raise _NotRecordedError("a result that nothing computed")
+        x = self.x
+        words = [int(x.is_cuda), x.get_device(), int(x.data_ptr() % 16 == 0), _arrange(self._buffers) // 8]
+        words.append(len(self._buffers))
+        for b in self._buffers:
+            words += [b.kind, b.place, b.bytes]
+        words += [0, _DTYPES[x.dtype], 0, *_listed(x.shape, x.stride())]
+        words.append(len(self._views))
+        for view in self._views:
+            words += view
+        words += [result, len(self.steps)]
+        for i, step in enumerate(self.steps):
+            words += _launch_words(step) if isinstance(step, _Launch) else _call_words(step)
+            ends = [n for n, b in enumerate(self._buffers) if b.kind == _RESULT and b.last == i and b is not returned]
+            words += [len(ends), *ends]
+        return words
+
+    def constants(self) -> list[Any]:
+        """What has to live as long as the tape."""
+        return [*self._constants, *(s.compiled.owner for s in self.steps if isinstance(s, _Launch))]
+
+
+class _Pause:
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        self._before, self._recorder._paused = self._recorder._paused, True
+
+    def __exit__(self, *error: Any) -> None:
+        self._recorder._paused = self._before
+
+
+class Tape:
+    """What a :class:`Recorder` wrote down, in C++."""
+
+    def __init__(self, words: list[int], recorder: Recorder) -> None:
+        self.steps = recorder.steps
+        self._held = recorder.constants()
+        self._error: BaseException | None = None
+        self._replay = launch.device().replay
+        launcher = self._launcher() if callable(self._replay) else self._replay
+        self.number = native.tape(array("q", words).tobytes(), launcher)
+        weakref.finalize(self, native.drop_tape, self.number)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The chain on ``x``, which is like that which was recorded: shape, strides, dtype, device, alignment."""
+        try:
+            return torch.ops.resnet_fast.run_tape.default(x, self.number)
+        except RuntimeError:
+            error, self._error = self._error, None
+            if error is None:
+                raise
+            raise error from None
+
+    def _launcher(self) -> Callable[[int, list[tuple[bytes, int]]], bool]:
+        """Takes the launches where a simulator stands behind them."""
+        weak = weakref.ref(self)  # the tape in C++ holds this
+
+        def start(step: int, parameters: list[tuple[bytes, int]]) -> bool:
+            tape = weak()
+            assert tape is not None and callable(tape._replay)
+            ran = tape.steps[step]
+            assert isinstance(ran, _Launch)
+            try:
+                tape._replay(ran.compiled, ran.grid, parameters)
+            except BaseException as error:
+                tape._error = error
+                return False
+            return True
+
+        return start
+
+
+def record(x: Tensor, run: Callable[[], Tensor]) -> tuple[Tensor, Tape | str]:
+    """``run()``, a function of ``x``, and its tape, or why something in it cannot be replayed."""
+    with Recorder(x) as recorder:
+        y = run()
+    return y, recorder.tape(y) or recorder.reason or ""
+
+
+class Tapes:
+    """What a function of one input, and of nothing that changes, is replayed from, by kind of call.
+
+    The first call of a kind runs as it is, and chooses kernels; the second is recorded; others are replayed.
+    """
+
+    def __init__(self) -> None:
+        # None after the first call; then the tape, or why there is none.
+        self.found: dict[tuple[Any, ...], Tape | str | None] = {}
+
+    def run(self, x: Tensor, kind: tuple[Any, ...], run: Callable[[], Tensor]) -> Tensor:
+        """``run()``, which computes with ``x``; kind: what of the input and of all switches decides how."""
+        # Within a recording all is written down as it is. A graph that is captured has its own stream and memory, and
+        # does not ask what a call costs.
+        if not backends.cuda.replay or x.numel() == 0 or launch.recording() or _capturing(x):
+            return run()
+        # Some workspace belongs to the stream.
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+        key = (*kind, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0, stream, launch.device())
+        if key not in self.found:
+            y = run()
+            self.found[key] = None
+            return y
+        tape = self.found[key]
+        if isinstance(tape, Tape):
+            return tape.run(x)
+        if tape is not None:
+            return run()
+        y, self.found[key] = record(x, run)
+        return y
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _span(t: Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    if t.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def _listed(*lists: Sequence[int]) -> list[int]:
+    return [word for values in lists for word in (len(values), *values)]
+
+
+def _text(text: bytes | str) -> list[int]:
+    data = text.encode() if isinstance(text, str) else text
+    return [len(data), *array("q", data + bytes(-len(data) % 8))]
+
+
+def _bytes_of(kind: str, value: Any) -> bytes:
+    """A parameter by value; integers in eight bytes, of which a kernel reads those that it wants."""
+    if isinstance(value, bytes):
+        return value
+    if kind in ("fp32", "fp64"):
+        return struct.pack({"fp32": "f", "fp64": "d"}[kind], value)
+    return int(value or 0).to_bytes(8, "little", signed=int(value or 0) < 0)
+
+
+def _launch_words(step: _Launch) -> list[int]:
+    compiled = step.compiled
+    words = [0, compiled.function, int(compiled.by_driver), *step.grid, compiled.threads, compiled.shared]
+    words.append(len(step.parameters))
+    for parameter in step.parameters:
+        words += [0, *_text(parameter)] if isinstance(parameter, bytes) else [1, *parameter]
+    return words
+
+
+def _call_words(step: _Call) -> list[int]:
+    words = [1, *_text(step.name), *_text(step.overload), len(step.arguments)]
+    for kind, optional, value in step.arguments:
+        words += [kind, int(optional)]
+        if kind == _INTS:
+            words += _listed(value)
+        elif kind != _NONE:
+            words.append(value)
+    return [*words, step.result]
+
+
+def _arrange(buffers: Sequence[_Buffer]) -> int:
+    """Places for the scratch buffers, large ones first, each at the lowest place where nothing lies that is wanted at
+    the same time; bytes in total."""
+    placed: list[_Buffer] = []
+    total = 0
+    for b in sorted((b for b in buffers if b.kind == _SCRATCH), key=lambda b: -b.bytes):
+        place = 0
+        for other in sorted(placed, key=lambda other: other.place):
+            apart = b.last < other.first or other.last < b.first
+            if not apart and other.place < place + b.bytes and place < other.place + other.bytes:
+                place = math.ceil((other.place + other.bytes) / _ALIGN) * _ALIGN
+        b.place = place
+        placed.append(b)
+        total = max(total, place + math.ceil(b.bytes / _ALIGN) * _ALIGN)
+    return total
