@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from benchmarks.host import Nothing
 from cuda_support import cuda_device
+from ptxsim.compilers import compile_triton
 from ptxsim.device import simulated
+from ptxsim.sim import Kernel
 from stage_support import add_kernels
 from support import randomize_
 from torch import nn
@@ -66,6 +68,35 @@ def test_a_stage_in_triton(simulated_device, dtype, layout):
     check_replay(stage, (2, 8, 6, 6), simulated_device, dtype, layout)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_the_driver_is_given(bias):
+    """Of a kernel as Triton compiled it: its parameters, in number and order as its code has them."""
+    from resnet_fast._triton import conv_bn_relu as kernels
+    from resnet_fast._triton.layers import layer_of
+
+    y = torch.zeros(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    sums, vector = torch.zeros(2, 16, 16), torch.zeros(16)
+    layer = layer_of((1, 8, 4, 4), (16, 3, 3), (1, 1), (1, 1), torch.float32, residual=False, relu=True)
+    assert layer.pixels == 16
+    seen = []
+
+    class Compiling(Nothing):
+        def triton(self, kernel, grid, args, meta):
+            seen.append(compile_triton(kernel, *args, **meta)[0])
+
+    with launch.use_device(Compiling()):
+        kernels.finish(sums, vector, vector, y if bias else None, y, True, 2)
+    (binary,) = seen
+    compiled, passed = launch.gpu.compiled_triton(binary.compiled)
+    assert passed == binary.passed == ("partial", "scale", "shift", *(("residual",) if bias else ()), "y", "pixels")
+    assert compiled.parameters[0] == "*fp32"
+    assert compiled.parameters[-1] == "i32"
+    parameters = Kernel(binary.ptx, binary.name).info["params"]
+    assert len(parameters) == len(passed) + compiled.scratch_pointers
+    assert [size for _, size in parameters[len(passed) :]] == [8] * compiled.scratch_pointers
+    assert compiled.threads == binary.threads == 128
+
+
 def test_split_sums_in_triton(simulated_device):
     from resnet_fast._triton.configs import Config
     from resnet_fast._triton.tune import use
@@ -100,6 +131,7 @@ def test_a_network_at_a_launch_a_stage(simulated_device, tensor_cores):
     model = randomize_(resnet_fast.cifar_resnet20()).eval().half()
     names = check_replay(model, (2, 3, 32, 32), simulated_device)
     assert [name.split("_")[2] for name in names] == ["stem", "strided", "strided"]
+    assert [type(t) for t in model._network.tapes.found.values()] == [Tape]
 
 
 @torch.no_grad()

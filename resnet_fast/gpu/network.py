@@ -14,6 +14,8 @@ from .tape import Tapes
 
 __all__ = ["Network", "Replayed"]
 
+_WATCHED = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+
 
 class Network(Fusing):
     """``model(x)`` in eval mode, replayed for as long as no module of it changes."""
@@ -39,7 +41,8 @@ class Network(Fusing):
         if self._watch is None or not self._watch.unchanged():
             modules = list(self.model.modules())
             self.tapes = Tapes()
-            self._watch = Watch(modules, modules)
+            # Of the many, what counts is watched anyway.
+            self._watch = Watch(modules, [m for m in modules if type(m) not in _WATCHED])
             self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)
         return self._known
 
@@ -55,7 +58,10 @@ class Replayed(nn.Module):
     _network: Network | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        forward = super().forward
+        return self.replayed(x, super().forward)
+
+    def replayed(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """``forward(x)``"""
         if torch.compiler.is_compiling() or backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():
             return forward(x)
         if self._network is None:

@@ -20,6 +20,7 @@ class TritonBinary:
     threads: int
     passed: tuple[str, ...]  # parameters that are passed at the launch; the others became constants
     types: tuple[str, ...]  # of these
+    compiled: object  # as Triton has it
 
 
 @functools.cache
@@ -58,7 +59,7 @@ def compile_triton(kernel, *args, **meta) -> tuple[TritonBinary, dict]:
         passed = {n: t for n, t in signature.items() if t != "constexpr"}
         cache[special] = TritonBinary(
             *(binary.asm["ptx"], binary.metadata.name, binary.metadata.shared, 32 * binary.metadata.num_warps),
-            *(tuple(passed), tuple(passed.values())),
+            *(tuple(passed), tuple(passed.values()), binary),
         )
     return cache[special], bound
 
