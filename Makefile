@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes of make test.
+WORKERS ?= 2
 BIN := $(abspath $(VENV))/bin
 # pip and the build look for ninja on PATH.
 export PATH := $(BIN):$(PATH)
@@ -37,7 +39,7 @@ roofline: build
 	$(BIN)/python -m benchmarks.roofline
 
 test: build $(VENV)-triton/3.6.0/.installed
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)
 
 # On a machine with an NVIDIA GPU; without one they fail.
 test-gpu: build
