@@ -113,7 +113,8 @@ class Chain:
 
 
 class _Run(torch.autograd.Function):
-    """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
+    """A chain in eval mode whose gradient someone may want and that has no :class:`Program`, say for a stem without
+    batch norm: fused forward; the backward runs it again, unfused.
 
     Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
     changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values. Where the
@@ -200,7 +201,11 @@ class Fusing:
         if chain is None:
             return self._declined(reason)
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
-            y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
+            program, x, _ = self._programmed(x, autocast)
+            if program is not None:
+                y = program.run(x)
+            else:
+                y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             return y if pool is None else pool(y)
         if pool is not None and window is not None and not chain.pools(x, window):
             return pool(chain.run(x))
@@ -261,10 +266,18 @@ class Fusing:
         return backends.transform_reason()
 
     def _trained(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
-        """In training mode: one autograd function. What was recorded holds until a module changes, not a weight."""
+        """In training mode: one autograd function."""
+        program, x, reason = self._programmed(x, autocast)
+        return self._declined(reason) if program is None else program.run(x)
+
+    def _programmed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Program | None, Tensor, str | None]:
+        """The chain as an autograd function and ``x`` in the dtype that it takes, or None, ``x`` and why not.
+
+        What was recorded holds until a module changes, not a weight.
+        """
         reason = self.cannot_run(x, True, autocast)
         if reason is not None:
-            return self._declined(reason)
+            return None, x, reason
         program = None if torch.compiler.is_compiling() else self._program
         if program is None or not program.fresh():
             recorder = Recorder(training=True)
@@ -274,21 +287,21 @@ class Fusing:
             reason = recorder.reason(parts) or program.reason()
             if torch.compiler.is_compiling():
                 if reason is not None:
-                    return self._declined(reason)
+                    return None, x, reason
             elif reason is not None:
                 program = self._program = Refusal(reason, parts, opened, True)
             else:
                 program.watch = Watch(parts, opened, contents=False)
                 self._program = program
         if isinstance(program, Refusal):
-            return self._declined(program.reason)
+            return None, x, program.reason
         if not torch.compiler.is_compiling() and not program.keeps_statistics():
-            return self._declined("statistics made in inference mode, outside of it")  # PyTorch says what it allows
+            return None, x, "statistics made in inference mode, outside of it"  # PyTorch says what it allows
         weight = program.pairs[0][0].weight
         x, reason = _admitted(x, weight.dtype, weight.device, autocast)
         if x.numel() == 0:
             reason = reason or "an empty input"
-        return self._declined(reason) if reason is not None else program.run(x)
+        return (program if reason is None else None), x, reason
 
     def _traced(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
         """For the compiler: filters are packed in the graph, where freezing can fold them, and never go stale."""

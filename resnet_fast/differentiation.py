@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 
-__all__ = ["Registry", "first_order", "gradients_again"]
+__all__ = ["Registry", "first_order", "gradients_again", "wanted"]
 
 
 def first_order(grad: Tensor) -> bool:
@@ -25,6 +25,28 @@ def first_order(grad: Tensor) -> bool:
     if torch.is_grad_enabled() or backends.transform_reason() is not None:
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(grad)  # of a vmap that is no transform of torch.func
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Within a backward: for each argument of ``apply`` whether this pass goes on to its gradient.
+
+    ``ctx.needs_input_grad`` says who might ever want one. ``torch.autograd.grad(y, x)`` goes on to ``x`` alone, which is
+    told of arguments that were computed from something, not of leaves: for these it may want less than is said here.
+    """
+    nodes = iter(ctx.next_functions)  # of those arguments that are tensors
+    return [
+        tensor and _goes_on(next(nodes)[0], need)
+        for tensor, need in zip(ctx.tensors, ctx.needs_input_grad, strict=True)
+    ]
+
+
+def _goes_on(node: Any, need: bool) -> bool:
+    if not need or node is None:
+        return need
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf in torch.autograd.grad
+        return need
 
 
 def gradients_again(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, train_stage  # noqa: F401  (registers the operator)
-from .differentiation import first_order, gradients_again
+from .differentiation import first_order, gradients_again, wanted
 from .fission import TENSORS, Backward, Kept, Layer, counts, dense, forward, layers_of
 from .watch import Watch
 
@@ -21,7 +21,8 @@ __all__ = ["Program"]
 
 
 class Program:
-    """The chain that a recorder wrote down, to be run in training mode.
+    """The chain that a recorder wrote down, where gradients are wanted: in training mode, or in eval mode by statistics
+    that are given.
 
     Raises:
         ValueError: a batch norm would have a single value per channel, as PyTorch raises it.
@@ -44,7 +45,8 @@ class Program:
         """Whether running statistics may be written: of those made in inference mode, not outside of it."""
         if torch.is_inference_mode_enabled():
             return True
-        kept = (t for _, bn in self.pairs if bn is not None for t in (bn.running_mean, bn.num_batches_tracked))
+        norms = (bn for (_, bn), batch in zip(self.pairs, self.batch, strict=True) if bn is not None and batch)
+        kept = (t for bn in norms for t in (bn.running_mean, bn.num_batches_tracked))
         return not any(t is not None and t.is_inference() for t in kept)
 
     def reason(self) -> str | None:
@@ -71,6 +73,9 @@ class Program:
         if torch.compiler.is_compiling():
             out, moments = self._traced(x, tensors)
         else:
+            if not any(self.batch):
+                # Who differentiates in eval mode may want the input's gradient alone, which aliases show.
+                tensors = [_alias(t) for t in tensors]
             # Outside of the function: what it saves is then its input, with which a second derivative is connected.
             out, *moments = _Train.apply(self.layers, backends.training.recompute_outputs, dense(x), *tensors)
         with torch.no_grad():
@@ -84,6 +89,11 @@ class Program:
             x, given, present, self.fields, self.eps, self.batch, backends.training.recompute_outputs
         )
         return kept[0], kept[1 : 1 + len(self.layers)]
+
+
+def _alias(t: Tensor | None) -> Tensor | None:
+    """Of what was made in inference mode there is none that wants a gradient, too: autograd shall refuse it."""
+    return t.view_as(t) if t is not None and t.requires_grad and not t.is_inference() else t
 
 
 def _track(norms: list[nn.BatchNorm2d | None], batch: list[bool], moments: list[Tensor], pixels: list[int]) -> None:
@@ -138,6 +148,7 @@ class _Train(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, kept = forward(layers, x, list(tensors), recompute)
         ctx.layers = layers
+        ctx.tensors = [False, False, *(t is not None for t in (x, *tensors))]
         ctx.save_for_backward(x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
         ctx.mark_non_differentiable(*kept.moments)
         return out, *kept.moments
@@ -148,7 +159,7 @@ class _Train(torch.autograd.Function):
         if not first_order(grad):
             x, *saved = ctx.saved_tensors
             tensors = [x, *saved[4 * count :]]
-            return None, None, *gradients_again(_Again(ctx.layers), tensors, ctx.needs_input_grad[2:], grad)
+            return None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[2:], grad)
         x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
@@ -156,7 +167,7 @@ class _Train(torch.autograd.Function):
         tensors = saved[4 * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
-            run = Backward(ctx.layers, x, kept, tensors, ctx.needs_input_grad[2:])
+            run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[2:])
             return None, None, *run.gradients(grad)
 
 

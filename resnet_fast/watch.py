@@ -37,7 +37,15 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
 
 
 # What every module has; ``training`` is asked for where it matters.
-_OF_ALL_MODULES = {*vars(nn.Module()), "_chain", "_program", "_whole", "_network", "_resnet_fast", "_is_full_backward_hook"}
+_OF_ALL_MODULES = {
+    *vars(nn.Module()),
+    "_chain",
+    "_program",
+    "_whole",
+    "_network",
+    "_resnet_fast",
+    "_is_full_backward_hook",
+}
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:

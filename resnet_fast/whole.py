@@ -50,7 +50,7 @@ class Whole(Fusing):
 
     def features(self, x: Tensor) -> Tensor | None:
         """``model.features(x)`` as one chain, or None."""
-        return self.fused(x) if self.training or not self._wants_gradient(x) else None
+        return self.fused(x)
 
     def scores(self, x: Tensor) -> Tensor | None:
         """``model(x)`` in eval mode, or None."""

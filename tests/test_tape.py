@@ -6,7 +6,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.host import Nothing
 from cuda_support import cuda_device
 from ptxsim.compilers import compile_triton
 from ptxsim.device import simulated
@@ -16,6 +15,7 @@ from support import randomize_
 from torch import nn
 
 import resnet_fast
+from benchmarks.host import Nothing
 from resnet_fast import backends, blocks, launch
 from resnet_fast.gpu import tape as tapes
 from resnet_fast.gpu.tape import Recorder, Tape, record

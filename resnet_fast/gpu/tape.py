@@ -293,7 +293,8 @@ class Tape:
 
         def start(step: int, parameters: list[tuple[bytes, int]]) -> bool:
             tape = weak()
-            assert tape is not None and callable(tape._replay)
+            assert tape is not None
+            assert callable(tape._replay)
             ran = tape.steps[step]
             assert isinstance(ran, _Launch)
             try:
