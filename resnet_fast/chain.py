@@ -78,8 +78,8 @@ class Chain:
         return algorithms(self.layers, x.shape, x.dtype)
 
     def filters(self, x: Tensor, direct: bool = False) -> list[Tensor]:
-        """Packed filters for inputs like ``x``; ``direct``: without Winograd's F(4x4). Threads that come here at once may
-        pack the same filter twice."""
+        """Packed filters for inputs like ``x``; ``direct``: none of Winograd's F(4x4). Threads that come here at once
+        may pack the same filter twice."""
         if backends.kind(x) == "cuda":
             return self.gpu.packed(x)[0]
         key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products, direct)
