@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import backends, ops
-from .choose import algorithm_of_filter, algorithms
+from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
 from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .gpu.chain import GpuChain
+from .layout import laid_out, stays_contiguous
 from .pooling import pooling_window
 from .refusal import Refusal
 from .training import Program
@@ -27,7 +28,7 @@ __all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
 
 
 # What modules keep of what they were packed for.
-_KEPT = ("_chain", "_program", "_whole", "_network")
+_KEPT = ("_chain", "_program", "_whole", "_network", "_onlookers")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -59,6 +60,7 @@ class Chain:
         self._watch = Watch(parts, opened)
         self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [eps_of(bn) for _, bn in recorder.pairs]
+        self.stays_contiguous = stays_contiguous(self.layers, (conv.weight for conv, _ in recorder.pairs))
         self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and algorithm
         self._filters: dict[tuple[Any, ...], list[Tensor]] = {}  # by what the input is
 
@@ -79,15 +81,17 @@ class Chain:
             return [0] * len(self.pairs)
         return algorithms(self.layers, x.shape, x.dtype)
 
-    def filters(self, x: Tensor) -> list[Tensor]:
-        """Packed filters for inputs like ``x``. Threads that come here at once may pack the same filter twice."""
+    def filters(self, x: Tensor, direct: bool = False) -> list[Tensor]:
+        """Packed filters for inputs like ``x``; ``direct``: none of Winograd's F(4x4). Threads that come here at once
+        may pack the same filter twice."""
         if backends.kind(x) == "cuda":
             return self.gpu.packed(x)[0]
-        key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products)
+        key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products, direct)
         filters = self._filters.get(key)
         if filters is None:
             filters = []
             for i, algorithm in enumerate(self.algorithms(x)):
+                algorithm = DIRECT if direct and algorithm in (WINOGRAD, COMPACT_WINOGRAD) else algorithm
                 packed = self._packed.get((i, algorithm))
                 if packed is None:
                     packed = self._packed[i, algorithm] = self._pack(i, algorithm)
@@ -109,7 +113,11 @@ class Chain:
         """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
         if backends.kind(x) == "cuda":
             return self.gpu.run(x, pool)
-        return torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
+        y = torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
+        # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
+        if backends.native.take_spread():
+            y = torch.ops.resnet_fast.residual_stage(x, self.filters(x, direct=True), self.layers, pool)
+        return y
 
 
 class _Run(torch.autograd.Function):
@@ -161,7 +169,6 @@ class Fusing:
 
     _chain: Chain | Refusal | None = None  # in eval mode
     _program: Program | Refusal | None = None  # in training mode
-    _whole: Any = None  # of networks: see whole.py
     training: bool
 
     def flow(self, build: Build, x: Any) -> Any:
@@ -180,23 +187,24 @@ class Fusing:
         """The name in ``backends.fallbacks``"""
         return type(self).__name__
 
-    def fused(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
+    def fused(self, x: Tensor, pool: nn.Module | None = None, *, channels_last: bool = False) -> Tensor | None:
         """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows.
 
         pool: max pooling that takes the result, by the same operator where no gradient is wanted.
+        channels_last: the result is left as it is computed, not laid out as PyTorch's own operators would do it.
         """
         refusal = self._refusal()
         if refusal is not None:
             return self._declined(refusal.reason)
         window = None if pool is None or self.training else pooling_window(pool)
         if pool is not None and (window is None or torch.compiler.is_compiling()):
-            y = self.fused(x)
+            y = self.fused(x, channels_last=channels_last)
             return None if y is None else pool(y)
         autocast = autocast_dtype(x)
         if self.training:
-            return self._trained(x, autocast)
+            return self._trained(x, autocast, channels_last)
         if torch.compiler.is_compiling():
-            return self._traced(x, autocast)
+            return self._traced(x, autocast, channels_last)
         chain, x, reason = self.packed(x, autocast)
         if chain is None:
             return self._declined(reason)
@@ -206,10 +214,12 @@ class Fusing:
                 y = program.run(x)
             else:
                 y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
-            return y if pool is None else pool(y)
-        if pool is not None and window is not None and not chain.pools(x, window):
-            return pool(chain.run(x))
-        return chain.run(x, window or ())
+            y = y if pool is None else pool(y)
+        elif pool is not None and window is not None and not chain.pools(x, window):
+            y = pool(chain.run(x))
+        else:
+            y = chain.run(x, window or ())
+        return laid_out(y, x) if chain.stays_contiguous and not channels_last else y
 
     def _refusal(self) -> Refusal | None:
         """What is known to keep the module from running fused, before anything else is asked."""
@@ -265,10 +275,13 @@ class Fusing:
             return "a global module hook"
         return backends.transform_reason()
 
-    def _trained(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
+    def _trained(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
         """In training mode: one autograd function."""
         program, x, reason = self._programmed(x, autocast)
-        return self._declined(reason) if program is None else program.run(x)
+        if program is None:
+            return self._declined(reason)
+        y = program.run(x)
+        return y if channels_last else self._laid_out(y, x, program.fields, program.pairs)
 
     def _programmed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Program | None, Tensor, str | None]:
         """The chain as an autograd function and ``x`` in the dtype that it takes, or None, ``x`` and why not.
@@ -303,7 +316,11 @@ class Fusing:
             reason = reason or "an empty input"
         return (program if reason is None else None), x, reason
 
-    def _traced(self, x: Tensor, autocast: torch.dtype | None) -> Tensor | None:
+    @staticmethod
+    def _laid_out(y: Tensor, x: Tensor, fields: list[int], pairs: Sequence[tuple[nn.Conv2d, Any]]) -> Tensor:
+        return laid_out(y, x) if stays_contiguous(fields, (conv.weight for conv, _ in pairs)) else y
+
+    def _traced(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
         """For the compiler: filters are packed in the graph, where freezing can fold them, and never go stale."""
         recorder = Recorder()
         reason = self.cannot_run(x, False, autocast)
@@ -313,7 +330,8 @@ class Fusing:
         if reason is not None:
             return self._declined(reason)
         if torch.is_grad_enabled() or autocast is not None:
-            return self.flow(Layers(), x)
+            y = self.flow(Layers(), x)
+            return y if channels_last else self._laid_out(y, x, recorder.layers, recorder.pairs)
         filters = [
             torch.ops.resnet_fast.pack_conv_bn(
                 *sources_of(conv, bn),
@@ -322,13 +340,16 @@ class Fusing:
             )
             for conv, bn in recorder.pairs
         ]
-        return torch.ops.resnet_fast.residual_stage(x, filters, recorder.layers)
+        y = torch.ops.resnet_fast.residual_stage(x, filters, recorder.layers)
+        return y if channels_last else self._laid_out(y, x, recorder.layers, recorder.pairs)
 
 
 class Fused(Fusing, nn.Module):
     """Mixin: in eval mode, runs what :meth:`flow` states as one operator; otherwise, what the class behind it does."""
 
     flow_is_forward: ClassVar[bool] = False  # the class that defines forward also says what it does
+    _whole: Any = None  # of networks: see whole.py
+    _onlookers: Any = None  # of networks: see layout.py
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

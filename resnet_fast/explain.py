@@ -149,12 +149,12 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     def listen(module: Fusing) -> Callable[..., Tensor | None]:
         run = type(module).fused
 
-        def fused(x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
+        def fused(x: Tensor, pool: nn.Module | None = None, **layout: bool) -> Tensor | None:
             before = len(events)
-            y = run(module, x, pool)
+            y = run(module, x, pool, **layout)
             # Where the pooling could not come along, the chain was noted when it ran by itself.
             if y is not None and len(events) == before:
-                events.append(_Event(module, x, y, lambda: run(module, x, pool), pool))
+                events.append(_Event(module, x, y, lambda: run(module, x, pool, **layout), pool))
             return y
 
         return fused

@@ -15,7 +15,7 @@ Source: the restructuring of batch norm by Jung et al., "Restructuring Batch Nor
 from __future__ import annotations
 
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from .choose import training_algorithm
 from .ops import LAYER_FIELDS, conv_size
 
-__all__ = ["TENSORS", "Backward", "Kept", "Layer", "counts", "dense", "forward", "layers_of", "scale_shift"]
+__all__ = ["TENSORS", "Backward", "Kept", "Layer", "counts", "dense", "forward", "layers_of", "scale_shift", "unpacked"]
 
 # Of each layer: weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given.
 TENSORS = 6
@@ -82,6 +82,11 @@ def counts(layers: list[Layer], shape: torch.Size) -> list[int]:
 
 def dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
+
+
+def unpacked(t: Tensor | None) -> Any:
+    """A saved tensor as it was when it was saved: hooks of saved tensors may give it back in another layout."""
+    return t if t is None else dense(t) if t.dim() == 4 else t.contiguous()
 
 
 def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None], recompute: bool) -> tuple[Tensor, Kept]:

@@ -12,6 +12,7 @@ from .blocks import BasicBlock, Block, Bottleneck, Stage
 from .chain import Fused
 from .flow import Build
 from .gpu.network import Replayed
+from .layout import Onlookers, any_channels_last, is_channels_last, laid_out
 from .pooling import MaxPool2d, flat_average
 from .whole import Whole
 
@@ -31,7 +32,61 @@ __all__ = [
 ]
 
 
-class ResNet32(Replayed, Fused, reference.ResNet32):
+class _Network(Fused):
+    """What the families share: maps stay in channels_last between the stages of a network, unless somebody sees it.
+
+    A network of contiguous weights, given contiguous images, hands out contiguous maps, as PyTorch does. Inside of it
+    that would take two copies of each map.
+    """
+
+    def last_map(self, x: Tensor) -> Tensor:
+        """What ``features`` gives, in channels_last."""
+        raise NotImplementedError(f"{type(self).__name__}.last_map")
+
+    def features(self, x: Tensor) -> Tensor:
+        if self._unseen(x, "stem", "pooled_stem"):
+            return self._as_pytorch(self.last_map(x), x)
+        y: Tensor = super().features(x)  # type: ignore[misc]
+        return self._as_pytorch(y, x) if torch.compiler.is_compiling() else y
+
+    def flat_features(self, x: Tensor) -> Tensor:
+        if self._unseen(x, "stem", "pooled_stem", "features", "flat"):
+            return self.flat(self.last_map(x))  # type: ignore[operator]
+        y: Tensor = super().flat_features(x)  # type: ignore[misc]
+        return y
+
+    def _unseen(self, x: Tensor, *methods: str) -> bool:
+        """Whether no one finds out how maps are laid out on the way, if ``methods`` are all whose code runs."""
+        # Compilers and transforms look into each step.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+            return False
+        if backends.transform_reason() is not None or any(map(self._is_others, methods)):
+            return False
+        return is_channels_last(x) or not self._known_onlookers().there
+
+    def _is_others(self, method: str) -> bool:
+        code = getattr(type(self), method, None)
+        return method in vars(self) or (code is not None and code.__module__ not in (__name__, reference.__name__))
+
+    def _known_onlookers(self) -> Onlookers:
+        if self._onlookers is None or not self._onlookers.fresh():
+            self._onlookers = Onlookers(self)
+        return self._onlookers
+
+    def _as_pytorch(self, y: Tensor, x: Tensor) -> Tensor:
+        """A map in the format that PyTorch gives it for images like ``x``."""
+        if torch.compiler.is_compiling():
+            convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        else:
+            convolutions = self._known_onlookers().convolutions
+        return y if any_channels_last(convolutions) else laid_out(y, x)
+
+    def _stem(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
+        """The fused stem on its own. Compiled networks pass its map on."""
+        return self.fused(x, pool, channels_last=torch.compiler.is_compiling())
+
+
+class ResNet32(Replayed, _Network, reference.ResNet32):
     __doc__ = reference.ResNet32.__doc__
     block = Block
     stage = Stage
@@ -43,14 +98,19 @@ class ResNet32(Replayed, Fused, reference.ResNet32):
     def flow(self, build: Build, x: Any) -> Any:
         return build.conv(self.conv1, None, x)
 
+    def last_map(self, x: Tensor) -> Tensor:
+        y = self.fused(x, self.maxpooling, channels_last=True)
+        y = self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
+        return self.layer4(self.layer3(self.layer2(self.layer1(y))))
+
     def stem(self, x: Tensor) -> Tensor:
-        y = self.fused(x)
+        y = self._stem(x)
         return super().stem(x) if y is None else y
 
     def pooled_stem(self, x: Tensor) -> Tensor:
         if type(self).stem is not ResNet32.stem:
             return super().pooled_stem(x)  # a subclass has its own stem
-        y = self.fused(x, self.maxpooling)
+        y = self._stem(x, self.maxpooling)
         return self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
@@ -58,7 +118,7 @@ class ResNet32(Replayed, Fused, reference.ResNet32):
         return super().flat(x) if y is None else y
 
 
-class _ConvBnReluStem(Fused):
+class _ConvBnReluStem(_Network):
     """The stem of both families below."""
 
     conv1: nn.Conv2d
@@ -93,12 +153,15 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
     def _few(self, x: Tensor) -> bool:
         return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
 
-    def features(self, x: Tensor) -> Tensor:
+    def last_map(self, x: Tensor) -> Tensor:
         whole, y = self.whole(), None
-        # The compiler comes here without a `whole`: the number of images is none of its conditions.
         if whole is not None and (self.training or self._few(x)):
             y = whole.features(x)
-        return super().features(x) if y is None else y
+        if y is not None:
+            return y
+        y = self.fused(x, channels_last=True)
+        y = reference.CifarResNet.stem(self, x) if y is None else y
+        return self.layer3(self.layer2(self.layer1(y)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.replayed(x, self._scores)
@@ -109,7 +172,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return reference.CifarResNet.forward(self, x) if y is None else y
 
     def stem(self, x: Tensor) -> Tensor:
-        y = self.fused(x)
+        y = self._stem(x)
         return super().stem(x) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
@@ -123,14 +186,19 @@ class ResNet(Replayed, _ConvBnReluStem, reference.ResNet):
     stage = Stage
     pool = MaxPool2d
 
+    def last_map(self, x: Tensor) -> Tensor:
+        y = self.fused(x, self.maxpool, channels_last=True)
+        y = self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
+        return self.layer4(self.layer3(self.layer2(self.layer1(y))))
+
     def stem(self, x: Tensor) -> Tensor:
-        y = self.fused(x)
+        y = self._stem(x)
         return super().stem(x) if y is None else y
 
     def pooled_stem(self, x: Tensor) -> Tensor:
         if type(self).stem is not ResNet.stem:
             return super().pooled_stem(x)  # a subclass has its own stem
-        y = self.fused(x, self.maxpool)
+        y = self._stem(x, self.maxpool)
         return self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:

@@ -40,16 +40,6 @@ def original(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "fused_from", type(module))
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    """Whether PyTorch's operators take it so; where both orders fit, the strides of sizes that are 1 tell."""
-    if t.dim() != 4:
-        return False
-    _, c, h, w = t.shape
-    n_step, c_step, h_step, w_step = t.stride()
-    image = h_step * h
-    return c_step == 1 and w_step >= c and h_step >= w_step * w and n_step >= image and image != c_step
-
-
 def _essence(value: Any) -> Any:
     """Enough of an attribute to see that it is another one, in a copy or another process, too."""
     if isinstance(value, _PLAIN):
@@ -199,16 +189,6 @@ class Segment(Fusing):
             if type(module) is not kind:
                 return f"a {type(module).__name__} where a {kind.__name__} was"
         return None
-
-    def fused(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
-        """In the memory format that PyTorch's own operators would give: code around may ask for ``view``."""
-        y = super().fused(x, pool)
-        if y is None or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
-            return y
-        # A convolution's result is channels_last where its input or its weight is.
-        convolutions: Any = (find(self.owner, layer.conv) for layer in self.layers)
-        last = _is_channels_last(x) or any(_is_channels_last(conv.weight) for conv in convolutions)
-        return y if last else y.contiguous()
 
     def flow(self, build: Build, x: Any) -> Any:
         owner = self.owner

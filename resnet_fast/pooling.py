@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from . import backends
 from .differentiation import first_order
 from .fission import dense
+from .layout import laid_out
 from .watch import hooks_reason
 
 __all__ = ["MaxPool2d", "flat_average", "pair", "pooling_window"]
@@ -32,7 +33,7 @@ class MaxPool2d(nn.MaxPool2d):
         if not self._fits(x):
             return super().forward(x)
         kernel, padding = pair(self.kernel_size), pair(self.padding)
-        return _MaxPool.apply(x, kernel, pair(self.stride), padding, self.ceil_mode)
+        return laid_out(_MaxPool.apply(x, kernel, pair(self.stride), padding, self.ceil_mode), x)
 
     def _fits(self, x: Tensor) -> bool:
         kernel = pair(self.kernel_size)
@@ -117,7 +118,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (places,) = ctx.saved_tensors
+        places = ctx.saved_tensors[0].contiguous()  # whatever a hook of saved tensors made of it
         kernel, stride, padding, *_ = ctx.settings
         first = first_order(grad)
         if ctx.fused and first:

@@ -191,6 +191,9 @@ class ResNet32(nn.Module):
         """What the classifier takes of the last feature map."""
         return torch.flatten(self.avgpooling(x), 1)
 
+    def flat_features(self, x: Tensor) -> Tensor:
+        return self.flat(self.features(x))
+
     def logits(self, x: Tensor) -> Tensor:
         """Class scores before the softmax, ``[N, num_classes]``."""
         side = self._feature_side(self.image_size)
@@ -199,7 +202,7 @@ class ResNet32(nn.Module):
                 f"x is {x.shape[2]} x {x.shape[3]}, but the classifier expects images of {self.image_size} x "
                 f"{self.image_size} ({self.classifier.in_features} features): build the model with image_size="
             )
-        return self.classifier(self.flat(self.features(x)))
+        return self.classifier(self.flat_features(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.softmax(self.logits(x), dim=1)
@@ -237,8 +240,11 @@ class CifarResNet(nn.Module):
         """What the linear layer takes of the last feature map."""
         return torch.flatten(self.avgpool(x), 1)
 
+    def flat_features(self, x: Tensor) -> Tensor:
+        return self.flat(self.features(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.flat(self.features(x)))
+        return self.fc(self.flat_features(x))
 
 
 class ResNet(nn.Module):
@@ -284,8 +290,11 @@ class ResNet(nn.Module):
         """What the linear layer takes of the last feature map."""
         return torch.flatten(self.avgpool(x), 1)
 
+    def flat_features(self, x: Tensor) -> Tensor:
+        return self.flat(self.features(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.flat(self.features(x)))
+        return self.fc(self.flat_features(x))
 
 
 def _make_stage(model: CifarResNet | ResNet, inplanes: int, planes: int, num_blocks: int, stride: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .differentiation import Registry
-from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift
+from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift, unpacked
 
 
 def _spread(given: list[Tensor], present: list[bool]) -> list[Tensor | None]:
@@ -44,7 +44,7 @@ def train_stage_backward(
     *settings, needs = rest
     layers, spread = _layers(*settings), _spread(tensors, settings[0])
     count = len(layers)
-    moments, images = kept[:count], iter(kept[count:])
+    moments, images = list(map(unpacked, kept[:count])), map(unpacked, kept[count:])
     ys = [next(images) if i < count - 1 or layer.normalized else None for i, layer in enumerate(layers)]
     scales: list[Tensor | None] = []
     sums: list[Tensor | None] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import backends, train_stage  # noqa: F401  (registers the operator)
 from .differentiation import first_order, gradients_again, wanted
-from .fission import TENSORS, Backward, Kept, Layer, counts, dense, forward, layers_of
+from .fission import TENSORS, Backward, Kept, Layer, counts, dense, forward, layers_of, unpacked
 from .watch import Watch
 
 __all__ = ["Program"]
@@ -163,8 +163,8 @@ class _Train(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
-        kept = Kept(*(saved[i * count : (i + 1) * count] for i in range(4)))
-        tensors = saved[4 * count :]
+        kept = Kept(*([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(4)))
+        x, tensors = dense(x), saved[4 * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
             run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[2:])

@@ -15,9 +15,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .backends import native
 
-__all__ = ["DROPOUTS", "Watch", "attributes", "hooks_reason", "refresh", "touched"]
+__all__ = ["DROPOUTS", "HOOKS", "Watch", "attributes", "hooks_reason", "refresh", "touched"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _VERSION: Any = Tensor._version
 _SHAPE: Any = Tensor.shape
 _KIND: tuple[Any, ...] = (vars(object)["__class__"], Tensor.dtype, Tensor.device, _SHAPE)
@@ -37,15 +37,8 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
 
 
 # What every module has; ``training`` is asked for where it matters.
-_OF_ALL_MODULES = {
-    *vars(nn.Module()),
-    "_chain",
-    "_program",
-    "_whole",
-    "_network",
-    "_resnet_fast",
-    "_is_full_backward_hook",
-}
+_FOUND = ("_chain", "_program", "_whole", "_network", "_onlookers", "_resnet_fast")
+_OF_ALL_MODULES = {*vars(nn.Module()), *_FOUND, "_is_full_backward_hook"}
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -56,7 +49,7 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 def hooks_reason(parts: list[nn.Module]) -> str | None:
     """Why the modules after the first must be called one by one, or None. Hooks on the first itself run either way."""
     for module in parts[1:]:
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if any(getattr(module, hooks) for hooks in HOOKS):
             return f"a hook on a {type(module).__name__}"
         if "forward" in module.__dict__:
             return f"a {type(module).__name__} with a forward of its own"
@@ -214,7 +207,7 @@ class Watch:
             was.add(*chain.from_iterable((name, vars(m)[name]) for name in names))
         stores = [store for m in modules for store in (m._parameters, m._buffers) if store]
         children = [m._modules for m in modules if m._modules]
-        hooks = [getattr(m, hooks) for m in modules[1:] for hooks in _HOOKS]
+        hooks = [getattr(m, hooks) for m in modules[1:] for hooks in HOOKS]
         was.count((*stores, *children, *hooks))
         for entries in (*stores, *children, *hooks):
             was.add_values(entries)

@@ -49,8 +49,8 @@ class Whole(Fusing):
         return x.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
     def features(self, x: Tensor) -> Tensor | None:
-        """``model.features(x)`` as one chain, or None."""
-        return self.fused(x)
+        """``model.features(x)`` as one chain, channels_last, or None."""
+        return self.fused(x, channels_last=True)
 
     def scores(self, x: Tensor) -> Tensor | None:
         """``model(x)`` in eval mode, or None."""

@@ -10,7 +10,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends
-from resnet_fast.plan import _is_channels_last
+from resnet_fast.layout import is_channels_last
 
 
 class NormAct(nn.BatchNorm2d):
@@ -239,4 +239,4 @@ def test_memory_formats_of_sizes_that_are_one():
                     y = F.conv2d(x, w)
                     formats = [y.is_contiguous(), y.is_contiguous(memory_format=torch.channels_last)]
                     if formats != [True, True]:
-                        assert formats[1] == (_is_channels_last(x) or _is_channels_last(w)), (x.stride(), w.stride())
+                        assert formats[1] == (is_channels_last(x) or is_channels_last(w)), (x.stride(), w.stride())

@@ -5,6 +5,7 @@
 #include <torch/headeronly/version.h>
 
 #include "chain/tape.h"
+#include "cpu/stage.h"
 #include "watch.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
@@ -127,6 +128,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("cpu_multiplies_bf16() -> bool");
 }
 
+static PyObject* take_spread(PyObject*, PyObject*) { return PyBool_FromLong(resnet_fast::take_spread()); }
+
 // Importing the module runs the registrations.
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr},
@@ -134,6 +137,7 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
                                   {"tape", resnet_fast::add_tape, METH_VARARGS, nullptr},
                                   {"drop_tape", resnet_fast::drop_tape, METH_O, nullptr},
                                   {"kernel", resnet_fast::kernel, METH_O, nullptr},
+                                  {"take_spread", take_spread, METH_NOARGS, nullptr},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* made = PyModule_Create(&module);

@@ -89,6 +89,8 @@ struct WinogradCall {
   bool far_output;  // the output, and the residual, are not in a cache
   Ahead ahead;
   T* scratch;  // WinogradScratch::numel() elements
+  // A vector of sums, or nullptr: what is not finite in a tile's input, and would spread in it, makes them so.
+  T* spread;
 };
 
 // Unnamed, so that every file has its own: see above.

@@ -1,6 +1,9 @@
 // One convolution of a chain: which part of it a thread takes, and the calls of the kernels that make it up.
 #pragma once
 
+#include <atomic>
+#include <cmath>
+
 #include "bf16_filters.h"
 #include "filters.h"
 #include "maps.h"
@@ -25,6 +28,7 @@ struct Convolution {
   Map<T> input, residual, output;  // residual.origin is null where there is none
   bool far_output = false;  // the output, and the residual, are not in a cache
   Ahead ahead{};  // this member's share
+  std::atomic<bool>* spread = nullptr;  // set where Winograd tiles meet what is not finite
 
   // What a part is counted in.
   int64_t units() const { return images * units_of(layout, height, width); }
@@ -146,6 +150,9 @@ void winograd(const Convolution<T>& conv, const Part& part, T* scratch) {
   call.scratch = scratch;
   call.far_output = conv.far_output;
   call.ahead.count = conv.ahead.count;
+  constexpr int most_lanes = 64 / sizeof(T);
+  T spread[most_lanes] = {};
+  if (conv.spread && part.panel_begin == 0) call.spread = spread;
   const int64_t calls = ceil_div(tiles, blocking.tiles);
   for (int64_t i = 0; i < calls; ++i) {
     call.tile_begin = static_cast<int>(part.begin + tiles * i / calls);
@@ -156,6 +163,9 @@ void winograd(const Convolution<T>& conv, const Part& part, T* scratch) {
       call.ahead.bytes[r] = conv.ahead.bytes[r] * (i + 1) / calls - begin;
     }
     kernels_in_use<T>().winograd(call);
+  }
+  if (!std::all_of(spread, spread + most_lanes, [](T sum) { return std::isfinite(sum); })) {
+    conv.spread->store(true, std::memory_order_relaxed);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <utility>
 
 #include "../checks.h"
 #include "bf16_layer.h"
@@ -42,6 +43,7 @@ class Chain {
   const Tensor& output;
   const Pool* pool;
   const Value& result;  // what the output holds of an image
+  std::atomic<bool>& spread;  // see Convolution
 
   // Each member of a team calls this.
   void run(int64_t first, int64_t images, T* maps, T* work, int64_t rank, Team& team) const {
@@ -115,9 +117,14 @@ class Chain {
             out.width,
             map(static_cast<size_t>(l.input), first, images, maps),
             l.residual >= 0 ? map(static_cast<size_t>(l.residual), first, images, maps) : none,
-            map(inputs.size() + i, first, images, maps)};
+            map(inputs.size() + i, first, images, maps),
+            false,
+            {},
+            &spread};
   }
 };
+
+thread_local bool last_run_spread = false;
 
 template <typename T>
 Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
@@ -136,7 +143,8 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
   const Geometry geometry =
       place<T>(inputs, std::move(values), !pool && same_type && result.channels % kernels_in_use<T>().lanes == 0);
 
-  const Chain<T> chain{inputs, filters, layers, geometry, output, pool, result};
+  std::atomic<bool> spread{false};
+  const Chain<T> chain{inputs, filters, layers, geometry, output, pool, result, spread};
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t map_numel = geometry.image_numel, each = images / threads;
   int64_t filter_bytes = 0;
@@ -173,10 +181,13 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
       }
     });
   }
+  last_run_spread = spread.load();
   return output;
 }
 
 }  // namespace
+
+bool take_spread() { return std::exchange(last_run_spread, false); }
 
 Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
                  const std::vector<Layer>& layers, const Pool* pool) {

@@ -30,4 +30,8 @@ torch::stable::Tensor run_stage(const char* op, const std::vector<torch::stable:
                                 const std::vector<torch::stable::Tensor>& filters, const std::vector<Layer>& layers,
                                 const Pool* pool = nullptr);
 
+// Whether this thread's last run met numbers that are not finite in tiles of Winograd, which spread them further than
+// the windows that meet them. Asked once: the answer is false afterwards.
+bool take_spread();
+
 }  // namespace resnet_fast

@@ -230,6 +230,12 @@ __attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call
     transform_output<T, M>(m, y);
     for (int i = 0; i < M; ++i) half[i][j] = y[i];
   }
+  if (call.spread != nullptr && channel == 0) {
+    // A number that is not finite, at an inner row of a tile's input, is in all rows of its output: more than there are
+    // windows that meet it. So are columns; the first and the last of both stay what they are. It is in all channels.
+    const Vec rows = half[1][0] + half[1][1] + half[1][5], columns = half[0][1] + half[M - 1][1];
+    Simd<T>::store(call.spread, Simd<T>::load(call.spread) + (rows + columns));
+  }
   const Vec bias = Simd<T>::load(call.bias + channel);
   const int row = kTileOut * place.row, column = kTileOut * place.column;
   const int rows = call.height - row < M ? call.height - row : M;
