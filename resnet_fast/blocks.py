@@ -19,6 +19,7 @@ __all__ = ["BasicBlock", "Block", "Bottleneck", "Stage"]
 
 def _shortcut(build: Build, downsample: nn.Module | None, x: Any) -> Any:
     parts = [] if downsample is None else list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
+    build.needs(*parts)
     return build.conv(parts[0], parts[1] if len(parts) > 1 else None, x) if parts else x
 
 
@@ -26,6 +27,7 @@ class Block(Fused, reference.Block):
     __doc__ = reference.Block.__doc__
 
     def flow(self, build: Build, x: Any) -> Any:
+        build.needs(self.bn1, self.relu1, self.bn2, self.relu2)
         y = build.conv(self.conv1, self.bn1, x, relu=self.relu1)
         shortcut = _shortcut(build, self.downsample, x)
         return build.conv(self.conv2, self.bn2, y, relu=self.relu2, residual=shortcut)
@@ -43,6 +45,7 @@ class BasicBlock(Fused, reference.BasicBlock):
     __doc__ = reference.BasicBlock.__doc__
 
     def flow(self, build: Build, x: Any) -> Any:
+        build.needs(self.bn1, self.relu, self.bn2)
         y = build.conv(self.conv1, self.bn1, x, relu=self.relu)
         shortcut = _shortcut(build, self.downsample, x)
         return build.conv(self.conv2, self.bn2, y, relu=self.relu, residual=shortcut)
@@ -56,6 +59,7 @@ class Bottleneck(Fused, reference.Bottleneck):
     __doc__ = reference.Bottleneck.__doc__
 
     def flow(self, build: Build, x: Any) -> Any:
+        build.needs(self.bn1, self.relu, self.bn2, self.bn3)
         y = build.conv(self.conv1, self.bn1, x, relu=self.relu)
         y = build.conv(self.conv2, self.bn2, y, relu=self.relu)
         shortcut = _shortcut(build, self.downsample, x)

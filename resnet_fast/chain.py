@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops
+from . import backends, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
 from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
@@ -51,13 +51,21 @@ def _admitted(
 class Chain:
     """The convolutions of a module in eval mode, folded and packed, for as long as the module stays as it is."""
 
-    def __init__(self, parts: list[nn.Module], recorder: Recorder, opened: Sequence[nn.Module] = ()) -> None:
+    owner: Any = None  # who keeps it: attributes may be copied to another module
+
+    def __init__(
+        self,
+        parts: list[nn.Module],
+        recorder: Recorder,
+        opened: Sequence[nn.Module] = (),
+        methods: Sequence[str] = ("forward",),
+    ) -> None:
         self.layers = recorder.layers
         self.pairs = recorder.pairs
         self.dtype = recorder.pairs[0][0].weight.dtype
         self.device = recorder.pairs[0][0].weight.device
         # Watched before the weights are read: a change in between is seen at the next call.
-        self._watch = Watch(parts, opened)
+        self._watch = Watch(parts, opened, methods=methods)
         self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [eps_of(bn) for _, bn in recorder.pairs]
         self.stays_contiguous = stays_contiguous(self.layers, (conv.weight for conv, _ in recorder.pairs))
@@ -170,6 +178,8 @@ class Fusing:
     _chain: Chain | Refusal | None = None  # in eval mode
     _program: Program | Refusal | None = None  # in training mode
     training: bool
+    # Of the owner's, those that :meth:`flow` stands for; the first of them is what a call comes through.
+    stands_for: ClassVar[tuple[str, ...]] = ("forward",)
 
     def flow(self, build: Build, x: Any) -> Any:
         """The dataflow from ``x`` to the result, by calls of ``build`` alone."""
@@ -228,7 +238,7 @@ class Fusing:
         kept = self._program if self.training else self._chain
         if not isinstance(kept, Refusal) or backends.selected() == "eager":
             return None
-        return kept if kept.fresh() else None
+        return kept if kept.owner is self and kept.fresh() else None
 
     def packed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Chain | None, Tensor, str | None]:
         """The chain as it is now and ``x`` in the dtype that it takes, or None, ``x`` and why not."""
@@ -236,12 +246,16 @@ class Fusing:
         if reason is not None:
             return None, x, reason
         chain = self._chain
-        if chain is None or not chain.fresh():
+        if chain is None or chain.owner is not self or not chain.fresh():
             recorder = Recorder()
             self.flow(recorder, 0)
             parts, opened = self.parts(), self.opened()
-            reason = recorder.reason(parts)
-            chain = Chain(parts, recorder, opened) if reason is None else Refusal(reason, parts, opened, False)
+            reason = recorder.reason(parts, self.stands_for)
+            if reason is None:
+                chain = Chain(parts, recorder, opened, self.stands_for)
+            else:
+                chain = Refusal(reason, parts, opened, self.stands_for, False)
+            chain.owner = self
             self._chain = chain
         if isinstance(chain, Refusal):
             return None, x, chain.reason
@@ -292,19 +306,21 @@ class Fusing:
         if reason is not None:
             return None, x, reason
         program = None if torch.compiler.is_compiling() else self._program
-        if program is None or not program.fresh():
+        if program is None or program.owner is not self or not program.fresh():
             recorder = Recorder(training=True)
             self.flow(recorder, 0)
             program = Program(recorder.pairs, recorder.layers)
             parts, opened = self.parts(), self.opened()
-            reason = recorder.reason(parts) or program.reason()
+            reason = recorder.reason(parts, self.stands_for) or program.reason()
             if torch.compiler.is_compiling():
                 if reason is not None:
                     return None, x, reason
-            elif reason is not None:
-                program = self._program = Refusal(reason, parts, opened, True)
             else:
-                program.watch = Watch(parts, opened, contents=False)
+                if reason is not None:
+                    program = Refusal(reason, parts, opened, self.stands_for, True)
+                else:
+                    program.watch = Watch(parts, opened, methods=self.stands_for, contents=False)
+                program.owner = self
                 self._program = program
         if isinstance(program, Refusal):
             return None, x, program.reason
@@ -326,7 +342,7 @@ class Fusing:
         reason = self.cannot_run(x, False, autocast)
         if reason is None:
             self.flow(recorder, 0)
-            reason = recorder.reason(self.parts())
+            reason = recorder.reason(self.parts(), self.stands_for)
         if reason is not None:
             return self._declined(reason)
         if torch.is_grad_enabled() or autocast is not None:
@@ -355,6 +371,7 @@ class Fused(Fusing, nn.Module):
         super().__init_subclass__(**kwargs)
         if "flow" in vars(cls) or "forward" in vars(cls):
             cls.flow_is_forward = "flow" in vars(cls) and "forward" in vars(cls)
+        patches.register(cls)
 
     def parts(self) -> list[nn.Module]:
         return list(self.modules())

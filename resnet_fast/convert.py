@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends
-from .plan import Plan
+from . import backends, patches
+from .plan import Plan, original
 from .watch import touched
 
 __all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
@@ -30,10 +30,10 @@ class Fusion:
         self.one = plan.segments[0] if self.same and isinstance(plan, Plan) and plan.whole else None
 
     @classmethod
-    def of(cls, owner: FusedTraced) -> Fusion:
+    def of(cls, owner: FusedTraced) -> Fusion | None:
         """The owner's; made now for a shallow copy, which came with that of another module."""
         fusion = owner._resnet_fast
-        if fusion.owner is not owner:
+        if fusion is not None and fusion.owner is not owner:
             bound = {id(plan): plan.bound_to(owner) for plan in fusion.each()}
             fusion = Fusion(owner, {mode: bound.get(id(plan), plan) for mode, plan in fusion.plans.items()})
             owner.__dict__["_resnet_fast"] = fusion
@@ -48,6 +48,10 @@ class Fusion:
     def each(self) -> list[Plan]:
         return list({id(p): p for p in self.plans.values() if isinstance(p, Plan)}.values())
 
+    def outdated(self) -> bool:
+        """Whether the owner has changed so that a plan is not its own any more."""
+        return any(plan.outdated(self.owner) is not None for plan in self.each())
+
     def forget(self) -> None:
         for plan in self.each():
             for segment in plan.segments:
@@ -58,10 +62,11 @@ class FusedTraced(nn.Module):
     """Mixin of the classes that :func:`fuse` makes: runs the plan, or else the forward of the class behind it."""
 
     fused_from: ClassVar[type[nn.Module]]
-    _resnet_fast: Fusion
+    _resnet_fast: Fusion | None = None  # of one that its class has made, as slices are, not fuse
 
     def _fused_or_original(self, *args: Any, **kwargs: Any) -> Any:
-        plan = Fusion.of(self).plan_for(self.training)
+        fusion = Fusion.of(self)
+        plan = "made since by its class: fuse it" if fusion is None else fusion.plan_for(self.training)
         plain = not kwargs and not isinstance(plan, str) and len(args) == plan.inputs
         inputs = list(args) if plain else _inputs(self.fused_from.forward, self, args, kwargs)
         if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
@@ -82,7 +87,7 @@ class FusedTraced(nn.Module):
         return super().forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> FusedTraced:
-        if mode != self.training:
+        if mode != self.training and self._resnet_fast is not None:
             self._resnet_fast.forget()
         touched(self)
         return super().train(mode)
@@ -133,16 +138,18 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(kind.forward)
     def forward(self: FusedTraced, *args: Any, **kwargs: Any) -> Any:
         fusion = self._resnet_fast
-        if fusion.owner is not self:
+        if fusion is not None and fusion.owner is not self:
             fusion = Fusion.of(self)
         # Most calls: a module that is one chain in both modes, and the tensor that it wants.
-        if fusion.one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            y = fusion.one.fused(args[0])
+        one = None if fusion is None else fusion.one
+        if one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            y = one.fused(args[0])
             return kind.forward(self, *args) if y is None else y
         return self._fused_or_original(*args, **kwargs)
 
     names = {"fused_from": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}
     _classes[kind] = type(f"Fused{kind.__name__}", (FusedTraced, kind), names)
+    patches.register(_classes[kind], alone=True)  # what is behind it may be another at the next fuse
     return _classes[kind]
 
 
@@ -167,7 +174,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     :func:`resnet_fast.backends.fallbacks` says why. What does not match stays as it is: :func:`report` says why.
 
     Args:
-        model: any network; on any device, in any mode. Modules that are fused already stay as they are.
+        model: any network; on any device, in any mode. Modules that are fused already stay as they are; where they have
+            other children or other code since, they are fused as they are now.
         inplace: fuse ``model`` itself, not a deep copy of it.
 
     Returns:
@@ -181,9 +189,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     check_model(model)
     model = model if inplace else copy.deepcopy(model)
     for module, finding in Survey(model).findings.items():
-        if finding.fuses and not isinstance(module, FusedTraced):
+        fusion = Fusion.of(module) if isinstance(module, FusedTraced) else None
+        if finding.fuses and (fusion is None or fusion.outdated()):
             module.__dict__["_resnet_fast"] = Fusion(module, finding.plans)
-            module.__class__ = fused_class(type(module))
+            module.__class__ = fused_class(original(module))
     return model
 
 
@@ -201,7 +210,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
     model = model if inplace else copy.deepcopy(model)
     for module in list(model.modules()):
-        if isinstance(module, FusedTraced) and "fused_from" in vars(type(module)):
-            del module.__dict__["_resnet_fast"]
-            module.__class__ = module.fused_from  # type: ignore[assignment]
+        if isinstance(module, FusedTraced):
+            module.__dict__.pop("_resnet_fast", None)
+            module.__class__ = original(module)  # type: ignore[assignment]
     return model

@@ -30,8 +30,8 @@ def first_order(grad: Tensor) -> bool:
 def wanted(ctx: Any) -> list[bool]:
     """Within a backward: for each argument of ``apply`` whether this pass goes on to its gradient.
 
-    ``ctx.needs_input_grad`` says who might ever want one. ``torch.autograd.grad(y, x)`` goes on to ``x`` alone, which is
-    told of arguments that were computed from something, not of leaves: for these it may want less than is said here.
+    ``ctx.needs_input_grad`` says who might ever want one. ``torch.autograd.grad(y, x)`` goes on to ``x`` alone, which
+    PyTorch tells of arguments that were computed from something, not of leaves: these may want less than is said here.
     """
     nodes = iter(ctx.next_functions)  # of those arguments that are tensors
     return [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import backends
 from .chain import Chain, Fused, Fusing, autocast_dtype
 from .choose import BF16_DIRECT, BF16_WINOGRAD, NAMES
-from .convert import FusedTraced
+from .convert import FusedTraced, Fusion
 from .flow import Recorder
 from .machine import Peak, cpu_name, measure_peak
 from .models import CifarResNet
@@ -187,8 +187,8 @@ def _chains(model: nn.Module) -> dict[Fusing, str]:
     for name, m in model.named_modules():
         if isinstance(m, Fused):
             chains[m] = name
-        elif isinstance(m, FusedTraced):
-            chains.update((segment, name) for plan in m._resnet_fast.each() for segment in plan.segments)
+        elif isinstance(m, FusedTraced) and (fusion := Fusion.of(m)) is not None:
+            chains.update((segment, name) for plan in fusion.each() for segment in plan.segments)
     return chains
 
 

@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from . import backends, ops
+from . import backends, ops, patches
 from .watch import DROPOUTS, hooks_reason
 
 __all__ = ["Build", "Layers", "Recorder", "eps_of", "operator", "sources_of", "structure_reason"]
+
+
+_NONE = "None where a layer was"
 
 
 class Build(Protocol):
@@ -25,6 +28,9 @@ class Build(Protocol):
 
     def block(self, block: nn.Module, x: Any) -> Any:
         """``block(x)``"""
+
+    def needs(self, *layers: Any) -> None:
+        """None of these may be None, which ``conv`` would take for a layer that is not there."""
 
 
 def _fuses(module: nn.Module) -> bool:
@@ -71,6 +77,8 @@ def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool, read: Co
         return "batch norm in training mode"
     if bn is not None and bn.running_mean is None and not training:
         return "batch norm without running statistics"
+    if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
+        return "batch norm with one of two running statistics"
     for part in (conv, bn):
         # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
         if part is not None and ("weight" in part.__dict__ or "bias" in part.__dict__):
@@ -114,7 +122,7 @@ class Recorder:
 
     def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
         self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
-        reason = _layer_reason(conv, bn, self.training, self._read)
+        reason = _NONE if conv is None else _layer_reason(conv, bn, self.training, self._read)
         if reason is None and relu is not None and type(relu) is not nn.ReLU:
             reason = f"{type(relu).__name__} where a ReLU was"
         if reason is not None:
@@ -134,6 +142,10 @@ class Recorder:
         flow: Any = block.flow
         return flow(self, x)
 
+    def needs(self, *layers: Any) -> None:
+        if any(layer is None for layer in layers):
+            self._reasons.append(_NONE)
+
     def through(self, modules: list[nn.Module], reason: str | None) -> None:
         """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
         self._stands_for.update(modules)
@@ -141,8 +153,8 @@ class Recorder:
         if reason is not None:
             self._reasons.insert(0, reason)
 
-    def reason(self, parts: list[nn.Module]) -> str | None:
-        """Why the chain cannot stand for all of ``parts``, or None."""
+    def reason(self, parts: list[nn.Module], methods: Sequence[str] = ("forward",)) -> str | None:
+        """Why the chain cannot stand for all of ``parts``, or None. methods: as :class:`resnet_fast.watch.Watch`."""
         if self._reasons:
             return self._reasons[0]
         if not self.pairs:
@@ -153,7 +165,22 @@ class Recorder:
                     return f"a {type(module).__name__} in training mode"
             elif module not in self._stands_for and type(module) is not nn.Sequential and not _fuses(module):
                 return f"a {type(module).__name__} that is not part of the pattern"
-        return hooks_reason(parts)
+        return hooks_reason(parts) or _patched(parts, methods)
+
+
+def _patched(parts: list[nn.Module], methods: Sequence[str]) -> str | None:
+    """Why the functions of ``parts`` are not those that a chain stands for, or None."""
+    if parts and (own := patches.own_method(parts[0], methods[1:])) is not None:
+        return own
+    asked: dict[type, None] = {}
+    for i, module in enumerate(parts):
+        kind = type(module)
+        if i == 0 or kind not in asked:
+            asked[kind] = None
+            reason = patches.replaced(kind, methods if i == 0 else patches.methods(kind))
+            if reason is not None:
+                return reason
+    return None if torch.compiler.is_compiling() else patches.call_replaced()
 
 
 def eps_of(bn: nn.BatchNorm2d | None) -> float:
@@ -173,3 +200,6 @@ class Layers:
 
     def block(self, block: Any, x: Tensor) -> Tensor:
         return block.flow(self, x)
+
+    def needs(self, *layers: Any) -> None:
+        """A recorder was asked."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .chain import Fused
-from .convert import FusedTraced, check_model
+from .convert import FusedTraced, Fusion, check_model
 from .flow import Recorder
 from .plan import Plan, original
 
@@ -100,8 +100,8 @@ def _add_fused(
         module.flow(recorder, 0)
         inside, status, plans = module.parts(), "fused", {}
         count = len(recorder.pairs)
-    elif isinstance(module, FusedTraced):
-        plans, status = module._resnet_fast.plans, "fused"
+    elif isinstance(module, FusedTraced) and (fusion := Fusion.of(module)) is not None and not fusion.outdated():
+        plans, status = fusion.plans, "fused"
     elif finding is not None and finding.fuses:
         plans, status = finding.plans, "could be fused"
         for plan in plans.values():

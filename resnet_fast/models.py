@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import backends, patches, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
 from .chain import Fused
 from .flow import Build
@@ -30,6 +30,13 @@ __all__ = [
     "resnet50",
     "resnet101",
 ]
+
+
+def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module | None) -> bool:
+    """Whether ``pooled_stem`` is the stem as ``kind`` has it, and ``pool``, as the class behind it says."""
+    if type(model).stem is not kind.stem or "stem" in model.__dict__ or pool is None:  # type: ignore[attr-defined]
+        return False
+    return patches.kept(kind, "stem") and patches.kept(behind, "pooled_stem")
 
 
 class _Network(Fused):
@@ -88,12 +95,13 @@ class _Network(Fused):
 
 class ResNet32(Replayed, _Network, reference.ResNet32):
     __doc__ = reference.ResNet32.__doc__
+    stands_for = ("stem",)
     block = Block
     stage = Stage
     pool = MaxPool2d
 
     def parts(self) -> list[nn.Module]:
-        return [self, self.conv1]
+        return [m for m in (self, self.conv1) if m is not None]
 
     def flow(self, build: Build, x: Any) -> Any:
         return build.conv(self.conv1, None, x)
@@ -108,27 +116,29 @@ class ResNet32(Replayed, _Network, reference.ResNet32):
         return super().stem(x) if y is None else y
 
     def pooled_stem(self, x: Tensor) -> Tensor:
-        if type(self).stem is not ResNet32.stem:
-            return super().pooled_stem(x)  # a subclass has its own stem
+        if not _pools_its_stem(self, ResNet32, reference.ResNet32, self.maxpooling):
+            return super().pooled_stem(x)
         y = self._stem(x, self.maxpooling)
         return self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpooling, x)
+        y = flat_average(self.avgpooling, x) if patches.kept(reference.ResNet32, "flat") else None
         return super().flat(x) if y is None else y
 
 
 class _ConvBnReluStem(_Network):
     """The stem of both families below."""
 
+    stands_for = ("stem",)
     conv1: nn.Conv2d
     bn1: nn.BatchNorm2d
     relu: nn.ReLU
 
     def parts(self) -> list[nn.Module]:
-        return [self, self.conv1, self.bn1, self.relu]
+        return [m for m in (self, self.conv1, self.bn1, self.relu) if m is not None]
 
     def flow(self, build: Build, x: Any) -> Any:
+        build.needs(self.bn1, self.relu)
         return build.conv(self.conv1, self.bn1, x, relu=self.relu)
 
 
@@ -146,7 +156,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         # A subclass may do something else on the way; whoever traces looks into the stages.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(self) is not CifarResNet:
             return None
-        if self._whole is None:
+        if self._whole is None or self._whole.model is not self:  # attributes may be copied to another module
             self._whole = Whole(self)
         return self._whole
 
@@ -176,7 +186,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return super().stem(x) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpool, x)
+        y = flat_average(self.avgpool, x) if patches.kept(reference.CifarResNet, "flat") else None
         return super().flat(x) if y is None else y
 
 
@@ -196,13 +206,13 @@ class ResNet(Replayed, _ConvBnReluStem, reference.ResNet):
         return super().stem(x) if y is None else y
 
     def pooled_stem(self, x: Tensor) -> Tensor:
-        if type(self).stem is not ResNet.stem:
-            return super().pooled_stem(x)  # a subclass has its own stem
+        if not _pools_its_stem(self, ResNet, reference.ResNet, self.maxpool):
+            return super().pooled_stem(x)
         y = self._stem(x, self.maxpool)
         return self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpool, x)
+        y = flat_average(self.avgpool, x) if patches.kept(reference.ResNet, "flat") else None
         return super().flat(x) if y is None else y
 
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
+from . import patches
 from .chain import Fusing
 from .flow import Build, Recorder
-from .watch import attributes
+from .watch import Watch, attributes, hooks_reason
 
 __all__ = ["LayerPaths", "Opened", "Plan", "Ref", "Segment", "Step", "find", "original"]
 
@@ -36,8 +38,14 @@ def find(owner: nn.Module, path: Path) -> nn.Module | None:
 
 
 def original(module: nn.Module) -> type[nn.Module]:
-    """The class as it was before :func:`resnet_fast.fuse`."""
-    return getattr(type(module), "fused_from", type(module))
+    """The class as it was before :func:`resnet_fast.fuse`; subclasses of what that made are their own."""
+    return _original(type(module))
+
+
+@patches.constant
+def _original(kind: type[nn.Module]) -> type[nn.Module]:
+    behind: type[nn.Module] = vars(kind).get("fused_from", kind)
+    return behind
 
 
 def _essence(value: Any) -> Any:
@@ -63,12 +71,15 @@ class Opened:
         assert module is not None
         self.path = path
         self.kind = original(module)
+        self.code = patches.digest(self.kind)
         self.attributes = {name: _essence(value) for name, value in attributes(module).items()}
+        # What would come before a method of the class if the module had it. Its forward: see hooks_reason.
+        self.methods = [name for name in patches.called(self.kind)[1:] if name not in self.attributes]
         self.children = [(name, child is None) for name, child in module._modules.items()]
-        self._seen: tuple[nn.Module, list[str], list[Any], list[Any]] | None = None
+        self._read: list[Any] | None = patches.functions(self.kind)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+        return {**self.__dict__, "_read": None}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Opened) and self.__getstate__() == other.__getstate__()
@@ -76,30 +87,34 @@ class Opened:
     __hash__ = None  # type: ignore[assignment]
 
     def reason(self, owner: nn.Module) -> str | None:
-        """Why the code may do something else by now, or None. Asked at every call: at first, is all the same?"""
+        """Why the code may do something else by now, or None."""
         module = find(owner, self.path)
-        if self._seen is not None:
-            seen, names, values, children = self._seen
-            if (
-                module is seen
-                and all(map(is_, map(vars(module).get, names), values))
-                and list(module._modules.values()) == children
-                and original(module) is self.kind
-            ):
-                return None
         name = ".".join(self.path) or "the module"
         if module is None:
             return f"{name} is gone"
         if original(module) is not self.kind:
             return f"a {type(module).__name__} where a {self.kind.__name__} was"
+        if self._other_code():
+            return f"another forward of {self.kind.__name__}, or of what it calls"
         now = vars(module)  # looked into by name: the compiler of some releases of PyTorch cannot list it
+        for method in self.methods:
+            if method in now:
+                return f"a {self.kind.__name__} with a {method} of its own"
         for attribute, essence in self.attributes.items():
             if attribute not in now or _essence(now[attribute]) != essence:
                 return f"another value of {self.kind.__name__}.{attribute}"
         if [(child, m is None) for child, m in module._modules.items()] != self.children:
             return f"other children of a {self.kind.__name__}"
-        self._seen = (module, list(self.attributes), [now[a] for a in self.attributes], list(module._modules.values()))
         return None
+
+    def _other_code(self) -> bool:
+        if torch.compiler.is_compiling() or self._read is None:
+            changed = self.code != patches.digest(self.kind)
+            if not changed and not torch.compiler.is_compiling():
+                self._read = patches.functions(self.kind)
+            return changed
+        now = patches.functions(self.kind)
+        return len(now) != len(self._read) or not all(map(is_, now, self._read))
 
 
 class LayerPaths(NamedTuple):
@@ -179,7 +194,8 @@ class Segment(Fusing):
         found = (find(self.owner, path) for layer in self.layers for path in layer[:2] if path)
         return [m for m in found if m is not None]
 
-    def _changed(self) -> str | None:
+    def changed(self) -> str | None:
+        """Why the layers are not those of the owner any more, or None."""
         for opened in self.opened_parts:
             reason = opened.reason(self.owner)
             if reason is not None:
@@ -188,14 +204,14 @@ class Segment(Fusing):
             module = find(self.owner, path)
             if type(module) is not kind:
                 return f"a {type(module).__name__} where a {kind.__name__} was"
+        if any(find(self.owner, path) is None for layer in self.layers for path in layer[:3] if path):
+            return "a layer is gone"
         return None
 
     def flow(self, build: Build, x: Any) -> Any:
         owner = self.owner
         if isinstance(build, Recorder):
-            reason = self._changed()
-            if reason is None and any(find(owner, path) is None for layer in self.layers for path in layer[:3] if path):
-                reason = "a layer is gone"
+            reason = self.changed()
             identities = [find(owner, path) for path, kind in self.through if kind is nn.Identity]
             build.through([m for m in (*self.opened(), *identities) if m is not None], reason)
             if reason is not None:
@@ -224,6 +240,10 @@ class Plan:
     inputs: int = 1
     count: int = 0
     result: Any = None
+    _watch: Watch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watch": None}
 
     @property
     def whole(self) -> bool:
@@ -243,7 +263,32 @@ class Plan:
 
     def reason(self, owner: nn.Module) -> str | None:
         """Why the steps may not be those of the module any more, or None."""
-        return next((reason for o in self.opened if (reason := o.reason(owner)) is not None), None)
+        if torch.compiler.is_compiling():
+            return self._changed(owner)
+        if nn_module._has_any_global_hook():  # of modules whose code was read the calls are not made
+            return "a global module hook"
+        if self._watch is not None and self._watch.unchanged():
+            return None
+        reason = self._changed(owner) or patches.call_replaced()
+        if reason is None:
+            opened = self._opened_in(owner)
+            self._watch = Watch(list(dict.fromkeys((owner, *opened))), opened, contents=False, kinds=False)
+        return reason
+
+    def _changed(self, owner: nn.Module) -> str | None:
+        for opened in self.opened:
+            reason = opened.reason(owner)
+            if reason is not None:
+                return reason
+        return hooks_reason([owner, *(m for m in self._opened_in(owner) if m is not owner)])
+
+    def _opened_in(self, owner: nn.Module) -> list[nn.Module]:
+        return [m for o in self.opened if (m := find(owner, o.path)) is not None]
+
+    def outdated(self, owner: nn.Module) -> str | None:
+        """Why the plan is none for the module as it is now, whatever its layers are set to; or None."""
+        changed = (segment.changed() for segment in self.segments)
+        return self._changed(owner) or next((reason for reason in changed if reason is not None), None)
 
     def mixed(self, owner: nn.Module) -> bool:
         """Whether some of the modules whose code was read are in another mode than ``owner``."""

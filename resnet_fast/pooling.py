@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends
+from . import backends, patches
 from .differentiation import first_order
 from .fission import dense
 from .layout import laid_out
@@ -51,12 +51,18 @@ class MaxPool2d(nn.MaxPool2d):
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and backends.transform_reason() is None
+            and patches.kept(nn.MaxPool2d, "forward")
         )
+
+
+patches.register(MaxPool2d)
 
 
 def pooling_window(pool: nn.Module) -> list[int] | None:
     """Window, stride and padding of ``pool``, each of two integers, where these say all that it does; or None."""
     if type(pool) not in (nn.MaxPool2d, MaxPool2d) or hooks_reason([pool, pool]) is not None:
+        return None
+    if not (patches.kept(MaxPool2d, "forward") and patches.kept(nn.MaxPool2d, "forward")):
         return None
     assert isinstance(pool, nn.MaxPool2d)
     if pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:
@@ -80,6 +86,8 @@ def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
         or nn_module._has_any_global_hook()
         or hooks_reason([pool, pool]) is not None
     ):
+        return None
+    if type(pool) not in (nn.AdaptiveAvgPool2d, nn.AvgPool2d) or not patches.kept(type(pool), "forward"):
         return None
     if type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
         kernel = stride = list(x.shape[2:])

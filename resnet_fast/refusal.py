@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,13 +17,22 @@ __all__ = ["Refusal"]
 class Refusal:
     """Why a module runs unfused, for as long as all stays as it is on which that depends: recorded once, not a call."""
 
-    def __init__(self, reason: str, parts: list[nn.Module], opened: Sequence[nn.Module], training: bool) -> None:
+    owner: Any = None  # who keeps it: attributes may be copied to another module
+
+    def __init__(
+        self,
+        reason: str,
+        parts: list[nn.Module],
+        opened: Sequence[nn.Module],
+        methods: Sequence[str],
+        training: bool,
+    ) -> None:
         self.reason = reason
         self._simulated = launch.is_simulated()
         tensors = (t for m in parts for store in (m._parameters, m._buffers) for t in store.values() if t is not None)
         # A reason holds where tensors are as usual, too, if they are: then what they are need not be asked.
         kinds = not all(_is_usual(t, training) for t in tensors)
-        self._watch = Watch(parts, opened, contents=False, kinds=kinds)
+        self._watch = Watch(parts, opened, methods=methods, contents=False, kinds=kinds)
 
     def fresh(self) -> bool:
         return self._simulated == launch.is_simulated() and self._watch.unchanged()

@@ -28,6 +28,8 @@ class Program:
         ValueError: a batch norm would have a single value per channel, as PyTorch raises it.
     """
 
+    owner: Any = None  # who keeps it: attributes may be copied to another module
+
     def __init__(self, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]], fields: list[int]) -> None:
         self.pairs, self.fields = pairs, fields
         self.watch: Watch | None = None
@@ -36,6 +38,7 @@ class Program:
         self.normalized = [bn is not None for bn in norms]
         self.batch = [bn is not None and (bn.training or bn.running_mean is None) for bn in norms]
         self.layers = layers_of(fields, self.eps, self.normalized, self.batch)
+        self.rounds = _rounds(norms)
 
     def fresh(self) -> bool:
         """Whether the modules are as they were when ``watch`` was set."""
@@ -56,6 +59,10 @@ class Program:
                 return "a ReLU without batch norm"
             if layer.residual >= 0 and not (layer.relu and layer.normalized):
                 return "a sum without batch norm and ReLU"
+        norms = [bn for _, bn in self.pairs if bn is not None]
+        kept = {memory for bn in norms if bn.training for memory in _statistics(bn)}
+        if any(memory in kept for bn in norms if not bn.training for memory in _statistics(bn)):
+            return "statistics that one batch norm keeps and another one takes"
         return None
 
     def run(self, x: Tensor) -> Tensor:
@@ -79,7 +86,9 @@ class Program:
             # Outside of the function: what it saves is then its input, with which a second derivative is connected.
             out, *moments = _Train.apply(self.layers, backends.training.recompute_outputs, dense(x), *tensors)
         with torch.no_grad():
-            _track([bn for _, bn in self.pairs], self.batch, moments, pixels)
+            norms = [bn for _, bn in self.pairs]
+            for places in self.rounds:
+                _track([(norms[i], moments[i], pixels[i]) for i in places])
         return out
 
     def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
@@ -96,20 +105,51 @@ def _alias(t: Tensor | None) -> Tensor | None:
     return t.view_as(t) if t is not None and t.requires_grad and not t.is_inference() else t
 
 
-def _track(norms: list[nn.BatchNorm2d | None], batch: list[bool], moments: list[Tensor], pixels: list[int]) -> None:
-    """Running statistics, as ``nn.BatchNorm2d`` keeps them: the variance unbiased."""
-    counters = []
+def _memory(t: Tensor) -> Any:
+    """The same for tensors that share their memory, as far as the compiler lets one ask."""
+    return id(t) if torch.compiler.is_compiling() else t.data_ptr() or id(t)
+
+
+def _statistics(bn: nn.BatchNorm2d) -> list[Any]:
+    tensors = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+    return [_memory(t) for t in tensors if t is not None]
+
+
+def _rounds(norms: list[nn.BatchNorm2d | None]) -> list[list[int]]:
+    """Places of those that may keep statistics; in each round of updates none that shares them with another in it.
+
+    A batch norm may be called twice, or hold buffers of another one: the later call starts from what the earlier left.
+    """
+    rounds: list[list[int]] = []
+    last: dict[Any, int] = {}
+    for i, bn in enumerate(norms):
+        memory = [] if bn is None or not bn.training else _statistics(bn)
+        if memory:
+            turn = 1 + max(last.get(m, -1) for m in memory)
+            last.update((m, turn) for m in memory)
+            if turn == len(rounds):
+                rounds.append([])
+            rounds[turn].append(i)
+    return rounds
+
+
+def _track(calls: list[tuple[Any, Tensor, int]]) -> None:
+    """Running statistics, as ``nn.BatchNorm2d`` keeps them: the variance unbiased.
+
+    calls: batch norms that share nothing, [mean; variance] of what each was given, and its pixels.
+    """
+    calls = [call for call in calls if call[0].track_running_stats]
+    counters = [bn.num_batches_tracked for bn, _, _ in calls if bn.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
     groups: dict[tuple[float, torch.dtype], list[tuple[nn.BatchNorm2d, Tensor, int]]] = {}
-    for bn, own, now, n in zip(norms, batch, moments, pixels, strict=True):
-        if bn is None or not own or bn.running_mean is None or not bn.track_running_stats:
+    for bn, now, n in calls:
+        if bn.running_mean is None:
             continue
-        counter, momentum = bn.num_batches_tracked, bn.momentum
-        if counter is not None:
-            counters.append(counter)
-        if momentum is None:
+        if bn.momentum is not None:
+            groups.setdefault((bn.momentum, bn.running_mean.dtype), []).append((bn, now, n))
+        elif bn.num_batches_tracked is not None:
             _average(bn, now, n)
-        else:
-            groups.setdefault((momentum, bn.running_mean.dtype), []).append((bn, now, n))
     for (momentum, dtype), members in groups.items():
         rows = [now.to(dtype).unbind(0) for _, now, _ in members]
         running: Any = [bn.running_mean for bn, _, _ in members]
@@ -119,16 +159,15 @@ def _track(norms: list[nn.BatchNorm2d | None], batch: list[bool], moments: list[
         shares = [momentum * n / (n - 1) for _, _, n in members]
         torch._foreach_mul_(running, 1 - momentum)
         torch._foreach_add_(running, torch._foreach_mul([variance for _, variance in rows], shares))
-    if counters:
-        torch._foreach_add_(counters, 1)
 
 
 def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
-    """``momentum=None``: the plain mean of all batches. Their number stays a tensor, which graphs can hold."""
+    """``momentum=None``: the plain mean of all batches, of which there must be a count. It stays a tensor, which graphs
+    can hold."""
     assert bn.num_batches_tracked is not None
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    weight = 1.0 / (bn.num_batches_tracked + 1).to(torch.float64)
+    weight = 1.0 / bn.num_batches_tracked.to(torch.float64)
     mean, variance = now.unbind(0)
     bn.running_mean.copy_(bn.running_mean * (1 - weight) + mean * weight)
     bn.running_var.copy_(bn.running_var * (1 - weight) + variance * (weight * (n / (n - 1))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from array import array
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from . import patches
 from .backends import native
 
 __all__ = ["DROPOUTS", "HOOKS", "Watch", "attributes", "hooks_reason", "refresh", "touched"]
@@ -34,7 +36,9 @@ _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.BatchNorm2d: ("eps", "training"),
     **dict.fromkeys(DROPOUTS, ("training", "p")),
 }
-
+_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Linear, nn.AdaptiveAvgPool2d, *DROPOUTS)
+patches.register_layers(*_LAYERS)
+patches.register(nn.Sequential, nn.AvgPool2d, nn.MaxPool2d)
 
 # What every module has; ``training`` is asked for where it matters.
 _FOUND = ("_chain", "_program", "_whole", "_network", "_onlookers", "_resnet_fast")
@@ -51,8 +55,9 @@ def hooks_reason(parts: list[nn.Module]) -> str | None:
     for module in parts[1:]:
         if any(getattr(module, hooks) for hooks in HOOKS):
             return f"a hook on a {type(module).__name__}"
-        if "forward" in module.__dict__:
-            return f"a {type(module).__name__} with a forward of its own"
+        reason = patches.own_method(module, patches.methods(type(module)))
+        if reason is not None:
+            return reason
     return None
 
 
@@ -78,6 +83,11 @@ def _storage(t: Tensor) -> int | None:
     return t.untyped_storage().data_ptr() or None
 
 
+def _is_container(module: nn.Module) -> bool:
+    """Whether it may get children though it has none now."""
+    return type(module) not in _LAYERS
+
+
 class _Snapshot:
     """Counts and objects in a row, for ``unchanged`` of ``kernels/csrc/watch.cpp``, which reads them in this order."""
 
@@ -91,6 +101,12 @@ class _Snapshot:
     def add(self, *objects: Any) -> None:
         self.held += objects
         self.words.extend(map(id, objects))
+
+    def add_entry(self, of: Mapping[str, Any], name: str) -> None:
+        if name in of:
+            self.add(of[name])
+        else:
+            self.words.append(0)
 
     def add_values(self, entries: Mapping[Any, Any]) -> None:
         self.add(entries)
@@ -187,26 +203,25 @@ class Watch:
     Without ``contents`` only what tensors there are and their classes, dtypes, devices and shapes count; without
     ``kinds`` only what tensors there are. All else is told by identity: a setting that is set to an equal value is
     another one, and only packed once more.
+
+    Methods count, those of classes and those that a module has put before them: ``forward``, and of layers and of
+    ``opened`` modules, whose code was looked into, what it calls. Of the first module ``methods`` count; the first one
+    of these is what it was called by, and may be its own.
     """
 
     def __init__(
-        self, modules: list[nn.Module], opened: Sequence[nn.Module] = (), *, contents: bool = True, kinds: bool = True
+        self,
+        modules: list[nn.Module],
+        opened: Sequence[nn.Module] = (),
+        *,
+        methods: Sequence[str] = ("forward",),
+        contents: bool = True,
+        kinds: bool = True,
     ) -> None:
         was = _Snapshot()
-        was.count(modules)
-        for m in modules:
-            # Where a module's own code was looked into, its other attributes count, too.
-            settings = (names for kind, names in _SETTINGS.items() if isinstance(m, kind))
-            names = [*next(settings, ()), *(("training", *attributes(m)) if m in opened else ())]
-            was.add(m, type(m), vars(m))
-            if "forward" in vars(m):
-                was.add(vars(m)["forward"])
-            else:
-                was.words.append(0)
-            was.count(names)
-            was.add(*chain.from_iterable((name, vars(m)[name]) for name in names))
+        self._add_modules(was, modules, opened, methods)
         stores = [store for m in modules for store in (m._parameters, m._buffers) if store]
-        children = [m._modules for m in modules if m._modules]
+        children = [m._modules for m in modules if m._modules or _is_container(m)]
         hooks = [getattr(m, hooks) for m in modules[1:] for hooks in HOOKS]
         was.count((*stores, *children, *hooks))
         for entries in (*stores, *children, *hooks):
@@ -227,6 +242,43 @@ class Watch:
             _watches.add(self)
             if contents:
                 _of_contents.add(self)
+
+    def _add_modules(
+        self, was: _Snapshot, modules: list[nn.Module], opened: Sequence[nn.Module], methods: Sequence[str]
+    ) -> None:
+        rows: list[tuple[Any, dict[str, Any], Iterable[str]]] = []
+        classes: dict[type, dict[str, None]] = {nn.Module: dict.fromkeys(patches.CALL)}
+        known: set[tuple[type, tuple[str, ...]]] = set()
+        looked_into = set(opened)
+        for m in modules:
+            kind = type(m)
+            if m in looked_into:
+                looked_up = patches.called(kind)
+                own = (*looked_up, "training", *attributes(m))
+            elif m is modules[0]:
+                looked_up, own = tuple(methods), tuple(methods[1:])
+            else:
+                looked_up = own = patches.methods(kind)
+            settings = next((names for layer, names in _SETTINGS.items() if isinstance(m, layer)), ())
+            # The dicts below are compared, too: here, that they are still the module's.
+            stores = ("_modules",) if _is_container(m) else ("_parameters", "_buffers") if m._parameters else ()
+            rows.append((m, vars(m), (*settings, *own, *stores)))
+            if (kind, looked_up) not in known:
+                known.add((kind, looked_up))
+                for c, names in patches.places(kind, looked_up).items():
+                    classes.setdefault(c, {}).update(dict.fromkeys(names))
+        # The first one's own forward does not count, that of classes does: these come behind. Their dicts themselves
+        # are what their proxies refer to.
+        rows += [(c, gc.get_referents(vars(c))[0], names) for c, names in classes.items()]
+        was.count(rows)
+        for owner, stored, wanted in rows:
+            was.add(owner, type(owner), stored)
+            was.add_entry(stored, "forward")
+            names = [name for name in dict.fromkeys(wanted) if name != "forward"]
+            was.count(names)
+            for name in names:
+                was.add(name)
+                was.add_entry(stored, name)
 
     def _add_tensors(self, was: _Snapshot, tensors: list[Tensor], contents: bool, kinds: bool) -> None:
         uncounted = [t for t in tensors if contents and t.is_inference()]

@@ -21,6 +21,8 @@ class Whole(Fusing):
     Where it cannot run whole, its stem and stages run as operators of their own and say why where these fall back.
     """
 
+    stands_for = ("forward", "features", "stem", "flat")
+
     def __init__(self, model: Any) -> None:
         self.model = model
 
@@ -28,14 +30,24 @@ class Whole(Fusing):
     def training(self) -> bool:  # type: ignore[override]
         return self.model.training
 
+    def _stages(self) -> list[Any]:
+        return [self.model.layer1, self.model.layer2, self.model.layer3]
+
+    def _head(self) -> tuple[Any, Any]:
+        """Pooling and linear layer where a kernel can stand for them, else None: then they have to do with no chain."""
+        pool, linear = (getattr(self.model, name, None) for name in ("avgpool", "fc"))
+        averages = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
+        return pool if averages else None, linear if type(linear) is nn.Linear else None
+
     def parts(self) -> list[nn.Module]:
-        return list(self.model.modules())
+        inside = (m for stage in self._stages() if stage is not None for m in stage.modules())
+        return list(dict.fromkeys((*self.model.parts(), *inside, *(m for m in self._head() if m is not None))))
 
     def flow(self, build: Build, x: Any) -> Any:
         if isinstance(build, Recorder):
-            build.through([self.model.avgpool, self.model.fc], None)  # they come behind the chain
+            build.through([m for m in self._head() if m is not None], None)  # they come behind the chain
         x = self.model.flow(build, x)
-        for stage in (self.model.layer1, self.model.layer2, self.model.layer3):
+        for stage in self._stages():
             x = build.block(stage, x)
         return x
 
@@ -54,11 +66,10 @@ class Whole(Fusing):
 
     def scores(self, x: Tensor) -> Tensor | None:
         """``model(x)`` in eval mode, or None."""
-        pool, linear = self.model.avgpool, self.model.fc
         if self.training or not residual_network.kernels() or self._wants_gradient(x):
             return None
-        averages = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
-        if not averages or type(linear) is not nn.Linear:
+        pool, linear = self._head()
+        if pool is None or linear is None:
             return None
         chain, x, _ = self.packed(x, autocast_dtype(x))
         stages = None if chain is None else chain.gpu.stages(x)

@@ -1,0 +1,183 @@
+"""Functions behind a call of a module, and whether somebody put others in their place: in the class or in the module.
+
+A class that is patched (``nn.Conv2d.forward = ...``) stays the same object, so its functions are compared themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial, partialmethod
+from types import CellType, CodeType, FunctionType
+from typing import Any, TypeVar
+
+from torch import nn
+
+__all__ = [
+    "CALL",
+    "call_replaced",
+    "called",
+    "constant",
+    "digest",
+    "functions",
+    "kept",
+    "methods",
+    "own_method",
+    "places",
+    "register",
+    "register_layers",
+    "replaced",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# What a call runs before ``forward``. While export traces, it has put others there.
+CALL = ("__call__", "_call_impl")
+# Of classes that chains stand for: their attributes when this package first saw them.
+_registered: dict[type, dict[str, Any]] = {}
+_methods: dict[type, tuple[str, ...]] = {}
+_UNKNOWN = object()  # no attribute is this: PyTorch's own function, where it was replaced before
+
+
+def constant(function: _F) -> _F:
+    """The compiler calls ``function`` while it traces, and does not look into it.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def _names(value: Any) -> Iterator[str]:
+    """What the code of a function, a property or a wrapper of them may look up."""
+    waiting, known = [value], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in known:
+            continue
+        known.add(id(part))
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, CodeType):
+            yield from part.co_names
+            waiting += part.co_consts
+        elif isinstance(part, tuple):
+            waiting += part
+        elif isinstance(part, FunctionType):
+            waiting.append(part.__code__)
+            waiting += [cell.cell_contents for cell in part.__closure__ or () if cell != CellType()]
+        elif isinstance(part, (property, staticmethod, classmethod, partial, partialmethod, cached_property)):
+            waiting += [getattr(part, inner, None) for inner in ("fget", "__func__", "func")]
+
+
+def _classes(kind: type) -> list[type]:
+    return [c for c in kind.__mro__ if c not in (nn.Module, object)]
+
+
+def called(kind: type) -> tuple[str, ...]:
+    """``forward``, and the attributes of the class that its code may look up, directly or through one another."""
+    classes = _classes(vars(kind).get("fused_from", kind))
+    found: dict[str, None] = {}
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        values = [] if name in found else [vars(c)[name] for c in classes if name in vars(c)]
+        if values:
+            found[name] = None
+            for value in values:
+                waiting += _names(value)
+    return tuple(found) or ("forward",)
+
+
+@constant
+def methods(kind: type) -> tuple[str, ...]:
+    """Those of ``called`` for PyTorch's layers; of other classes ``forward``, unless their code was looked into."""
+    return _methods.get(kind, ("forward",))
+
+
+def places(kind: type, names: Sequence[str]) -> dict[type, list[str]]:
+    """Where Python looks ``names`` up: of ``kind`` and the classes behind it, nn.Module's not among them."""
+    classes = _classes(kind)
+    found: dict[type, list[str]] = {}
+    for name in (*names, "__call__"):
+        having = [i for i, c in enumerate(classes) if name in vars(c)]
+        for c in classes[: max(having, default=0) + 1]:
+            found.setdefault(c, []).append(name)
+    return found
+
+
+def functions(kind: type) -> list[Any]:
+    """What Python finds behind a call of ``kind.forward``, to be compared by identity."""
+    return [vars(c).get(name) for c, names in places(kind, called(kind)).items() for name in names]
+
+
+def _content(value: Any) -> Any:
+    """Enough of an attribute of a class to see in another process that it is another one."""
+    if isinstance(value, CodeType):
+        constants = sorted(map(repr, map(_content, value.co_consts)))  # sets of strings have no order
+        return value.co_code, value.co_names, constants
+    if isinstance(value, (frozenset, tuple)):
+        return sorted(map(repr, map(_content, value)))
+    if isinstance(value, FunctionType):
+        return value.__module__, value.__qualname__, _content(value.__code__)
+    if isinstance(value, (property, staticmethod, classmethod)):
+        return _content(getattr(value, "__func__", None) or getattr(value, "fget", None))
+    return value if isinstance(value, (type(None), bool, int, float, complex, str, bytes)) else type(value).__qualname__
+
+
+@constant
+def digest(kind: type) -> str:
+    """The same, to be compared in a copy or in another process."""
+    return hashlib.sha256(repr(list(map(_content, functions(kind)))).encode()).hexdigest()
+
+
+def _is_pytorchs(value: Any) -> bool:
+    """Whether a function was written in PyTorch's own code; other attributes are."""
+    name = str(getattr(value, "__globals__", {"__name__": "torch"}).get("__name__"))
+    return name.partition(".")[0] == "torch"
+
+
+def register(*kinds: type, alone: bool = False) -> None:
+    """From now on :func:`replaced` knows ``kinds`` and, unless ``alone``, the classes behind them as they are."""
+    for kind in kinds:
+        for c in (kind,) if alone else kind.__mro__[:-1]:
+            theirs = c.__module__.partition(".")[0] == "torch"
+            own = {name: _UNKNOWN if theirs and not _is_pytorchs(value) else value for name, value in vars(c).items()}
+            _registered.setdefault(c, own)
+
+
+def register_layers(*kinds: type) -> None:
+    """The same for PyTorch's layers, with all methods behind their ``forward``."""
+    register(*kinds)
+    _methods.update((kind, called(kind)) for kind in kinds)
+
+
+@constant
+def replaced(kind: type, names: Sequence[str]) -> str | None:
+    """Which of ``names`` is no longer what it was in a class that was registered; or None."""
+    for c, own in places(kind, names).items():
+        if c in _registered:
+            for name in own:
+                if not kept(c, name):
+                    return f"another {c.__name__}.{name}"
+    return None
+
+
+def call_replaced() -> str | None:
+    """The same of what a call of any module runs."""
+    other = next((name for name in CALL if not kept(nn.Module, name)), None)
+    return None if other is None else f"another Module.{other}"
+
+
+@constant
+def kept(kind: type, name: str) -> bool:
+    """Whether a class that was registered has the function by this name that it had then."""
+    return vars(kind).get(name) is _registered[kind].get(name)
+
+
+def own_method(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Which of ``names`` the module has put before that of its class; or None."""
+    for name in names:
+        if name in module.__dict__:
+            return f"a {type(module).__name__} with a {name} of its own"
+    return None
