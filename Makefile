@@ -55,10 +55,8 @@ gpu-kit: $(VENV)/.installed
 test-zoo: build $(VENV)-zoo/.installed
 	PYTHONPATH=$(CURDIR) $(abspath $(VENV)-zoo)/bin/python -m pytest tests/zoo $(ARGS)
 
-# The oldest torch that the extension is for, and its Triton: the same build serves it. Kernels in Triton are found where
-# an installation would put them.
+# The oldest torch that the extension is for, and its Triton: the same build serves it.
 test-floor: build $(VENV)-floor/.installed
-	ln -sfn ../kernels/triton_ops resnet_fast/_triton
 	PYTHONPATH=$(CURDIR) $(abspath $(VENV)-floor)/bin/python -m pytest $(FLOOR_TESTS) $(ARGS)
 
 test-triton-versions: build $(TRITON_VERSIONS:%=$(VENV)-triton/%/.installed)
@@ -108,4 +106,4 @@ $(VENV)-triton/%/.installed: | $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-zoo $(VENV)-floor $(VENV)-triton build dist *.egg-info resnet_fast/*.so resnet_fast/_triton
+	rm -rf $(VENV) $(VENV)-zoo $(VENV)-floor $(VENV)-triton build dist *.egg-info resnet_fast/*.so

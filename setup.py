@@ -5,6 +5,7 @@ Environment: USE_CUDA=0|1 (default: a CUDA toolkit is found), TORCH_CUDA_ARCH_LI
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import sys
@@ -15,6 +16,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("kernels/csrc")
+CLONE = runpy.run_path(str(ROOT / "resnet_fast/clone.py"))  # the package itself wants torch
 # The stable ABI as of this release is used, whatever torch the build finds: the result loads into it and later ones.
 ABI_FLOOR = (2, 11)
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
@@ -75,6 +77,7 @@ def extension():
         "resnet_fast._C",
         [str(source) for source in sources],
         include_dirs=[str(ROOT / CSRC)] + ([str(Path(home, "include"))] if "libraries" in link else []),
+        depends=[str(source) for source in CLONE["sources"](Path())],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         py_limited_api=True,
         **link,
@@ -91,10 +94,18 @@ def build_arguments() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
+    class StampedBuild(BuildExtension):
+        """Says beside an extension that is to be installed from which sources it was built."""
+
+        def run(self) -> None:
+            super().run()
+            if not self.inplace:
+                Path(self.build_lib, "resnet_fast", CLONE["DIGEST"]).write_text(CLONE["digest"](ROOT))
+
     tag = "cp310" if platform.python_implementation() == "CPython" else None
     return {
         "ext_modules": [extension()],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": StampedBuild},
         "options": {"bdist_wheel": {"py_limited_api": tag}} if tag else {},
     }
 

@@ -1,6 +1,14 @@
 """Residual networks for PyTorch with convolution, batch norm, ReLU and residual add fused into one kernel."""
 
-from . import backends, ops, reference
+try:
+    from . import backends, ops, reference
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    from .without_torch import stop
+
+    stop()
+
 from .convert import fuse, unfuse
 from .explain import explain
 from .fusion_report import report

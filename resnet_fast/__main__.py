@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import models, reference
+from . import models, reference, system
 from .doctor import diagnosis
 from .explain import explain
 from .roofline import roofline
@@ -21,10 +21,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    findings = diagnosis()
-    width = max(map(len, findings))
-    for subject, finding in findings.items():
-        print(f"{subject.ljust(width)}  {finding}")
+    system.show(diagnosis())
 
 
 def _explain(options: argparse.Namespace) -> None:

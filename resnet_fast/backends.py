@@ -14,27 +14,24 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, Final, Literal
 
 import torch
 from torch.autograd import forward_ad
 
-from . import launch
+from . import clone, launch
 
 __all__ = ["cpu", "cuda", "fallbacks", "isa", "status", "training", "use"]
 
 Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 
-_missing: str | None = None
-native: Any = None  # the extension
-try:
-    native = import_module("._C", __package__)
-except ImportError as error:
-    fault = "was not built" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-    _missing = f"resnet_fast._C {fault}: build it with a C++ compiler, pip install -e ."
+native: Any  # the extension
+_missing: str | None
+native, _missing = clone.load_extension()
+if _missing is not None:
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
+clone.find_triton_kernels()
 
 # Asked once: the compiler cannot look into the operator.
 _isa: Final = ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa() if _missing is None else 0]

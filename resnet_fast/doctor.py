@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
-import shlex
-import shutil
-import subprocess
+from pathlib import Path
 
 import torch
 
-from . import backends
-from .machine import cpu_flags, cpu_name
+from . import backends, system
 
 __all__ = ["diagnosis"]
-
-# What the CPU kernels, and those of PyTorch, ask for.
-_FLAGS = ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16", "amx_bf16")
-
-
-def _output(command: list[str]) -> list[str]:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return [f"does not run: {error}"]
-    return done.stdout.strip().splitlines() or ["says nothing"]
-
-
-def _compiler() -> str:
-    name = shlex.split(os.environ.get("CXX", "c++"))[0]
-    path = shutil.which(name) or shutil.which("g++")
-    return f"{_output([path, '--version'])[0]} ({path})" if path else "none: set CXX or install g++"
-
-
-def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    path = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
-    if path is None:
-        return f"none on PATH or in {home}: CUDA kernels cannot be built here"
-    release = next((line for line in _output([path, "--version"]) if "release" in line), "unknown release")
-    return f"{release.strip()} ({path})"
-
-
-def _triton() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpu() -> str:
@@ -66,11 +28,13 @@ def _gpu_choices() -> dict[str, str]:
 
 
 def _extension() -> str:
-    """Its build may be older or newer than the torch that it was loaded into."""
+    """Its build may be older or newer than the torch that it was loaded into, and that of another folder."""
     if not backends.loaded():
         return "not loaded: see backend cpu"
     major, minor = divmod(backends.native.target, 256)
-    return f"built with torch {backends.native.built_with}, for torch {major}.{minor} and later"
+    built = f"built with torch {backends.native.built_with}, for torch {major}.{minor} and later"
+    folder = Path(backends.native.__file__).parent
+    return built if folder.samefile(Path(__file__).parent) else f"{built}; that of the package installed in {folder}"
 
 
 def _isa() -> str:
@@ -82,29 +46,20 @@ def _isa() -> str:
 
 def diagnosis() -> dict[str, str]:
     """Findings by subject, in the order in which they are worth reading."""
-    flags = cpu_flags()
-    known = " ".join(flag for flag in _FLAGS if flag in flags) or "none of those that kernels use"
     status = backends.status()
     return {
-        "resnet_fast": importlib.metadata.version("resnet_fast") if _installed() else "not installed, run in place",
+        **system.package(),
         "extension": _extension(),
         **{f"backend {name}": state for name, state in status.items()},
-        "CPU": f"{cpu_name()}, {os.cpu_count()} CPUs",
-        "instruction sets": known if flags else "unknown: this system does not list them",
+        **system.cpu(),
         "kernels use": _isa(),
         "PyTorch uses": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "torch": f"{torch.__version__}, built for CUDA {torch.version.cuda}"
         if torch.version.cuda
         else torch.__version__,
-        "Python": platform.python_version(),
-        "C++ compiler": _compiler(),
-        "nvcc": _nvcc(),
-        "Triton": _triton(),
+        **system.python(),
+        **system.compilers(),
         "GPU": _gpu(),
         **_gpu_choices(),
     }
-
-
-def _installed() -> bool:
-    return any(True for _ in importlib.metadata.distributions(name="resnet_fast"))

@@ -17,10 +17,11 @@ from .chain import Chain, Fused, Fusing, autocast_dtype
 from .choose import BF16_DIRECT, BF16_WINOGRAD, NAMES
 from .convert import FusedTraced, Fusion
 from .flow import Recorder
-from .machine import Peak, cpu_name, measure_peak
+from .machine import Peak, measure_peak
 from .models import CifarResNet
 from .ops import LAYER_FIELDS, conv_size
 from .pooling import pair, pooling_window
+from .system import cpu_name
 
 __all__ = ["Explanation", "Row", "Whole", "explain"]
 

@@ -1,38 +1,18 @@
-"""The CPU: its name, its instruction sets, and how fast its memory and arithmetic were measured to be."""
+"""How fast this machine's memory and arithmetic were measured to be."""
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-__all__ = ["Peak", "cpu_flags", "cpu_name", "measure_peak"]
+__all__ = ["Peak", "measure_peak"]
 
 # Larger than any last-level cache in reach of two threads.
 COPY_BYTES = 256 << 20
 MATRIX = 2048
-
-
-def _cpuinfo(field: str) -> str:
-    """A field of the first processor, or nothing where the system does not say."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
-    return next(values, "")
-
-
-def cpu_name() -> str:
-    """For example ``"AMD EPYC 9R14"``; the architecture where the system does not say."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def cpu_flags() -> set[str]:
-    """Instruction sets by the names of Linux (``avx2``, ``fma``, ``avx512f``); empty where the system does not say."""
-    return set(_cpuinfo("flags").split())
 
 
 @dataclass(frozen=True)

@@ -239,10 +239,12 @@ def unfused_conv(
     """The same on PyTorch's own operators."""
     bn_weight, bn_bias, running_mean, running_var, eps = bn
     # The kernels take vectors of another dtype than the images have; F.conv2d does not.
-    bias = bias if bias is None or torch.is_autocast_enabled(weight.device.type) else bias.to(weight.dtype)
+    bias = bias if bias is None or _autocasts(weight.device.type) else bias.to(weight.dtype)
     y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
-    if running_mean is not None and (torch.compiler.is_compiling() or backends.transform_reason() is None):
-        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
+    if running_mean is not None and not _differentiates(running_mean, running_var):
+        # PyTorch's gradient for images in channels_last reads vectors as if they were contiguous.
+        dense = [t if t is None else t.contiguous() for t in (running_mean, running_var, bn_weight, bn_bias)]
+        y = F.batch_norm(y, *dense, training=False, eps=eps)
     elif running_mean is not None and running_var is not None:
         # Written out: F.batch_norm has no derivatives by the statistics, these operators have.
         scale = torch.rsqrt(running_var + eps)
@@ -252,6 +254,18 @@ def unfused_conv(
     if len(inputs) > 1:
         y = y + inputs[1]
     return y if op == "conv_bn" else F.relu(y)
+
+
+def _autocasts(device: str) -> bool:
+    """Tensors without memory, on the device ``"meta"``, know nothing of autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _differentiates(*statistics: Tensor | None) -> bool:
+    """Whether derivatives by the statistics may be asked for."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in statistics):
+        return True
+    return not torch.compiler.is_compiling() and backends.transform_reason() is not None
 
 
 # What follows registers shapes, gradients and autocast with the operators that the extension defines.

@@ -84,6 +84,11 @@ def test_wheel_in_an_empty_environment(sources, environment, tmp_path):
     elsewhere.mkdir()
     check = CHECK + "assert ours == []\nassert backends.fallbacks() == {}\nprint(backends.status()['cpu'])"
     assert run([environment, "-c", check], cwd=elsewhere, env=clean_env()).stdout.startswith("loaded, ")
+    # In the folder of the sources, too, whose package is the one that Python finds there.
+    check = "import resnet_fast; print(resnet_fast.__file__, resnet_fast.backends.status()['cpu'])"
+    file, status = run([environment, "-c", check], cwd=sources, env=clean_env()).stdout.split(" ", 1)
+    assert Path(file).is_relative_to(sources)
+    assert status.startswith("loaded, ")
     # Nothing beside the package at the top level: `kernels` is someone else's name.
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"resnet_fast"}
