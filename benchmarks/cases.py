@@ -92,7 +92,8 @@ class Unfused(Network):
         net = getattr(resnet_fast, self.name)()
         net.load_state_dict(self.net.state_dict())
         # Laid out as the baseline: what is compared is the way to PyTorch's own convolutions, not these.
-        return Unfused(self.name, net).eval().to(memory_format=torch.channels_last)
+        unfused: Any = Unfused(self.name, net).eval()
+        return unfused.to(memory_format=torch.channels_last)
 
 
 def _nothing(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -28,7 +28,7 @@ ROUNDS, SECONDS = 15, 0.02
 class Nothing:
     """A device whose launches do nothing."""
 
-    replay = False
+    replay: launch.Replay = False
 
     def __init__(self) -> None:
         self.launches = 0

@@ -30,12 +30,15 @@ class Compiled:
     owner: Any  # lives as long as the function
 
 
+Replay = Callable[[Compiled, Sequence[int], Sequence[tuple[bytes, int]]], None] | Literal[False] | None
+
+
 class Device(Protocol):
     """What can run a kernel. A launch is asynchronous on the current stream, as far as the caller can tell."""
 
     # Takes what a tape launches, as (kernel, grid, [(bytes, extent or -1) a parameter]); None for the GPU itself, False
     # where tapes launch nothing.
-    replay: Callable[[Compiled, Sequence[int], Sequence[tuple[bytes, int]]], None] | Literal[False] | None
+    replay: Replay
 
     def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
         """Returns what :meth:`compiled_triton` takes."""
@@ -53,7 +56,7 @@ class Device(Protocol):
 class GpuDevice:
     """The current CUDA device: Triton's own launcher, and the extension's registered launchers."""
 
-    replay = None
+    replay: Replay = None
 
     def __init__(self) -> None:
         self._launchers: dict[str, Launcher] = {}

@@ -243,8 +243,10 @@ def unfused_conv(
     y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
     if running_mean is not None and not _differentiates(running_mean, running_var):
         # PyTorch's gradient for images in channels_last reads vectors as if they were contiguous.
-        dense = [t if t is None else t.contiguous() for t in (running_mean, running_var, bn_weight, bn_bias)]
-        y = F.batch_norm(y, *dense, training=False, eps=eps)
+        mean, var, gamma, beta = (
+            t if t is None else t.contiguous() for t in (running_mean, running_var, bn_weight, bn_bias)
+        )
+        y = F.batch_norm(y, mean, var, gamma, beta, training=False, eps=eps)
     elif running_mean is not None and running_var is not None:
         # Written out: F.batch_norm has no derivatives by the statistics, these operators have.
         scale = torch.rsqrt(running_var + eps)

@@ -86,7 +86,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.x, self.reason = x, None
+        self.x = x
+        self.reason: str | None = None
         self.steps: list[_Launch | _Call] = []
         self._buffers: list[_Buffer] = []
         self._numbers: dict[int, int] = {}  # of buffers, by storage
@@ -112,7 +113,7 @@ class Recorder(TorchDispatchMode):
         """A kernel ran; ``values``: what ``compiled.parameters`` got, in their order."""
         if self.reason is not None:
             return
-        parameters = []
+        parameters: list[bytes | tuple[int, int, int]] = []
         for kind, value in zip(compiled.parameters, values, strict=True):
             if isinstance(value, Tensor):
                 buffer, offset = self._place(value)

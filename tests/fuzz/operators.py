@@ -1,5 +1,6 @@
 """Right calls of the operators against plain PyTorch in float64."""
 
+import functools
 import random
 from contextlib import nullcontext
 
@@ -88,10 +89,13 @@ def check_gradients(op, call, out, leaves):
         return
     grad = torch.randint(-4, 5, out.shape).to(out.dtype)
     ours = torch.autograd.grad(out, list(leaves.values()), grad)
-    for what, source, g in (("exact", mapped(call, lambda t: t.detach().double()), grad.double()), ("size", magnitudes(call), grad.double().abs())):
+
+    def gradients(source, grad):
         source = mapped(source, lambda t: t.requires_grad_())
-        found = torch.autograd.grad(plain(op, source), [source[k] for k in leaves], g)
-        exact, size = (found, None) if what == "exact" else (exact, found)
+        return torch.autograd.grad(plain(op, source), [source[k] for k in leaves], grad)
+
+    exact = gradients(mapped(call, lambda t: t.detach().double()), grad.double())
+    size = gradients(magnitudes(call), grad.double().abs())
     for name, t, e, s in zip(leaves, ours, exact, size, strict=True):
         assert t.dtype == call[name].dtype
         assert_small(t, e, s, f"the gradient of {name}")
@@ -108,7 +112,8 @@ def check_rounding(rng, dtype):
     """The error rule, where there are numbers enough for it."""
     op, call = rng.choice(CONVOLUTIONS), convolution(rng, False, dtype)
     exact = plain(op, mapped(call, torch.Tensor.double))
-    eager = [plain(op, mapped(call, lambda t: image(t, f))) for f in (torch.contiguous_format, torch.channels_last)]
+    layouts = (torch.contiguous_format, torch.channels_last)
+    eager = [plain(op, mapped(call, functools.partial(image, layout=layout))) for layout in layouts]
     call = laid_out(rng, call)
     if rng.random() < 0.2 and dtype != torch.float64:
         with torch.autocast("cpu", torch.bfloat16):
