@@ -11,8 +11,8 @@ from resnet_fast import backends, ops
 from .calls import CONVOLUTIONS, DTYPES, VECTORS, arguments, convolution, laid_out
 
 ERRORS = (TypeError, ValueError, RuntimeError)
-# What only a traceback of C++ says.
-BACKTRACE = re.compile(r"Exception raised from|^frame #|\bC\+\+|0x[0-9a-f]{8}", re.MULTILINE)
+# What only tracebacks of C++ and tables of the dispatcher say.
+BACKTRACE = re.compile(r"Exception raised from|^frame #|\bC\+\+|registered at /|0x[0-9a-f]{8}", re.MULTILINE)
 
 
 def check(seed, strict=True):
@@ -42,7 +42,7 @@ def answer(op, name, given, backend):
     except ERRORS as error:
         text = str(error)
         if BACKTRACE.search(text):
-            return f"shows C++: {text}"
+            return f"shows C++: {text[:1000]}"
         # Of a backend that was named it may be said first that it cannot run.
         named = re.search(rf"\b{name}\b", text) or text.startswith("backends.use(")
         return None if named else f"does not name {name}: {text}"
