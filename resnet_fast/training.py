@@ -84,7 +84,9 @@ class Program:
                 # Who differentiates in eval mode may want the input's gradient alone, which aliases show.
                 tensors = [_alias(t) for t in tensors]
             # Outside of the function: what it saves is then its input, with which a second derivative is connected.
-            out, *moments = _Train.apply(self.layers, backends.training.recompute_outputs, dense(x), *tensors)
+            recompute, copied = backends.training.recompute_outputs, dense(x)
+            given = None if copied is x else x.detach()
+            out, *moments = _Train.apply(self.layers, recompute, given, copied, *tensors)
         with torch.no_grad():
             norms = [bn for _, bn in self.pairs]
             for places in self.rounds:
@@ -174,21 +176,21 @@ def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(layers, recompute, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
+    """``forward(layers, recompute, given, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
 
-    ``x``: channels_last. More than first derivatives come of PyTorch's own operators, by running these again.
+    ``x``: channels_last. ``given``: what it is a copy of, if it is one: changes of that raise, as they do in PyTorch. More than first derivatives come of PyTorch's own operators, by running these again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: list[Layer], recompute: bool, x: Tensor, *tensors: Tensor | None
+        ctx: Any, layers: list[Layer], recompute: bool, given: Tensor | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
             out, kept = forward(layers, x, list(tensors), recompute)
         ctx.layers = layers
-        ctx.tensors = [False, False, *(t is not None for t in (x, *tensors))]
-        ctx.save_for_backward(x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
+        ctx.tensors = [False, False, *(t is not None for t in (given, x, *tensors))]
+        ctx.save_for_backward(given, x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
         ctx.mark_non_differentiable(*kept.moments)
         return out, *kept.moments
 
@@ -196,18 +198,18 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         count = len(ctx.layers)
         if not first_order(grad):
-            x, *saved = ctx.saved_tensors
+            _, x, *saved = ctx.saved_tensors
             tensors = [x, *saved[4 * count :]]
-            return None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[2:], grad)
-        x, *saved = ctx.saved_tensors
+            return None, None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[3:], grad)
+        _, x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
         kept = Kept(*([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(4)))
         x, tensors = dense(x), saved[4 * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
-            run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[2:])
-            return None, None, *run.gradients(grad)
+            run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[3:])
+            return None, None, None, *run.gradients(grad)
 
 
 class _Again:

@@ -40,8 +40,9 @@ _LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Linear, nn.Adapti
 patches.register_layers(*_LAYERS)
 patches.register(nn.Sequential, nn.AvgPool2d, nn.MaxPool2d)
 
-# What every module has; ``training`` is asked for where it matters.
+# What is found out about a module, and kept in it.
 _FOUND = ("_chain", "_program", "_whole", "_network", "_onlookers", "_resnet_fast")
+# What every module has; ``training`` is asked for where it matters.
 _OF_ALL_MODULES = {*vars(nn.Module()), *_FOUND, "_is_full_backward_hook"}
 
 
@@ -262,7 +263,7 @@ class Watch:
             settings = next((names for layer, names in _SETTINGS.items() if isinstance(m, layer)), ())
             # The dicts below are compared, too: here, that they are still the module's.
             stores = ("_modules",) if _is_container(m) else ("_parameters", "_buffers") if m._parameters else ()
-            rows.append((m, vars(m), (*settings, *own, *stores)))
+            rows.append((m, vars(m), [name for name in (*settings, *own, *stores) if name not in _FOUND]))
             if (kind, looked_up) not in known:
                 known.add((kind, looked_up))
                 for c, names in patches.places(kind, looked_up).items():
