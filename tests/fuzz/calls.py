@@ -18,7 +18,9 @@ def sizes(rng):
     kernel = (kernel[0],) * 2 if rng.random() < 0.7 else kernel
     stride = tuple(rng.choice((1, 1, 1, 2, 2, 3)) for _ in range(2))
     padding = tuple(rng.choice((0, k // 2, k // 2, k // 2, k - 1, k + 1)) for k in kernel)
-    size = tuple(rng.randint(max(1, k - 2 * p), rng.choice((8, 8, 20)) + k) for k, p in zip(kernel, padding, strict=True))
+    size = tuple(
+        rng.randint(max(1, k - 2 * p), rng.choice((8, 8, 20)) + k) for k, p in zip(kernel, padding, strict=True)
+    )
     return rng.choice(CHANNELS), size, rng.choice(CHANNELS), kernel, stride, padding
 
 
@@ -50,7 +52,8 @@ def repeated(rng, call):
     for name in (*IMAGES, *VECTORS):
         t = call[name]
         if t is not None and t.numel() and rng.random() < 0.07:
-            call[name] = t[tuple(slice(None, 1) if rng.random() < 0.5 else slice(None) for _ in t.shape)].expand(t.shape)
+            first = tuple(slice(1 if rng.random() < 0.5 else None) for _ in t.shape)
+            call[name] = t[first].expand(t.shape)
     return call
 
 
