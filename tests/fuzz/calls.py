@@ -52,8 +52,9 @@ def repeated(rng, call):
     for name in (*IMAGES, *VECTORS):
         t = call[name]
         if t is not None and t.numel() and rng.random() < 0.07:
-            first = tuple(slice(1 if rng.random() < 0.5 else None) for _ in t.shape)
-            call[name] = t[first].expand(t.shape)
+            call[name] = t[tuple(slice(None, 1) if rng.random() < 0.5 else slice(None) for _ in t.shape)].expand(
+                t.shape
+            )
     return call
 
 

@@ -24,11 +24,14 @@ def check(seed, strict=True):
     before = getattr(ops, op)(**right)
     values = {k: v.clone() for k, v in right.items() if isinstance(v, torch.Tensor)}
     fault = answer(op, name, wrong, backend)
-    call = f"backends.use({backend!r}): {op} with wrong {name}: {described(wrong)}"
-    assert not strict or fault is None, f"{call}\n{fault}"
+    assert not strict or fault is None, (
+        f"backends.use({backend!r}): {op} with wrong {name}: {described(wrong)}\n{fault}"
+    )
     changed = [k for k, v in values.items() if not v.equal(right[k])]
-    assert not changed, f"{call}\nwrites to {', '.join(changed)}"
-    assert before.equal(getattr(ops, op)(**right)), f"{call}\nchanges what comes after it"
+    assert not changed, f"{op} with wrong {name} wrote to {changed}: {described(wrong)}"
+    assert before.equal(getattr(ops, op)(**right)), (
+        f"{op} with wrong {name} changed what comes after: {described(wrong)}"
+    )
 
 
 def answer(op, name, given, backend):
