@@ -1,5 +1,7 @@
 """Random residual networks in plain PyTorch: blocks of all forms, and what people put between them."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,7 +123,7 @@ class Residual(nn.Module):
         strided = rng.randrange(count)
         layers = [
             Layer(rng, a, b, stride if i == strided else 1, active=i < count - 1 or rng.random() < 0.1)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(widths))
         ]
         self.body = nn.Sequential(*layers) if rng.random() < 0.7 else nn.ModuleList(layers)
         plain = stride == 1 and channels == out

@@ -44,7 +44,11 @@ def fused_twins(rng, reuse):
 
 def native_twins(rng, reuse):
     """A stage of the package's own blocks, and of their twins."""
-    kind, width, out = rng.choice(("Block", "BasicBlock", "Bottleneck")), rng.choice((8, 16, 17)), rng.choice((4, 8, 16))
+    kind, width, out = (
+        rng.choice(("Block", "BasicBlock", "Bottleneck")),
+        rng.choice((8, 16, 17)),
+        rng.choice((4, 8, 16)),
+    )
     count, stride = rng.randint(1, 3), rng.choice((1, 2))
     stages = []
     for module, stage in ((blocks, blocks.Stage), (reference, nn.Sequential)):
@@ -102,7 +106,7 @@ class Trial:
         actions = [self.change, self.copied, self.stored, self.again, self.settings]
         actions += [self.rebuild] * 2 if self.structure else []
         # bfloat16 rounds too much for gradients to be compared.
-        actions += [self.train_step] * 2 if self.dtype != torch.bfloat16 else []
+        actions += [self.train_step] * 3 if self.dtype != torch.bfloat16 else []
         action = self.rng.choice(actions)
         self.done.append(action.__name__)
         action()
@@ -283,8 +287,8 @@ class Trial:
         self.same(*self.of_both(run), "eval mode")
 
     def same(self, ours, theirs, what):
-        limit = TOLERANCE[self.dtype]
-        # Sums that are zero but for rounding, as a bias's gradient in front of batch norm, are small against the others.
+        limit, buffers = TOLERANCE[self.dtype], dict(self.plain.named_buffers())
+        # Sums that are zero but for rounding, as a bias's gradient in front of batch norm: small against the others.
         largest = max(b.double().norm().item() for b in theirs.values() if b is not None)
         assert list(ours) == list(theirs), f"{what}: {list(ours)}, want {list(theirs)}"
         for name, a in ours.items():
@@ -293,6 +297,7 @@ class Trial:
             if b is None:
                 continue
             assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{where}: {a.shape} {a.dtype}, want {b.shape} {b.dtype}"
-            relative = FLIPPED if self.dtype == torch.float32 and name != "output" else limit
+            gradient = name != "output" and name not in buffers
+            relative = FLIPPED if self.dtype == torch.float32 and gradient else limit
             error, size = ((t.double() - s).norm().item() for t, s in ((a, b.double()), (b, 0)))
             assert error <= relative * size + limit * largest, f"{where} is off by {error:.3g} of {size:.3g}"
