@@ -56,6 +56,10 @@ _KEPT_ELEMENTS = 1 << 18
 _READ_AGAIN = 2.0  # the same in later passes: from the cache that cores share
 # In training filters are transformed at every step, for each point: into memory, which is read again.
 _PACK = 13.0
+# Values of a map below which training convolves directly. By F(4x4) a convolution of 8 to 64 channels errs 2.0 to 3.3
+# times as much as PyTorch's own. In larger maps PyTorch's mean and variance err as much; here whole networks would be
+# beyond twice its error, and the time that Winograd saves is of no account.
+_FEW_VALUES = 1 << 16
 
 
 def _read(elements: int, passes: int) -> float:
@@ -153,7 +157,7 @@ def training_algorithm(
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
     bf16 = x.dtype == torch.bfloat16 and backends.bf16_products()
-    switches = (bf16, backends.cpu.allow_winograd)
+    switches = (bf16, x.dtype == torch.float32, backends.cpu.allow_winograd)
     return _training_algorithm(weight.shape, tuple(stride), x.shape, backward, needs_x, switches)
 
 
@@ -164,14 +168,17 @@ def _training_algorithm(
     image: tuple[int, ...],
     backward: bool,
     needs_x: bool,
-    switches: tuple[bool, bool],
+    switches: tuple[bool, bool, bool],
 ) -> int:
     k, c, *kernel = weight
     if backward:
         k, c = c, k
     batch, _, height, width = image
+    bf16, float32, _ = switches
+    if float32 and batch * height * width * max(k, c) <= _FEW_VALUES:
+        return DIRECT
     # Maps of bfloat16 that have no gap: a gradient of x is written by whole vectors.
-    if switches[0] and not (backward and needs_x and k % 16):
+    if bf16 and not (backward and needs_x and k % 16):
         out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
         return bf16_algorithm(c, k, tuple(kernel), stride, batch, (out_h, out_w))
     return algorithm(c, k, tuple(kernel), stride, batch, (height, width), training=True)

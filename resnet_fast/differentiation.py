@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .arguments import check_dense, raised
 
 __all__ = ["Registry", "first_order", "gradients_again", "wanted"]
 
@@ -89,7 +90,13 @@ def _guarded(op: str, kernel: Callable[..., Any], unfused: Callable[..., Tensor]
     def guarded(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         reason = backends.transform_reason()
         if reason is None:
-            return kernel(keyset, *args, **kwargs)
+            try:
+                return kernel(keyset, *args, **kwargs)
+            except NotImplementedError:  # of the dispatcher, which lists all backends but names no argument
+                wrong = raised(check_dense, op, args)
+                if wrong is not None:
+                    raise wrong from None
+                raise
         if unfused is not None:
             backends.decline(op, reason)
             return unfused(*args, **kwargs)

@@ -57,6 +57,9 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Contain
         return f"{type(conv).__name__} where a Conv2d was"
     if bn is not None and type(bn) is not nn.BatchNorm2d and bn not in read:
         return f"{type(bn).__name__} where a BatchNorm2d was"
+    eps: Any = 0.0 if bn is None else bn.eps
+    if not eps >= 0:
+        return f"a batch norm with eps {eps}"  # PyTorch says what it allows
     if conv is None:
         return None
     if conv.groups != 1:
@@ -65,14 +68,11 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Contain
         return f"dilation {conv.dilation}"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode!r}"
-    return "uneven padding" if _padding(conv) is None else None
+    return "uneven padding" if _padding(conv) is None else ops.taps_reason(conv.weight)
 
 
-def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool, read: Container[nn.Module] = ()) -> str | None:
-    """Why this pair cannot be fused as it is now, for inference or for training, or None."""
-    reason = structure_reason(conv, bn, read)
-    if reason is not None:
-        return reason
+def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str | None:
+    """Why this pair cannot be fused as it is now, for inference or for training, or None, if its structure can be."""
     if bn is not None and bn.training and not training:
         return "batch norm in training mode"
     if bn is not None and bn.running_mean is None and not training:
@@ -112,8 +112,9 @@ def operator(training: bool) -> str:
 class Recorder:
     """Writes the dataflow down as the integers that ``residual_stage`` reads. Values are numbered; 0 is the input."""
 
-    def __init__(self, training: bool = False) -> None:
-        self.training = training
+    def __init__(self, training: bool = False, structure: bool = False) -> None:
+        """structure: ask only for what holds whatever the mode, device and dtype of the modules."""
+        self.training, self.structure = training, structure
         self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
         self.layers: list[int] = []
         self._stands_for: set[nn.Module] = set()
@@ -122,7 +123,9 @@ class Recorder:
 
     def conv(self, conv: Any, bn: Any, x: int, *, relu: nn.Module | None = None, residual: int | None = None) -> int:
         self._stands_for.update(m for m in (conv, bn, relu) if m is not None)
-        reason = _NONE if conv is None else _layer_reason(conv, bn, self.training, self._read)
+        reason = _NONE if conv is None else structure_reason(conv, bn, self._read)
+        if reason is None and not self.structure:
+            reason = _layer_reason(conv, bn, self.training)
         if reason is None and relu is not None and type(relu) is not nn.ReLU:
             reason = f"{type(relu).__name__} where a ReLU was"
         if reason is not None:

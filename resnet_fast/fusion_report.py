@@ -9,7 +9,7 @@ from torch import nn
 
 from .chain import Fused
 from .convert import FusedTraced, Fusion, check_model
-from .flow import Recorder
+from .flow import Recorder, structure_reason
 from .plan import Plan, original
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def report(model: nn.Module) -> Report:
     convolutions = [m for m in names if not list(m.children()) and type(m).__name__.endswith("Conv2d")]
     rows: list[Row] = []
     covered: dict[nn.Module, str] = {}
-    for module, name in names.items():
-        _add_fused(module, name, survey.findings.get(module), rows, covered)
     reasons: dict[nn.Module, str] = {}
+    for module, name in names.items():
+        _add_fused(module, name, survey.findings.get(module), rows, covered, reasons)
     for module, name in names.items():
         finding = survey.findings.get(module)
         if finding is None:
@@ -93,12 +93,25 @@ def report(model: nn.Module) -> Report:
 
 
 def _add_fused(
-    module: nn.Module, name: str, finding: Finding | None, rows: list[Row], covered: dict[nn.Module, str]
+    module: nn.Module,
+    name: str,
+    finding: Finding | None,
+    rows: list[Row],
+    covered: dict[nn.Module, str],
+    reasons: dict[nn.Module, str],
 ) -> None:
     if isinstance(module, Fused):
-        recorder = Recorder()
+        recorder = Recorder(structure=True)
         module.flow(recorder, 0)
         inside, status, plans = module.parts(), "fused", {}
+        reason = recorder.reason(inside)
+        if reason is not None:
+            kind = original(module).__name__
+            rows.append(Row(name, kind, "not fused", 0, reason))
+            for conv in inside:
+                if isinstance(conv, nn.Conv2d):
+                    reasons[conv] = structure_reason(conv, None) or f"part of a {kind} that is not fused"
+            return
         count = len(recorder.pairs)
     elif isinstance(module, FusedTraced) and (fusion := Fusion.of(module)) is not None and not fusion.outdated():
         plans, status = fusion.plans, "fused"

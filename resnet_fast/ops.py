@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .arguments import DTYPES as DTYPES
+from .arguments import MOST_TAPS, VECTORS, check_add_relu, check_conv, check_tensor, is_autocast, raised, shapeless
 from .conv_gradient import convolution_backward
 from .differentiation import Registry
 
 __all__ = ["add_relu", "conv_bn", "conv_bn_add_relu", "conv_bn_relu"]
 
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-}
 IntPair = int | tuple[int, int]
 
 
@@ -64,11 +62,19 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         RuntimeError: ``b`` differs from ``a`` in shape, dtype or device.
     """
-    reason = _unfused_reason("add_relu", a)
-    if reason is None:
-        return torch.ops.resnet_fast.add_relu(a, b)
-    backends.decline("add_relu", reason)
-    return F.relu(a + b)
+    try:
+        reason = _unfused_reason("add_relu", a)
+        if reason is None:
+            return torch.ops.resnet_fast.add_relu(a, b)
+        backends.decline("add_relu", reason)
+        if not torch.compiler.is_compiling():
+            check_add_relu(a, b, failed=False)
+        return F.relu(a + b)
+    except Exception:
+        wrong = raised(check_add_relu, a, b)
+        if wrong is not None:
+            raise wrong from None
+        raise
 
 
 def conv_bn(
@@ -210,16 +216,34 @@ def _conv(
     groups: int,
 ) -> Tensor:
     pairs = [_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)]
-    reason = _unfused_reason(op, inputs[0])
-    if reason is None and pairs[2] != [1, 1]:
-        reason = f"dilation {dilation}"
-    if reason is None and groups != 1:
-        reason = f"{groups} groups"
-    bn = (bn_weight, bn_bias, running_mean, running_var, eps)
-    if reason is None:
-        return getattr(torch.ops.resnet_fast, op)(*inputs, weight, bias, *bn, pairs[0], pairs[1])
-    backends.decline(op, reason)
-    return unfused_conv(op, inputs, weight, bias, bn, pairs[0], pairs[1], pairs[2], groups)
+    vectors = (bias, bn_weight, bn_bias, running_mean, running_var)
+    arguments = (op, inputs, weight, vectors, eps, pairs, groups)
+    try:
+        reason = _unfused_reason(op, inputs[0])
+        if reason is None and pairs[2] != [1, 1]:
+            reason = f"dilation {dilation}"
+        if reason is None and groups != 1:
+            reason = f"{groups} groups"
+        if reason is None:
+            reason = taps_reason(weight)
+        if reason is None:
+            return getattr(torch.ops.resnet_fast, op)(*inputs, weight, *vectors, eps, pairs[0], pairs[1])
+        backends.decline(op, reason)
+        if not torch.compiler.is_compiling():
+            check_conv(*arguments, failed=False)
+        bn = (bn_weight, bn_bias, running_mean, running_var, eps)
+        return unfused_conv(op, inputs, weight, bias, bn, pairs[0], pairs[1], pairs[2], groups)
+    except Exception:
+        wrong = raised(check_conv, *arguments)
+        if wrong is not None:
+            raise wrong from None
+        raise
+
+
+def taps_reason(weight: Tensor) -> str | None:
+    """Why no kernel takes filters of this size, or None."""
+    *_, rows, columns = weight.shape
+    return f"a filter of {rows} x {columns}, more than {MOST_TAPS} taps" if rows * columns > MOST_TAPS else None
 
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
@@ -237,16 +261,13 @@ def unfused_conv(
     groups: int,
 ) -> Tensor:
     """The same on PyTorch's own operators."""
-    bn_weight, bn_bias, running_mean, running_var, eps = bn
-    # The kernels take vectors of another dtype than the images have; F.conv2d does not.
-    bias = bias if bias is None or _autocasts(weight.device.type) else bias.to(weight.dtype)
+    # The kernels take vectors of another dtype than the images have; PyTorch's own operators do not.
+    bias = bias if bias is None or is_autocast(weight) else bias.to(weight.dtype)
     y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
+    bn_weight, bn_bias, running_mean, running_var = _batch_norm_vectors(y, bn[:4])
+    eps = bn[4]
     if running_mean is not None and not _differentiates(running_mean, running_var):
-        # PyTorch's gradient for images in channels_last reads vectors as if they were contiguous.
-        mean, var, gamma, beta = (
-            t if t is None else t.contiguous() for t in (running_mean, running_var, bn_weight, bn_bias)
-        )
-        y = F.batch_norm(y, mean, var, gamma, beta, training=False, eps=eps)
+        y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
     elif running_mean is not None and running_var is not None:
         # Written out: F.batch_norm has no derivatives by the statistics, these operators have.
         scale = torch.rsqrt(running_var + eps)
@@ -258,16 +279,21 @@ def unfused_conv(
     return y if op == "conv_bn" else F.relu(y)
 
 
-def _autocasts(device: str) -> bool:
-    """Tensors without memory, on the device ``"meta"``, know nothing of autocast."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _differentiates(*statistics: Tensor | None) -> bool:
     """Whether derivatives by the statistics may be asked for."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in statistics):
         return True
     return not torch.compiler.is_compiling() and backends.transform_reason() is not None
+
+
+def _batch_norm_vectors(y: Tensor, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """In the dtype of ``y``, or all in float32 beside a narrower one: what F.batch_norm takes. Dense: PyTorch's gradient
+    for images in channels_last reads them as if they were."""
+    narrow = y.dtype in (torch.bfloat16, torch.float16)
+    if narrow and all(t is None or t.dtype == y.dtype for t in vectors):
+        return [t if t is None else t.contiguous() for t in vectors]
+    dtype = torch.float32 if narrow else y.dtype
+    return [t if t is None else t.to(dtype).contiguous() for t in vectors]
 
 
 # What follows registers shapes, gradients and autocast with the operators that the extension defines.
@@ -284,35 +310,40 @@ def empty_image(x: Tensor, channels: Any, height: Any, width: Any) -> Tensor:
     )
 
 
-def _check_device(name: str, t: Tensor | None, other_name: str, other: Tensor) -> None:
-    torch._check(
-        t is None or t.device == other.device,
-        lambda: f"{name} is on {t.device if t is not None else None}, want {other.device} as {other_name} is",
-    )
-
-
-VECTORS = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
-
-
 def fake_conv(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     *vectors, _, stride, padding = rest
-    for name, t in (("weight", weight), *zip(VECTORS, vectors, strict=True)):
-        _check_device(name, t, "x", x)
+    check_tensor("x", x)
+    check_tensor("weight", weight, ("x", x))
     torch._check(x.dim() == 4, lambda: f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
     torch._check(weight.dim() == 4, lambda: f"weight has {weight.dim()} dimensions, want 4")
     torch._check(
         x.shape[1] == weight.shape[1], lambda: f"x has {x.shape[1]} channels, want {weight.shape[1]} as weight has"
     )
     torch._check(x.dtype == weight.dtype, lambda: f"weight has dtype {weight.dtype}, want {x.dtype} as x has")
+    for name, t in zip(VECTORS, vectors, strict=True):
+        if t is not None:
+            check_tensor(name, t, ("x", x))
+            torch._check(
+                t.shape == weight.shape[:1],
+                lambda name=name, t=t: (
+                    f"{name} has shape {list(t.shape)}, want [{weight.shape[0]}] as weight has filters"
+                ),
+            )
     torch._check(min(stride) > 0, lambda: f"stride is {stride}, want at least 1")
     torch._check(min(padding) >= 0, lambda: f"padding is {padding}, want at least 0")
     height = conv_size(x.shape[2], padding[0], weight.shape[2], stride[0])
     width = conv_size(x.shape[3], padding[1], weight.shape[3], stride[1])
+    for size in (height, width):
+        torch._check(
+            size > 0,
+            lambda: f"x has shape {list(x.shape)}, smaller with padding {padding} than weight {list(weight.shape)}",
+        )
     return empty_image(x, weight.shape[0], height, width)
 
 
 def fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    _check_device("residual", residual, "x", x)
+    check_tensor("x", x)
+    check_tensor("residual", residual, ("x", x))
     out = fake_conv(x, weight, *rest)
     torch._check(
         residual.shape == out.shape,
@@ -321,14 +352,8 @@ def fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> T
     return out
 
 
-def check_add_relu(a: Tensor, b: Tensor) -> None:
-    _check_device("b", b, "a", a)
-    torch._check(a.shape == b.shape, lambda: f"b has shape {tuple(b.shape)}, want {tuple(a.shape)} as a has")
-    torch._check(a.dtype == b.dtype, lambda: f"b has dtype {b.dtype}, want {a.dtype} as a has")
-
-
 def _fake_add_relu(a: Tensor, b: Tensor) -> Tensor:
-    check_add_relu(a, b)
+    check_add_relu(a, b, failed=False)
     return torch.empty_like(a)
 
 
@@ -538,9 +563,11 @@ def _autocast_conv(op: str, inputs: int) -> Any:
     """Images and filters in autocast's dtype; the statistics stay as they are."""
 
     def kernel(*args: Any) -> Tensor:
-        device, kind = args[0].device.type, backends.kind(args[0])
-        dtype = torch.get_autocast_dtype(device)
         images, (weight, bias), rest = args[:inputs], args[inputs : inputs + 2], args[inputs + 2 :]
+        for name, t in (("x", images[0]), ("residual", images[-1]), ("weight", weight)):
+            check_tensor(f"{op}: {name}", t, ("x", images[0]) if t is not images[0] else None)
+        device, kind = images[0].device.type, backends.kind(images[0])
+        dtype = torch.get_autocast_dtype(device)
         if not backends.has_kernel(op, kind) or dtype not in DTYPES.get(kind, (dtype,)):
             *bn, stride, padding = rest
             return unfused_conv(op, list(images), weight, bias, tuple(bn), stride, padding, [1, 1], 1)
@@ -556,6 +583,13 @@ def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _OPERATORS = ("add_relu", "conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
+
+
+_FOLDED: dict[str, Any] = {
+    "pack_conv_bn": _fake_pack,
+    "residual_stage": _fake_stage,
+    "residual_network": _fake_network,
+}
 
 
 _TRAINING: dict[str, Any] = {
@@ -610,7 +644,8 @@ def _register() -> None:
     library = Registry("resnet_fast", "IMPL", _UNFUSED)
     for op, inputs in (("conv_bn", 1), ("conv_bn_relu", 1), ("conv_bn_add_relu", 2)):
         name = f"resnet_fast::{op}"
-        torch.library.register_fake(name, fake_conv if inputs == 1 else fake_add_layer, lib=library)
+        fake = shapeless(op, fake_conv if inputs == 1 else fake_add_layer)
+        torch.library.register_fake(name, fake, lib=library)
 
         def backward(ctx: Any, grad: Tensor, relu: bool = op != "conv_bn") -> tuple[Any, ...]:
             return _conv_backward(ctx, grad, relu)
@@ -622,12 +657,9 @@ def _register() -> None:
     torch.library.register_autograd(
         "resnet_fast::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=library
     )
-    torch.library.register_fake("resnet_fast::pack_conv_bn", _fake_pack, lib=library)
-    torch.library.register_fake("resnet_fast::residual_stage", _fake_stage, lib=library)
-    torch.library.register_fake("resnet_fast::residual_network", _fake_network, lib=library)
-    for op, fake in {**_TRAINING, **_ON_CPUS}.items():
-        torch.library.register_fake(f"resnet_fast::{op}", fake, lib=library)
-    for op in ("pack_conv_bn", "residual_stage", "residual_network", *_TRAINING, *_ON_CPUS):
+    for op, fake in {**_FOLDED, **_TRAINING, **_ON_CPUS}.items():
+        torch.library.register_fake(f"resnet_fast::{op}", shapeless(op, fake), lib=library)
+    for op in (*_FOLDED, *_TRAINING, *_ON_CPUS):
         torch.library.register_autograd(f"resnet_fast::{op}", without_gradient(op), lib=library)
     _register_network(library)
     if find_spec("triton") is not None:

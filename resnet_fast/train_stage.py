@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
+from .arguments import check_tensor, raised, shapeless
 from .differentiation import Registry
 from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift, unpacked
 
@@ -29,11 +30,13 @@ def _layers(present: list[bool], fields: list[int], eps: list[float], batch: lis
 
 def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     """The result; [mean; variance] of each layer; then what else the backward pass wants: ys and residual sums."""
-    *settings, recompute = rest
-    layers = _layers(*settings)
-    out, kept = forward(layers, dense(x), _spread(tensors, settings[0]), recompute)
-    inner = [s for s, y in zip(kept.sums[:-1], kept.ys, strict=False) if s is not None and s is not y]
-    return [out, *kept.moments, *(y for y in kept.ys if y is not None), *inner]
+    try:
+        return _forward(x, tensors, *rest)
+    except Exception:
+        wrong = raised(_check, "train_stage", {"x": [x]}, tensors, *rest[:-1])
+        if wrong is not None:
+            raise wrong from None
+        raise
 
 
 def train_stage_backward(
@@ -41,6 +44,87 @@ def train_stage_backward(
 ) -> list[Tensor]:
     """Gradients of x and of ``tensors``, those that ``needs`` marks. ``kept``: the results of ``train_stage`` but the
     first, and the first, too, where it is a residual sum that is not formed again."""
+    try:
+        return _gradients(grad, x, tensors, kept, *rest)
+    except Exception:
+        wrong = raised(_check_backward, grad, x, tensors, kept, *rest)
+        if wrong is not None:
+            raise wrong from None
+        raise
+
+
+def _check(op: str, images: dict[str, list[Tensor]], tensors: list[Tensor], *settings: Any) -> None:
+    """Raises what is wrong with the arguments, by name, ``images`` among them."""
+    present, fields, eps, batch = settings
+    count = len(eps)
+    for name, values, wanted in (
+        ("present", present, TENSORS * count),
+        ("fields", fields, ops.LAYER_FIELDS * count),
+        ("batch", batch, count),
+        ("tensors", tensors, sum(present)),
+    ):
+        if count == 0 or len(values) != wanted:
+            raise RuntimeError(f"{op}: {name} has {len(values)} items, want {wanted} for the {count} layers of eps")
+    (x,) = images["x"]
+    for name, t in ((name, t) for name, several in images.items() for t in several):
+        check_tensor(f"{op}: {name}", t, ("x", x))
+        if t.dim() != 4 or t.numel() == 0 or t.dtype != x.dtype:
+            raise RuntimeError(f"{op}: {name} is {list(t.shape)} of {t.dtype}, want an image in the dtype of x")
+    spread = _spread(tensors, present)
+    for i in range(count):
+        source, residual, relu, *_ = fields[i * ops.LAYER_FIELDS :]
+        if not (0 <= source <= i and -1 <= residual <= i):
+            raise RuntimeError(f"{op}: fields has layer {i} read values {source} and {residual}, want at most {i}")
+        weight, *vectors = spread[TENSORS * i : TENSORS * (i + 1)]
+        if weight is None or (vectors[3] is None) != (vectors[4] is None) or (vectors[3] is not None and batch[i]):
+            raise RuntimeError(f"{op}: present and batch want a weight in layer {i}, and statistics or the batch's own")
+        if vectors[3] is None and not batch[i] and (residual >= 0 or relu):
+            raise RuntimeError(f"{op}: batch has False for layer {i}, which has a ReLU or a sum, but no statistics")
+        for t in (weight, *(v for v in vectors if v is not None)):
+            check_tensor(f"{op}: tensors", t, ("x", x))
+            fits = t.shape == weight.shape[: 4 if t is weight else 1] and weight.dim() == 4 and weight.numel() > 0
+            if not fits or t.dtype not in ops.DTYPES.get(backends.kind(x), (t.dtype,)):
+                raise RuntimeError(
+                    f"{op}: tensors has {list(t.shape)} of {t.dtype} in layer {i}, want [K, C, R, S], [K]"
+                )
+
+
+def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> None:
+    op, (*settings, needs) = "train_stage_backward", rest
+    count = len(settings[2])
+    _check(op, {"x": [x], "grad": [grad], "kept": kept[count:]}, tensors, *settings)
+    if len(needs) != 1 + len(tensors):
+        raise RuntimeError(f"{op}: needs has {len(needs)} items, want {1 + len(tensors)}: of x and of tensors")
+    layers, weights = _layers(*settings), _spread(tensors, settings[0])[::TENSORS]
+    if len(kept) < 2 * count - (not layers[-1].normalized):
+        raise RuntimeError(f"{op}: kept has {len(kept)} items, fewer than train_stage gives for {count} layers")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for layer, weight, moments in zip(layers, weights, kept, strict=False):
+        check_tensor(f"{op}: kept", moments, ("x", x))
+        channels = weight.shape[0] if layer.normalized and weight is not None else 0
+        if moments.shape != (2, channels) or moments.dtype != dtype:
+            got = f"{list(moments.shape)} of {moments.dtype}"
+            raise RuntimeError(f"{op}: kept has {got}, want mean and variance, [2, {channels}] of {dtype}")
+    sizes = [tuple(x.shape[2:])]
+    for i, layer in enumerate(layers):
+        if min(layer.stride) < 1:
+            raise RuntimeError(f"{op}: fields has layer {i} of stride {layer.stride}, want at least 1")
+        steps = zip(sizes[layer.source], layer.padding, layer.kernel, layer.stride, strict=True)
+        sizes.append(tuple(ops.conv_size(*step) for step in steps))
+    if grad.shape[0] != x.shape[0] or grad.shape[2:] != sizes[-1]:
+        wanted = f"{x.shape[0]} images of {list(sizes[-1])}"
+        raise RuntimeError(f"{op}: grad has shape {list(grad.shape)}, want {wanted}")
+
+
+def _forward(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    *settings, recompute = rest
+    layers = _layers(*settings)
+    out, kept = forward(layers, dense(x), _spread(tensors, settings[0]), recompute)
+    inner = [s for s, y in zip(kept.sums[:-1], kept.ys, strict=False) if s is not None and s is not y]
+    return [out, *kept.moments, *(y for y in kept.ys if y is not None), *inner]
+
+
+def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, needs = rest
     layers, spread = _layers(*settings), _spread(tensors, settings[0])
     count = len(layers)
@@ -108,8 +192,8 @@ def _register() -> None:
     library = Registry("resnet_fast", "IMPL", {})
     library.impl("train_stage", train_stage, "CompositeExplicitAutograd")
     library.impl("train_stage_backward", train_stage_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("resnet_fast::train_stage", _fake, lib=library)
-    torch.library.register_fake("resnet_fast::train_stage_backward", _fake_backward, lib=library)
+    for op, fake in (("train_stage", _fake), ("train_stage_backward", _fake_backward)):
+        torch.library.register_fake(f"resnet_fast::{op}", shapeless(op, fake), lib=library)
     torch.library.register_autograd("resnet_fast::train_stage", _backward, setup_context=_setup, lib=library)
     torch.library.register_autograd(
         "resnet_fast::train_stage_backward", ops.without_gradient("train_stage_backward"), lib=library

@@ -226,9 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
   check_same_dtype(kOp, "grad", grad, "x", x);
   RESNET_FAST_CHECK(arithmetic_type(weight) == arithmetic_type(x), kOp, ": weight has dtype ",
                     dtype_name(weight.scalar_type()), ", x has ", dtype_name(x.scalar_type()));
-  RESNET_FAST_CHECK(
-      stride.size() == 2 && padding.size() == 2 && stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 && padding[1] >= 0,
-      kOp, ": stride and padding want two integers each, of at least 1 and 0");
+  check_strides(kOp, stride, padding);
   const Layer layer{0,         -1,        0,          weight.size(0), weight.size(2), weight.size(3),
                     stride[0], stride[1], padding[0], padding[1]};
   const bool fits = x.size(1) == weight.size(1) && grad.size(0) == x.size(0) && grad.size(1) == weight.size(0) &&

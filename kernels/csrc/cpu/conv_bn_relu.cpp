@@ -15,12 +15,12 @@ Tensor fused_conv(const char* op, const std::vector<Tensor>& inputs, bool relu, 
   const Tensor& x = inputs[0];
   check_rank(op, "x", x, 4, "[batch, channels, height, width]");
   check_dtype(op, "x", x);
-  RESNET_FAST_CHECK(weight.is_cpu(), op, ": weight is not on the CPU, as x is");
   check_conv_bn(op, weight, bias, bn);
+  RESNET_FAST_CHECK(weight.is_cpu(), op, ": weight is not on the CPU, as x is");
   check_same_dtype(op, "weight", weight, "x", x);
   RESNET_FAST_CHECK(x.size(1) == weight.size(1), op, ": x has ", x.size(1), " channels, want ", weight.size(1),
                     ", the in_channels of weight ", shape(weight));
-  RESNET_FAST_CHECK(stride.size() == 2 && padding.size() == 2, op, ": stride and padding want two integers each");
+  check_strides(op, stride, padding);
   const Layer layer{0,
                     inputs.size() > 1 ? 1 : -1,
                     relu,

@@ -124,9 +124,7 @@ std::tuple<Tensor, Tensor> conv_moments(const Tensor& x, const OptionalTensor& s
                     dtype_name(weight.scalar_type()), ", x has ", dtype_name(x.scalar_type()));
   RESNET_FAST_CHECK(x.size(1) == weight.size(1), kOp, ": x has ", x.size(1), " channels, want ", weight.size(1),
                     ", the in_channels of weight ", shape(weight));
-  RESNET_FAST_CHECK(
-      stride.size() == 2 && padding.size() == 2 && stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 && padding[1] >= 0,
-      kOp, ": stride and padding want two integers each, of at least 1 and 0");
+  check_strides(kOp, stride, padding);
   const Layer layer{0,         -1,        0,          weight.size(0), weight.size(2), weight.size(3),
                     stride[0], stride[1], padding[0], padding[1]};
   RESNET_FAST_CHECK(x.size(2) + 2 * layer.pad_h >= layer.kernel_h && x.size(3) + 2 * layer.pad_w >= layer.kernel_w &&

@@ -206,6 +206,7 @@ void check_conv_bn(const char* op, const Tensor& weight, const OptionalTensor& b
                     ": running_mean and running_var must be given together");
   RESNET_FAST_CHECK(bn.running_mean || (!bn.weight && !bn.bias), op,
                     ": bn_weight and bn_bias need running_mean and running_var");
+  RESNET_FAST_CHECK(!bn.running_mean || bn.eps >= 0, op, ": eps is ", bn.eps, ", want at least 0");
 }
 
 Tensor pack_filters(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& bn, Algorithm algorithm) {

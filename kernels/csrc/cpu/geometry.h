@@ -52,8 +52,8 @@ template <typename T>
 FilterLayout<T> read_layout(const char* op, size_t index, const Layer& l, int64_t channels, const Tensor& filter) {
   const ScalarType type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
   FilterLayout<T> layout{l.out_channels, channels, l.kernel_h, l.kernel_w};
-  bool packed = filter.scalar_type() == type && filter.dim() == 1 && filter.stride(0) == 1 && filter.is_cpu() &&
-                filter.numel() > 0;
+  bool packed = filter.defined() && filter.scalar_type() == type && filter.dim() == 1 && filter.stride(0) == 1 &&
+                filter.is_cpu() && filter.numel() > 0;
   if (packed) {
     const T algorithm = *static_cast<const T*>(filter.data_ptr());
     const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
@@ -71,8 +71,8 @@ template <>
 inline FilterLayout<BFloat16> read_layout<BFloat16>(const char* op, size_t index, const Layer& l, int64_t channels,
                                                     const Tensor& filter) {
   FilterLayout<BFloat16> layout = bf16_layout(l.out_channels, channels, l.kernel_h, l.kernel_w, Algorithm::kBf16Direct);
-  bool packed = filter.scalar_type() == ScalarType::BFloat16 && filter.dim() == 1 && filter.stride(0) == 1 &&
-                filter.is_cpu() && filter.numel() > 0;
+  bool packed = filter.defined() && filter.scalar_type() == ScalarType::BFloat16 && filter.dim() == 1 &&
+                filter.stride(0) == 1 && filter.is_cpu() && filter.numel() > 0;
   if (packed) {
     layout.algorithm = static_cast<Algorithm>(static_cast<const BFloat16*>(filter.data_ptr())->bits);
     const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
@@ -94,11 +94,11 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
     const int64_t known = static_cast<int64_t>(values.size());
     RESNET_FAST_CHECK(l.input >= 0 && l.input < known && l.residual >= -1 && l.residual < known, op, ": layer ", i,
                       " reads values ", l.input, " and ", l.residual, ", want values below ", known);
-    RESNET_FAST_CHECK(l.out_channels > 0 && l.kernel_h > 0 && l.kernel_w > 0 && l.kernel_h * l.kernel_w <= kMaxRuns, op,
-                      ": layer ", i, " has a filter of ", l.out_channels, " x ", l.kernel_h, " x ", l.kernel_w);
-    RESNET_FAST_CHECK(l.stride_h > 0 && l.stride_w > 0, op, ": stride is ", l.stride_h, " x ", l.stride_w,
-                      ", want at least 1");
-    RESNET_FAST_CHECK(l.pad_h >= 0 && l.pad_w >= 0, op, ": padding is ", l.pad_h, " x ", l.pad_w, ", want at least 0");
+    RESNET_FAST_CHECK(l.out_channels > 0 && l.out_channels <= kMaxSize && l.kernel_h > 0 && l.kernel_w > 0 &&
+                          l.kernel_h <= kMaxRuns && l.kernel_w <= kMaxRuns && l.kernel_h * l.kernel_w <= kMaxRuns,
+                      op, ": layer ", i, " has a filter of ", l.out_channels, " x ", l.kernel_h, " x ", l.kernel_w,
+                      ", want sizes of at least 1 and at most ", kMaxRuns, " taps");
+    check_strides(op, {l.stride_h, l.stride_w}, {l.pad_h, l.pad_w});
     Value& x = values[static_cast<size_t>(l.input)];
     RESNET_FAST_CHECK(x.height + 2 * l.pad_h >= l.kernel_h && x.width + 2 * l.pad_w >= l.kernel_w, op, ": x is ",
                       x.height, " x ", x.width, " with padding ", l.pad_h, " x ", l.pad_w,

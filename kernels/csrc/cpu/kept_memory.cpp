@@ -163,13 +163,15 @@ Memory& memory() {
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
-// None where PyTorch is to give the memory, or to say that no size is like that.
+// None where PyTorch is to give the memory.
 std::optional<Tensor> kept_tensor(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType type) {
   size_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
   for (const int64_t size : sizes) {
-    if (size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return std::nullopt;
+    const bool too_large = size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes);
+    RESNET_FAST_CHECK(!too_large && bytes <= SIZE_MAX / 2, "resnet_fast: no memory for a tensor of ", sizes.size(),
+                      " dimensions, one of them ", size);
   }
-  if (bytes < kSmallest || bytes > SIZE_MAX / 2 || !memory().keeps()) return std::nullopt;
+  if (bytes < kSmallest || !memory().keeps()) return std::nullopt;
   void* data = memory().take(bytes);
   return torch::stable::from_blob(data, sizes, strides, kCpu, type,
                                   [bytes](void* block) { memory().give(block, bytes); });

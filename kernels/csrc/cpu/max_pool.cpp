@@ -21,15 +21,13 @@ struct Window {
 
 Window check_window(const char* op, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                     const std::vector<int64_t>& padding) {
-  RESNET_FAST_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, op,
-                    ": kernel, stride and padding want two integers each");
+  check_pair(op, "kernel", kernel, 1, kPlaces);
+  check_strides(op, stride, padding);
   const Window w{kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]};
-  RESNET_FAST_CHECK(w.kernel_h > 0 && w.kernel_w > 0 && w.kernel_h * w.kernel_w <= kPlaces, op, ": kernel is ",
-                    w.kernel_h, " x ", w.kernel_w, ", want at least 1 and at most ", kPlaces, " places");
-  RESNET_FAST_CHECK(w.stride_h > 0 && w.stride_w > 0, op, ": stride is ", w.stride_h, " x ", w.stride_w,
-                    ", want at least 1");
-  RESNET_FAST_CHECK(w.pad_h >= 0 && w.pad_w >= 0 && 2 * w.pad_h <= w.kernel_h && 2 * w.pad_w <= w.kernel_w, op,
-                    ": padding is ", w.pad_h, " x ", w.pad_w, ", want at least 0 and at most half of the kernel");
+  RESNET_FAST_CHECK(w.kernel_h * w.kernel_w <= kPlaces, op, ": kernel is ", w.kernel_h, " x ", w.kernel_w,
+                    ", want at most ", kPlaces, " places");
+  RESNET_FAST_CHECK(2 * w.pad_h <= w.kernel_h && 2 * w.pad_w <= w.kernel_w, op, ": padding is ", w.pad_h, " x ",
+                    w.pad_w, ", want at most half of the kernel");
   return w;
 }
 
@@ -134,10 +132,11 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& places, const std::ve
   check_image(op, "grad", grad);
   const Window w = check_window(op, kernel, stride, padding);
   const Image out(grad);
+  check_defined(op, "places", places);
   RESNET_FAST_CHECK(places.scalar_type() == ScalarType::Byte && places.dim() == 1 && places.stride(0) == 1 &&
                         places.size(0) == (out.images * out.image() + 1) / 2,
                     op, ": places has shape ", shape(places), ", want a byte for each two of grad ", shape(grad));
-  RESNET_FAST_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0, op, ": size wants height and width, above 0");
+  check_pair(op, "size", size, 1, kMaxSize);
   const Image in(out.images, out.channels, size[0], size[1]);
   Tensor dx = empty_image(in, grad);
   const uint8_t* const packed = static_cast<const uint8_t*>(places.data_ptr());

@@ -2,6 +2,7 @@
 // each position modulo the stride.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -29,7 +30,7 @@ struct Taps {
 inline Taps taps_of(int64_t phase, int64_t size, int64_t kernel, int64_t stride, int64_t pad) {
   const int64_t first = (phase + pad) % stride, count = first < kernel ? (kernel - 1 - first) / stride + 1 : 0;
   const int64_t last = first + (count - 1) * stride;
-  return {count, last, (last - phase - pad) / stride, size > phase ? (size - phase + stride - 1) / stride : 0};
+  return {count, last, (last - phase - pad) / stride, (size - phase + stride - 1) / stride};
 }
 
 template <typename T>
@@ -48,11 +49,11 @@ std::vector<Phase<T>> phases_of(const Layer& l, const Image& in, int64_t out_cha
                                 Algorithm algorithm, bool& complete) {
   std::vector<Phase<T>> phases;
   complete = true;
-  for (int64_t a = 0; a < l.stride_h; ++a) {
-    for (int64_t b = 0; b < l.stride_w; ++b) {
+  // A stride may exceed the input: positions beyond it have no pixels.
+  for (int64_t a = 0; a < std::min(l.stride_h, in.height); ++a) {
+    for (int64_t b = 0; b < std::min(l.stride_w, in.width); ++b) {
       const Taps h = taps_of(a, in.height, l.kernel_h, l.stride_h, l.pad_h);
       const Taps w = taps_of(b, in.width, l.kernel_w, l.stride_w, l.pad_w);
-      if (h.size == 0 || w.size == 0) continue;
       if (h.count == 0 || w.count == 0) {
         complete = false;
         continue;

@@ -10,9 +10,11 @@
 namespace resnet_fast {
 
 inline Value pooled(const char* op, const Value& v, const Pool& p) {
-  RESNET_FAST_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0, op, ": pool has a window of ",
-                    p.kernel_h, " x ", p.kernel_w, " and stride ", p.stride_h, " x ", p.stride_w, ", want at least 1");
-  RESNET_FAST_CHECK(p.pad_h >= 0 && p.pad_w >= 0 && 2 * p.pad_h <= p.kernel_h && 2 * p.pad_w <= p.kernel_w, op,
+  const auto fits = [](int64_t v) { return v > 0 && v <= kMaxSize; };
+  RESNET_FAST_CHECK(fits(p.kernel_h) && fits(p.kernel_w) && fits(p.stride_h) && fits(p.stride_w), op,
+                    ": pool has a window of ", p.kernel_h, " x ", p.kernel_w, " and stride ", p.stride_h, " x ",
+                    p.stride_w, ", want at least 1 and at most ", kMaxSize);
+  RESNET_FAST_CHECK(p.pad_h >= 0 && p.pad_w >= 0 && p.pad_h <= p.kernel_h / 2 && p.pad_w <= p.kernel_w / 2, op,
                     ": pool has padding ", p.pad_h, " x ", p.pad_w, ", want at most half of its window, ", p.kernel_h,
                     " x ", p.kernel_w);
   RESNET_FAST_CHECK(v.height + 2 * p.pad_h >= p.kernel_h && v.width + 2 * p.pad_w >= p.kernel_w, op,

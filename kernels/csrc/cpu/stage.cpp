@@ -205,6 +205,7 @@ Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::v
                     filters.size(), " filters, want as many of both and at least one");
   RESNET_FAST_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, op, ": x has shape ", shape(x),
                     ", want at least 1 channel and 1 pixel");
+  check_defined(op, "filters[0]", filters[0]);
   if (filters[0].scalar_type() == ScalarType::BFloat16) {
     RESNET_FAST_CHECK(x.scalar_type() == ScalarType::BFloat16, op, ": x has dtype ", dtype_name(x.scalar_type()),
                       ", want bfloat16 as filters[0] has");

@@ -66,6 +66,7 @@ inline ScalarType arithmetic_type(const Tensor& t) {
 template <typename T>
 const T* check_rows(const char* op, const char* name, const std::optional<Tensor>& t, int64_t rows, int64_t channels) {
   if (!t) return nullptr;
+  check_defined(op, name, *t);
   const bool fits = t->dim() == 2 && t->size(0) == rows && t->size(1) == channels && t->is_cpu() &&
                     t->scalar_type() == (sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double) &&
                     t->stride(1) == 1 && t->stride(0) == channels;
@@ -166,7 +167,7 @@ void ask_for(Ahead& ahead, const S* data, const Image& image, int64_t first, int
 // Pixels [begin, end) in pieces whose sums are taken at once.
 template <typename Body>
 void in_pieces(int64_t begin, int64_t end, int64_t channels, const Body& body) {
-  const int64_t step = std::max<int64_t>(kSumElements / channels, 16);
+  const int64_t step = std::max<int64_t>(kSumElements / std::max<int64_t>(channels, 1), 16);
   for (; begin < end; begin += step) body(begin, std::min(step, end - begin));
 }
 
