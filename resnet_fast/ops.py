@@ -287,8 +287,8 @@ def _differentiates(*statistics: Tensor | None) -> bool:
 
 
 def _batch_norm_vectors(y: Tensor, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """In the dtype of ``y``, or all in float32 beside a narrower one: what F.batch_norm takes. Dense: PyTorch's gradient
-    for images in channels_last reads them as if they were."""
+    """In the dtype of ``y``, or all in float32 beside a narrower one: what F.batch_norm takes. Dense, as PyTorch's
+    gradient for images in channels_last reads them."""
     narrow = y.dtype in (torch.bfloat16, torch.float16)
     if narrow and all(t is None or t.dtype == y.dtype for t in vectors):
         return [t if t is None else t.contiguous() for t in vectors]

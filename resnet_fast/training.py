@@ -85,8 +85,8 @@ class Program:
                 tensors = [_alias(t) for t in tensors]
             # Outside of the function: what it saves is then its input, with which a second derivative is connected.
             recompute, copied = backends.training.recompute_outputs, dense(x)
-            given = None if copied is x else x.detach()
-            out, *moments = _Train.apply(self.layers, recompute, given, copied, *tensors)
+            original = None if copied is x else x.detach()
+            out, *moments = _Train.apply(self.layers, recompute, original, copied, *tensors)
         with torch.no_grad():
             norms = [bn for _, bn in self.pairs]
             for places in self.rounds:
@@ -176,21 +176,22 @@ def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(layers, recompute, given, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
+    """``forward(layers, recompute, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
 
-    ``x``: channels_last. ``given``: what it is a copy of, if it is one: changes of that raise, as they do in PyTorch. More than first derivatives come of PyTorch's own operators, by running these again.
+    ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch. More
+    than first derivatives come of PyTorch's own operators, by running these again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: list[Layer], recompute: bool, given: Tensor | None, x: Tensor, *tensors: Tensor | None
+        ctx: Any, layers: list[Layer], recompute: bool, original: Tensor | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
             out, kept = forward(layers, x, list(tensors), recompute)
         ctx.layers = layers
-        ctx.tensors = [False, False, *(t is not None for t in (given, x, *tensors))]
-        ctx.save_for_backward(given, x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
+        ctx.tensors = [False, False, *(t is not None for t in (original, x, *tensors))]
+        ctx.save_for_backward(original, x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
         ctx.mark_non_differentiable(*kept.moments)
         return out, *kept.moments
 
