@@ -69,9 +69,8 @@ int64_t element_size(int64_t dtype) {
 Tensor from_blob(char* memory, const View& v, int64_t device_type, int64_t device) {
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-      memory + v.offset * element_size(v.dtype), static_cast<int64_t>(v.sizes.size()), v.sizes.data(),
-      v.strides.data(), 0, static_cast<int32_t>(v.dtype), static_cast<int32_t>(device_type),
-      static_cast<int32_t>(device), &made));
+      memory + v.offset * element_size(v.dtype), static_cast<int64_t>(v.sizes.size()), v.sizes.data(), v.strides.data(),
+      0, static_cast<int32_t>(v.dtype), static_cast<int32_t>(device_type), static_cast<int32_t>(device), &made));
   return Tensor(made);
 }
 
@@ -147,9 +146,9 @@ std::unique_ptr<Tape> read_tape(Reader in) {
     b.kind = static_cast<Buffer::Kind>(in.below(Buffer::kResult + 1, "a buffer's kind"));
     b.place = in.word();
     b.bytes = in.word();
-    RESNET_FAST_CHECK(b.bytes >= 0 && (b.kind != Buffer::kScratch ||
-                                       (b.place >= 0 && b.place + b.bytes <= tape->scratch_bytes)),
-                      "tape: a buffer lies outside of the scratch memory");
+    RESNET_FAST_CHECK(
+        b.bytes >= 0 && (b.kind != Buffer::kScratch || (b.place >= 0 && b.place + b.bytes <= tape->scratch_bytes)),
+        "tape: a buffer lies outside of the scratch memory");
     tape->buffers.push_back(b);
   }
   const auto buffers = static_cast<int64_t>(tape->buffers.size());
@@ -159,9 +158,9 @@ std::unique_ptr<Tape> read_tape(Reader in) {
   for (const View& v : tape->views) {
     const Buffer& b = tape->buffers[static_cast<size_t>(v.buffer)];
     const bool constant = b.kind == Buffer::kConstant;
-    tape->constants.push_back(constant ? std::optional(from_blob(reinterpret_cast<char*>(b.place), v,
-                                                                 tape->device_type, tape->device))
-                                       : std::nullopt);
+    tape->constants.push_back(
+        constant ? std::optional(from_blob(reinterpret_cast<char*>(b.place), v, tape->device_type, tape->device))
+                 : std::nullopt);
   }
   for (int64_t i = in.count(); i > 0; --i) {
     Step step{};
@@ -239,9 +238,9 @@ class Run {
 
   Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t dtype) const {
     AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                    static_cast<int32_t>(dtype), static_cast<int32_t>(tape_.device_type),
-                                                    static_cast<int32_t>(tape_.device), &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+        static_cast<int32_t>(tape_.device_type), static_cast<int32_t>(tape_.device), &made));
     return Tensor(made);
   }
 
@@ -288,17 +287,17 @@ class Run {
         if (v.offset == 0 && same_layout(x_, v)) return x_;
         return from_blob(bases_[b], v, tape_.device_type, tape_.device);
       case Buffer::kScratch:
-        TORCH_ERROR_CODE_CHECK(aoti_torch__alloc_from_pool(
-            scratch_->get(), buffer.place + v.offset * element_size(v.dtype), static_cast<int32_t>(v.dtype), dims,
-            v.sizes.data(), v.strides.data(), &made));
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch__alloc_from_pool(scratch_->get(), buffer.place + v.offset * element_size(v.dtype),
+                                        static_cast<int32_t>(v.dtype), dims, v.sizes.data(), v.strides.data(), &made));
         return Tensor(made);
       case Buffer::kOutput: return *output_;
       case Buffer::kResult: break;
     }
     RESNET_FAST_CHECK(results_[b].has_value(), "run_tape: a result is read before it is there");
     if (v.offset == 0 && same_layout(*results_[b], v)) return *results_[b];
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(results_[b]->get(), dims, v.sizes.data(), v.strides.data(),
-                                                          v.offset, &made));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(results_[b]->get(), dims, v.sizes.data(), v.strides.data(), v.offset, &made));
     return Tensor(made);
   }
 
@@ -370,8 +369,7 @@ class Run {
     std::vector<StableIValue> stack;
     stack.reserve(c.arguments.size());
     for (const Call::Argument& a : c.arguments) stack.push_back(argument(a));
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher(c.name.c_str(), c.overload.c_str(), stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(c.name.c_str(), c.overload.c_str(), stack.data(), TORCH_ABI_VERSION));
     Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
     const View& v = tape_.views[static_cast<size_t>(c.result)];
     RESNET_FAST_CHECK(same_layout(result, v), "run_tape: ", c.name, " gives another layout than when it was recorded");

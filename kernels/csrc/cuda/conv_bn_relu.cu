@@ -137,8 +137,8 @@ void name_tiles(const std::string& dtype) {
       name_kernel("conv_bn_relu_fwd_kernel<" + dtype + ", " + std::to_string(i) + ">", kernel);
 }
 
-const bool named = (name_tiles<__half>("float16"), name_tiles<__nv_bfloat16>("bfloat16"), name_tiles<float>("float32"),
-                    true);
+const bool named =
+    (name_tiles<__half>("float16"), name_tiles<__nv_bfloat16>("bfloat16"), name_tiles<float>("float32"), true);
 
 }  // namespace
 

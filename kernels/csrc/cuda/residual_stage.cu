@@ -109,7 +109,8 @@ const bool named = [] {
   for (const Kernel& k : kKernels) {
     const std::string size = std::to_string(k.size);
     const std::string name = std::string("residual_stage_") + kEntries[static_cast<int>(k.entry)] + "_" +
-                             std::to_string(k.channels) + "x" + size + "x" + size + "_" + std::to_string(k.images) + "_";
+                             std::to_string(k.channels) + "x" + size + "x" + size + "_" + std::to_string(k.images) +
+                             "_";
     name_kernel(name + (k.element_size == 2 ? "float16" : "float32"), k.first);
     if (k.bfloat16 != nullptr) name_kernel(name + "bfloat16", k.bfloat16);
   }
