@@ -6,6 +6,7 @@ What the function computes is in :mod:`resnet_fast.fission`. In eager mode it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,13 +69,17 @@ class Program:
             tensors += [conv.weight, conv.bias]
             tensors += [None, None] if bn is None else [bn.weight, bn.bias]
             tensors += [bn.running_mean, bn.running_var] if given and bn is not None else [None, None]
+
+        def track(moments: list[Tensor]) -> None:
+            with torch.no_grad():
+                _track([bn for _, bn in self.pairs], self.batch, moments, pixels)
+
         if torch.compiler.is_compiling():
             out, moments = self._traced(x, tensors)
-        else:
-            # Outside of the function: what it saves is then its input, with which a second derivative is connected.
-            out, *moments = _Train.apply(self.layers, backends.training.recompute_outputs, dense(x), *tensors)
-        with torch.no_grad():
-            _track([bn for _, bn in self.pairs], self.batch, moments, pixels)
+            track(moments)
+            return out
+        # dense outside of the function: what it saves is then its input, with which a second derivative is connected.
+        out, *_ = _Train.apply(self.layers, backends.training.recompute_outputs, track, dense(x), *tensors)
         return out
 
     def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
@@ -125,18 +130,26 @@ def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(layers, recompute, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
+    """``forward(layers, recompute, track, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
 
-    ``x``: channels_last. More than first derivatives come of PyTorch's own operators, by running these again.
+    ``x``: channels_last. ``track``: is given the means and variances before anything is saved, because a checkpoint
+    ends its second run when the last tensor is. More than first derivatives come of PyTorch's own operators, by running
+    these again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: list[Layer], recompute: bool, x: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        layers: list[Layer],
+        recompute: bool,
+        track: Callable[[list[Tensor]], None],
+        x: Tensor,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
             out, kept = forward(layers, x, list(tensors), recompute)
+        track(kept.moments)
         ctx.layers = layers
         ctx.save_for_backward(x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
         ctx.mark_non_differentiable(*kept.moments)
@@ -148,7 +161,7 @@ class _Train(torch.autograd.Function):
         if not first_order(grad):
             x, *saved = ctx.saved_tensors
             tensors = [x, *saved[4 * count :]]
-            return None, None, *gradients_again(_Again(ctx.layers), tensors, ctx.needs_input_grad[2:], grad)
+            return None, None, None, *gradients_again(_Again(ctx.layers), tensors, ctx.needs_input_grad[3:], grad)
         x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
@@ -156,8 +169,8 @@ class _Train(torch.autograd.Function):
         x, tensors = dense(x), saved[4 * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
-            run = Backward(ctx.layers, x, kept, tensors, ctx.needs_input_grad[2:])
-            return None, None, *run.gradients(grad)
+            run = Backward(ctx.layers, x, kept, tensors, ctx.needs_input_grad[3:])
+            return None, None, None, *run.gradients(grad)
 
 
 class _Again:
