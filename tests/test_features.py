@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-import feature_checks  # noqa: F401  (registers)
+import feature_checks_calls  # noqa: F401  (registers)
+import feature_checks_compilers  # noqa: F401
 import feature_checks_modules  # noqa: F401
 import pytest
 from feature_support import CHECKS, Check, found_way, is_ours, native
