@@ -48,7 +48,11 @@ class _Cpu:
 
     allow_winograd: bool = True
     """Winograd convolutions for float32 and bfloat16 blocks, as ``torch.backends.cudnn.allow_tf32`` allows TF32: a
-    convolution stays within 3 x the rms error of PyTorch's own. ``False`` keeps to direct convolutions."""
+    convolution stays within 3 x the rms error of PyTorch's own. ``False`` keeps to direct convolutions.
+
+    In eval mode a chain of layers that meets NaN or infinity is computed again without them, as they carry a NaN
+    further than a filter's window. Not so in training mode, and within programs that ``torch.compile`` or
+    ``torch.export`` made: where that matters, say ``False``."""
 
     allow_bf16_products: bool = True
     """bfloat16 images are multiplied in bfloat16 and added up in float32, filters rounded to bfloat16, as PyTorch does,

@@ -37,15 +37,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device in ops.DTYPES and torch.is_autocast_enabled(device) else None
 
 
-def _admitted(
-    x: Tensor, dtype: torch.dtype, device: torch.device, autocast: torch.dtype | None
-) -> tuple[Tensor, str | None]:
-    """``x`` in the dtype that autocast wants, and why it cannot meet weights of this dtype on this device, or None."""
-    if x.device != device:
-        return x, f"an input on {x.device}, weights on {device}"
-    if autocast is not None and torch.float64 not in (x.dtype, dtype):
+def _admitted(x: Tensor, weight: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, str | None]:
+    """``x`` in the dtype that autocast wants, and why it cannot meet the first of the weights, or None."""
+    if x.device != weight.device:
+        return x, f"an input on {x.device}, weights on {weight.device}"
+    if x.shape[1] != weight.shape[1]:
+        return x, f"an input of {x.shape[1]} channels, weights for {weight.shape[1]}"
+    if autocast is not None and torch.float64 not in (x.dtype, weight.dtype):
         return x.to(autocast), None
-    return x, None if x.dtype == dtype else f"{x.dtype} input, {dtype} weights"
+    return x, None if x.dtype == weight.dtype else f"{x.dtype} input, {weight.dtype} weights"
 
 
 class Chain:
@@ -62,8 +62,8 @@ class Chain:
     ) -> None:
         self.layers = recorder.layers
         self.pairs = recorder.pairs
-        self.dtype = recorder.pairs[0][0].weight.dtype
-        self.device = recorder.pairs[0][0].weight.device
+        self.first_weight = recorder.pairs[0][0].weight
+        self.dtype = self.first_weight.dtype
         # Watched before the weights are read: a change in between is seen at the next call.
         self._watch = Watch(parts, opened, methods=methods)
         self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
@@ -259,7 +259,7 @@ class Fusing:
             self._chain = chain
         if isinstance(chain, Refusal):
             return None, x, chain.reason
-        x, reason = _admitted(x, chain.dtype, chain.device, autocast)
+        x, reason = _admitted(x, chain.first_weight, autocast)
         return (chain if reason is None else None), x, reason
 
     def _declined(self, reason: str | None) -> Tensor | None:
@@ -283,6 +283,8 @@ class Fusing:
             return None
         if type(x) not in (Tensor, nn.Parameter):
             return f"an input of type {type(x).__name__}"
+        if x.layout != torch.strided:
+            return f"an input of layout {x.layout}"
         if torch.jit.is_tracing():
             return "torch.jit.trace"
         if nn_module._has_any_global_hook():
@@ -326,8 +328,7 @@ class Fusing:
             return None, x, program.reason
         if not torch.compiler.is_compiling() and not program.keeps_statistics():
             return None, x, "statistics made in inference mode, outside of it"  # PyTorch says what it allows
-        weight = program.pairs[0][0].weight
-        x, reason = _admitted(x, weight.dtype, weight.device, autocast)
+        x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
         if x.numel() == 0:
             reason = reason or "an empty input"
         return (program if reason is None else None), x, reason

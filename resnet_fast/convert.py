@@ -164,7 +164,8 @@ def check_model(model: Any) -> None:
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """``model`` with convolution, batch norm, ReLU and residual add fused wherever its code computes that.
 
-    Equivalent to ``model``: the results are those of ``model(x)`` but for rounding, and so are the gradients.
+    Equivalent to ``model``: the results are those of ``model(x)`` but for rounding, and so are the gradients. They are
+    laid out as those of ``model``: a dropout draws the same mask from the same seed, and ``view`` works where it does.
 
     Each module's own ``forward`` is traced; where it is ``conv -> batch norm [-> + residual] [-> ReLU]``, once or in
     a chain with one input and one result (a residual block, a ``Sequential`` of blocks, the stem inside a larger

@@ -6,6 +6,7 @@ What the function computes is in :mod:`resnet_fast.fission`. In eager mode it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,20 +78,24 @@ class Program:
             tensors += [conv.weight, conv.bias]
             tensors += [None, None] if bn is None else [bn.weight, bn.bias]
             tensors += [bn.running_mean, bn.running_var] if given and bn is not None else [None, None]
+
+        def track(moments: list[Tensor]) -> None:
+            with torch.no_grad():
+                norms = [bn for _, bn in self.pairs]
+                for places in self.rounds:
+                    _track([(norms[i], moments[i], pixels[i]) for i in places])
+
         if torch.compiler.is_compiling():
             out, moments = self._traced(x, tensors)
-        else:
-            if not any(self.batch):
-                # Who differentiates in eval mode may want the input's gradient alone, which aliases show.
-                tensors = [_alias(t) for t in tensors]
-            # Outside of the function: what it saves is then its input, with which a second derivative is connected.
-            recompute, copied = backends.training.recompute_outputs, dense(x)
-            original = None if copied is x else x.detach()
-            out, *moments = _Train.apply(self.layers, recompute, original, copied, *tensors)
-        with torch.no_grad():
-            norms = [bn for _, bn in self.pairs]
-            for places in self.rounds:
-                _track([(norms[i], moments[i], pixels[i]) for i in places])
+            track(moments)
+            return out
+        if not any(self.batch):
+            # Who differentiates in eval mode may want the input's gradient alone, which aliases show.
+            tensors = [_alias(t) for t in tensors]
+        # Outside of the function: what it saves is then its input, with which a second derivative is connected.
+        recompute, copied = backends.training.recompute_outputs, dense(x)
+        original = None if copied is x else x.detach()
+        out, *_ = _Train.apply(self.layers, recompute, track, original, copied, *tensors)
         return out
 
     def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
@@ -176,21 +181,30 @@ def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(layers, recompute, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each layer)``
+    """``forward(layers, recompute, track, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each
+    layer)``
 
-    ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch. More
-    than first derivatives come of PyTorch's own operators, by running these again.
+    ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch.
+    ``track``: is given the means and variances before anything is saved, because a checkpoint ends its second run when
+    the last tensor is. More than first derivatives come of PyTorch's own operators, by running these again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: list[Layer], recompute: bool, original: Tensor | None, x: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        layers: list[Layer],
+        recompute: bool,
+        track: Callable[[list[Tensor]], None],
+        original: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
             out, kept = forward(layers, x, list(tensors), recompute)
+        track(kept.moments)
         ctx.layers = layers
-        ctx.tensors = [False, False, *(t is not None for t in (original, x, *tensors))]
+        ctx.tensors = [False] * 3 + [t is not None for t in (original, x, *tensors)]
         ctx.save_for_backward(original, x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
         ctx.mark_non_differentiable(*kept.moments)
         return out, *kept.moments
@@ -201,7 +215,7 @@ class _Train(torch.autograd.Function):
         if not first_order(grad):
             _, x, *saved = ctx.saved_tensors
             tensors = [x, *saved[4 * count :]]
-            return None, None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[3:], grad)
+            return None, None, None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[4:], grad)
         _, x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
@@ -209,8 +223,8 @@ class _Train(torch.autograd.Function):
         x, tensors = dense(x), saved[4 * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
-            run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[3:])
-            return None, None, None, *run.gradients(grad)
+            run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[4:])
+            return None, None, None, None, *run.gradients(grad)
 
 
 class _Again:

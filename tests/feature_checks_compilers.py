@@ -1,0 +1,148 @@
+"""Checks of the rows of docs/features.md about compilers, modes and ``fuse``. See feature_support.py."""
+
+import contextlib
+import io
+import threading
+
+import torch
+from feature_support import SIZE, block, check, foreign, fresh, is_ours, note_graph
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import resnet_fast
+from resnet_fast import reference
+
+
+def compiled(m, **settings):
+    """The twin is compared as it is."""
+    if not is_ours(m):
+        return m
+    torch._dynamo.reset()
+
+    def backend(graph_module, inputs):
+        note_graph(graph_module)
+        return graph_module
+
+    return torch.compile(m, backend=backend, fullgraph=True, **settings)
+
+
+@check("`torch.compile`", networks=block)
+def _(m, x):
+    return compiled(m)(x), m
+
+
+@check("`torch.compile(dynamic=True)`", networks=block)
+def _(m, x):
+    call = compiled(m, dynamic=True)
+    return [call(x), call(torch.randn(3, 3, SIZE, SIZE))], m
+
+
+@check("`torch.export`", networks=block, gradients=False)
+def _(m, x):
+    if not is_ours(m):
+        return m(x).detach(), nn.Identity()
+    exported = torch.export.export(m, (x,))
+    note_graph(exported)
+    return exported.module()(x).detach(), nn.Identity()
+
+
+@check("`torch.jit.trace`", gradients=False)
+def _(m, x):
+    return torch.jit.trace(m, x, check_trace=False)(x), m
+
+
+@check("`torch.jit.script`", gradients=False, error="Unknown type annotation")
+def _(m, x):
+    return torch.jit.script(m)(x)
+
+
+@check("`torch.fx.symbolic_trace`", gradients=False, error="symbolically traced variables")
+def _(m, x):
+    return torch.fx.symbolic_trace(m)(x), m
+
+
+@check("`FakeTensorMode`", gradients=False)
+def _(m, x):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = m(mode.from_tensor(x))
+    return torch.tensor(y.shape)
+
+
+@check("`TorchDispatchMode`")
+def _(m, x):
+    with Passing():
+        return m(x)
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@check("`FlopCounterMode`, which hooks every module")
+def _(m, x):
+    with FlopCounterMode(display=False):
+        return m(x)
+
+
+@check("`torch.profiler`")
+def _(m, x):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        return m(x)
+
+
+@check("several threads at once", gradients=False)
+def _(m, x):
+    found = {}
+
+    def call(i):
+        with torch.set_grad_enabled(i % 2 == 0) if not m.training else contextlib.nullcontext():
+            found[i] = (fresh(m) if m.training else m)(x * i).detach()
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return [found[i] for i in range(3)]
+
+
+@check("`torch.set_default_dtype`, `set_default_device`")
+def _(m, x):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            return m(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@check("`fuse`: keyword arguments", networks=foreign)
+def _(m, x):
+    return m(x=x), m
+
+
+class Scaled(reference.BasicBlock):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+def scaled():
+    eager = Scaled(3, 3)
+    return resnet_fast.fuse(eager), eager
+
+
+@check("`fuse`: another argument than the tensors", networks=scaled)
+def _(m, x):
+    m(x)
+    return m(x, scale=2.0), m
+
+
+@check("`pickle`, `torch.save` of a module")
+def _(m, x):
+    stream = io.BytesIO()
+    torch.save(m, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    return again(x), again
