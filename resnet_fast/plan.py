@@ -38,14 +38,14 @@ def find(owner: nn.Module, path: Path) -> nn.Module | None:
 
 
 def original(module: nn.Module) -> type[nn.Module]:
-    """The class as it was before :func:`resnet_fast.fuse`; subclasses of what that made are their own."""
-    return _original(type(module))
+    """The class as it was before :func:`resnet_fast.fuse`; subclasses of what that made are classes of their own."""
+    kind: Any = type(module)
+    return kind.fused_from if _made_by_fuse(kind) else kind  # type: ignore[no-any-return]
 
 
 @patches.constant
-def _original(kind: type[nn.Module]) -> type[nn.Module]:
-    behind: type[nn.Module] = vars(kind).get("fused_from", kind)
-    return behind
+def _made_by_fuse(kind: type[nn.Module]) -> bool:
+    return "fused_from" in vars(kind)
 
 
 def _essence(value: Any) -> Any:
@@ -280,10 +280,12 @@ class Plan:
             reason = opened.reason(owner)
             if reason is not None:
                 return reason
-        return hooks_reason([owner, *(m for m in self._opened_in(owner) if m is not owner)])
+        inside = [m for m in self._opened_in(owner) if m is not owner]
+        return hooks_reason([owner, *inside])
 
     def _opened_in(self, owner: nn.Module) -> list[nn.Module]:
-        return [m for o in self.opened if (m := find(owner, o.path)) is not None]
+        found = [find(owner, opened.path) for opened in self.opened]
+        return [m for m in found if m is not None]
 
     def outdated(self, owner: nn.Module) -> str | None:
         """Why the plan is none for the module as it is now, whatever its layers are set to; or None."""
