@@ -25,6 +25,9 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    _check_numbers(options)
+    if options.device == "cuda" and options.dtype == "float64":
+        sys.exit("explain: --dtype is float64, want float32, bfloat16 or float16 with --device cuda")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     size, model = _model(options, reference if options.eager else models)
@@ -34,7 +37,10 @@ def _explain(options: argparse.Namespace) -> None:
         return
     # channels_last is PyTorch's faster layout on CPUs, and what the kernels return.
     model = model.eval().to(device=options.device, dtype=dtype).to(memory_format=torch.channels_last)
-    x = torch.randn(options.batch, 3, size, size, device=options.device, dtype=dtype)
+    try:
+        x = torch.randn(options.batch, 3, size, size, device=options.device, dtype=dtype)
+    except (RuntimeError, TypeError):
+        sys.exit(f"explain: no memory for {options.batch} images of {size} x {size}")
     print(
         f"{options.model}, {options.dtype}, batch {options.batch}, {size} x {size}, {torch.get_num_threads()} threads\n"
     )
@@ -74,10 +80,9 @@ def _print_choices() -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
+    _check_numbers(options)
     if not torch.cuda.is_available():
         sys.exit("tune: no CUDA device is visible to PyTorch")
-    if options.batch < 1:
-        sys.exit(f"tune: --batch is {options.batch}, want at least 1")
     from ._triton.tune import tuner
     from .gpu import shipped
 
@@ -95,12 +100,25 @@ def _tune(options: argparse.Namespace) -> None:
         print(f"written: {options.export}")
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Ends the program with a line where one is not a number of things."""
+    for name in ("batch", "image_size", "threads"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            sys.exit(f"{options.command}: --{name.replace('_', '-')} is {value}, want at least 1")
+
+
 def _model(options: argparse.Namespace, module: Any) -> tuple[int, Any]:
     """The side of its images, and the network."""
-    size = options.image_size or (32 if options.model.startswith("cifar") else 224)
+    size = options.image_size
+    if size is None:
+        size = 32 if options.model.startswith("cifar") else 224
     sized = {"image_size": size} if options.model == "ResNet32" else {}
     torch.manual_seed(0)
-    return size, getattr(module, options.model)(**sized)
+    try:
+        return size, getattr(module, options.model)(**sized)
+    except ValueError as error:  # too small for this network
+        sys.exit(f"{options.command}: {error}")
 
 
 def _chosen(layer: Any, choice: object) -> str:
@@ -125,7 +143,7 @@ def main() -> None:
     layers.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     layers.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
     layers.add_argument("--eager", action="store_true", help="the same network in plain PyTorch")
-    layers.set_defaults(run=_explain)
+    layers.set_defaults(run=_explain, command="explain")
     tune = commands.add_parser("tune", help="measure ahead of time which kernels are fastest on this GPU")
     tune.add_argument("model", choices=_NAMES, metavar="MODEL", help=", ".join(_NAMES))
     tune.add_argument("--batch", type=int, default=1)
@@ -133,7 +151,7 @@ def main() -> None:
     tune.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     tune.add_argument("--training", action="store_true", help="a training step, too")
     tune.add_argument("--export", type=Path, metavar="FILE", help="write all that is known of this GPU as a table")
-    tune.set_defaults(run=_tune)
+    tune.set_defaults(run=_tune, command="tune")
     options = parser.parse_args()
     options.run(options)
 

@@ -56,9 +56,11 @@ _KEPT_ELEMENTS = 1 << 18
 _READ_AGAIN = 2.0  # the same in later passes: from the cache that cores share
 # In training filters are transformed at every step, for each point: into memory, which is read again.
 _PACK = 13.0
-# Values of a map below which training convolves directly. By F(4x4) a convolution of 8 to 64 channels errs 2.0 to 3.3
-# times as much as PyTorch's own. In larger maps PyTorch's mean and variance err as much; here whole networks would be
-# beyond twice its error, and the time that Winograd saves is of no account.
+# By F(4x4) a convolution of 16 to 64 channels errs 2.0 to 2.9 times as much as PyTorch's own, of 8 channels 3.3 times:
+# three times are allowed.
+_LEAST_CHANNELS = 16
+# A whole network is allowed twice. In training it comes to that where batch norm's mean and variance err little, those
+# of maps of few values, in which Winograd saves the least time: up to so many values convolutions are direct.
 _FEW_VALUES = 1 << 16
 
 
@@ -82,8 +84,9 @@ def algorithm(
     training: bool = False,
 ) -> int:
     """The cheapest for a convolution with maps of ``size`` as its output."""
-    # Maps smaller than a tile gain little for the digits they lose.
-    if kernel != (3, 3) or stride != (1, 1) or min(size) < TILE or not backends.cpu.allow_winograd:
+    # Maps smaller than a tile gain little for the digits they lose, and so do sums over few channels.
+    few = min(size) < TILE or channels < _LEAST_CHANNELS
+    if kernel != (3, 3) or stride != (1, 1) or few or not backends.cpu.allow_winograd:
         return DIRECT
     (rows, row_points), (columns, column_points) = _side(size[0]), _side(size[1])
     pairs = channels * out_channels

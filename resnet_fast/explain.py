@@ -209,12 +209,16 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
         An object that prints as a table; ``.rows`` has one :class:`Row` a layer.
 
     Raises:
-        ValueError: ``model`` is in training mode, or ``x`` is not on the CPU.
+        ValueError: ``model`` is in training mode, ``x`` is empty or not on the CPU, or ``runs`` is less than 1.
     """
     if model.training:
         raise ValueError("model is in training mode, want model.eval()")
     if x.device.type != "cpu":
         raise ValueError(f"x is on {x.device}, want the CPU")
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {list(x.shape)}, want at least 1 of each: nothing can be measured on nothing")
+    if runs < 1:
+        raise ValueError(f"runs is {runs}, want at least 1")
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     names.update(_chains(model))
     before = backends.fallbacks()

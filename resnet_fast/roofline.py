@@ -121,12 +121,14 @@ def roofline(model: nn.Module, x: Tensor) -> Roofline:
         x: its input, of any device: its shape and dtype count. float16, bfloat16, or float32, which stands for TF32.
 
     Raises:
-        ValueError: ``model`` is in training mode, or there is no datasheet figure for the dtype.
+        ValueError: ``model`` is in training mode, ``x`` is empty, or there is no datasheet figure for its dtype.
     """
     if model.training:
         raise ValueError("model is in training mode, want model.eval()")
     if x.dtype not in A100.flops:
         raise ValueError(f"x has dtype {x.dtype}, want float16, bfloat16 or float32")
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {list(x.shape)}, want at least 1 of each")
     epilogues = _epilogues(model)
     shadow = copy.deepcopy(model).to(device="meta", dtype=x.dtype)
     names = {module: name for name, module in shadow.named_modules()}

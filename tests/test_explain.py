@@ -74,8 +74,9 @@ def test_a_network_of_others():
     [
         (nn.Identity(), torch.zeros(1), "training mode"),
         (nn.Identity().eval(), torch.zeros(1, device="meta"), "x is on meta"),
+        (nn.Identity().eval(), torch.zeros(0, 3, 32, 32), r"x has shape \[0, 3, 32, 32\]"),
     ],
-    ids=["training", "device"],
+    ids=["training", "device", "empty"],
 )
 def test_errors(model, x, message):
     with pytest.raises(ValueError, match=message):
@@ -89,3 +90,36 @@ def test_the_program(name, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.startswith(name)
     assert "conv1" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("explain cifar_resnet20 --batch 0", "--batch is 0, want at least 1"),
+        ("explain cifar_resnet20 --batch -3", "--batch is -3, want at least 1"),
+        ("explain cifar_resnet20 --batch 0 --device cuda", "--batch is 0, want at least 1"),
+        ("explain cifar_resnet20 --image-size 0", "--image-size is 0, want at least 1"),
+        ("explain resnet18 --image-size -1", "--image-size is -1, want at least 1"),
+        ("explain ResNet32 --image-size 0 --eager", "--image-size is 0, want at least 1"),
+        ("explain ResNet32 --image-size 8", "image_size is 8, want at least 35"),
+        ("explain ResNet32 --image-size 8 --device cuda", "image_size is 8, want at least 35"),
+        ("explain cifar_resnet20 --threads 0", "--threads is 0, want at least 1"),
+        ("explain cifar_resnet20 --image-size 10000000", "no memory for 1 images of 10000000 x 10000000"),
+        ("explain cifar_resnet20 --device cuda --dtype float64", "--dtype is float64, want float32, bfloat16 or"),
+        ("tune cifar_resnet20 --batch 0", "--batch is 0, want at least 1"),
+        ("tune cifar_resnet20 --image-size 0", "--image-size is 0, want at least 1"),
+    ],
+)
+def test_the_program_names_what_is_wrong(command, message, monkeypatch, capsys):
+    """In a line, before anything is measured."""
+    monkeypatch.setattr("sys.argv", ["resnet_fast", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert str(end.value).startswith(f"{command.split()[0]}: {message}")
+    assert "\n" not in str(end.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_runs():
+    with pytest.raises(ValueError, match="runs is 0, want at least 1"):
+        resnet_fast.explain(nn.Identity().eval(), torch.zeros(1, 3, 4, 4), runs=0)

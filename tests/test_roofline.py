@@ -83,3 +83,5 @@ def test_bad_arguments():
         roofline(model, torch.empty(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"x has dtype torch\.float64, want float16"):
         roofline(model.eval(), torch.empty(1, 3, 32, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x has shape \[0, 3, 32, 32\], want at least 1 of each"):
+        roofline(model, torch.empty(0, 3, 32, 32))
