@@ -62,7 +62,9 @@ def ratios(name, batch, size, backward):
     exact = step(copy.deepcopy(eager).double(), x.double(), grad)
     with backends.use("cpu"):
         ours = step(fast, x, grad)
-    theirs = [step(copy.deepcopy(eager).to(memory_format=m), x.contiguous(memory_format=m), grad) for m in EAGER_LAYOUTS]
+    theirs = [
+        step(copy.deepcopy(eager).to(memory_format=m), x.contiguous(memory_format=m), grad) for m in EAGER_LAYOUTS
+    ]
     return [
         relative_error(own, e) / max(relative_error(other, e) for other in others)
         for own, e, *others in zip(ours, exact, *theirs, strict=True)
