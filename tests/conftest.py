@@ -1,5 +1,4 @@
 import os
-import re
 
 # Sleep, do not spin, at the end of a parallel region: on a machine that others use, spinning makes tests of small
 # shapes ten times slower. Read when torch is loaded.
@@ -10,11 +9,6 @@ import torch
 from ptxsim.fixtures import simulated_device  # noqa: F401
 
 from resnet_fast import backends
-
-
-def pytest_itemcollected(item):
-    """Names of tests without addresses of functions: all workers find the same."""
-    item._nodeid = re.sub(r" at 0x[0-9a-f]+", "", item._nodeid)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ where float64 itself is under test.
 
 import copy
 import itertools
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ def rms(values):
 def numbers(t):
     """A tensor's values in long double, which holds every value of every dtype here."""
     return t.detach().double().numpy().astype(np.longdouble)
+
+
+def name_of(value):
+    """Of a parameter, without addresses of functions and numbers of tensors: the same in every process."""
+    return " ".join(value) if isinstance(value, dict) else re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def assert_error_rule(out, exact, eager, what="output", factor=2):

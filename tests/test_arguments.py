@@ -143,9 +143,9 @@ def test_an_error_that_no_argument_is_to_blame_for_stays(monkeypatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(ops, "_unfused_reason", fail)
-    with pytest.raises(RuntimeError, match="^no memory$"):
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
         ops.conv_bn(**arguments_of("conv_bn"))
-    with pytest.raises(RuntimeError, match="^no memory$"):
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
         ops.add_relu(torch.ones(2), torch.ones(2))
 
 

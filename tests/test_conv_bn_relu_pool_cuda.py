@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from cuda_support import cuda_device
 from ptxsim.sim import GLOBAL_BASE, Fault
-from support import EAGER_LAYOUTS, assert_error_rule, channels_last, eager_results, twins
+from support import EAGER_LAYOUTS, assert_error_rule, channels_last, eager_results, name_of, twins
 
 import resnet_fast
 from resnet_fast import backends, reference
@@ -95,9 +95,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "precision"), TYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "precision"), TYPES, ids=name_of)
 @pytest.mark.parametrize("pool", POOLS, ids=["2x2", "3x3"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_exact_integers(shape, pool, dtype, precision):
     """Every kernel with several shares of a warp: the same bits as float64 rounded once."""
     batch, size, kernel, padding, filters, layout = shape
@@ -113,7 +113,7 @@ def test_exact_integers(shape, pool, dtype, precision):
         assert bool(report.mma_flops) is (dtype != torch.float32 or precision == "tf32")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=name_of)
 @pytest.mark.parametrize("pool", POOLS, ids=["2x2", "3x3"])
 def test_error_rule(pool, dtype):
     x, weight = torch.randn(2, 3, 37, 45).to(dtype), (torch.randn(64, 3, 7, 7) / 12).to(dtype)
@@ -146,7 +146,7 @@ def test_tf32(pool):
     assert ((y.double() - exact).abs() > 2**-23 * exact.abs()).any()  # it was TF32
 
 
-@pytest.mark.parametrize(("dtype", "precision"), TYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "precision"), TYPES, ids=name_of)
 @pytest.mark.parametrize("pool", POOLS, ids=["2x2", "3x3"])
 @pytest.mark.parametrize("layout", [planes, channels_last, strided])
 def test_nan_and_infinity(layout, pool, dtype, precision):
@@ -213,7 +213,7 @@ def test_the_operator_pools_as_torch_does(device):
         ((3, 32, 5, 2, torch.float16), POOLS[1]),
         ((3, 32, 7, 3, torch.float16, 1), POOLS[1]),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_what_has_no_kernel_is_refused(device, chain, pool):
     filters, layers = convolution(*chain)
@@ -249,9 +249,9 @@ def test_arguments_of_a_plan():
         cuda_stem.conv_bn_relu_pool(layer, y, y, y, y, [5, 5, 2, 2, 0, 0], y)
 
 
-@pytest.mark.parametrize(("dtype", "precision"), TYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "precision"), TYPES, ids=name_of)
 @pytest.mark.parametrize("pool", POOLS, ids=["2x2", "3x3"])
-@pytest.mark.parametrize("gpu", [A100, Gpu(90, 132, 227 * 1024), Gpu(89, 58, 99 * 1024)], ids=str)
+@pytest.mark.parametrize("gpu", [A100, Gpu(90, 132, 227 * 1024), Gpu(89, 58, 99 * 1024)], ids=name_of)
 def test_plans(gpu, pool, dtype, precision):
     """Patches cover the pooled map without gaps, fit shared memory, and keep a GPU busy."""
     for batch, height, width in ((1, 224, 224), (8, 224, 224), (64, 224, 224), (3, 35, 67), (1, 40, 4000)):
@@ -296,8 +296,8 @@ def test_offsets_beyond_32_bits(device, monkeypatch, columns):
 WINDOWS = [("ResNet32", {"image_size": 70}, 70, 0), ("resnet18", {}, 67, 1)]
 
 
-@pytest.mark.parametrize(("name", "options", "size", "overlap"), WINDOWS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "options", "size", "overlap"), WINDOWS, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=name_of)
 def test_stems_of_networks(device, name, options, size, overlap, dtype):
     """One launch from the image to the pooled map, in eval mode and without gradients."""
     fast, eager = twins(getattr(resnet_fast, name), getattr(reference, name), **options)

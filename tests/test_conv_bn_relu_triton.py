@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 from ptxsim.device import simulated
 from ptxsim.sim import GLOBAL_BASE, Fault
-from support import Case, assert_error_rule, pair
+from support import Case, assert_error_rule, name_of, pair
 
 from resnet_fast import ops
 from resnet_fast._triton import conv_bn_relu, tune
@@ -53,8 +53,8 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_values(simulated_device, shape, dtype):
     case = random_case(*shape, dtype)
     for op in ("conv_bn", "conv_bn_add_relu"):
@@ -87,8 +87,8 @@ def layer_of(case, precision="ieee"):
     return Layer(n, h, w, c, k, tuple(kernel), case.stride, case.padding, case.x.dtype, precision, True, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("channels", "filters"), [(64, 128), (32, 32), (16, 16), (20, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(("channels", "filters"), [(64, 128), (32, 32), (16, 16), (20, 64)], ids=name_of)
 def test_every_tile_gives_exact_integers(simulated_device, channels, filters, dtype):
     """All tiles for 8.x, with undivided and split sums; 20 channels mix taps and channels in a step."""
     case = random_case(3, (9, 8), channels, filters, 3, 1, 1, dtype, whole)
@@ -149,7 +149,7 @@ def test_layouts_and_views(simulated_device):
         assert torch.equal(plain(case), expected)
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 0, 5, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 0, 5, 5)], ids=name_of)
 def test_empty(simulated_device, shape):
     weight = torch.randn(16, shape[1], 3, 3)
     out = ops.conv_bn_relu(torch.randn(shape), weight, torch.ones(16), padding=1)
@@ -222,7 +222,7 @@ def test_library(simulated_device):
         ({"residual": torch.randn(2, 8, 4, 4).half()}, r"residual has dtype torch.float16, want torch.float32"),
         ({"stride": 0}, r"stride is \[0, 0\], want at least 1"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_bad_arguments(simulated_device, change, message):
     arguments = {

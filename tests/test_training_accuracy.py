@@ -1,7 +1,7 @@
 """Whole networks in training: at most twice the error of the worse of eager's layouts, in the middle of several draws.
 
-Single draws scatter by a fifth. Eager sums up its statistics in a part for each thread, so that it errs least with many:
-there the rule is the hardest.
+Single draws scatter by a fifth. Eager sums up its statistics in a part for each thread, so that it errs least with
+many: there the rule is the hardest.
 """
 
 import copy

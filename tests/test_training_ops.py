@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import WINOGRAD_FACTOR, channels_last
+from support import WINOGRAD_FACTOR, channels_last, name_of
 from support import assert_error_rule as support_rule
 
 import resnet_fast  # noqa: F401  (registers the operators)
@@ -70,7 +70,7 @@ BF16 = (3, 4)
 CASES = [(shape, dtype, a) for shape in SHAPES for dtype in DTYPES for a in algorithms(*shape[4:6], dtype)]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=name_of)
 def test_conv_moments(shape, dtype, algorithm):
     *_, k, _, stride, padding = shape
     x, weight, scale_shift = layer(*shape, dtype)
@@ -96,7 +96,7 @@ def test_conv_moments(shape, dtype, algorithm):
 
 @pytest.mark.parametrize("residual", [None, "plain", "scaled"])
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bn_apply(dtype, relu, residual):
     y, other = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(2))
     scale_shift, other_scale = rows(2, 19, dtype), rows(2, 19, dtype)
@@ -115,7 +115,7 @@ def test_bn_apply(dtype, relu, residual):
 
 @pytest.mark.parametrize("positive", [None, "plain", "scaled"])
 @pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bn_backward_sums(dtype, count, positive):
     grad, mask, *ys = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(2 + count))
     scale_shift = rows(2, 19, dtype) - 1
@@ -136,8 +136,8 @@ def test_bn_backward_sums(dtype, count, positive):
         assert_error_rule(sums[i], exact, [eager], f"sum {i}", factor=4)
 
 
-@pytest.mark.parametrize("shape", [(3, 19, 5, 7), (2, 64, 40, 41), (1, 1, 1, 1), (0, 4, 3, 3)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 19, 5, 7), (2, 64, 40, 41), (1, 1, 1, 1), (0, 4, 3, 3)], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_channel_sums(dtype, shape):
     grad = channels_last(torch.randn(shape).to(dtype))
     sums, wide = ops.channel_sums(grad), grad.to(arithmetic(dtype))
@@ -149,7 +149,7 @@ def test_channel_sums(dtype, shape):
 BACKWARD_CASES = [(shape, dtype, a) for shape, dtype, a in CASES if a not in BF16 or shape[1] % 16 == 0]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "algorithm"), BACKWARD_CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "algorithm"), BACKWARD_CASES, ids=name_of)
 def test_conv_backward(shape, dtype, algorithm):
     *_, stride, padding = shape
     x, weight, scale_shift = layer(*shape, dtype)
@@ -206,7 +206,7 @@ WEIGHT_SHAPES = [
 WEIGHT_CASES = [(shape, a) for shape in WEIGHT_SHAPES for a in algorithms(*shape[4:6], torch.bfloat16) if a in BF16]
 
 
-@pytest.mark.parametrize(("shape", "algorithm"), WEIGHT_CASES, ids=str)
+@pytest.mark.parametrize(("shape", "algorithm"), WEIGHT_CASES, ids=name_of)
 def test_weight_gradient_in_bf16(shape, algorithm):
     *_, stride, padding = shape
     x, weight, scale_shift = layer(*shape, torch.bfloat16)
@@ -254,7 +254,7 @@ def opcheck_arguments(dtype=torch.float32):
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "channel_sums", "conv_backward"])
 def test_opcheck(op, dtype):
     torch.library.opcheck(getattr(ops, op), opcheck_arguments(dtype)[op])
@@ -314,7 +314,7 @@ def test_what_the_data_gradient_in_bf16_cannot_do():
         ops.conv_backward(y, None, None, x, None, False, weight, *rest)
 
 
-@pytest.mark.parametrize(("op", "index", "change", "message"), BROKEN, ids=str)
+@pytest.mark.parametrize(("op", "index", "change", "message"), BROKEN, ids=name_of)
 def test_broken_arguments(op, index, change, message):
     arguments = list(opcheck_arguments()[op])
     arguments[index] = change(arguments[index])

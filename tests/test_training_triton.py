@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import triton_gate as gate
 from ptxsim.device import simulated
-from support import assert_error_rule, channels_last, twins
+from support import assert_error_rule, channels_last, name_of, twins
 from test_training import assert_trains_as_eager
 from test_training_ops import BROKEN, affine, opcheck_arguments
 
@@ -63,7 +63,7 @@ def whole(*shape):
 
 
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize(("channels", "filters", "stride"), [(64, 64, 1), (16, 32, 2)], ids=str)
+@pytest.mark.parametrize(("channels", "filters", "stride"), [(64, 64, 1), (16, 32, 2)], ids=name_of)
 def test_every_tile_gives_exact_integers(simulated_device, channels, filters, stride, split):
     """Sums of small integers are exact in any order: all tiles, eight warps too, and shared sums over pixels."""
     x, weight = whole(2, channels, 10, 9), whole(filters, channels, 3, 3)
@@ -93,7 +93,7 @@ def test_every_tile_gives_exact_integers(simulated_device, channels, filters, st
 @pytest.mark.parametrize(
     ("kernel", "stride", "size"),
     [((33, 1), (1, 1), (20, 3)), ((1, 35), (1, 1), (2, 9)), ((1, 67), (1, 2), (2, 12))],
-    ids=str,
+    ids=name_of,
 )
 def test_filters_of_more_than_32_taps_in_a_row(simulated_device, kernel, stride, size):
     """Which taps lie on the map is a bit each, of a stride's phase in the gradient: longer filters need another way."""
@@ -113,7 +113,7 @@ def test_filters_of_more_than_32_taps_in_a_row(simulated_device, kernel, stride,
     assert torch.equal(dw.double(), expected[1].bfloat16().double())
 
 
-@pytest.mark.parametrize(("shape", "dtype", "which"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "which"), CASES, ids=name_of)
 def test_operators(simulated_device, shape, dtype, which):
     n, c, size, k, kernel, stride, padding = shape
     x = channels_last(torch.randn(n, c, *size).to(dtype))
@@ -170,7 +170,7 @@ def test_operators(simulated_device, shape, dtype, which):
         assert ((ours - terms.sum((0, 2, 3))).abs() <= 2e-6 * terms.abs().sum((0, 2, 3)) + 1e-6).all()
 
 
-@pytest.mark.parametrize(("dtype", "count"), [*zip(DTYPES, (2, 0, 1), strict=True), (torch.float32, 2)], ids=str)
+@pytest.mark.parametrize(("dtype", "count"), [*zip(DTYPES, (2, 0, 1), strict=True), (torch.float32, 2)], ids=name_of)
 def test_passes(simulated_device, dtype, count):
     """bn_apply and bn_backward_sums, each in all its variants."""
     y, other, grad, *ys = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(3 + count))
@@ -203,7 +203,7 @@ def test_passes(simulated_device, dtype, count):
         ("Bottleneck", 2, torch.bfloat16, "library"),
         ("Block", 2, torch.float32, "library"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_blocks(simulated_device, kind, stride, dtype, which):
     fast, eager = (m.to(dtype) for m in twins(getattr(blocks, kind), getattr(reference, kind), 16, 16, stride))
@@ -297,7 +297,7 @@ def test_traffic_of_a_block(simulated_device, which, most):
     assert all(report.divergent_branches == 0 for _, report in simulated_device.launches)
 
 
-@pytest.mark.parametrize(("op", "index", "change", "message"), BROKEN, ids=str)
+@pytest.mark.parametrize(("op", "index", "change", "message"), BROKEN, ids=name_of)
 def test_broken_arguments(simulated_device, op, index, change, message):
     arguments = list(opcheck_arguments()[op])
     simulated_device.launches.clear()
