@@ -375,7 +375,8 @@ def test_filters_of_as_many_taps_as_there_may_be():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_report_says_what_runs(training):
-    layers = [nn.Conv2d(3, 4, (1, 1025)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    convolutions = (nn.Conv2d(3, 4, (1, 1025)), nn.Conv2d(4, 4, 1))
+    layers = [layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(4), nn.ReLU())]
     net = resnet_fast.fuse(nn.Sequential(*layers).train(training))
     report = resnet_fast.report(net)
     assert (report.fused, report.layers) == (1, 2)
