@@ -2,8 +2,9 @@
 
 Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. On
 CPUs these functions compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without
-a kernel, dilation and groups run on PyTorch's own operators, which :func:`resnet_fast.backends.fallbacks` then shows.
-So does everything within forward-mode differentiation and ``torch.func``. The operators have derivatives of any order.
+a kernel, dilation, groups and filters of more than 1024 taps run on PyTorch's own operators, which
+:func:`resnet_fast.backends.fallbacks` then shows. So does everything within forward-mode differentiation and
+``torch.func``. The operators have derivatives of any order.
 
 Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
 into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
@@ -60,7 +61,9 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
         A new tensor with the layout of ``a``. NaN and the sign of zero are kept, as ``F.relu`` keeps them.
 
     Raises:
-        RuntimeError: ``b`` differs from ``a`` in shape, dtype or device.
+        RuntimeError: ``b`` differs from ``a`` in shape, dtype or device, one of them is sparse, or no operator of
+            PyTorch takes their dtype; the message names the argument.
+        TypeError: one is not a tensor.
     """
     try:
         reason = _unfused_reason("add_relu", a)
@@ -135,14 +138,16 @@ def conv_bn_relu(
         weight: ``[K, C, R, S]``, dtype of ``x``.
         bias, bn_weight, bn_bias, running_mean, running_var: ``[K]``, any of these dtypes. The statistics come
             together or not at all, and ``bn_weight`` and ``bn_bias`` only with them.
-        eps: added to the variance.
-        stride, padding, dilation: an int or ``(height, width)``; ``groups``: as in ``F.conv2d``.
+        eps: added to the variance, at least 0.
+        stride, padding, dilation: an int or ``(height, width)``; ``groups``: as in ``F.conv2d``. With dilation, groups
+            or a filter of more than 1024 taps PyTorch's own operators run.
 
     Returns:
         ``[N, K, (H + 2 padding - R) // stride + 1, ...]``, dtype of ``x``, channels_last. NaN is kept by the ReLU.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit; the message names the argument.
+        RuntimeError: shapes, dtypes, devices or numbers do not fit; the message names the argument.
+        TypeError: an argument is of another type.
         ValueError: a pair is not a pair.
     """
     return _conv(

@@ -24,8 +24,11 @@ def _spread(given: list[Tensor], present: list[bool]) -> list[Tensor | None]:
 
 
 def _layers(present: list[bool], fields: list[int], eps: list[float], batch: list[bool]) -> list[Layer]:
-    given = present[4::TENSORS]
-    return layers_of(fields, eps, [own or there for own, there in zip(batch, given, strict=True)], batch)
+    normalized = [own or there for own, there, _ in zip(batch, present[4::TENSORS], eps, strict=True)]
+    layers = layers_of(fields, eps, normalized, batch)
+    if any((layer.relu or layer.residual >= 0) and not layer.normalized for layer in layers):
+        raise ValueError("a ReLU or a sum without batch norm")
+    return layers
 
 
 def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:

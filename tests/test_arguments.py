@@ -106,15 +106,14 @@ def test_what_only_pytorch_takes(changes, kind, message):
         ops.conv_bn(**{**arguments_of("conv_bn"), **changes})
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn], ids=str)
 def test_dtypes_that_pytorch_refuses(dtype):
     x, weight = torch.ones(1, 3, 4, 4).to(dtype), torch.ones(4, 3, 3, 3).to(dtype)
     with pytest.raises(RuntimeError, match=f"^conv_bn: x has dtype {dtype}, want float32"):
         ops.conv_bn(x, weight)
     a = torch.ones(3).to(dtype)
-    if dtype in (torch.bool, torch.float8_e4m3fn):  # PyTorch adds the others
-        with pytest.raises(RuntimeError, match=f"^add_relu: a has dtype {dtype}"):
-            ops.add_relu(a, a)
+    with pytest.raises(RuntimeError, match=f"^add_relu: a has dtype {dtype}"):
+        ops.add_relu(a, a)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)  # kernel and not
@@ -246,7 +245,6 @@ def test_no_channels():
     """Sums of nothing: pieces are counted in channels."""
     empty = channels_last(torch.empty(2, 0, 6, 6))
     assert registered.channel_sums(empty).shape == (0,)
-    assert registered.bn_apply(empty, torch.empty(2, 0), None, None, True).shape == empty.shape
     assert registered.bn_backward_sums(empty, None, None, [], [])[1].shape == (3, 0)
 
 
@@ -377,14 +375,8 @@ def test_filters_of_as_many_taps_as_there_may_be():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_report_says_what_runs(training):
-    layers = [
-        nn.Conv2d(3, 4, (1, 1025)),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-    ]
+    convolutions = (nn.Conv2d(3, 4, (1, 1025)), nn.Conv2d(4, 4, 1))
+    layers = [layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(4), nn.ReLU())]
     net = resnet_fast.fuse(nn.Sequential(*layers).train(training))
     report = resnet_fast.report(net)
     assert (report.fused, report.layers) == (1, 2)

@@ -1,7 +1,7 @@
 """Whole networks in training: at most twice the error of the worse of eager's layouts, in the middle of several draws.
 
-Single draws scatter by a fifth. Eager sums up its statistics in a part for each thread, so that it errs least with
-many: there the rule is the hardest.
+Single draws scatter by a fifth. Eager sums up its statistics in a part for each thread and errs least with many: there
+the rule is the hardest.
 """
 
 import copy
@@ -62,9 +62,8 @@ def ratios(name, batch, size, backward):
     exact = step(copy.deepcopy(eager).double(), x.double(), grad)
     with backends.use("cpu"):
         ours = step(fast, x, grad)
-    theirs = [
-        step(copy.deepcopy(eager).to(memory_format=m), x.contiguous(memory_format=m), grad) for m in EAGER_LAYOUTS
-    ]
+    layouts = [(copy.deepcopy(eager).to(memory_format=m), x.contiguous(memory_format=m)) for m in EAGER_LAYOUTS]
+    theirs = [step(model, image, grad) for model, image in layouts]
     return [
         relative_error(own, e) / max(relative_error(other, e) for other in others)
         for own, e, *others in zip(ours, exact, *theirs, strict=True)
