@@ -45,11 +45,11 @@ def stays_contiguous(fields: Sequence[int], weights: Iterable[Tensor]) -> bool:
 
 
 def laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """``y``, which is channels_last, in the format of ``x``, an image that it was computed from."""
-    if is_channels_last(x):
+    """``y`` in the format of ``x``, an image that it was computed from."""
+    if is_channels_last(x) or not is_channels_last(y):
         return y
-    # A map of one pixel or one channel fits both formats; what reads it next tells them apart by the strides.
-    return y.clone(memory_format=torch.contiguous_format) if y.is_contiguous() else y.contiguous()
+    # Not `contiguous`: maps of one pixel or channel fit both formats, and what reads them next asks for the strides.
+    return y.clone(memory_format=torch.contiguous_format)
 
 
 class Onlookers:

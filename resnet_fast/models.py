@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_OWN_CODE = (__name__, reference.__name__)
+
+
 def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module | None) -> bool:
     """Whether ``pooled_stem`` is the stem as ``kind`` has it, and ``pool``, as the class behind it says."""
     if type(model).stem is not kind.stem or "stem" in model.__dict__ or pool is None:  # type: ignore[attr-defined]
@@ -50,30 +53,40 @@ class _Network(Fused):
         """What ``features`` gives, in channels_last."""
         raise NotImplementedError(f"{type(self).__name__}.last_map")
 
+    def whole_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
+        """The same, or what ``features`` gives, by one operator; or None."""
+        return None
+
     def features(self, x: Tensor) -> Tensor:
-        if self._unseen(x, "stem", "pooled_stem"):
-            return self._as_pytorch(self.last_map(x), x)
-        y: Tensor = super().features(x)  # type: ignore[misc]
+        y = self._unseen_map(x, ("stem", "pooled_stem"), channels_last=False)
+        if y is not None:
+            return y
+        y = super().features(x)  # type: ignore[misc]
         return self._as_pytorch(y, x) if torch.compiler.is_compiling() else y
 
     def flat_features(self, x: Tensor) -> Tensor:
-        if self._unseen(x, "stem", "pooled_stem", "features", "flat"):
-            return self.flat(self.last_map(x))  # type: ignore[operator]
-        y: Tensor = super().flat_features(x)  # type: ignore[misc]
+        y = self._unseen_map(x, ("stem", "pooled_stem", "features", "flat"), channels_last=True)
+        y = super().flat_features(x) if y is None else self.flat(y)  # type: ignore[misc, operator]
         return y
 
-    def _unseen(self, x: Tensor, *methods: str) -> bool:
-        """Whether no one finds out how maps are laid out on the way, if ``methods`` are all whose code runs."""
+    def _unseen_map(self, x: Tensor, methods: tuple[str, ...], channels_last: bool) -> Tensor | None:
+        """The last map, where no one finds out how maps are laid out on the way; or None. methods: whose code runs."""
         # Compilers and transforms look into each step.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
-            return False
+            return None
         if backends.transform_reason() is not None or any(map(self._is_others, methods)):
-            return False
-        return is_channels_last(x) or not self._known_onlookers().there
+            return None
+        if None in self._modules.values():  # a layer was taken away: its call must fail as it would
+            return None
+        y = self.whole_map(x, channels_last)
+        if y is None and (is_channels_last(x) or not self._known_onlookers().there):
+            y = self.last_map(x)
+            y = y if channels_last else self._as_pytorch(y, x)
+        return y
 
     def _is_others(self, method: str) -> bool:
         code = getattr(type(self), method, None)
-        return method in vars(self) or (code is not None and code.__module__ not in (__name__, reference.__name__))
+        return method in vars(self) or (code is not None and getattr(code, "__module__", None) not in _OWN_CODE)
 
     def _known_onlookers(self) -> Onlookers:
         if self._onlookers is None or not self._onlookers.fresh():
@@ -163,12 +176,11 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
     def _few(self, x: Tensor) -> bool:
         return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
 
+    def whole_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
+        whole = self.whole() if self.training or self._few(x) else None
+        return None if whole is None else whole.features(x, channels_last)
+
     def last_map(self, x: Tensor) -> Tensor:
-        whole, y = self.whole(), None
-        if whole is not None and (self.training or self._few(x)):
-            y = whole.features(x)
-        if y is not None:
-            return y
         y = self.fused(x, channels_last=True)
         y = reference.CifarResNet.stem(self, x) if y is None else y
         return self.layer3(self.layer2(self.layer1(y)))

@@ -60,9 +60,9 @@ class Whole(Fusing):
             return False
         return x.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
-    def features(self, x: Tensor) -> Tensor | None:
-        """``model.features(x)`` as one chain, channels_last, or None."""
-        return self.fused(x, channels_last=True)
+    def features(self, x: Tensor, channels_last: bool) -> Tensor | None:
+        """``model.features(x)`` as one chain, or None."""
+        return self.fused(x, channels_last=channels_last)
 
     def scores(self, x: Tensor) -> Tensor | None:
         """``model(x)`` in eval mode, or None."""

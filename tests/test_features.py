@@ -28,22 +28,10 @@ def test_rows_and_checks_belong_together():
     assert len(re.findall(r"^\| Feature \| eval \| training \| Note \|$", TEXT, re.M)) == TEXT.count("| Feature")
 
 
-# Networks that are changed as no line of their code says.
-STRUCTURE = {
-    ("a block twice in a network", True): "its statistics are updated as if the calls came at once",
-    ("layers taken away: `del model.fc`", False): "they are asked for all the same",
-    ("layers taken away: `del model.fc`", True): "they are asked for all the same",
-}
-
-
 def cases():
     for feature, *outcomes in ROWS:
         for training, outcome in zip((False, True), outcomes, strict=True):
-            reason = STRUCTURE.get((feature, training))
-            marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-            yield pytest.param(
-                feature, training, outcome, id=f"{feature}-{'train' if training else 'eval'}", marks=marks
-            )
+            yield pytest.param(feature, training, outcome, id=f"{feature}-{'train' if training else 'eval'}")
 
 
 @pytest.mark.filterwarnings("ignore")
