@@ -129,8 +129,7 @@ class Chain:
 
 
 class _Run(torch.autograd.Function):
-    """A chain in eval mode whose gradient someone may want and that has no :class:`Program`, say for a stem without
-    batch norm: fused forward; the backward runs it again, unfused.
+    """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
 
     Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
     changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values. Where the
@@ -219,11 +218,7 @@ class Fusing:
         if chain is None:
             return self._declined(reason)
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
-            program, x, _ = self._programmed(x, autocast)
-            if program is not None:
-                y = program.run(x)
-            else:
-                y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
+            y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             y = y if pool is None else pool(y)
         elif pool is not None and window is not None and not chain.pools(x, window):
             y = pool(chain.run(x))

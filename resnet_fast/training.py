@@ -22,8 +22,7 @@ __all__ = ["Program"]
 
 
 class Program:
-    """The chain that a recorder wrote down, where gradients are wanted: in training mode, or in eval mode by statistics
-    that are given.
+    """The chain that a recorder wrote down, to be run in training mode.
 
     Raises:
         ValueError: a batch norm would have a single value per channel, as PyTorch raises it.
@@ -89,9 +88,6 @@ class Program:
             out, moments = self._traced(x, tensors)
             track(moments)
             return out
-        if not any(self.batch):
-            # Who differentiates in eval mode may want the input's gradient alone, which aliases show.
-            tensors = [_alias(t) for t in tensors]
         # Outside of the function: what it saves is then its input, with which a second derivative is connected.
         recompute, copied = backends.training.recompute_outputs, dense(x)
         original = None if copied is x else x.detach()
@@ -105,11 +101,6 @@ class Program:
             x, given, present, self.fields, self.eps, self.batch, backends.training.recompute_outputs
         )
         return kept[0], kept[1 : 1 + len(self.layers)]
-
-
-def _alias(t: Tensor | None) -> Tensor | None:
-    """Of what was made in inference mode there is none that wants a gradient, too: autograd shall refuse it."""
-    return t.view_as(t) if t is not None and t.requires_grad and not t.is_inference() else t
 
 
 def _memory(t: Tensor) -> Any:

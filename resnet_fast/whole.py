@@ -62,6 +62,8 @@ class Whole(Fusing):
 
     def features(self, x: Tensor, channels_last: bool) -> Tensor | None:
         """``model.features(x)`` as one chain, or None."""
+        if not self.training and self._wants_gradient(x):
+            return None
         return self.fused(x, channels_last=channels_last)
 
     def scores(self, x: Tensor) -> Tensor | None:

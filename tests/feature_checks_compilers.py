@@ -52,7 +52,7 @@ def _(m, x):
     return torch.jit.trace(m, x, check_trace=False)(x), m
 
 
-@check("`torch.jit.script`", gradients=False, error="Unknown type annotation")
+@check("`torch.jit.script`", gradients=False, error="Compiled functions|redefine method|Unknown type")
 def _(m, x):
     return torch.jit.script(m)(x)
 

@@ -301,7 +301,6 @@ def test_train_stage(name, value):
     ("name", "change"),
     [
         ("grad", lambda t: t[..., :3]),
-        ("grad", lambda t: t.double()),
         ("kept", lambda ts: ts[:1]),
         ("kept", lambda ts: [ts[0][:1], *ts[1:]]),
         ("kept", lambda ts: [ts[0], ts[1][0]]),

@@ -213,14 +213,14 @@ def test_library(simulated_device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.randn(8, 5, 3, 3)}, r"x has 4 channels, want 5 as weight has"),
+        ({"weight": torch.randn(8, 5, 3, 3)}, r"x has 4 channels, want 5"),
         ({"weight": torch.randn(8, 4, 3, 3).half()}, r"weight has dtype torch.float16, want torch.float32"),
-        ({"bias": torch.randn(7)}, r"bias has shape \(7,\), want \(8,\)"),
+        ({"bias": torch.randn(7)}, r"bias has shape \[7\], want \[8\]"),
         ({"running_mean": torch.randn(8)}, r"running_mean and running_var come together"),
         ({"bn_weight": torch.randn(8)}, r"bn_weight and bn_bias come with"),
-        ({"residual": torch.randn(2, 8, 3, 3)}, r"residual has shape \(2, 8, 3, 3\), want \(2, 8, 4, 4\)"),
+        ({"residual": torch.randn(2, 8, 3, 3)}, r"residual has shape \[2, 8, 3, 3\], want \[2, 8, 4, 4\]"),
         ({"residual": torch.randn(2, 8, 4, 4).half()}, r"residual has dtype torch.float16, want torch.float32"),
-        ({"stride": 0}, r"stride is \[0, 0\], want at least 1"),
+        ({"stride": 0}, r"stride is \[0, 0\], want 1 to"),
     ],
     ids=name_of,
 )

@@ -1,16 +1,15 @@
 """Gradients of the operators, and of modules in eval mode: a fused forward, eager's gradients."""
 
 import copy
-import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import EAGER_LAYOUTS, OPS, WINOGRAD_FACTOR, Case, NoWildGradients, assert_error_rule, random_case, twins
+from support import EAGER_LAYOUTS, OPS, Case, NoWildGradients, assert_error_rule, random_case, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fast import backends, blocks, fission, ops, reference
+from resnet_fast import backends, blocks, ops, reference
 from resnet_fast.conv_gradient import convolution_backward
 
 
@@ -25,9 +24,7 @@ def test_eval_leaves_the_statistics():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", ["Block", "BasicBlock", "Bottleneck"])
-@pytest.mark.parametrize("winograd", [True, False])
-def test_gradients_of_blocks_in_eval_mode(kind, stride, dtype, winograd, monkeypatch):
-    monkeypatch.setattr(backends.cpu, "allow_winograd", winograd)
+def test_gradients_of_blocks_in_eval_mode(kind, stride, dtype):
     fast, eager = (m.to(dtype) for m in twins(getattr(blocks, kind), getattr(reference, kind), 16, 24, stride))
     x = torch.randn(3, 16, 7, 9).to(dtype)
     with torch.no_grad():
@@ -41,8 +38,7 @@ def test_gradients_of_blocks_in_eval_mode(kind, stride, dtype, winograd, monkeyp
     ]
     names = ["output", "x", *(k for k, _ in fast.named_parameters())]
     for i, name in enumerate(names):
-        # The errors of a Winograd data gradient do not cancel in its sums, of which there are few.
-        factor = 2 if not winograd else 2 * WINOGRAD_FACTOR if "bn" in name else WINOGRAD_FACTOR
+        factor = 3 if name == "output" else 2  # a Winograd forward, but an eager backward
         assert_error_rule(ours[i], exact[i], [t[i] for t in theirs], name, factor)
 
 
@@ -116,35 +112,6 @@ def test_changes_in_place_before_the_backward_pass_raise(what):
             y.sum().backward()
 
 
-def test_the_gradient_of_the_input_alone(monkeypatch):
-    """``torch.autograd.grad(y, x)`` of weights that want gradients, too: theirs are not computed; nor is that of the
-    input by a pass that stops before it."""
-    fast, eager = twins(blocks.BasicBlock, reference.BasicBlock, 16, 32, 2)
-    asked = []
-    run = fission.Backward.gradients
-
-    def gradients(self, grad):
-        asked.append(self.needs)
-        return run(self, grad)
-
-    monkeypatch.setattr(fission.Backward, "gradients", gradients)
-    x = torch.randn(2, 16, 7, 7, requires_grad=True)
-    found = []
-    for m in (eager, fast):
-        inner = x * 2
-        y = m(inner)
-        found.append(torch.autograd.grad(y.square().sum(), inner, retain_graph=True)[0])
-        if m is fast:
-            assert [i for i, needed in enumerate(asked.pop()) if needed] == [0]
-        found.append(torch.autograd.grad(y.square().sum(), m.conv2.weight)[0])
-        if m is fast:
-            (needs,) = asked
-            assert sum(needs) == 1
-            assert not needs[0]
-    assert torch.allclose(found[0], found[2], rtol=1e-4, atol=1e-5)
-    assert torch.allclose(found[1], found[3], rtol=1e-4, atol=1e-4)
-
-
 def test_backward_twice_and_retained():
     fast, _ = twins(blocks.BasicBlock, reference.BasicBlock, 16, 16)
     x = torch.randn(2, 16, 6, 6, requires_grad=True)
@@ -166,10 +133,8 @@ def test_activation_checkpointing(training, use_reentrant):
     plain(x).square().sum().backward()
     expected, x.grad = x.grad, None
     checkpoint(fast, x, use_reentrant=use_reentrant).square().sum().backward()
-    # Reentrant, in eval mode: the first forward knows of no gradient, and rounds as inference does.
-    same = torch.equal if training or not use_reentrant else functools.partial(torch.allclose, rtol=1e-4, atol=1e-5)
-    assert same(x.grad, expected)
-    assert all(same(a.grad, b.grad) for a, b in zip(fast.parameters(), plain.parameters(), strict=True))
+    assert torch.equal(x.grad, expected)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(fast.parameters(), plain.parameters(), strict=True))
 
 
 def plain_layer(op, case):
