@@ -272,7 +272,7 @@ BROKEN = [
     ("conv_moments", 0, lambda x: x.int(), "x has dtype"),
     ("conv_moments", 0, lambda x: x[:, :4], "channels|scale_shift"),
     ("conv_moments", 0, lambda x: x[:0], "no images"),
-    ("conv_moments", 0, lambda x: x[..., :0], "smaller than the filter"),
+    ("conv_moments", 0, lambda x: x[..., :0], "smaller (than the filter|with padding)"),
     ("conv_moments", 1, lambda t: t[:, :3], "scale_shift"),
     ("conv_moments", 1, lambda t: t.double(), "scale_shift"),
     ("conv_moments", 3, lambda w: w.double(), "weight has dtype"),

@@ -9,7 +9,7 @@ import torch
 from stage_support import add_kernels
 from support import randomize_
 
-from resnet_fast import blocks
+from resnet_fast import backends, blocks
 from resnet_fast._triton import tune
 from resnet_fast._triton.configs import A100, Config, Layer
 from resnet_fast._triton.cuda_configs import CudaConfig
@@ -112,6 +112,7 @@ def test_choices_are_told_with_what_was_measured(monkeypatch, tmp_path):
 
 def test_a_launch_a_stage_or_a_launch_a_convolution(simulated_device, monkeypatch, tmp_path):
     """A chain that could run in stages does so where that was the faster form, and keeps to it."""
+    monkeypatch.setattr(backends.cuda, "replay", False)  # which asks no more
     add_kernels(simulated_device)
     torch.manual_seed(0)
     stage = randomize_(blocks.Stage(blocks.BasicBlock(16, 16), blocks.BasicBlock(16, 16))).half().eval()
