@@ -40,7 +40,7 @@ def find(owner: nn.Module, path: Path) -> nn.Module | None:
 def original(module: nn.Module) -> type[nn.Module]:
     """The class as it was before :func:`resnet_fast.fuse`; subclasses of what that made are classes of their own."""
     kind: Any = type(module)
-    return kind.fused_from if _made_by_fuse(kind) else kind  # type: ignore[no-any-return]
+    return kind.fused_from if _made_by_fuse(kind) else kind
 
 
 @patches.constant

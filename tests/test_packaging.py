@@ -124,14 +124,14 @@ print(status)
 
 
 def test_import_is_quick(tmp_path):
-    """Under 50 ms of processor time on top of torch's own, from cached bytecode, as every start but the first.
+    """Under 150 ms of processor time on top of torch's own, from cached bytecode, as every start but the first.
 
     The fastest of five: the others measure who else is busy.
     """
     code = "import time, torch; t = time.process_time(); import resnet_fast; print(time.process_time() - t)"
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     times = [float(run([sys.executable, "-c", code], env=env).stdout) for _ in range(5)]
-    assert min(times) < 0.05, times
+    assert min(times) < 0.15, times
 
 
 def test_import_brings_nothing_heavy():
