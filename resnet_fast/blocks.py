@@ -20,6 +20,7 @@ __all__ = ["BasicBlock", "Block", "Bottleneck", "Stage"]
 def _shortcut(build: Build, downsample: nn.Module | None, x: Any) -> Any:
     parts = [] if downsample is None else list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
     build.needs(*parts)
+    build.leftover(*parts[2:])
     return build.conv(parts[0], parts[1] if len(parts) > 1 else None, x) if parts else x
 
 

@@ -32,6 +32,9 @@ class Build(Protocol):
     def needs(self, *layers: Any) -> None:
         """None of these may be None, which ``conv`` would take for a layer that is not there."""
 
+    def leftover(self, *layers: nn.Module) -> None:
+        """These are called, too, if there are any: the dataflow is another one."""
+
 
 def _fuses(module: nn.Module) -> bool:
     """Whether it states its dataflow, and runs unfused what it cannot fuse: :class:`resnet_fast.chain.Fused`."""
@@ -149,6 +152,9 @@ class Recorder:
         if any(layer is None for layer in layers):
             self._reasons.append(_NONE)
 
+    def leftover(self, *layers: nn.Module) -> None:
+        self._reasons += [_leftover(layer) for layer in layers]
+
     def through(self, modules: list[nn.Module], reason: str | None) -> None:
         """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
         self._stands_for.update(modules)
@@ -167,7 +173,7 @@ class Recorder:
                 if module.training and module.p > 0:
                     return f"a {type(module).__name__} in training mode"
             elif module not in self._stands_for and type(module) is not nn.Sequential and not _fuses(module):
-                return f"a {type(module).__name__} that is not part of the pattern"
+                return _leftover(module)
         return hooks_reason(parts) or _patched(parts, methods)
 
 
@@ -184,6 +190,10 @@ def _patched(parts: list[nn.Module], methods: Sequence[str]) -> str | None:
             if reason is not None:
                 return reason
     return None if torch.compiler.is_compiling() else patches.call_replaced()
+
+
+def _leftover(module: nn.Module) -> str:
+    return f"a {type(module).__name__} that is not part of the pattern"
 
 
 def eps_of(bn: nn.BatchNorm2d | None) -> float:
@@ -205,4 +215,7 @@ class Layers:
         return block.flow(self, x)
 
     def needs(self, *layers: Any) -> None:
+        """A recorder was asked."""
+
+    def leftover(self, *layers: nn.Module) -> None:
         """A recorder was asked."""

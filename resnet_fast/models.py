@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +43,12 @@ def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module 
     return patches.kept(kind, "stem") and patches.kept(behind, "pooled_stem")
 
 
+def _have_others(kinds: Sequence[type], method: str) -> bool:
+    """Whether one of ``kinds`` has a ``method`` that this package did not write."""
+    codes = (vars(kind)[method] for kind in kinds if method in vars(kind))
+    return any(getattr(code, "__module__", None) not in _OWN_CODE for code in codes)
+
+
 class _Network(Fused):
     """What the families share: maps stay in channels_last between the stages of a network, unless somebody sees it.
 
@@ -58,23 +65,29 @@ class _Network(Fused):
         return None
 
     def features(self, x: Tensor) -> Tensor:
-        y = self._unseen_map(x, ("stem", "pooled_stem"), channels_last=False)
+        y = self._unseen_map(x, "features", ("stem", "pooled_stem"), channels_last=False)
         if y is not None:
             return y
         y = super().features(x)  # type: ignore[misc]
         return self._as_pytorch(y, x) if torch.compiler.is_compiling() else y
 
     def flat_features(self, x: Tensor) -> Tensor:
-        y = self._unseen_map(x, ("stem", "pooled_stem", "features", "flat"), channels_last=True)
+        y = self._unseen_map(x, "flat_features", ("stem", "pooled_stem", "features", "flat"), channels_last=True)
         y = super().flat_features(x) if y is None else self.flat(y)  # type: ignore[misc, operator]
         return y
 
-    def _unseen_map(self, x: Tensor, methods: tuple[str, ...], channels_last: bool) -> Tensor | None:
-        """The last map, where no one finds out how maps are laid out on the way; or None. methods: whose code runs."""
+    def _unseen_map(self, x: Tensor, called: str, methods: tuple[str, ...], channels_last: bool) -> Tensor | None:
+        """The last map, where no one finds out how maps are laid out on the way; or None.
+
+        called: what asks, perhaps from a subclass with one of its own. methods: whose code runs below it.
+        """
         # Compilers and transforms look into each step.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
             return None
         if backends.transform_reason() is not None or any(map(self._is_others, methods)):
+            return None
+        kinds = type(self).__mro__
+        if _have_others(kinds[kinds.index(_Network) + 1 :], called):
             return None
         if None in self._modules.values():  # a layer was taken away: its call must fail as it would
             return None
@@ -85,8 +98,7 @@ class _Network(Fused):
         return y
 
     def _is_others(self, method: str) -> bool:
-        code = getattr(type(self), method, None)
-        return method in vars(self) or (code is not None and getattr(code, "__module__", None) not in _OWN_CODE)
+        return method in vars(self) or _have_others(type(self).__mro__, method)
 
     def _known_onlookers(self) -> Onlookers:
         if self._onlookers is None or not self._onlookers.fresh():

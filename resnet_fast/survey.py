@@ -271,7 +271,8 @@ def _plan(module: nn.Module, trace: Trace, runs: list[Run]) -> Plan:
 
 
 def _opened(trace: Trace, run: Run, opened: list[Opened]) -> list[Opened]:
-    names = {name for n in (*run.nodes, *run.through) for name in _around(trace, n)}
+    nodes = (*run.nodes, *run.through)
+    names = {name for n in nodes for name in (*_around(trace, n), *_around(trace, n, itself=True))}
     return [o for o in opened if ".".join(o.path) in names]
 
 

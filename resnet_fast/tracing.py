@@ -34,7 +34,8 @@ class RefusedError(Exception):
 
 
 class Trace:
-    """The graph of one forward, and the modules whose own code ran for it, by path (``""`` is the module itself)."""
+    """The graph of one forward, and the modules that it read, by path (``""`` is the module itself): those whose own code
+    ran, and those that this code went through without a call, as lists of modules are."""
 
     def __init__(self, graph: fx.Graph, opened: list[str], owners: dict[fx.Node, str]) -> None:
         self.graph = graph
@@ -100,6 +101,7 @@ class _Tracer(fx.Tracer):
         self.is_leaf = leaf
         self.running: list[tuple[nn.Module, str]] = []
         self.opened: list[str] = []
+        self.called: set[str] = set()
         self.owners: dict[fx.Node, str] = {}
         self.contexts = _contexts()
 
@@ -129,6 +131,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
+        self.called.add(path)
         if self.is_leaf(m):
             return self.create_proxy("call_module", path, args, kwargs)
         with self.inside(m, path):
@@ -142,6 +145,25 @@ class _Tracer(fx.Tracer):
         with _asked_for_types(type(module).forward):
             yield
         self.running.pop()  # not after an exception: it tells whose code raised
+
+
+    def passed(self) -> list[str]:
+        """What the code may have gone through without a call: modules around those that were called, and modules
+        without parameters that were not called, empty lists among them."""
+        around = {""}
+        for path in self.called:
+            while "." in path:
+                path = path.rpartition(".")[0]
+                around.add(path)
+        found, waiting = [], list(self.opened)
+        while waiting:
+            above = waiting.pop(0)
+            for name, child in self.root.get_submodule(above).named_children():
+                path = f"{above}.{name}" if above else name
+                if path not in self.called and (path in around or next(child.parameters(), None) is None):
+                    found.append(path)
+                    waiting.append(path)
+        return found
 
 
 @contextmanager
@@ -238,4 +260,4 @@ def follow(module: nn.Module, training: bool, leaf: Callable[[nn.Module], bool])
         raise RefusedError(
             running, f"its forward cannot be traced: {why[0] if why else type(error).__name__}"
         ) from error
-    return Trace(graph, tracer.opened, tracer.owners)
+    return Trace(graph, tracer.opened + tracer.passed(), tracer.owners)

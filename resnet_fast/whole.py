@@ -21,7 +21,7 @@ class Whole(Fusing):
     Where it cannot run whole, its stem and stages run as operators of their own and say why where these fall back.
     """
 
-    stands_for = ("forward", "features", "stem", "flat")
+    stands_for = ("forward", "flat_features", "features", "stem", "flat")
 
     def __init__(self, model: Any) -> None:
         self.model = model
