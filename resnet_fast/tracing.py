@@ -34,8 +34,10 @@ class RefusedError(Exception):
 
 
 class Trace:
-    """The graph of one forward, and the modules that it read, by path (``""`` is the module itself): those whose own code
-    ran, and those that this code went through without a call, as lists of modules are."""
+    """The graph of one forward, and the modules that it read, by path (``""`` is the module itself).
+
+    Read are those whose own code ran, and those that this code went through without a call, as lists of modules.
+    """
 
     def __init__(self, graph: fx.Graph, opened: list[str], owners: dict[fx.Node, str]) -> None:
         self.graph = graph

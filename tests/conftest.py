@@ -17,3 +17,11 @@ def clean_state():
     assert backends.loaded(), backends.status()["cpu"]
     backends.fallbacks(clear=True)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -338,7 +338,9 @@ def test_values_are_let_go_once_nobody_reads_them():
     class Note(nn.Module):
         def forward(self, y):
             gc.collect()
-            tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_nested]  # nested: no shape
+            tensors = [
+                t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_nested
+            ]  # nested: no shape
             alive.append(sum(t.shape == (3, 8, 11, 13) for t in tensors))
             del tensors
             return y

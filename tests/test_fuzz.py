@@ -2,20 +2,12 @@
 
 import fuzz
 import pytest
-import torch
-from fuzz import wrong_calls
 
 from resnet_fast import ops
 from resnet_fast.watch import Watch
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Shapes are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Shapes are small.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def faults(kind, count):
@@ -28,16 +20,13 @@ def told(found):
     return "\n".join(f"{seed}: {text.strip().splitlines()[-1]}" for seed, text in found.items())
 
 
-@pytest.mark.parametrize(("kind", "count"), [("operators", 200), ("networks", 8)])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "count"), [("operators", 200), ("wrong_calls", 200), ("networks", 8), ("structure", 8)]
+)
 def test_trials(kind, count):
     found = faults(kind, count)
     assert not found, f"python -m tests.fuzz {kind} --trials 1 --seed ...\n{told(found)}"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_wrong_calls_do_no_harm():
-    for seed in range(200):
-        wrong_calls.check(seed, strict=False)
 
 
 def test_wrong_numbers_are_found(monkeypatch):
@@ -55,3 +44,8 @@ def test_wrong_numbers_are_found(monkeypatch):
 def test_stale_weights_are_found(monkeypatch):
     monkeypatch.setattr(Watch, "unchanged", lambda self: True)
     assert any(fuzz.trial("networks", seed) for seed in range(10))
+
+
+def test_errors_that_do_not_name_the_argument_are_found(monkeypatch):
+    monkeypatch.setattr(ops, "raised", lambda check, *arguments: None)
+    assert faults("wrong_calls", 60)

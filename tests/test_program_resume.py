@@ -15,13 +15,8 @@ from resnet_fast.program.options import parse
 OPTIONS = ["--epochs", "2", "--save-every", "3", "--keep", "20", "--ema", "0.9", "--lr", "0.05"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes of :func:`start`: sums have another order with more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# As in the processes of `start`: sums have another order with more threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait_for(path, process):

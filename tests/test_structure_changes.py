@@ -160,7 +160,10 @@ def test_changes_of_a_fused_network(name, rows):
 
 
 IN_A_BLOCK = {
-    "appended": lambda m: (m.convs.append(seeded(lambda: nn.Conv2d(8, 8, 1))), m.norms.append(nn.BatchNorm2d(8).eval())),
+    "appended": lambda m: (
+        m.convs.append(seeded(lambda: nn.Conv2d(8, 8, 1))),
+        m.norms.append(nn.BatchNorm2d(8).eval()),
+    ),
     "the same appended": lambda m: (m.convs.append(m.convs[0]), m.norms.append(m.norms[0])),
     "deleted": lambda m: (m.convs.__delitem__(0), m.norms.__delitem__(0)),
     "all deleted": lambda m: (m.convs.__delitem__(slice(None)), m.norms.__delitem__(slice(None))),
