@@ -11,6 +11,7 @@ from .chain import Fused
 from .convert import fused_class
 from .pattern import Match, Run, match, what
 from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, original
+from .purity import impurity
 from .tracing import RefusedError, Trace, follow, is_foreign
 from .watch import hooks_reason
 
@@ -44,7 +45,7 @@ class Survey:
         self.covered = {part for m in model.modules() if isinstance(m, Fused) for part in m.parts()}
         self.barred = self._barred()
         self.findings: dict[nn.Module, Finding] = {}
-        self._busy: set[nn.Module] = set()  # their forward has effects: they are never looked into from outside
+        self._impurities: dict[tuple[nn.Module, bool], str | None] = {}
         self._study_below(model)
 
     def _barred(self) -> dict[nn.Module, str]:
@@ -63,14 +64,20 @@ class Survey:
                 barred[m] = reason
         return barred
 
-    def _is_leaf(self, module: nn.Module) -> bool:
+    def _is_leaf(self, module: nn.Module, training: bool) -> bool:
         """What no trace looks into: layers of PyTorch, wrappers, what is fused by its author, modules with hooks."""
         return (
             is_foreign(module) is not None
             or isinstance(module, Fused)
-            or module in self._busy
+            or self._impurity(module, training) is not None
             or hooks_reason([self.model, module]) is not None
         )
+
+    def _impurity(self, module: nn.Module, training: bool) -> str | None:
+        key = module, training
+        if key not in self._impurities:
+            self._impurities[key] = impurity(module, training)
+        return self._impurities[key]
 
     def _study_below(self, module: nn.Module) -> None:
         for child in module._modules.values():
@@ -98,8 +105,6 @@ class Survey:
                 found[training] = trace, match(module, trace.graph, training, self.barred)
             except RefusedError as error:
                 found[training] = str(error)
-                if error.effects:
-                    self._busy.add(module)
         seen = found[False]
         if isinstance(seen, str):
             finding.refused = seen
@@ -119,10 +124,13 @@ class Survey:
         return any(f is not None and f.whole and f.residual for f in below)
 
     def _trace(self, module: nn.Module, training: bool, leaves: set[nn.Module]) -> Trace:
+        impure = self._impurity(module, training)
+        if impure is not None:
+            raise RefusedError(module, impure)
         leaves = set(leaves)
         for _ in range(_ATTEMPTS):
             try:
-                return follow(module, training, lambda m: m in leaves or self._is_leaf(m))
+                return follow(module, training, lambda m: m in leaves or self._is_leaf(m, training))
             except RefusedError as error:
                 if error.module is module or error.module in leaves:
                     raise

@@ -1,16 +1,13 @@
 """What a module's ``forward`` computes, written down by running it once on symbols (``torch.fx``).
 
-The run must find what every later call would find. So it is refused where the code asks for something that a symbol
-does not know (values, shapes, types), draws random numbers, makes tensors, changes attributes, or enters a context
-(no_grad, autocast, checkpointing); and whatever it changed is put back.
+Only code runs that :mod:`resnet_fast.purity` has read: it finds what every later call finds, and leaves nothing behind.
+Refused is what asks for something that a symbol does not know: values and shapes.
 """
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import operator
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,16 +18,13 @@ from torch import fx, nn
 
 __all__ = ["IN_PLACE", "RefusedError", "Trace", "follow", "is_foreign"]
 
-_SAMPLE = torch.empty(0)
-
 
 class RefusedError(Exception):
-    """The forward of ``module`` cannot be written down, for that reason. ``effects``: it does more than compute."""
+    """The forward of ``module`` cannot be written down, for that reason."""
 
-    def __init__(self, module: nn.Module, why: str, effects: bool = False) -> None:
+    def __init__(self, module: nn.Module, why: str) -> None:
         super().__init__(why)
         self.module = module
-        self.effects = effects
 
 
 class Trace:
@@ -62,20 +56,21 @@ def is_foreign(module: nn.Module) -> str | None:
     return None
 
 
-_is_grad_enabled = torch.is_grad_enabled
-
-
-def _contexts() -> tuple[Any, ...]:
-    return (
-        _is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(False),
-    )
-
-
 class _Symbol(fx.Proxy):
-    """A symbol that tells ``a += b`` from ``a = a + b``."""
+    """A symbol that tells ``a += b`` from ``a = a + b``, and ``isinstance`` what it stands for.
+
+    Arguments are tensors: fused modules run unfused where one is something else. Of other values it is not known.
+    """
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        asking = sys._getframe(1)
+        known = str(asking.f_globals.get("__name__")).partition(".")[0] in ("torch", __package__)
+        if known or "isinstance" not in asking.f_code.co_names:  # functions in C ask, too
+            return _Symbol
+        if self.node.op not in ("placeholder", "call_module"):
+            raise fx.proxy.TraceError("it asks for the type of a value")
+        return torch.Tensor
 
 
 def _in_place(name: str) -> Callable[[_Symbol, Any], Any]:
@@ -105,7 +100,6 @@ class _Tracer(fx.Tracer):
         self.opened: list[str] = []
         self.called: set[str] = set()
         self.owners: dict[fx.Node, str] = {}
-        self.contexts = _contexts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
@@ -125,8 +119,6 @@ class _Tracer(fx.Tracer):
         return root_fn, args
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        if _contexts() != self.contexts:
-            raise fx.proxy.TraceError("a context such as no_grad, autocast or checkpointing inside it")
         node = super().create_node(kind, *args, **kwargs)
         self.owners[node] = self.running[-1][1]
         return node
@@ -144,10 +136,8 @@ class _Tracer(fx.Tracer):
         self.running.append((module, path))
         if path not in self.opened:
             self.opened.append(path)
-        with _asked_for_types(type(module).forward):
-            yield
+        yield
         self.running.pop()  # not after an exception: it tells whose code raised
-
 
     def passed(self) -> list[str]:
         """What the code may have gone through without a call: modules around those that were called, and modules
@@ -169,90 +159,35 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def _asked_for_types(forward: Any) -> Iterator[None]:
-    """``isinstance`` in the code of ``forward`` sees a symbol as what it stands for: its module gets one of its own.
-
-    Calls pass on tensors only: fused modules run unfused where an argument is something else.
-    """
-    names = getattr(inspect.unwrap(forward), "__globals__", {})
-    if "isinstance" in names:
-        yield
-        return
-
-    def asked(value: Any, wanted: Any) -> bool:
-        if builtins.isinstance(value, fx.Proxy):
-            if value.node.op != "placeholder":
-                raise fx.proxy.TraceError("it asks for the type of a value")
-            return builtins.isinstance(_SAMPLE, wanted)
-        return builtins.isinstance(value, wanted)
-
-    names["isinstance"] = asked
-    try:
-        yield
-    finally:
-        del names["isinstance"]
-
-
-def _asked_for_gradients() -> bool:
-    if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
-        raise fx.proxy.TraceError("it asks whether gradients are recorded")
-    return _is_grad_enabled()
-
-
-@contextmanager
-def _undisturbed(root: nn.Module, training: bool) -> Iterator[None]:
-    """All flags at ``training``. Whatever the code inside changed in attributes is put back, and told of."""
+def _in_mode(root: nn.Module, training: bool) -> Iterator[None]:
+    """All flags at ``training``; attributes are put back whatever happens."""
     modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]  # compiled: nothing to see
-    before = [dict(m.__dict__) for m in modules]
-    children = [dict(m._modules) for m in modules]
-    plain = [
-        t for attributes in before for t in attributes.values() if type(t) is torch.Tensor and not t.is_inference()
-    ]
-    contents = [(t, t._version, t.detach().clone()) for t in plain]  # parameters and buffers are symbols meanwhile
-    random_states = (torch.random.get_rng_state(), random.getstate())
-    changed = drawn = False
+    before = [dict(vars(m)) for m in modules]
+    tensors = [(t, t.detach(), t.requires_grad) for t in (*root.parameters(), *root.buffers())]
     for m in modules:
         m.__dict__["training"] = training
-    torch.is_grad_enabled = _asked_for_gradients
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
-        torch.is_grad_enabled = _is_grad_enabled
-        if not torch.equal(torch.random.get_rng_state(), random_states[0]) or random.getstate() != random_states[1]:
-            drawn = True
-            torch.random.set_rng_state(random_states[0])
-            random.setstate(random_states[1])
-        for m, attributes, own in zip(modules, before, children, strict=True):
-            now = {name: value for name, value in m.__dict__.items() if name != "training"}
-            same = len(now) == len(attributes) - 1 and all(attributes.get(name, now) is v for name, v in now.items())
-            if not same or list(m._modules.values()) != list(own.values()):
-                changed = True
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-                m._modules.clear()
-                m._modules.update(own)
-            m.__dict__["training"] = attributes["training"]
-        for t, version, content in contents:
-            if t._version != version:
-                changed = True
-                t.detach().copy_(content)
-    if changed:
-        raise RefusedError(root, "its forward changes attributes", effects=True)
-    if drawn:
-        raise RefusedError(root, "its forward draws random numbers", effects=True)
+        for m, attributes in zip(modules, before, strict=True):
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        for t, was, wanted in tensors:  # `float()` of a local name that holds a module, not a tensor
+            if t.dtype != was.dtype or t.device != was.device:
+                t.data = was
+            if t.requires_grad != wanted:
+                t.requires_grad_(wanted)
 
 
 def follow(module: nn.Module, training: bool, leaf: Callable[[nn.Module], bool]) -> Trace:
     """The graph of ``module.forward``, as in training or in eval mode; what ``leaf`` says is not looked into.
 
     Raises:
-        RefusedError: it cannot be written down, or only for this one call.
+        RefusedError: it cannot be written down.
     """
     tracer = _Tracer(leaf)
     try:
-        with _undisturbed(module, training), torch.autocast("cpu", enabled=False), tracer.inside(module, ""):
-            tracer.contexts = _contexts()
+        with _in_mode(module, training), torch.enable_grad(), tracer.inside(module, ""):
             graph = tracer.trace(module)
     except RefusedError:
         raise
