@@ -5,7 +5,7 @@ A fused module states its dataflow once, in ``flow(build, x)``, by calls of ``bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class Chain:
         self,
         parts: list[nn.Module],
         recorder: Recorder,
-        opened: Sequence[nn.Module] = (),
+        opened: Mapping[nn.Module, Sequence[str]] | None = None,
         methods: Sequence[str] = ("forward",),
     ) -> None:
         self.layers = recorder.layers
@@ -188,9 +188,10 @@ class Fusing:
         """The owner, and every module that :meth:`flow` stands for: a change in one of them ends the chain."""
         raise NotImplementedError(f"{type(self).__name__}.parts")
 
-    def opened(self) -> list[nn.Module]:
-        """Those of the parts whose attributes count, because :meth:`flow` was read from their code."""
-        return []
+    def opened(self) -> dict[nn.Module, list[str]]:
+        """Those of the parts whose attributes count, because :meth:`flow` was read from their code; each with the
+        attributes that the code asks for and that it lacks."""
+        return {}
 
     def label(self) -> str:
         """The name in ``backends.fallbacks``"""

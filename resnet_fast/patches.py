@@ -5,11 +5,12 @@ A class that is patched (``nn.Conv2d.forward = ...``) stays the same object, so 
 
 from __future__ import annotations
 
+import builtins
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial, partialmethod
-from types import CellType, CodeType, FunctionType
-from typing import Any, TypeVar
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -27,6 +28,7 @@ __all__ = [
     "register",
     "register_layers",
     "replaced",
+    "surroundings",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -108,7 +110,63 @@ def places(kind: type, names: Sequence[str]) -> dict[type, list[str]]:
 
 def functions(kind: type) -> list[Any]:
     """What Python finds behind a call of ``kind.forward``, to be compared by identity."""
-    return [vars(c).get(name) for c, names in places(kind, called(kind)).items() for name in names]
+    own = [vars(c).get(name) for c, names in places(kind, called(kind)).items() for name in names]
+    return own + surroundings(own).values()
+
+
+class Surroundings(NamedTuple):
+    """What functions find outside of their own code: global names, variables of functions around them, and their code
+    itself, which may be replaced."""
+
+    names: dict[int, tuple[dict[str, Any], list[str]]]
+    cells: list[CellType]
+    functions: list[FunctionType]
+
+    def values(self) -> list[Any]:
+        """All of it as it is now, to be compared by identity."""
+        found = [space.get(name) for space, names in self.names.values() for name in names]
+        found += [cell.cell_contents for cell in self.cells if cell != CellType()]
+        return found + [part for f in self.functions for part in (f.__code__, f.__defaults__, f.__kwdefaults__)]
+
+
+def surroundings(values: Iterable[Any]) -> Surroundings:
+    """Of the functions among ``values``, and of those that these call by a global name or a variable around them."""
+    found = Surroundings({}, [], [])
+    waiting = [part for value in values for part in _functions_in(value)]
+    known: set[int] = set()
+    while waiting:
+        function = waiting.pop(0)
+        if id(function) in known or _is_pytorchs(function):
+            continue
+        known.add(id(function))
+        found.functions.append(function)
+        cells = list(function.__closure__ or ())
+        found.cells.extend(cells)
+        inner = [cell.cell_contents for cell in cells if cell != CellType()]
+        wanted = set(_names(function.__code__))
+        spaces = [function.__globals__]
+        for space in spaces:  # which grows
+            _, names = found.names.setdefault(id(space), (space, []))
+            for name in sorted(wanted):
+                value = space.get(name)
+                hides = space is function.__globals__ and hasattr(builtins, name)
+                if name not in names and (name in space or hides):
+                    names.append(name)
+                if isinstance(value, ModuleType) and not any(vars(value) is s for s in spaces):
+                    spaces.append(vars(value))
+                inner.append(value)
+        waiting += [part for value in inner for part in _functions_in(value)]
+    return found
+
+
+def _functions_in(value: Any) -> list[FunctionType]:
+    """``value`` itself, or those that it wraps."""
+    if isinstance(value, FunctionType):
+        return [value]
+    if isinstance(value, (property, staticmethod, classmethod, partial, MethodType)):
+        inner = (getattr(value, part, None) for part in ("fget", "__func__", "func"))
+        return [f for f in inner if isinstance(f, FunctionType)]
+    return []
 
 
 def _content(value: Any) -> Any:

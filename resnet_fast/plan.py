@@ -6,7 +6,7 @@ copies and pickles, and sees what was replaced since.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from types import BuiltinFunctionType, FunctionType
@@ -66,7 +66,8 @@ def _essence(value: Any) -> Any:
 class Opened:
     """A module whose code was read: what the code may depend on, beside tensors, must stay."""
 
-    def __init__(self, owner: nn.Module, path: Path) -> None:
+    def __init__(self, owner: nn.Module, path: Path, asked: Iterable[str] = ()) -> None:
+        """asked: what the code asks for, there or not."""
         module = find(owner, path)
         assert module is not None
         self.path = path
@@ -75,8 +76,10 @@ class Opened:
         self.attributes = {name: _essence(value) for name, value in attributes(module).items()}
         # What would come before a method of the class if the module had it. Its forward: see hooks_reason.
         self.methods = [name for name in patches.called(self.kind)[1:] if name not in self.attributes]
+        stores = (self.attributes, module._modules, module._parameters, module._buffers)
+        self.absent = sorted(name for name in asked if not any(name in store for store in stores))
         self.children = [(name, child is None) for name, child in module._modules.items()]
-        self._read: list[Any] | None = patches.functions(self.kind)
+        self._read: list[Any] | None = self._code_of(module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_read": None}
@@ -94,12 +97,15 @@ class Opened:
             return f"{name} is gone"
         if original(module) is not self.kind:
             return f"a {type(module).__name__} where a {self.kind.__name__} was"
-        if self._other_code():
+        if self._other_code(module):
             return f"another forward of {self.kind.__name__}, or of what it calls"
         now = vars(module)  # looked into by name: the compiler of some releases of PyTorch cannot list it
         for method in self.methods:
             if method in now:
                 return f"a {self.kind.__name__} with a {method} of its own"
+        for name in self.absent:
+            if name in now or name in module._parameters or name in module._buffers:
+                return f"a {self.kind.__name__} with a {name}"
         for attribute, essence in self.attributes.items():
             if attribute not in now or _essence(now[attribute]) != essence:
                 return f"another value of {self.kind.__name__}.{attribute}"
@@ -107,14 +113,24 @@ class Opened:
             return f"other children of a {self.kind.__name__}"
         return None
 
-    def _other_code(self) -> bool:
+    def _code_of(self, module: nn.Module) -> list[Any]:
+        """Functions behind a call, those of the module's own attributes among them, and what they find outside."""
+        return patches.functions(self.kind) + patches.surroundings(attributes(module).values()).values()
+
+    def _other_code(self, module: nn.Module) -> bool:
         if torch.compiler.is_compiling() or self._read is None:
             changed = self.code != patches.digest(self.kind)
             if not changed and not torch.compiler.is_compiling():
-                self._read = patches.functions(self.kind)
+                self._read = self._code_of(module)
             return changed
-        now = patches.functions(self.kind)
+        now = self._code_of(module)
         return len(now) != len(self._read) or not all(map(is_, now, self._read))
+
+
+def _found_in(owner: nn.Module, parts: Iterable[Opened]) -> dict[nn.Module, list[str]]:
+    """The modules, each with the attributes that its code asks for and that it lacks."""
+    found = ((find(owner, opened.path), opened.absent) for opened in parts)
+    return {module: absent for module, absent in found if module is not None}
 
 
 class LayerPaths(NamedTuple):
@@ -179,9 +195,8 @@ class Segment(Fusing):
         whole = not self.steps
         return type(self.owner).__name__ if whole else f"{type(self.owner).__name__}, {first} and what follows"
 
-    def opened(self) -> list[nn.Module]:
-        found = (find(self.owner, o.path) for o in self.opened_parts)
-        return [m for m in found if m is not None]
+    def opened(self) -> dict[nn.Module, list[str]]:
+        return _found_in(self.owner, self.opened_parts)
 
     def parts(self) -> list[nn.Module]:
         paths = [path for path, _ in self.through]
@@ -283,9 +298,8 @@ class Plan:
         inside = [m for m in self._opened_in(owner) if m is not owner]
         return hooks_reason([owner, *inside])
 
-    def _opened_in(self, owner: nn.Module) -> list[nn.Module]:
-        found = [find(owner, opened.path) for opened in self.opened]
-        return [m for m in found if m is not None]
+    def _opened_in(self, owner: nn.Module) -> dict[nn.Module, list[str]]:
+        return _found_in(owner, self.opened)
 
     def outdated(self, owner: nn.Module) -> str | None:
         """Why the plan is none for the module as it is now, whatever its layers are set to; or None."""

@@ -16,14 +16,14 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .source import FunctionNode, source_of
 
-__all__ = ["impurity"]
+__all__ = ["Purity", "purity"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, type(...))
 _PLAIN_OF_TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -51,7 +51,8 @@ _UNKNOWN = object()
 @functools.cache
 def _of_tensors() -> frozenset[Any]:
     """PyTorch's functions that symbols can stand in for: calls of them are repeated, whatever they do."""
-    found = set(torch.overrides.get_testing_overrides())
+    overrides = torch.overrides.get_testing_overrides()
+    found = {f for f in overrides if not str(getattr(f, "__module__", "")).startswith("torch.distributed")}
     in_place = {getattr(torch, f"{getattr(f, '__name__', '')}_", None) for f in found}
     return frozenset(found | in_place - {None})
 
@@ -76,6 +77,7 @@ class _Reader:
 
     def __init__(self, root: nn.Module, training: bool) -> None:
         self.root, self.training = root, training
+        self.asked: dict[nn.Module, set[str]] = {}
         self.known: set[tuple[Any, int]] = set()
 
     def read(self, function: Any, module: nn.Module | None) -> None:
@@ -85,7 +87,7 @@ class _Reader:
                 self.value(value, "an argument of a partial function")
             self.read(function.func, module)
             return
-        if not isinstance(function, FunctionType) or str(function.__module__).startswith("torch."):
+        if not isinstance(function, FunctionType) or str(function.__module__).partition(".")[0] == "torch":
             module_name, name = (getattr(function, part, "") for part in ("__module__", "__qualname__"))
             raise _ImpureError(f"it calls {module_name}.{name}")
         key = (function, id(module))
@@ -102,6 +104,7 @@ class _Reader:
 
     def attribute(self, module: nn.Module, name: str) -> Any:
         """``module.name`` as it is now, which must be of a known kind."""
+        self.asked.setdefault(module, set()).add(name)
         own = _in_classes(type(module), name)
         if isinstance(own, property):
             self.read(own.fget, module)
@@ -504,19 +507,26 @@ def _written_by_pytorch(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith("torch.nn.modules.")
 
 
-def impurity(module: nn.Module, training: bool) -> str | None:
-    """Why the ``forward`` of the module's class is not shown to be pure in that mode, or None.
+class Purity(NamedTuple):
+    """reason: why a forward is not shown to be pure, or None. asked: what it asks modules for, itself among them."""
+
+    reason: str | None
+    asked: dict[nn.Module, set[str]]
+
+
+def purity(module: nn.Module, training: bool) -> Purity:
+    """Of the ``forward`` of the module's class in that mode.
 
     What it calls of its children is their own affair; their attributes that it asks for are not.
     """
     kind: Any = vars(type(module)).get("fused_from", type(module))
     for name in ("__getattr__", "__getattribute__"):
         if _in_classes(kind, name) not in (_in_classes(nn.Module, name), _in_classes(object, name)):
-            return f"it has a {name} of its own"
-    if _written_by_pytorch(kind.forward):
-        return None
+            return Purity(f"it has a {name} of its own", {})
+    reader = _Reader(module, training)
     try:
-        _Reader(module, training).read(kind.forward, module)
+        if not _written_by_pytorch(kind.forward):
+            reader.read(kind.forward, module)
     except _ImpureError as error:
-        return str(error)
-    return None
+        return Purity(str(error), {})
+    return Purity(None, reader.asked)

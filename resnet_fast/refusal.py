@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Refusal:
         self,
         reason: str,
         parts: list[nn.Module],
-        opened: Sequence[nn.Module],
+        opened: Mapping[nn.Module, Sequence[str]],
         methods: Sequence[str],
         training: bool,
     ) -> None:

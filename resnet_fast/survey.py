@@ -11,7 +11,7 @@ from .chain import Fused
 from .convert import fused_class
 from .pattern import Match, Run, match, what
 from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, original
-from .purity import impurity
+from .purity import Purity, purity
 from .tracing import RefusedError, Trace, follow, is_foreign
 from .watch import hooks_reason
 
@@ -45,7 +45,7 @@ class Survey:
         self.covered = {part for m in model.modules() if isinstance(m, Fused) for part in m.parts()}
         self.barred = self._barred()
         self.findings: dict[nn.Module, Finding] = {}
-        self._impurities: dict[tuple[nn.Module, bool], str | None] = {}
+        self._purities: dict[tuple[nn.Module, bool], Purity] = {}
         self._study_below(model)
 
     def _barred(self) -> dict[nn.Module, str]:
@@ -69,15 +69,15 @@ class Survey:
         return (
             is_foreign(module) is not None
             or isinstance(module, Fused)
-            or self._impurity(module, training) is not None
+            or self._purity(module, training).reason is not None
             or hooks_reason([self.model, module]) is not None
         )
 
-    def _impurity(self, module: nn.Module, training: bool) -> str | None:
+    def _purity(self, module: nn.Module, training: bool) -> Purity:
         key = module, training
-        if key not in self._impurities:
-            self._impurities[key] = impurity(module, training)
-        return self._impurities[key]
+        if key not in self._purities:
+            self._purities[key] = purity(module, training)
+        return self._purities[key]
 
     def _study_below(self, module: nn.Module) -> None:
         for child in module._modules.values():
@@ -124,18 +124,30 @@ class Survey:
         return any(f is not None and f.whole and f.residual for f in below)
 
     def _trace(self, module: nn.Module, training: bool, leaves: set[nn.Module]) -> Trace:
-        impure = self._impurity(module, training)
-        if impure is not None:
-            raise RefusedError(module, impure)
+        reason = self._purity(module, training).reason
+        if reason is not None:
+            raise RefusedError(module, reason)
         leaves = set(leaves)
         for _ in range(_ATTEMPTS):
             try:
-                return follow(module, training, lambda m: m in leaves or self._is_leaf(m, training))
+                trace = follow(module, training, lambda m: m in leaves or self._is_leaf(m, training))
+                return self._with_what_is_asked(module, training, trace)
             except RefusedError as error:
                 if error.module is module or error.module in leaves:
                     raise
                 leaves.add(error.module)
         raise RefusedError(module, "too much of it cannot be traced")
+
+    def _with_what_is_asked(self, module: nn.Module, training: bool, trace: Trace) -> Trace:
+        """Modules of which the code asks for attributes count as read, by one of their paths."""
+        paths = {m: path for path, m in module.named_modules()}
+        for path in list(trace.opened):
+            for asked, names in self._purity(module.get_submodule(path), training).asked.items():
+                where = paths.get(asked)
+                if where is not None and (where in trace.opened or names - asked._modules.keys()):
+                    trace.asked.setdefault(where, set()).update(names)
+        trace.opened.extend(path for path in trace.asked if path not in trace.opened)
+        return trace
 
     def _leftover(self, module: nn.Module, trace: Trace, matched: Match) -> str | None:
         """What reads a layer's result though it is not in the pattern, if its code meets the layer's in ``module``."""
@@ -158,7 +170,7 @@ class Survey:
             else:
                 trace, matched = f
                 run = matched.runs[0]
-                opened = [Opened(module, _path(name)) for name in trace.opened]
+                opened = [Opened(module, _path(name), trace.asked.get(name, ())) for name in trace.opened]
                 segment = _segment(module, run, opened, list(matched.alias), [])
                 finding.plans[training] = Plan([segment])
                 finding.layers = len(run.layers)
@@ -262,7 +274,7 @@ def _plan(module: nn.Module, trace: Trace, runs: list[Run]) -> Plan:
         for a in (*n.all_input_nodes, *([ends[n].entry] if n in ends else [])):
             if a not in last_reader or number[last_reader[a]] < number[at]:
                 last_reader[a] = at
-    opened = [Opened(module, _path(name)) for name in trace.opened]
+    opened = [Opened(module, _path(name), trace.asked.get(name, ())) for name in trace.opened]
     plan = Plan([], opened, inputs=len(inputs), count=len(number))
     for n in nodes:
         free = tuple(number[a] for a, reader in last_reader.items() if reader is n and a is not n)

@@ -36,6 +36,7 @@ class Trace:
     def __init__(self, graph: fx.Graph, opened: list[str], owners: dict[fx.Node, str]) -> None:
         self.graph = graph
         self.opened = opened
+        self.asked: dict[str, set[str]] = {}  # attributes that the code asks for, by the path of the module
         self.owners = owners  # the innermost module whose code made the node
 
 
@@ -68,7 +69,7 @@ class _Symbol(fx.Proxy):
         known = str(asking.f_globals.get("__name__")).partition(".")[0] in ("torch", __package__)
         if known or "isinstance" not in asking.f_code.co_names:  # functions in C ask, too
             return _Symbol
-        if self.node.op not in ("placeholder", "call_module"):
+        if self.node.op != "placeholder":
             raise fx.proxy.TraceError("it asks for the type of a value")
         return torch.Tensor
 

@@ -8,6 +8,7 @@ import weakref
 from array import array
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import chain
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ __all__ = ["DROPOUTS", "HOOKS", "Watch", "attributes", "hooks_reason", "refresh"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _VERSION: Any = Tensor._version
 _SHAPE: Any = Tensor.shape
+_CELL: Any = CellType.cell_contents
+_CODE: tuple[Any, ...] = (FunctionType.__code__, FunctionType.__defaults__, FunctionType.__kwdefaults__)  # type: ignore[attr-defined]
 _KIND: tuple[Any, ...] = (vars(object)["__class__"], Tensor.dtype, Tensor.device, _SHAPE)
 DROPOUTS = (
     nn.Dropout,
@@ -114,10 +117,10 @@ class _Snapshot:
         self.count(entries)
         self.add(*entries.values())
 
-    def add_attribute(self, descriptor: Any, tensors: Sequence[Tensor]) -> None:
+    def add_attribute(self, descriptor: Any, objects: Sequence[Any]) -> None:
         self.add(descriptor)
-        self.count(tensors)
-        self.add(*chain.from_iterable((t, descriptor.__get__(t)) for t in tensors))
+        self.count(objects)
+        self.add(*chain.from_iterable((o, descriptor.__get__(o)) for o in objects))
 
 
 # Those that are alive, to be told of what they do not see; the second: those that watch contents.
@@ -205,34 +208,36 @@ class Watch:
     ``kinds`` only what tensors there are. All else is told by identity: a setting that is set to an equal value is
     another one, and only packed once more.
 
-    Methods count, those of classes and those that a module has put before them: ``forward``, and of layers and of
-    ``opened`` modules, whose code was looked into, what it calls. Of the first module ``methods`` count; the first one
-    of these is what it was called by, and may be its own.
+    Methods count, those of classes and those that a module has put before them: ``forward``, and of layers what it
+    calls. Of ``opened`` modules, whose code was looked into, all counts that the code may ask for: methods, attributes,
+    those that it asks for in vain too, global names, variables around functions. Of the first module ``methods`` count;
+    the first one of these is what it was called by, and may be its own.
     """
 
     def __init__(
         self,
         modules: list[nn.Module],
-        opened: Sequence[nn.Module] = (),
+        opened: Mapping[nn.Module, Sequence[str]] | None = None,
         *,
         methods: Sequence[str] = ("forward",),
         contents: bool = True,
         kinds: bool = True,
     ) -> None:
-        was = _Snapshot()
-        self._add_modules(was, modules, opened, methods)
+        was, opened = _Snapshot(), opened or {}
+        outside = self._add_modules(was, modules, opened, methods)
         stores = [store for m in modules for store in (m._parameters, m._buffers) if store]
         children = [m._modules for m in modules if m._modules or _is_container(m)]
         hooks = [getattr(m, hooks) for m in modules[1:] for hooks in HOOKS]
-        was.count((*stores, *children, *hooks))
-        for entries in (*stores, *children, *hooks):
+        dicts = [value for m in opened for value in attributes(m).values() if type(value) is dict]
+        was.count((*stores, *children, *hooks, *dicts))
+        for entries in (*stores, *children, *hooks, *dicts):
             was.add_values(entries)
         # A count of batches changes no result.
         tensors = [t for store in stores for t in store.values() if t is not None and t.is_floating_point()]
         places = [_place(t) for t in tensors] if contents else []
         self.unread = [t for t, place in zip(tensors, places, strict=False) if place is None]
         self.storages = frozenset(start for t in tensors if contents and (start := _storage(t)) is not None)
-        self._add_tensors(was, tensors, contents, kinds)
+        self._add_tensors(was, tensors, contents, kinds, outside)
         was.count(read := [place for place in places if place is not None])
         for place in read:
             was.words.extend((*place, native.fingerprint(place)))
@@ -245,17 +250,20 @@ class Watch:
                 _of_contents.add(self)
 
     def _add_modules(
-        self, was: _Snapshot, modules: list[nn.Module], opened: Sequence[nn.Module], methods: Sequence[str]
-    ) -> None:
+        self,
+        was: _Snapshot,
+        modules: list[nn.Module],
+        opened: Mapping[nn.Module, Sequence[str]],
+        methods: Sequence[str],
+    ) -> patches.Surroundings:
         rows: list[tuple[Any, dict[str, Any], Iterable[str]]] = []
         classes: dict[type, dict[str, None]] = {nn.Module: dict.fromkeys(patches.CALL)}
         known: set[tuple[type, tuple[str, ...]]] = set()
-        looked_into = set(opened)
         for m in modules:
             kind = type(m)
-            if m in looked_into:
+            if m in opened:
                 looked_up = patches.called(kind)
-                own = (*looked_up, "training", *attributes(m))
+                own = (*looked_up, "training", *attributes(m), *opened[m])
             elif m is modules[0]:
                 looked_up, own = tuple(methods), tuple(methods[1:])
             else:
@@ -270,7 +278,12 @@ class Watch:
                     classes.setdefault(c, {}).update(dict.fromkeys(names))
         # The first one's own forward does not count, that of classes does: these come behind. Their dicts themselves
         # are what their proxies refer to.
-        rows += [(c, gc.get_referents(vars(c))[0], names) for c, names in classes.items()]
+        stored_in = {c: gc.get_referents(vars(c))[0] for c in classes}
+        rows += [(c, stored_in[c], names) for c, names in classes.items()]
+        read = [stored_in[c].get(name) for c, names in classes.items() for name in names if c is not nn.Module]
+        own = [value for m in opened for value in attributes(m).values()]
+        outside = patches.surroundings([*read, *own] if opened else [])
+        rows += [(space, space, names) for space, names in outside.names.values()]
         was.count(rows)
         for owner, stored, wanted in rows:
             was.add(owner, type(owner), stored)
@@ -280,8 +293,11 @@ class Watch:
             for name in names:
                 was.add(name)
                 was.add_entry(stored, name)
+        return outside
 
-    def _add_tensors(self, was: _Snapshot, tensors: list[Tensor], contents: bool, kinds: bool) -> None:
+    def _add_tensors(
+        self, was: _Snapshot, tensors: list[Tensor], contents: bool, kinds: bool, outside: patches.Surroundings
+    ) -> None:
         uncounted = [t for t in tensors if contents and t.is_inference()]
         # Aliases keep the memory from being given to someone else, whose address would look like the old one.
         self._aliases = [t.detach() for t in tensors if contents]
@@ -295,6 +311,8 @@ class Watch:
             asked += [(_SHAPE, uncounted)]
         else:
             asked = [(kind, tensors) for kind in _KIND if kinds]
+        asked.append((_CELL, [cell for cell in outside.cells if cell != CellType()]))
+        asked += [(part, outside.functions) for part in _CODE]
         was.count(asked)
         for attribute, of in asked:
             was.add_attribute(attribute, of)

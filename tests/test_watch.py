@@ -28,7 +28,7 @@ class Owner(nn.Module):
 
 
 def watch(owner, **kwargs):
-    return Watch(list(owner.modules()), [owner], **kwargs)
+    return Watch(list(owner.modules()), {owner: ()}, **kwargs)
 
 
 class Conv(nn.Conv2d):

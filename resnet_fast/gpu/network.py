@@ -42,7 +42,7 @@ class Network(Fusing):
             modules = list(self.model.modules())
             self.tapes = Tapes()
             # Of the many, what counts is watched anyway.
-            self._watch = Watch(modules, [m for m in modules if type(m) not in _WATCHED])
+            self._watch = Watch(modules, {m: () for m in modules if type(m) not in _WATCHED})
             self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)
         return self._known
 
