@@ -108,9 +108,9 @@ def places(kind: type, names: Sequence[str]) -> dict[type, list[str]]:
     return found
 
 
-def functions(kind: type) -> list[Any]:
-    """What Python finds behind a call of ``kind.forward``, to be compared by identity."""
-    own = [vars(c).get(name) for c, names in places(kind, called(kind)).items() for name in names]
+def functions(kind: type, asked: Sequence[str] = ()) -> list[Any]:
+    """What Python finds behind a call of ``kind.forward``, and by the names ``asked``, to be compared by identity."""
+    own = [vars(c).get(name) for c, names in places(kind, (*called(kind), *asked)).items() for name in names]
     return own + surroundings(own).values()
 
 
@@ -184,9 +184,9 @@ def _content(value: Any) -> Any:
 
 
 @constant
-def digest(kind: type) -> str:
+def digest(kind: type, asked: tuple[str, ...] = ()) -> str:
     """The same, to be compared in a copy or in another process."""
-    return hashlib.sha256(repr(list(map(_content, functions(kind)))).encode()).hexdigest()
+    return hashlib.sha256(repr(list(map(_content, functions(kind, asked)))).encode()).hexdigest()
 
 
 def _is_pytorchs(value: Any) -> bool:

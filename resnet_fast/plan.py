@@ -72,12 +72,12 @@ class Opened:
         assert module is not None
         self.path = path
         self.kind = original(module)
-        self.code = patches.digest(self.kind)
         self.attributes = {name: _essence(value) for name, value in attributes(module).items()}
         # What would come before a method of the class if the module had it. Its forward: see hooks_reason.
         self.methods = [name for name in patches.called(self.kind)[1:] if name not in self.attributes]
         stores = (self.attributes, module._modules, module._parameters, module._buffers)
         self.absent = sorted(name for name in asked if not any(name in store for store in stores))
+        self.code = patches.digest(self.kind, tuple(self.absent))
         self.children = [(name, child is None) for name, child in module._modules.items()]
         self._read: list[Any] | None = self._code_of(module)
 
@@ -115,11 +115,11 @@ class Opened:
 
     def _code_of(self, module: nn.Module) -> list[Any]:
         """Functions behind a call, those of the module's own attributes among them, and what they find outside."""
-        return patches.functions(self.kind) + patches.surroundings(attributes(module).values()).values()
+        return patches.functions(self.kind, self.absent) + patches.surroundings(attributes(module).values()).values()
 
     def _other_code(self, module: nn.Module) -> bool:
         if torch.compiler.is_compiling() or self._read is None:
-            changed = self.code != patches.digest(self.kind)
+            changed = self.code != patches.digest(self.kind, tuple(self.absent))
             if not changed and not torch.compiler.is_compiling():
                 self._read = self._code_of(module)
             return changed

@@ -14,13 +14,14 @@ import enum
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import patches
 from .source import FunctionNode, source_of
 
 __all__ = ["Purity", "purity"]
@@ -37,7 +38,13 @@ _OF_MODULES = {"children", "named_children", "modules", "named_modules"}
 _CONSTANT = {torch.jit.is_scripting, torch.jit.is_tracing}
 _SAFE = {torch._assert, *_CONSTANT}
 _OF_CHILDREN = {*_OF_MODULES, "values", "items"}
-_ITERATORS = {"enumerate", "reversed", "list", "tuple"}
+# Methods that change a list, a dict or a set; allowed of those that the code has made itself.
+_CHANGES = {
+    *("append", "extend", "insert", "pop", "popitem", "remove", "clear", "sort", "reverse"),
+    *("update", "setdefault", "add_module", "register_module", "discard"),
+}
+_READS = {"get", "items", "keys", "values"}
+_ITERATORS = {"enumerate", "reversed", "list", "tuple", "zip", "sorted", "iter", "next", "map", "filter"}
 _OF_VALUES = {name for kind in (Tensor, list, dict, tuple, str) for name in dir(kind)}
 
 
@@ -79,9 +86,12 @@ class _Reader:
         self.root, self.training = root, training
         self.asked: dict[nn.Module, set[str]] = {}
         self.known: set[tuple[Any, int]] = set()
+        self.stack: list[tuple[Any, int]] = []
 
-    def read(self, function: Any, module: nn.Module | None) -> None:
-        """``function`` is called; module: what it is bound to."""
+    def read(
+        self, function: Any, module: nn.Module | None, held: Mapping[str, Iterable[nn.Module]] | None = None
+    ) -> None:
+        """``function`` is called; module: what it is bound to; held: modules in its arguments, by their names."""
         if isinstance(function, functools.partial):
             for value in (*function.args, *function.keywords.values()):
                 self.value(value, "an argument of a partial function")
@@ -91,8 +101,10 @@ class _Reader:
             module_name, name = (getattr(function, part, "") for part in ("__module__", "__qualname__"))
             raise _ImpureError(f"it calls {module_name}.{name}")
         key = (function, id(module))
-        if key in self.known:
+        if key in self.known and not held:
             return
+        if len(self.stack) > 50:
+            raise _ImpureError(f"{function.__qualname__} calls itself")
         self.known.add(key)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not is_plain(default):
@@ -100,7 +112,9 @@ class _Reader:
         node = source_of(function.__code__)
         if isinstance(node, str):
             raise _ImpureError(f"it runs {function.__qualname__}, {node}")
-        _Code(self, function, module).all_of(node)
+        self.stack.append(key)
+        _Code(self, function, module, held or {}).all_of(node)
+        self.stack.pop()
 
     def attribute(self, module: nn.Module, name: str) -> Any:
         """``module.name`` as it is now, which must be of a known kind."""
@@ -134,13 +148,15 @@ class _Reader:
             raise _ImpureError(f"it asks for {type(module).__name__}.{function.__name__}")
         if not _written_by_pytorch(function):
             self.read(function, module)
+        elif function.__name__ not in (*patches.called(type(module)), "keys", "items", "values"):
+            raise _ImpureError(f"it asks for {type(module).__name__}.{function.__name__}")
 
     def value(self, value: Any, what: str) -> Any:
         """A value from outside: known, or refused. Functions among them are read."""
         if is_plain(value) or isinstance(value, ModuleType):
             return value
         if type(value) is dict and all(is_plain(v) for v in (*value, *value.values())):
-            return _UNKNOWN  # what is in it is watched
+            return _Dict(value)  # what is in it is watched
         if _hashable(value) and (value in _BUILTINS or value in _SAFE or value in _of_tensors()):
             return value
         if isinstance(value, (FunctionType, functools.partial)):
@@ -165,21 +181,35 @@ def _in_classes(kind: type, name: str, behind: type | None = None) -> Any:
 class _Code:
     """The code of one function, bound to one module or to none."""
 
-    def __init__(self, reader: _Reader, function: FunctionType, module: nn.Module | None) -> None:
+    def __init__(
+        self,
+        reader: _Reader,
+        function: FunctionType,
+        module: nn.Module | None,
+        held: Mapping[str, Iterable[nn.Module]],
+    ) -> None:
+        """held: modules that the arguments may hold, by their names; of local names these are kept, too."""
         self.reader, self.function, self.module = reader, function, module
         code = function.__code__
         self.locals = {*code.co_varnames, *code.co_cellvars}
         self.self_name = code.co_varnames[0] if module is not None and code.co_argcount else None
         self.stored: set[str] = set()
-        self.held: dict[str, list[nn.Module]] = {}  # by names that stand for modules alone
+        self.mixed: set[str] = set()  # local names that stand for something else than modules, too
+        self.held: dict[str, dict[nn.Module, None]] = {name: dict.fromkeys(m) for name, m in held.items()}
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         self.closure = {name: cell.cell_contents for name, cell in cells if cell != CellType()}
 
     # Statements.
 
     def all_of(self, node: FunctionNode) -> None:
-        names = (n for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-        self.bound = [*(a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)), *(n.id for n in names)]
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        self.arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} - names
+        values: dict[str, list[ast.expr]] = {}
+        for n in ast.walk(node):
+            for target in n.targets if isinstance(n, ast.Assign) else []:
+                if isinstance(target, ast.Name):
+                    values.setdefault(target.id, []).append(n.value)
+        self.fresh = {name for name, made in values.items() if all(map(_makes_a_container, made))} - self.arguments
         if isinstance(node, ast.Lambda):
             self.evaluate(node.body)
         else:
@@ -190,9 +220,7 @@ class _Code:
             self.statement(statement)
 
     def statement(self, node: ast.stmt) -> None:
-        if isinstance(
-            node, (ast.Pass, ast.Raise, ast.Break, ast.Continue)
-        ):  # what raises now is refused, later it raises
+        if isinstance(node, (ast.Pass, ast.Raise, ast.Break, ast.Continue)):
             return  # what raises now is refused, and otherwise never comes here
         if isinstance(node, ast.If):
             test = self.evaluate(node.test)
@@ -206,46 +234,96 @@ class _Code:
         elif isinstance(node, ast.Assign):
             self.evaluate(node.value)
             for target in node.targets:
-                self.store(target)
+                self.store(target, self.may_hold(node.value))
         elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
             if node.value is not None:
                 self.evaluate(node.value)
-                self.store(node.target)
+                self.store(node.target, self.may_hold(node.value))
         elif isinstance(node, ast.Assert):
             self.evaluate(node.test)
         elif isinstance(node, ast.For):
-            self.evaluate(node.iter)
-            self.store(node.target)
-            modules = self.children_of(node.iter)
-            names = [n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)]
-            self.held.update((name, modules) for name in names if self.bound.count(name) == 1)
-            self.statements([*node.body, *node.orelse])
+            self.iterated(node.iter)
+            self.store(node.target, self.may_hold(node.iter))
+            for _ in range(2):  # names may stand for modules from the second time on
+                self.statements([*node.body, *node.orelse])
         elif isinstance(node, ast.While):
-            self.evaluate(node.test)
-            self.statements([*node.body, *node.orelse])
+            for _ in range(2):
+                self.evaluate(node.test)
+                self.statements([*node.body, *node.orelse])
         elif isinstance(node, ast.Delete) and all(isinstance(t, ast.Name) for t in node.targets):
             return
         else:
             raise _ImpureError(f"it has a statement '{_keyword(node)}'")
 
-    def store(self, target: ast.expr) -> None:
+    def store(self, target: ast.expr, modules: Iterable[nn.Module] = ()) -> None:
+        """modules: what may be in the value that is stored."""
         if isinstance(target, ast.Name):
             if target.id not in self.locals:
                 raise _ImpureError(f"it sets the global name {target.id}")
             if target.id == self.self_name:
                 raise _ImpureError(f"it sets {target.id}")
+            modules = list(modules)
+            self.hold(target.id, modules)
+            if not modules:
+                self.mixed.add(target.id)
         elif isinstance(target, (ast.Tuple, ast.List)):
             for part in target.elts:
-                self.store(part)
+                self.store(part, modules)
         elif isinstance(target, ast.Starred):
-            self.store(target.value)
+            self.store(target.value, modules)
         elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
-            # A local name holds a list or dict that this code or its caller has made, a tensor, or a module.
-            if target.value.id not in self.locals:
-                raise _ImpureError(f"it changes {target.value.id}")
+            # Such a name holds a list or dict that this code or its caller has made, or a tensor.
+            name = target.value.id
+            if name not in self.locals or name == self.self_name or self.held.get(name):
+                raise _ImpureError(f"it changes {name}")
             self.evaluate(target.slice)
+            self.hold(name, modules)
         else:
             raise _ImpureError(f"it sets {ast.unparse(target)}")
+
+    def hold(self, name: str, modules: Iterable[nn.Module]) -> None:
+        held = self.held.setdefault(name, {})
+        held.update(dict.fromkeys(modules))
+        held.update(dict.fromkeys(child for m in modules for child in m.children()))
+
+    def may_hold(self, node: ast.expr | None) -> list[nn.Module]:
+        """Modules that the value may be, contain or give when it is iterated; rather more than fewer."""
+        if node is None:
+            return []
+        if isinstance(node, ast.Name) and node.id in self.held:
+            return list(self.held[node.id])
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            value = self.base(node)
+            value = value.module if isinstance(value, _Children) else value
+            found = [value] if isinstance(value, nn.Module) else []
+            if value is _UNKNOWN and isinstance(node, ast.Attribute):
+                below = (m._modules.get(node.attr) for m in self.may_hold(node.value))
+                found = [m for m in below if m is not None]
+            return [*found, *(child for m in found for child in m.children())]
+        if isinstance(node, ast.Call):
+            given: list[ast.expr] = []
+            if isinstance(node.func, ast.Name) and node.func.id in _ITERATORS:
+                given = node.args
+            elif isinstance(node.func, ast.Attribute) and node.func.attr in _OF_CHILDREN:
+                given = [node.func.value]
+            return [m for part in given for m in self.may_hold(part)]
+        if isinstance(node, (ast.BinOp, ast.Compare, ast.UnaryOp, ast.Constant)):
+            return []
+        parts = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
+        return [m for part in parts for m in self.may_hold(part)]
+
+    def iterated(self, node: ast.expr) -> None:
+        """A loop goes through it."""
+        if isinstance(self.base(node), nn.Module):
+            self.own_code(self.base(node), "__iter__")
+        else:
+            self.evaluate(node)
+
+    def own_code(self, module: nn.Module, name: str) -> None:
+        """Python calls the method by itself: it must be PyTorch's."""
+        own = _in_classes(type(module), name)
+        if own is not _UNKNOWN and not _written_by_pytorch(own):
+            raise _ImpureError(f"{type(module).__name__} has a {name} of its own")
 
     # Expressions: the value where it is the same at every call, else _UNKNOWN.
 
@@ -253,12 +331,15 @@ class _Code:
         if node is None:
             return _UNKNOWN
         value = self.base(node)
-        if isinstance(value, ModuleType):
-            raise _ImpureError(f"it hands {value.__name__} on")
+        if isinstance(value, (ModuleType, _Children, _Dict)):
+            raise _ImpureError(f"it hands on {ast.unparse(node)}")
+        if isinstance(value, nn.Module) and value is not self.module:
+            for name in ("__iter__", "__len__", "__bool__", "__contains__"):
+                self.own_code(value, name)
         return value
 
     def base(self, node: ast.expr) -> Any:
-        """The same, where Python's modules are welcome, too."""
+        """The same, where what can be changed in place is welcome, too: Python's modules, dicts of attributes."""
         if type(node) not in _EVALUATE:
             raise _ImpureError(f"it has an expression '{ast.unparse(node)}'")
         return _EVALUATE[type(node)](self, node)
@@ -290,20 +371,25 @@ class _Code:
             return value if value is _UNKNOWN else self.reader.value(value, f"{base.__name__}.{node.attr}")
         if isinstance(base, _Super):
             return base.attribute(node.attr)
-        if base is not _UNKNOWN:
-            return _UNKNOWN  # of a constant
-        held = self.held.get(getattr(node.value, "id", ""))
-        if held:
-            for module in held:
-                self.of_module(module, node.attr)
+        if isinstance(base, (_Children, _Dict)):
+            if node.attr not in _READS:
+                raise _ImpureError(f"it changes {ast.unparse(node.value)}")
             return _UNKNOWN
+        if base is not _UNKNOWN:
+            if isinstance(base, str) and node.attr.startswith("format"):
+                raise _ImpureError("it formats values")
+            return _UNKNOWN  # of a constant
+        if node.attr in _CHANGES and getattr(node.value, "id", None) not in self.fresh:
+            raise _ImpureError(f"it calls {ast.unparse(node)}")
+        for module in self.may_hold(node.value):
+            self.of_module(module, node.attr)
         return self.of_unknown(node.attr)
 
     def of_module(self, module: nn.Module, name: str) -> Any:
         if name in _OF_MODULES and _in_classes(type(module), name) is _in_classes(nn.Module, name):
             return _UNKNOWN
         if name == "_modules":
-            return _UNKNOWN
+            return _Children(module)
         return self.reader.training if name == "training" else self.reader.attribute(module, name)
 
     def of_unknown(self, name: str) -> Any:
@@ -326,9 +412,20 @@ class _Code:
         function = self.evaluate(node.func)
         if function is torch._assert:  # what it says of symbols nobody reads
             return self.evaluate(node.args[0])
-        for part in (*node.args, *(keyword.value for keyword in node.keywords)):
+        parts = [*node.args, *(keyword.value for keyword in node.keywords)]
+        for part in parts:
             self.evaluate(part)
+        modules = [self.may_hold(part) for part in parts]
+        if any(modules) and not (_hashable(function) and function in _BUILTINS):
+            self.hand_on(node, function, modules)
         return False if _hashable(function) and function in _CONSTANT else _UNKNOWN
+
+    def hand_on(self, node: ast.Call, function: Any, modules: list[list[nn.Module]]) -> None:
+        """Modules are among the arguments: the code that gets them is read once more."""
+        plain = not node.keywords and not any(isinstance(a, ast.Starred) for a in node.args)
+        if not isinstance(function, FunctionType) or not plain or len(modules) > function.__code__.co_argcount:
+            raise _ImpureError(f"it hands modules on: {ast.unparse(node)}")
+        self.reader.read(function, None, dict(zip(function.__code__.co_varnames, modules, strict=False)))
 
     def super(self, node: ast.Call) -> Any:
         """``super()``, or as it was once written, with the class and the module."""
@@ -342,7 +439,12 @@ class _Code:
         value, kinds = node.args
         wanted = [self.type_of(k) for k in (kinds.elts if isinstance(kinds, ast.Tuple) else [kinds])]
         module = self.evaluate(value)
-        return isinstance(module, tuple(wanted)) if isinstance(module, nn.Module) else _UNKNOWN
+        if isinstance(module, nn.Module):
+            return isinstance(module, tuple(wanted))
+        of_argument = isinstance(value, ast.Name) and value.id in self.arguments and not self.held.get(value.id)
+        if not of_argument or not all(k in (Tensor, list, tuple, dict, str, int, float, bool) for k in wanted):
+            raise _ImpureError(f"it asks for {ast.unparse(node)}")
+        return _UNKNOWN
 
     def type_of(self, node: ast.expr) -> type:
         """A class by its name, which may not be called."""
@@ -360,8 +462,9 @@ class _Code:
         """``getattr`` and ``hasattr`` of a module, by a name that is known."""
         owner, name = node.args[0], self.evaluate(node.args[1])
         module = self.evaluate(owner)
-        modules = [module] if isinstance(module, nn.Module) else self.held.get(getattr(owner, "id", ""), [])
-        if not modules or not isinstance(name, str):
+        modules = [module] if isinstance(module, nn.Module) else self.may_hold(owner)
+        known = isinstance(owner, ast.Name) and owner.id not in self.mixed
+        if not modules or (not known and modules != [module]) or not isinstance(name, str):
             raise _ImpureError(f"it calls {ast.unparse(node)}")
         for default in node.args[2:]:
             self.evaluate(default)
@@ -370,19 +473,12 @@ class _Code:
             return _UNKNOWN
         return hasattr(modules[0], name) if ast.unparse(node.func) == "hasattr" else values[0]
 
-    def children_of(self, node: ast.expr) -> list[nn.Module]:
-        """What a loop over ``node`` goes through, if that is modules of a module alone."""
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ITERATORS:
-            return [m for part in node.args for m in self.children_of(part)]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _OF_CHILDREN:
-            return self.children_of(node.func.value)
-        if isinstance(node, ast.Attribute) and node.attr == "_modules":
-            return self.children_of(node.value)
-        module = self.evaluate(node)
-        return [m for m in module._modules.values() if m is not None] if isinstance(module, nn.Module) else []
-
     def compare(self, node: ast.Compare) -> Any:
-        values = [self.evaluate(v) for v in (node.left, *node.comparators)]
+        membership = isinstance(node.ops[0], (ast.In, ast.NotIn))
+        right = [self.base(v) if membership else self.evaluate(v) for v in node.comparators]
+        values = [self.evaluate(node.left), *(v.value if isinstance(v, _Dict) else v for v in right)]
+        if any(isinstance(v, (_Children, ModuleType, nn.Module)) for v in right) and membership:
+            return _UNKNOWN
         if len(values) != 2 or any(v is _UNKNOWN for v in values):
             return _UNKNOWN
         try:
@@ -414,11 +510,15 @@ class _Code:
         return _UNKNOWN
 
     def named_expr(self, node: ast.NamedExpr) -> Any:
-        self.store(node.target)
+        self.store(node.target, self.may_hold(node.value))
         return self.evaluate(node.value)
 
     def subscript(self, node: ast.Subscript) -> Any:
-        value, index = self.evaluate(node.value), self.evaluate(node.slice)
+        value, index = self.base(node.value), self.evaluate(node.slice)
+        if isinstance(value, _Dict):
+            return value.value.get(index, _UNKNOWN) if is_plain(index) else _UNKNOWN
+        if isinstance(value, _Children):
+            value = value.module
         if isinstance(value, nn.Module):
             if type(value) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
                 raise _ImpureError(f"it asks for an item of a {type(value).__name__}")
@@ -430,6 +530,8 @@ class _Code:
 
     def parts(self, node: ast.expr) -> Any:
         """Whose value is made of those of its parts."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and isinstance(node.left, ast.Constant):
+            raise _ImpureError("it formats values")
         for part in ast.iter_child_nodes(node):
             if isinstance(part, ast.expr):
                 self.evaluate(part)
@@ -437,7 +539,9 @@ class _Code:
 
     def comprehension(self, node: Any) -> Any:
         for generator in node.generators:
-            self.evaluate(generator.iter)
+            self.iterated(generator.iter)
+            for name in (n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)):
+                self.hold(name, self.may_hold(generator.iter))
             self.stored |= {n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)}
             for condition in generator.ifs:
                 self.evaluate(condition)
@@ -461,6 +565,18 @@ _EVALUATE: dict[type[ast.expr], Callable[[_Code, Any], Any]] = {
     **dict.fromkeys((ast.BinOp, ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Starred, ast.Slice), _Code.parts),
     **dict.fromkeys((ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp), _Code.comprehension),
 }
+
+
+class _Children(NamedTuple):
+    """The dict of a module's children."""
+
+    module: nn.Module
+
+
+class _Dict(NamedTuple):
+    """A dict of constants, which is watched."""
+
+    value: dict[Any, Any]
 
 
 class _Super:
@@ -489,6 +605,11 @@ _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.In: lambda a, b: a in b,
     ast.NotIn: lambda a, b: a not in b,
 }
+
+
+def _makes_a_container(node: ast.expr) -> bool:
+    named = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("list", "dict", "OrderedDict", "set")
+    return named or isinstance(node, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp))
 
 
 def _keyword(node: ast.stmt) -> str:

@@ -262,7 +262,7 @@ class Watch:
         for m in modules:
             kind = type(m)
             if m in opened:
-                looked_up = patches.called(kind)
+                looked_up = (*patches.called(kind), *opened[m])
                 own = (*looked_up, "training", *attributes(m), *opened[m])
             elif m is modules[0]:
                 looked_up, own = tuple(methods), tuple(methods[1:])

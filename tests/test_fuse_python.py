@@ -35,6 +35,21 @@ def tanh_helper(x):
     return x.tanh()
 
 
+class Inner(nn.Module):
+    factor = 2.0
+
+    def forward(self, x):
+        return x * self.factor
+
+
+class Counted(nn.ModuleList):
+    count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return super().__iter__()
+
+
 class Base(nn.Module):
     """``relu(norm(conv(x)) + x)``, and what the networks below read and write."""
 
@@ -46,6 +61,7 @@ class Base(nn.Module):
         self.inner = nn.Module()
         self.inner.scale = 2.0
         self.rows = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+        self.special, self.counted = Inner(), Counted([nn.Tanh()])
         self.rows[0].scale, self.rows[1].scale = 1.0, 2.0
         self.flags, self.config = {"skip": True}, SimpleNamespace(skip=True)
         self.nested, self.numbers, self.acts, self.history = {"a": [1]}, [1.0, 2.0], {}, []
@@ -544,6 +560,140 @@ def rounded_in_between(self, x):
         row.half()
         row.float()
     return F.relu(self.norm(self.conv(x)))
+
+
+@case(False)
+def dict_through_a_local_name(self, x):
+    flags = self.flags
+    flags["skip"] = not flags["skip"]
+    y = self.norm(self.conv(x))
+    return F.relu(y) if flags["skip"] else y
+
+
+@case(False)
+def dict_updated(self, x):
+    self.flags.update(skip=not self.flags["skip"])
+    y = self.norm(self.conv(x))
+    return F.relu(y) if self.flags["skip"] else y
+
+
+@case(False)
+def dict_emptied(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y) if self.flags.pop("skip", False) else y
+
+
+@case(False)
+def layer_appended(self, x):
+    self.rows.append(nn.Tanh())
+    return self.rows[-1](self.norm(self.conv(x)))
+
+
+@case(False)
+def layer_appended_through_a_local_name(self, x):
+    rows = self.rows
+    if len(rows) < 4:
+        rows.append(self.norm)
+    y = self.conv(x)
+    for row in rows:
+        y = row(y)
+    return F.relu(y)
+
+
+@case(False)
+def layer_taken_out(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y) if self._modules.pop("inner", None) is not None else y
+
+
+@case(False)
+def layer_of_a_row_replaced(self, x):
+    rows = self.rows
+    rows[0] = self.rows[1]
+    return rows[0](F.relu(self.norm(self.conv(x))))
+
+
+def grow(rows, y):
+    rows.append(rows[0])
+    return y * len(rows)
+
+
+@case(False)
+def rows_handed_on(self, x):
+    return grow(self.rows, F.relu(self.norm(self.conv(x))))
+
+
+def walk(rows, y):
+    for row in rows:
+        y = row(y) * row.scale
+    return y
+
+
+@case(None, lambda m, patch: setattr(m.rows[1], "scale", 7.0))
+def rows_walked_by_a_helper(self, x):
+    return walk(self.rows, F.relu(self.norm(self.conv(x))))
+
+
+@case(True, lambda m, patch: patch.setattr(Inner, "factor", 9.0))
+def class_attribute_of_a_child(self, x):
+    return F.relu(self.norm(self.conv(x))) * self.special.factor
+
+
+@case(None, lambda m, patch: patch.setattr(Inner, "factor", 9.0))
+def class_attribute_in_a_loop(self, x):
+    y = F.relu(self.norm(self.conv(x)))
+    for child in self.children():
+        if isinstance(child, Inner):
+            y = y * child.factor
+    return y
+
+
+@case(False)
+def formatted(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y) if "tensor" in "%s" % x else y  # noqa: UP031
+
+
+@case(False)
+def formatted_by_a_method(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y) if "tensor" in "{}".format(x) else y  # noqa: UP032
+
+
+@case(False)
+def formatted_in_place(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y) if "tensor" in f"{x}" else y
+
+
+@case(False)
+def parameter_or_tensor(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y) if isinstance(x, nn.Parameter) else y
+
+
+@case(False)
+def a_row_of_its_own(self, x):
+    y = F.relu(self.norm(self.conv(x)))
+    for layer in self.counted:
+        y = layer(y)
+    return y * self.counted.count
+
+
+@case(False)
+def mode_of_a_row(self, x):
+    for row in self.rows:
+        row.eval()
+    return F.relu(self.norm(self.conv(x)))
+
+
+@case(True)
+def rows_in_pairs(self, x):
+    y = x
+    for conv, norm in zip([self.conv, *self.rows], [self.norm, self.norm, self.norm], strict=True):
+        y = conv(y) if conv is self.conv else y
+        y = norm(y) if conv is self.conv else y
+    return F.relu(y)
 
 
 def twins(kind):
