@@ -63,8 +63,8 @@ class _Symbol(fx.Proxy):
     Arguments are tensors: fused modules run unfused where one is something else. Of other values it is not known.
     """
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         asking = sys._getframe(1)
         known = str(asking.f_globals.get("__name__")).partition(".")[0] in ("torch", __package__)
         if known or "isinstance" not in asking.f_code.co_names:  # functions in C ask, too

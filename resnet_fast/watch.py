@@ -24,7 +24,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _VERSION: Any = Tensor._version
 _SHAPE: Any = Tensor.shape
 _CELL: Any = CellType.cell_contents
-_CODE: tuple[Any, ...] = (FunctionType.__code__, FunctionType.__defaults__, FunctionType.__kwdefaults__)  # type: ignore[attr-defined]
+_CODE: tuple[Any, ...] = (FunctionType.__code__, FunctionType.__defaults__, FunctionType.__kwdefaults__)
 _KIND: tuple[Any, ...] = (vars(object)["__class__"], Tensor.dtype, Tensor.device, _SHAPE)
 DROPOUTS = (
     nn.Dropout,
@@ -280,9 +280,9 @@ class Watch:
         # are what their proxies refer to.
         stored_in = {c: gc.get_referents(vars(c))[0] for c in classes}
         rows += [(c, stored_in[c], names) for c, names in classes.items()]
-        read = [stored_in[c].get(name) for c, names in classes.items() for name in names if c is not nn.Module]
-        own = [value for m in opened for value in attributes(m).values()]
-        outside = patches.surroundings([*read, *own] if opened else [])
+        found = [stored_in[c].get(name) for c, names in classes.items() for name in names if c is not nn.Module]
+        values = [value for m in opened for value in attributes(m).values()]
+        outside = patches.surroundings([*found, *values] if opened else [])
         rows += [(space, space, names) for space, names in outside.names.values()]
         was.count(rows)
         for owner, stored, wanted in rows:
@@ -306,7 +306,9 @@ class Watch:
         was.add(*chain.from_iterable((method, method()) for method in methods))
         if contents:
             # One that was moved in inference mode has kept a version, which counts what is done outside of it.
-            asked = [(_VERSION, [t for t in tensors if not t.is_inference() or _has_version(t)])]
+            asked: list[tuple[Any, Sequence[Any]]] = [
+                (_VERSION, [t for t in tensors if not t.is_inference() or _has_version(t)])
+            ]
             # In place and without new memory, only shape and strides can change.
             asked += [(_SHAPE, uncounted)]
         else:
