@@ -238,8 +238,9 @@ class Code:
         if isinstance(base, nn.Module):
             return self.of_module(base, node.attr)
         if isinstance(base, ModuleType):
-            value = vars(base).get(node.attr, UNKNOWN)
-            return value if value is UNKNOWN else self.reader.value(value, f"{base.__name__}.{node.attr}")
+            if node.attr not in vars(base):  # some are loaded when they are asked for
+                raise ImpureError(f"it asks for {base.__name__}.{node.attr}")
+            return self.reader.value(vars(base)[node.attr], f"{base.__name__}.{node.attr}")
         if isinstance(base, Super):
             return base.attribute(node.attr)
         if isinstance(base, (Children, Constants)):
@@ -310,8 +311,13 @@ class Code:
         value, kinds = node.args
         wanted = [self.type_of(k) for k in (kinds.elts if isinstance(kinds, ast.Tuple) else [kinds])]
         module = self.evaluate(value)
+        modules = self.may_hold(value)
+        for m in modules:
+            self.reader.asked.setdefault(m, set()).add("__class__")
         if isinstance(module, nn.Module):
             return isinstance(module, tuple(wanted))
+        if modules and isinstance(value, ast.Name) and value.id not in self.mixed:
+            return UNKNOWN
         of_argument = isinstance(value, ast.Name) and value.id in self.arguments and not self.held.get(value.id)
         if not of_argument or not all(k in (Tensor, list, tuple, dict, str, int, float, bool) for k in wanted):
             raise ImpureError(f"it asks for {ast.unparse(node)}")
@@ -345,6 +351,10 @@ class Code:
         return hasattr(modules[0], name) if ast.unparse(node.func) == "hasattr" else values[0]
 
     def compare(self, node: ast.Compare) -> Any:
+        with_none = any(isinstance(v, ast.Constant) and v.value is None for v in (node.left, *node.comparators))
+        compared = [node.left] if isinstance(node.ops[0], (ast.In, ast.NotIn)) else [node.left, *node.comparators]
+        if not with_none and any(map(self.may_hold, compared)):
+            raise ImpureError(f"it compares layers: {ast.unparse(node)}")
         membership = isinstance(node.ops[0], (ast.In, ast.NotIn))
         right = [self.base(v) if membership else self.evaluate(v) for v in node.comparators]
         values = [self.evaluate(node.left), *(v.value if isinstance(v, Constants) else v for v in right)]

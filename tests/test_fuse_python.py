@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import random
+import re
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,8 +94,8 @@ class Base(nn.Module):
 CASES = {}
 
 
-def case(fused=None, change=None):
-    """``fused``: whether it runs fused, if that matters. ``change``: what is done to both networks, or globally."""
+def case(fused, change=None):
+    """``fused``: whether it runs fused. ``change``: what is done to both networks, or globally."""
 
     def add(forward):
         kind = type(forward.__name__, (Base,), {"forward": forward, "__module__": __name__})
@@ -168,7 +170,7 @@ def class_attribute(self, x):
     return self.norm(self.conv(x)) * (2 if self.kind == "plain" else 3)
 
 
-@case(None, lambda m, patch: patch.setattr(Base, "kind", "other"))
+@case(True, lambda m, patch: patch.setattr(Base, "kind", "other"))
 def class_method(self, x):
     return self.named(self.norm(self.conv(x)))
 
@@ -211,7 +213,7 @@ def attribute_of_a_child(self, x):
     return F.relu(self.norm(self.conv(x))) * self.inner.scale
 
 
-@case(None, lambda m, patch: setattr(m.rows[0], "scale", 7.0))
+@case(True, lambda m, patch: setattr(m.rows[0], "scale", 7.0))
 def attributes_in_a_loop(self, x):
     y = F.relu(self.norm(self.conv(x)))
     for row in self.rows:
@@ -255,7 +257,7 @@ def tensor_or_list(self, x):
     return F.relu(self.norm(self.conv(parts[0])))
 
 
-@case(None)
+@case(False)
 def random_numbers_like_the_input(self, x):
     y = F.relu(self.norm(self.conv(x)))
     return y + torch.rand_like(y)
@@ -330,7 +332,7 @@ def setting_of_a_layer(self, x):
     return F.relu(self.norm(self.conv(x)))
 
 
-@case(None)
+@case(True)
 def weight_written(self, x):
     self.conv.weight.data.mul_(1.5)
     return F.relu(self.norm(self.conv(x)))
@@ -554,7 +556,7 @@ def alias_of_a_library(self, x):
     return F.relu(y) if library.random() < 0.5 else y
 
 
-@case(None)
+@case(False)
 def rounded_in_between(self, x):
     for row in self.rows:
         row.half()
@@ -629,7 +631,7 @@ def walk(rows, y):
     return y
 
 
-@case(None, lambda m, patch: setattr(m.rows[1], "scale", 7.0))
+@case(True, lambda m, patch: setattr(m.rows[1], "scale", 7.0))
 def rows_walked_by_a_helper(self, x):
     return walk(self.rows, F.relu(self.norm(self.conv(x))))
 
@@ -639,7 +641,7 @@ def class_attribute_of_a_child(self, x):
     return F.relu(self.norm(self.conv(x))) * self.special.factor
 
 
-@case(None, lambda m, patch: patch.setattr(Inner, "factor", 9.0))
+@case(True, lambda m, patch: patch.setattr(Inner, "factor", 9.0))
 def class_attribute_in_a_loop(self, x):
     y = F.relu(self.norm(self.conv(x)))
     for child in self.children():
@@ -690,10 +692,25 @@ def mode_of_a_row(self, x):
 @case(True)
 def rows_in_pairs(self, x):
     y = x
-    for conv, norm in zip([self.conv, *self.rows], [self.norm, self.norm, self.norm], strict=True):
-        y = conv(y) if conv is self.conv else y
-        y = norm(y) if conv is self.conv else y
+    for conv, norm in zip([self.conv, self.rows[0]], [self.norm, self.special], strict=True):
+        y = norm(conv(y))
     return F.relu(y)
+
+
+@case(False, lambda m, patch: m.rows.__setitem__(0, m.conv))
+def identity_of_layers(self, x):
+    y = x
+    for conv in self.rows:
+        y = conv(y) if conv is not self.conv else self.norm(conv(y))
+    return F.relu(y)
+
+
+@case(True, lambda m, patch: m.rows.__setitem__(0, nn.Identity()))
+def types_of_layers(self, x):
+    y = F.relu(self.norm(self.conv(x)))
+    for row in self.rows:
+        y = row(y) * 2 if isinstance(row, nn.Conv2d) else y
+    return y
 
 
 def twins(kind):
@@ -748,8 +765,7 @@ def runs(m, x, calls):
 def test_forward(name, training, monkeypatch, capsys, caplog):
     kind, fused, change = CASES[name]
     ours, plain = twins(kind)
-    if fused is not None:
-        assert isinstance(ours, FusedTraced) == fused, str(resnet_fast.report(ours))
+    assert isinstance(ours, FusedTraced) == fused, str(resnet_fast.report(ours))
     x = torch.randn(SHAPE)
     for step in range(3):
         printed = []
@@ -779,6 +795,12 @@ def test_the_changes_matter():
                 change(plain, patch)
                 after = runs(plain, x, 1)[0]
                 assert not torch.allclose(before, after), name
+
+
+def test_the_table_of_the_documents():
+    text = (Path(__file__).parent.parent / "docs" / "fuse.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|`]+) \| (fused|unfused) \|$", text, re.M))
+    assert rows == {name.replace("_", " "): "fused" if fused else "unfused" for name, (_, fused, _) in CASES.items()}
 
 
 def test_another_code_of_the_forward(monkeypatch):
