@@ -43,10 +43,14 @@ def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module 
     return patches.kept(kind, "stem") and patches.kept(behind, "pooled_stem")
 
 
-def _have_others(kinds: Sequence[type], method: str) -> bool:
-    """Whether one of ``kinds`` has a ``method`` that this package did not write."""
-    codes = (vars(kind)[method] for kind in kinds if method in vars(kind))
-    return any(getattr(code, "__module__", None) not in _OWN_CODE for code in codes)
+def _have_others(kinds: Sequence[type], methods: Sequence[str]) -> bool:
+    """Whether one of ``kinds`` has one of ``methods`` that this package did not write."""
+    for kind in kinds:
+        own = vars(kind)
+        for method in methods:
+            if method in own and getattr(own[method], "__module__", None) not in _OWN_CODE:
+                return True
+    return False
 
 
 class _Network(Fused):
@@ -84,10 +88,10 @@ class _Network(Fused):
         # Compilers and transforms look into each step.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
             return None
-        if backends.transform_reason() is not None or any(map(self._is_others, methods)):
-            return None
         kinds = type(self).__mro__
-        if _have_others(kinds[kinds.index(_Network) + 1 :], called):
+        if backends.transform_reason() is not None or not self.__dict__.keys().isdisjoint(methods):
+            return None
+        if _have_others(kinds, methods) or _have_others(kinds[kinds.index(_Network) + 1 :], (called,)):
             return None
         if None in self._modules.values():  # a layer was taken away: its call must fail as it would
             return None
@@ -96,9 +100,6 @@ class _Network(Fused):
             y = self.last_map(x)
             y = y if channels_last else self._as_pytorch(y, x)
         return y
-
-    def _is_others(self, method: str) -> bool:
-        return method in vars(self) or _have_others(type(self).__mro__, method)
 
     def _known_onlookers(self) -> Onlookers:
         if self._onlookers is None or not self._onlookers.fresh():

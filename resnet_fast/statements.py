@@ -72,8 +72,7 @@ class Code:
     # Statements.
 
     def all_of(self, node: FunctionNode) -> None:
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-        self.arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)} - names
+        self.arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}  # that are what they were
         values: dict[str, list[ast.expr]] = {}
         for n in ast.walk(node):
             if isinstance(n, ast.Assign):
@@ -134,6 +133,7 @@ class Code:
             if target.id == self.self_name:
                 raise ImpureError(f"it sets {target.id}")
             modules = list(modules)
+            self.arguments.discard(target.id)
             self.hold(target.id, modules)
             if not modules:
                 self.mixed.add(target.id)
@@ -253,9 +253,11 @@ class Code:
             return UNKNOWN  # of a constant
         if node.attr in _CHANGES and getattr(node.value, "id", None) not in self.fresh:
             raise ImpureError(f"it calls {ast.unparse(node)}")
-        for module in self.may_hold(node.value):
+        modules = self.may_hold(node.value)
+        for module in modules:
             self.of_module(module, node.attr)
-        return self.of_unknown(node.attr)
+        alone = modules and isinstance(node.value, ast.Name) and node.value.id not in self.mixed
+        return UNKNOWN if alone else self.of_unknown(node.attr)
 
     def of_module(self, module: nn.Module, name: str) -> Any:
         if name in _OF_MODULES and in_classes(type(module), name) is in_classes(nn.Module, name):
@@ -346,9 +348,10 @@ class Code:
         for default in node.args[2:]:
             self.evaluate(default)
         values = [self.of_module(m, name) for m in modules]
-        if len(modules) > 1 or len(node.args) > 2:
-            return UNKNOWN
-        return hasattr(modules[0], name) if ast.unparse(node.func) == "hasattr" else values[0]
+        if ast.unparse(node.func) == "hasattr":
+            there = {hasattr(m, name) for m in modules}
+            return there.pop() if len(there) == 1 else UNKNOWN
+        return values[0] if len(modules) == 1 and len(node.args) == 2 else UNKNOWN
 
     def compare(self, node: ast.Compare) -> Any:
         with_none = any(isinstance(v, ast.Constant) and v.value is None for v in (node.left, *node.comparators))
