@@ -43,6 +43,8 @@ _CHANGES = {
     *("append", "extend", "insert", "pop", "popitem", "remove", "clear", "sort", "reverse"),
     *("update", "setdefault", "add_module", "register_module", "discard"),
 }
+# They give pairs of a name or a number and what it stands for.
+_NUMBERED = {"items", "named_children", "named_modules", "enumerate"}
 _READS = {"get", "items", "keys", "values"}
 _ITERATORS = {"enumerate", "reversed", "list", "tuple", "zip", "sorted", "iter", "next", "map", "filter"}
 _OF_VALUES = {name for kind in (Tensor, list, dict, tuple, str) for name in dir(kind)}
@@ -112,8 +114,7 @@ class Code:
         elif isinstance(node, ast.Assert):
             self.evaluate(node.test)
         elif isinstance(node, ast.For):
-            self.iterated(node.iter)
-            self.store(node.target, self.may_hold(node.iter))
+            self.loop(node.target, node.iter)
             for _ in range(2):  # names may stand for modules from the second time on
                 self.statements([*node.body, *node.orelse])
         elif isinstance(node, ast.While):
@@ -183,12 +184,19 @@ class Code:
         parts = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)]
         return [m for part in parts for m in self.may_hold(part)]
 
-    def iterated(self, node: ast.expr) -> None:
-        """A loop goes through it."""
+    def loop(self, target: ast.expr, node: ast.expr) -> None:
+        """``for target in node``"""
         if isinstance(self.base(node), nn.Module):
             self.own_code(self.base(node), "__iter__")
         else:
             self.evaluate(node)
+        modules = self.may_hold(node)
+        function = node.func if isinstance(node, ast.Call) else None
+        names = getattr(function, "attr", getattr(function, "id", None)) in _NUMBERED
+        if names and isinstance(target, ast.Tuple) and len(target.elts) == 2:
+            self.store(target.elts[0])
+            target = target.elts[1]
+        self.store(target, modules)
 
     def own_code(self, module: nn.Module, name: str) -> None:
         """Python calls the method by itself: it must be PyTorch's."""
@@ -423,9 +431,8 @@ class Code:
 
     def comprehension(self, node: Any) -> Any:
         for generator in node.generators:
-            self.iterated(generator.iter)
-            for name in (n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)):
-                self.hold(name, self.may_hold(generator.iter))
+            self.locals |= {n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)}
+            self.loop(generator.target, generator.iter)
             self.stored |= {n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)}
             for condition in generator.ifs:
                 self.evaluate(condition)

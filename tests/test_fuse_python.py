@@ -705,6 +705,16 @@ def identity_of_layers(self, x):
     return F.relu(y)
 
 
+@case(True, sets("times", 0))
+def rows_by_number_and_name(self, x):
+    y = F.relu(self.norm(self.conv(x)))
+    for i, row in enumerate(self.rows):
+        y = row(y) if i == self.times else y
+    for name, row in self.rows.named_children():
+        y = row(y) if name == "1" else y
+    return y
+
+
 @case(True, lambda m, patch: m.rows.__setitem__(0, nn.Identity()))
 def types_of_layers(self, x):
     y = F.relu(self.norm(self.conv(x)))
