@@ -606,10 +606,10 @@ def layer_appended_through_a_local_name(self, x):
 
 
 @case(False)
-def layer_appended_to_what_a_method_gives(self, x):
+def layer_taken_from_what_a_method_gives(self, x):
     y = F.relu(self.norm(self.conv(x)))
-    if len(self.rows) < 5:
-        self.all_rows().append(self.special)
+    if len(self.rows) > 1:
+        self.all_rows().pop(1)
     for row in self.rows:
         y = row(y)
     return y
