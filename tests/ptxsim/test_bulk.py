@@ -99,7 +99,7 @@ def test_named_barriers_and_elected_lanes(ptx, seed):
         ("wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {%f0}, %rd1, %rd1, %r1, 0, 1, 1, 1;", "sparse"),
         ("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1}, %rd1, %rd1, 1, 1, 1, 0, 0;", "vector length"),
         ("cp.async.bulk.global.shared::cta.bulk_group [%rd1], [%r1], 16;", "destination is shared"),
-        ("cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r1}], [%r1];", "unread"),
+        ("cp.async.bulk.tensor.1d.shared::cta.global.tile.bulk_group [%r1], [%rd1, {%r1}], [%r1];", "unreadable"),
     ],
 )  # fmt: skip
 def test_what_is_unknown_is_an_error(line, words):

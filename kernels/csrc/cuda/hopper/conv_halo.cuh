@@ -1,0 +1,206 @@
+// y = [relu](conv2d(x, weight, padding=1) * scale + shift [+ residual]), 3x3, stride 1, NHWC, 16 bits, for sm_90a.
+//
+// Output channels are the rows of the products, positions of a tile (halo_plan.h) their columns. The input of a tile
+// lies in shared memory as planes of 8 channels, 16 bytes a position: 8 positions in a run are what wgmma takes for 8
+// columns, wherever they begin, so that all nine taps read the same planes at nine addresses. Filters come tap by tap.
+#pragma once
+
+#include "../elements.cuh"
+#include "../ptx.cuh"
+#include "../ptx_wgmma.cuh"
+#include "halo_plan.h"
+
+namespace resnet_fast::cuda {
+
+template <int kIndex>
+struct HaloBlock {
+  static constexpr HaloTile kTile = kHaloTiles[kIndex];
+  int channel;  // first output channel
+  int first;  // first line of the batch's lines
+  int last;  // the line behind the block's, or behind its images
+
+  __device__ explicit HaloBlock(const HaloArgs& a) {
+    channel = static_cast<int>(blockIdx.x) % a.columns * kTile.rows();
+    const int tile = static_cast<int>(blockIdx.x) / a.columns, group = tile / a.tiles;
+    first = group * a.images * (a.height + 1) + tile % a.tiles * a.lines;
+    last = min(first + a.lines, (group + 1) * a.images * (a.height + 1) - 1);
+  }
+};
+
+// Which pixel of the batch lies at a position, -1 for zeros. `line`: the line of position 0.
+__device__ inline int pixel_at(const HaloArgs& a, int line, int position) {
+  const int down = static_cast<int>(__umulhi(static_cast<uint32_t>(position), a.pitch_inverse));
+  const int column = position - down * a.pitch, at = line + down;
+  if (at < 0 || column >= a.width) return -1;
+  const int image = static_cast<int>(__umulhi(static_cast<uint32_t>(at), a.height_inverse));
+  const int row = at - image * (a.height + 1);
+  return row < a.height && image < a.batch ? (image * a.height + row) * a.width + column : -1;
+}
+
+// The copies of a block, 16 bytes at a time. Neighbouring threads copy neighbouring channels.
+template <typename T, int kIndex, int kChunk>
+struct HaloLoad {
+  static constexpr HaloTile kTile = kHaloTiles[kIndex];
+  static constexpr int kPieces = kChunk / 8, kAtOnce = kTile.threads() / kPieces;
+  const T *x, *weight;
+  const HaloArgs& a;
+  const HaloBlock<kIndex>& block;
+  uint32_t input, filters;
+  int piece, place;
+
+  __device__ HaloLoad(const T* x_, const T* weight_, const HaloArgs& args, const HaloBlock<kIndex>& b, uint32_t shared)
+      : x(x_), weight(weight_), a(args), block(b), input(shared), filters(shared + input_bytes(kTile, args)) {
+    piece = threadIdx.x % kPieces, place = threadIdx.x / kPieces;
+  }
+
+  __device__ uint32_t input_of(int chunk) const {
+    return input + (chunk & 1) * kPieces * plane_bytes(kTile.columns, a.pitch);
+  }
+  __device__ uint32_t stage(int n) const { return filters + n * filter_bytes(kTile, kChunk); }
+
+  // Position 0 is the zero before the line above the tile.
+  __device__ void load_input(int chunk) const {
+    const uint32_t to = input_of(chunk) + piece * plane_bytes(kTile.columns, a.pitch);
+    const int channel = chunk * kChunk + piece * 8;
+    for (int p = place; p < halo_positions(kTile.columns, a.pitch); p += kAtOnce) {
+      const int pixel = p == 0 ? -1 : pixel_at(a, block.first - 1, p - 1);
+      ptx::copy_async(to + p * 16, pixel < 0 ? x : x + int64_t{pixel} * a.channels + channel, pixel < 0 ? 0 : 16);
+    }
+  }
+
+  __device__ void load_filters(int n, int chunk, int tap) const {
+    const uint32_t to = stage(n) + piece * filter_plane_bytes(kTile);
+    const T* from = weight + tap * a.channels + chunk * kChunk + piece * 8;
+#pragma unroll
+    for (int i = 0; i < kTile.rows() / kAtOnce; ++i) {
+      const int row = place + i * kAtOnce, channel = block.channel + row;
+      const bool there = channel < a.out_channels;
+      ptx::copy_async(to + row * 16, there ? from + int64_t{channel} * 9 * a.channels : weight, there ? 16 : 0);
+    }
+  }
+};
+
+// Output tiles, 16 bytes at a time: calls f with the address in shared memory and the place in the tensor, -1 where
+// there is none.
+template <int kIndex, typename F>
+__device__ void for_outputs(const HaloArgs& a, const HaloBlock<kIndex>& block, uint32_t tile, F f) {
+  constexpr HaloTile kTile = kHaloTiles[kIndex];
+  constexpr int kPieces = kTile.rows() / 8, kAtOnce = kTile.threads() / kPieces;
+  const int piece = threadIdx.x % kPieces, channel = block.channel + piece * 8;
+  const int positions = channel < a.out_channels ? (block.last - block.first) * a.pitch : 0;
+  for (int p = threadIdx.x / kPieces; p < kTile.columns; p += kAtOnce) {
+    const int pixel = p < positions ? pixel_at(a, block.first, p) : -1;
+    f(tile + p * output_pitch(kTile) + piece * 16, pixel < 0 ? -1 : int64_t{pixel} * a.out_channels + channel);
+  }
+}
+
+// Scale, shift, residual and ReLU, then rounding; a warp exchanges what its lanes hold for whole pieces of 16 bytes in
+// the output tile, where the residual lies already.
+template <typename T, int kIndex>
+__device__ void finish_halo(float (&sums)[kHaloTiles[kIndex].columns / 2], const float (&constants)[4], bool residual,
+                            bool relu_after, uint32_t tile) {
+  constexpr HaloTile kTile = kHaloTiles[kIndex];
+  constexpr int kGroups = kTile.columns / 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t here = tile + (lane % 8 + lane / 16 * 8) * output_pitch(kTile) + (warp * 16 + lane / 8 % 2 * 8) * 2;
+  const auto two_groups = [&]<int kCount>(int j, uint32_t (&v)[4]) {
+    const uint32_t at = here + j * 8 * output_pitch(kTile);
+    if (residual) ptx::ldmatrix_transposed<kCount>(v, at);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float scale = constants[i % 2], shift = constants[2 + i % 2];
+      const float2 r = residual ? widen2(reinterpret_cast<const pair_of<T>&>(v[i])) : float2{};
+      const int k = 4 * (j + i / 2) + 2 * (i % 2);
+      float2 z = {fmaf(sums[k], scale, shift) + r.x, fmaf(sums[k + 1], scale, shift) + r.y};
+      if (relu_after) z = relu2(z);
+      v[i] = narrow2(z.x, z.y, T{});
+    }
+    __syncwarp();  // all lanes have read their residual
+    ptx::stmatrix_transposed<kCount>(at, v);
+  };
+#pragma unroll
+  for (int j = 0; j + 1 < kGroups; j += 2) {
+    uint32_t v[4] = {};
+    two_groups.template operator()<4>(j, v);
+  }
+  if constexpr (kGroups % 2 == 1) {
+    uint32_t v[4] = {};
+    two_groups.template operator()<2>(kGroups - 1, v);
+  }
+}
+
+// x: [batch, height, width, channels]; weight: [out_channels, 3, 3, channels]; scale, shift: [out_channels]; residual,
+// y: [batch, height, width, out_channels], residual may be null. kChunk: a.chunk.
+template <typename T, int kIndex, int kChunk>
+__global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
+    conv_halo_fwd_kernel(const T* __restrict__ x, const T* __restrict__ weight, const float* __restrict__ scale,
+                         const float* __restrict__ shift, const T* __restrict__ residual, T* __restrict__ y,
+                         const __grid_constant__ HaloArgs a) {
+  constexpr HaloTile kTile = kHaloTiles[kIndex];
+  constexpr int kAhead = kTile.stages - 2;  // one stage is multiplied, the one before may still be
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t memory = ptx::shared_address(shared);
+  const HaloBlock<kIndex> block(a);
+  const HaloLoad<T, kIndex, kChunk> load(x, weight, a, block, memory);
+  const uint32_t tile = load.stage(kTile.stages);
+  const int steps = 9 * a.chunks;
+
+  load.load_input(0);
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    load.load_filters(s, 0, s);
+    ptx::copy_async_commit();
+  }
+  if (residual != nullptr)
+    for_outputs<kIndex>(a, block, tile, [&](uint32_t to, int64_t at) {
+      ptx::copy_async(to, at < 0 ? residual : residual + at, at < 0 ? 0 : 16);
+    });
+
+  const int warp = threadIdx.x / 32, row = warp * 16 + threadIdx.x % 32 / 4;
+  float constants[4];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int channel = block.channel + row + 8 * i;
+    constants[i] = channel < a.out_channels ? scale[channel] : 0;
+    constants[2 + i] = channel < a.out_channels ? shift[channel] : 0;
+  }
+
+  float sums[kTile.columns / 2];
+  const uint32_t plane = plane_bytes(kTile.columns, a.pitch);
+  // Step s multiplies tap `tap` of `chunk`; filters of step s + kAhead are `next`.
+  int chunk = 0, tap = 0, next_chunk = 0, next_tap = kAhead, stage = 0, next_stage = kAhead;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_async_wait<kAhead - 1>();
+    // After it all see what has arrived, and the products before the last ones are done in all warps.
+    __syncthreads();
+    ptx::fence_async_proxy();
+    const uint32_t at_a = load.stage(stage) + warp / 4 * 64 * 16;
+    const uint32_t at_b = load.input_of(chunk) + (tap / 3 * a.pitch + tap % 3) * 16;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k)
+      ptx::wgmma(sums, ptx::matrix_descriptor(at_a + 2 * k * filter_plane_bytes(kTile), 128, filter_plane_bytes(kTile)),
+                 ptx::matrix_descriptor(at_b + 2 * k * plane, 128, plane), step + k, T{});
+    ptx::wgmma_commit();
+    if (tap == 1 && chunk + 1 < a.chunks) load.load_input(chunk + 1);
+    if (step + kAhead < steps) load.load_filters(next_stage, next_chunk, next_tap);
+    ptx::copy_async_commit();
+    ptx::wgmma_wait<1>();
+    if (++tap == 9) tap = 0, ++chunk;
+    if (++next_tap == 9) next_tap = 0, ++next_chunk;
+    if (++stage == kTile.stages) stage = 0;
+    if (++next_stage == kTile.stages) next_stage = 0;
+  }
+  ptx::wgmma_wait<0>();
+  ptx::hold(sums);
+  // The residual came with the first of the nine steps or more: waits and barriers of later ones cover it.
+  finish_halo<T, kIndex>(sums, constants, residual != nullptr, a.relu, tile);
+  __syncthreads();
+  for_outputs<kIndex>(a, block, tile, [&](uint32_t from, int64_t at) {
+    if (at < 0) return;
+    *reinterpret_cast<float4*>(y + at) = ptx::load_shared(from);
+  });
+}
+
+}  // namespace resnet_fast::cuda

@@ -1,0 +1,105 @@
+// Geometry of the 3x3 convolutions of Hopper: pure functions of shapes. No CUDA, no PyTorch.
+//
+// The images of a batch stand below each other with a row of zeros between them, and every row ends with a pixel of
+// zeros: positions in a run, line by line. A tile is a run of lines; its outputs are `columns` positions, some of them
+// zeros that nobody stores, and a tap is a distance between positions: (ky - 1) * pitch + kx - 1.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fast::cuda {
+
+// A block computes 64 x warpgroups channels of `columns` positions. Products come in steps of one tap and at most 64
+// channels; `stages` steps of filters are under way or in use at a time.
+struct HaloTile {
+  int columns, warpgroups, stages;
+
+  constexpr int rows() const { return 64 * warpgroups; }
+  constexpr int threads() const { return 128 * warpgroups; }
+};
+
+constexpr HaloTile kHaloTiles[] = {
+    {232, 1, 4},  // 4 lines of 56: the fewest filters read for a product; 112 blocks at batch 8
+    {216, 1, 4},  // 7 lines of 28, an image of 14x14
+    {120, 1, 4},  // 4 lines of 28: 112 blocks of 128 channels at batch 8; 2 of 56
+    {112, 1, 4},  // 7 lines of 14
+    {64, 1, 5},  // 4 lines of 14: 128 blocks at batch 8
+    {56, 1, 5},  // an image of 7x7
+    {120, 2, 4},  // 128 channels: input read half as often, for large batches
+    {232, 2, 4},
+};
+constexpr int kHaloTileCount = sizeof(kHaloTiles) / sizeof(kHaloTiles[0]);
+
+// Everything a kernel must know, by value.
+struct HaloArgs {
+  int32_t batch, height, width, channels, out_channels;
+  int32_t relu;
+  int32_t pitch;  // positions of a line: width + 1
+  int32_t lines;  // of a tile
+  int32_t images, tiles;  // `images` in a row make `tiles` tiles
+  int32_t chunk, chunks;  // channels of a step; all channels are `chunks` of them
+  int32_t columns;  // blocks for all output channels
+  uint32_t pitch_inverse, height_inverse;  // for division by pitch and by height + 1
+};
+
+struct HaloPlan {
+  HaloArgs args;
+  int64_t blocks;
+  int threads, shared;
+};
+
+constexpr int kMaxShared = 227 * 1024;
+
+// n / d is the upper half of n * inverse_of(d), for 1 < d and n * d < 2^32.
+constexpr uint32_t inverse_of(uint32_t d) { return static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d); }
+
+// Positions that a tile's outputs read: their own, a line and one position before and after.
+constexpr int halo_positions(int columns, int pitch) { return columns + 2 * pitch + 2; }
+// Bytes from 8 channels of the input to the next 8. An odd number of 16-byte banks, as for the filters below: pieces of
+// one pixel, which neighbouring threads store, fall into different ones.
+constexpr int plane_bytes(int columns, int pitch) { return (halo_positions(columns, pitch) + 7) / 8 * 128 + 16; }
+constexpr int filter_plane_bytes(HaloTile t) { return t.rows() * 16 + 16; }
+constexpr int filter_bytes(HaloTile t, int chunk) { return chunk / 8 * filter_plane_bytes(t); }
+// A position of the output tile, and the 16 bytes that keep 8 of them in different banks.
+constexpr int output_pitch(HaloTile t) { return t.rows() * 2 + 16; }
+
+// Two slices of input: one is read while the next one comes.
+constexpr int input_bytes(HaloTile t, const HaloArgs& a) {
+  return (a.chunks > 1 ? 2 : 1) * (a.chunk / 8) * plane_bytes(t.columns, a.pitch);
+}
+constexpr int shared_bytes(HaloTile t, const HaloArgs& a) {
+  return input_bytes(t, a) + t.stages * filter_bytes(t, a.chunk) + t.columns * output_pitch(t);
+}
+
+// Whether a tile can compute a 3x3 convolution of stride 1 and padding 1, of 16-bit elements and aligned operands.
+constexpr bool suits(HaloTile t, const HaloArgs& a) {
+  return a.batch > 0 && a.height > 0 && a.width > 0 && a.channels > 0 && a.channels % 16 == 0 && a.out_channels > 0 &&
+         a.out_channels % 8 == 0 && a.width + 1 <= t.columns && int64_t{a.batch} * (a.height + 1) < (1 << 22) / (a.height + 1);
+}
+
+// Fills in what follows from the shape: as many lines as fit the columns; whole images where one and the line between
+// fit twice.
+constexpr HaloPlan plan_halo(HaloTile t, HaloArgs a) {
+  a.pitch = a.width + 1;
+  a.lines = t.columns / a.pitch;
+  const int image = a.height + 1;
+  a.images = 1, a.tiles = 1;
+  if (a.lines >= image + a.height) {
+    a.images = (a.lines + 1) / image;
+    if (a.images > a.batch) a.images = a.batch;
+    a.lines = a.images * image - 1;
+  } else {
+    if (a.lines > a.height) a.lines = a.height;
+    a.tiles = (a.height + a.lines - 1) / a.lines;
+    a.lines = (a.height + a.tiles - 1) / a.tiles;  // even tiles
+  }
+  a.chunk = a.channels % 64 == 0 ? 64 : a.channels % 32 == 0 ? 32 : 16;
+  a.chunks = a.channels / a.chunk;
+  a.columns = (a.out_channels + t.rows() - 1) / t.rows();
+  a.pitch_inverse = inverse_of(static_cast<uint32_t>(a.pitch));
+  a.height_inverse = inverse_of(static_cast<uint32_t>(image));
+  const int64_t groups = (a.batch + a.images - 1) / a.images;
+  return {a, groups * a.tiles * a.columns, t.threads(), shared_bytes(t, a)};
+}
+
+}  // namespace resnet_fast::cuda
