@@ -23,10 +23,11 @@ void tile(int i, int* out) {
   const HaloTile t = kHaloTiles[i];
   out[0] = t.columns, out[1] = t.warpgroups, out[2] = t.stages;
 }
-int plan(int i, HaloArgs a, HaloArgs* args, long* blocks, int* threads, int* shared) {
+int plan(int i, HaloArgs a, HaloArgs* args, long* blocks, int* threads, int* shared, long* partial, long* counters) {
   if (!suits(kHaloTiles[i], a)) return 0;
   const HaloPlan p = plan_halo(kHaloTiles[i], a);
   *args = p.args, *blocks = p.blocks, *threads = p.threads, *shared = p.shared;
+  *partial = p.partial_floats, *counters = p.counters;
   return p.shared <= kMaxShared;
 }
 }
@@ -36,7 +37,7 @@ int plan(int i, HaloArgs a, HaloArgs* args, long* blocks, int* threads, int* sha
 class Args(ctypes.Structure):
     """HaloArgs."""
 
-    _names = "batch height width channels out_channels relu pitch lines images tiles chunk chunks columns"
+    _names = "batch height width channels out_channels relu pitch lines images tiles chunk chunks columns splits"
     _fields_ = [(n, ctypes.c_int32) for n in _names.split()]
     _fields_ += [(n, ctypes.c_uint32) for n in ("pitch_inverse", "height_inverse")]
 
@@ -47,6 +48,8 @@ class Plan:
     blocks: int
     threads: int
     shared: int
+    partial: int
+    counters: int
 
 
 @functools.cache
@@ -57,7 +60,7 @@ def _library():
         command = ["g++", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", f"-I{SOURCES}", source, "-o", target]
         subprocess.run(command, check=True)
         library = ctypes.CDLL(str(target))
-    library.plan.argtypes = [ctypes.c_int, Args, *[ctypes.c_void_p] * 4]
+    library.plan.argtypes = [ctypes.c_int, Args, *[ctypes.c_void_p] * 6]
     return library
 
 
@@ -71,33 +74,47 @@ def tiles() -> list[tuple[int, int, int]]:
     return found
 
 
-def plan(tile: int, batch, height, width, channels, out_channels, relu=True) -> Plan | None:
-    args, blocks, threads, shared = Args(), ctypes.c_long(), ctypes.c_int(), ctypes.c_int()
-    given = Args(batch, height, width, channels, out_channels, relu)
-    outs = [ctypes.byref(v) for v in (args, blocks, threads, shared)]
-    return Plan(args, blocks.value, threads.value, shared.value) if _library().plan(tile, given, *outs) else None
+def plan(tile: int, batch, height, width, channels, out_channels, relu=True, splits=1) -> Plan | None:
+    given = Args(batch, height, width, channels, out_channels, relu, splits=splits)
+    outs = (Args(), ctypes.c_long(), ctypes.c_int(), ctypes.c_int(), ctypes.c_long(), ctypes.c_long())
+    if not _library().plan(tile, given, *map(ctypes.byref, outs)):
+        return None
+    return Plan(outs[0], *(v.value for v in outs[1:]))
 
 
 def source(dtype, tile: int, chunk: int) -> str:
     t = TYPES[dtype]
     return f"""#include "hopper/conv_halo.cuh"
     template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}>(
-        const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*,
+        const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
         const __grid_constant__ resnet_fast::cuda::HaloArgs);"""
 
 
 @functools.cache
-def kernel(dtype, tile: int, chunk: int) -> Kernel:
+def compiled(dtype, tile: int, chunk: int) -> Kernel:
     return Kernel(compile_cuda(source(dtype, tile, chunk), *FLAGS))
 
 
-def run(tile, x, weight, scale, shift, residual=None, relu=True, seed=0):
+def run(tile, x, weight, scale, shift, residual=None, relu=True, splits=1, seed=0, kernel=None):
     """x, residual: [n, h, w, c], weight: [k, 3, 3, c]; gives y and the simulator's report."""
     batch, height, width, channels = x.shape
-    p = plan(tile, batch, height, width, channels, len(weight), relu)
+    p = plan(tile, batch, height, width, channels, len(weight), relu, splits)
     assert p is not None
     y = torch.empty(batch, height, width, len(weight), dtype=x.dtype)
-    compiled = kernel(x.dtype, tile, p.args.chunk)
-    args = (x, weight, scale, shift, residual, y, bytes(p.args))
-    names = ("x", "weight", "scale", "shift", "residual", "y")
-    return y, compiled.launch(p.blocks, p.threads, *args, shared=p.shared, outputs=[y], names=names, seed=seed)
+    partial = torch.empty(p.partial) if p.partial else None
+    counters = torch.zeros(p.counters, dtype=torch.int32) if p.counters else None
+    args = (x, weight, scale, shift, residual, y, partial, counters, bytes(p.args))
+    names = ("x", "weight", "scale", "shift", "residual", "y", "partial", "counters")
+    scratch = [] if partial is None else [partial]
+    report = (kernel or compiled(x.dtype, tile, p.args.chunk)).launch(
+        (p.blocks, p.args.splits),
+        p.threads,
+        *args,
+        shared=p.shared,
+        outputs=[y],
+        scratch=scratch,
+        names=names,
+        seed=seed,
+    )
+    assert counters is None or not counters.any()
+    return y, report

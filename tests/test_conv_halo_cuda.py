@@ -23,10 +23,10 @@ def reference(x, weight, scale, shift, residual, relu):
     return (torch.relu(y) if relu else y).to(x.dtype)
 
 
-def check(tile, shape, dtype=torch.float16, with_residual=True, relu=True, seed=0):
+def check(tile, shape, dtype=torch.float16, with_residual=True, relu=True, splits=1, seed=0):
     x, weight, scale, shift, residual = case(*shape, dtype, seed)
     residual = residual if with_residual else None
-    y, report = hopper.run(tile, x, weight, scale, shift, residual, relu, seed)
+    y, report = hopper.run(tile, x, weight, scale, shift, residual, relu, splits, seed)
     assert torch.equal(y, reference(x, weight, scale, shift, residual, relu))
     return report
 
@@ -66,6 +66,13 @@ def test_types_and_epilogues(dtype, with_residual, relu):
     check(5, (3, 7, 7, 128, 64), dtype, with_residual, relu)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("tile", "splits"), [(5, 2), (5, 3), (2, 5), (6, 4)])
+def test_split_sums(tile, splits, seed):
+    """Blocks that share a sum, of unequal numbers of chunks, in any order."""
+    check(tile, (3, 7, 7, 320, 72), splits=splits, seed=seed)
+
+
 def test_rounding():
     """Products are exact, sums are of float32, one rounding ends them."""
     x, weight, residual = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in
@@ -94,24 +101,27 @@ def test_not_finite():
 
 
 def test_every_statement_that_orders_is_needed():
-    """Two slices of input and residuals: each wait, barrier and fence, or its absence is a fault or a wrong result."""
-    x, weight, scale, shift, residual = shape = case(1, 7, 7, 128, 8, torch.float16)
+    """Two slices of input, residuals, split sums: without a wait, barrier or fence there is a fault or a wrong result.
+
+    But one: of the two barriers around the counter of split sums the first is not missed here, because to the simulator
+    a fence publishes all that its block has done."""
+    shape = case(1, 7, 7, 128, 8, torch.float16)
     expected = reference(*shape, True)
-    p = hopper.plan(5, 1, 7, 7, 128, 8)
-    ptx = compile_cuda(hopper.source(torch.float16, 5, 64), *hopper.FLAGS)
+    ptx, name = (
+        compile_cuda(hopper.source(torch.float16, 5, 64), *hopper.FLAGS),
+        hopper.compiled(torch.float16, 5, 64).name,
+    )
 
     def run(kernel):
-        y = torch.empty_like(residual)
-        kernel.launch(
-            p.blocks, p.threads, x, weight, scale, shift, residual, y, bytes(p.args), shared=p.shared, outputs=[y]
+        whole = torch.equal(hopper.run(5, *shape, kernel=kernel)[0], expected)
+        return whole and all(
+            torch.equal(hopper.run(5, *shape, splits=2, kernel=kernel, seed=s)[0], expected) for s in (0, 1)
         )
-        return torch.equal(y, expected)
 
-    name = hopper.kernel(torch.float16, 5, 64).name
     assert run(Kernel(ptx, name))
-    pattern = r"^\s*(wgmma\.(wait_group|fence|commit_group)|fence\.proxy|bar\.|cp\.async\.(wait|commit)_group).*$"
+    pattern = r"^\s*(wgmma\.(wait_group|fence|commit_group)|fence\.|membar|bar\.|cp\.async\.(wait|commit)_group).*$"
     left = [what for _, what in survivors(ptx, pattern, name, run)]
-    assert left == []
+    assert left == ["bar.sync \t0;"]
 
 
 def test_plans():

@@ -20,8 +20,8 @@ __device__ inline void ldmatrix_x4(uint32_t (&out)[4], uint32_t address) {
                : "memory");
 }
 
-// The same of matrices in shared memory that are transposed on the way: lane l holds row 2 (l % 4), and the next one, of
-// column l / 4. kCount: 2 or 4 matrices.
+// The same of matrices in shared memory that are transposed on the way: lane l holds row 2 (l % 4), and the next one,
+// of column l / 4. kCount: 2 or 4 matrices.
 template <int kCount>
 __device__ void ldmatrix_transposed(uint32_t (&out)[4], uint32_t address) {
   if constexpr (kCount == 4) {

@@ -127,20 +127,20 @@ __device__ inline void fence_async_proxy() {
 // sums (+)= a b, 16 values of k; `accumulate` is 0 to start from zero. Columns, columns / 8, then the numbers of the
 // operands that follow the sums.
 #ifdef RESNET_FAST_WGMMA
-#define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, T, type)                                                \
-  __device__ inline void wgmma(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc, int accumulate, T) {   \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kColumns "k16.f32."  \
-                 type "." type " {" RESNET_FAST_PLACES_##groups "}, " a ", " b ", p, 1, 1, 0, 0;\n}"               \
-                 : RESNET_FAST_SUMS_##groups                                                                       \
-                 : "l"(a_desc), "l"(b_desc), "r"(accumulate)                                                       \
-                 : "memory");                                                                                      \
+#define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, T, type)                                              \
+  __device__ inline void wgmma(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc, int accumulate, T) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kColumns      \
+                 "k16.f32." type "." type " {" RESNET_FAST_PLACES_##groups "}, " a ", " b ", p, 1, 1, 0, 0;\n}" \
+                 : RESNET_FAST_SUMS_##groups                                                                    \
+                 : "l"(a_desc), "l"(b_desc), "r"(accumulate)                                                    \
+                 : "memory");                                                                                   \
   }
 #else
 #define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, T, type) \
   __device__ inline void wgmma(float (&)[kColumns / 2], uint64_t, uint64_t, int, T) { __trap(); }
 #endif
-#define RESNET_FAST_WGMMA_COLUMNS(kColumns, groups, a, b, p)                     \
-  RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, __half, "f16")               \
+#define RESNET_FAST_WGMMA_COLUMNS(kColumns, groups, a, b, p)       \
+  RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, __half, "f16") \
   RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, __nv_bfloat16, "bf16")
 
 RESNET_FAST_WGMMA_COLUMNS(56, 7, "%28", "%29", "%30")

@@ -18,12 +18,15 @@ struct HaloBlock {
   int channel;  // first output channel
   int first;  // first line of the batch's lines
   int last;  // the line behind the block's, or behind its images
+  int begin, end;  // its chunks of channels
 
   __device__ explicit HaloBlock(const HaloArgs& a) {
     channel = static_cast<int>(blockIdx.x) % a.columns * kTile.rows();
     const int tile = static_cast<int>(blockIdx.x) / a.columns, group = tile / a.tiles;
     first = group * a.images * (a.height + 1) + tile % a.tiles * a.lines;
     last = min(first + a.lines, (group + 1) * a.images * (a.height + 1) - 1);
+    begin = a.chunks * static_cast<int>(blockIdx.y) / a.splits;
+    end = a.chunks * (static_cast<int>(blockIdx.y) + 1) / a.splits;
   }
 };
 
@@ -54,7 +57,7 @@ struct HaloLoad {
   }
 
   __device__ uint32_t input_of(int chunk) const {
-    return input + (chunk & 1) * kPieces * plane_bytes(kTile.columns, a.pitch);
+    return input + ((chunk - block.begin) & 1) * kPieces * plane_bytes(kTile.columns, a.pitch);
   }
   __device__ uint32_t stage(int n) const { return filters + n * filter_bytes(kTile, kChunk); }
 
@@ -94,6 +97,35 @@ __device__ void for_outputs(const HaloArgs& a, const HaloBlock<kIndex>& block, u
   }
 }
 
+// Sums of a block's part of the channels come together: each leaves its own in `partial`, and the last to arrive adds
+// all in the order of the parts, so that it does not matter who was last, and leaves the counter at zero. Returns
+// whether this block has the whole sum.
+template <int kIndex>
+__device__ bool join_halo(float (&sums)[kHaloTiles[kIndex].columns / 2], float* partial, int* counters,
+                          const HaloArgs& a) {
+  constexpr int kCount = kHaloTiles[kIndex].columns / 8, kThreads = kHaloTiles[kIndex].threads();
+  float4* all = reinterpret_cast<float4*>(partial) + int64_t{blockIdx.x} * a.splits * kCount * kThreads + threadIdx.x;
+  const int split = blockIdx.y;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    all[(split * kCount + i) * kThreads] = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
+  __threadfence();
+  __syncthreads();
+  if (__syncthreads_or(threadIdx.x == 0 && atomicAdd(counters + blockIdx.x, 1) != a.splits - 1)) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float4 sum = all[i * kThreads];
+    for (int s = 1; s < a.splits; ++s) {
+      const float4 v = all[(s * kCount + i) * kThreads];
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    sums[4 * i] = sum.x, sums[4 * i + 1] = sum.y, sums[4 * i + 2] = sum.z, sums[4 * i + 3] = sum.w;
+  }
+  if (threadIdx.x == 0) counters[blockIdx.x] = 0;
+  return true;
+}
+
 // Scale, shift, residual and ReLU, then rounding; a warp exchanges what its lanes hold for whole pieces of 16 bytes in
 // the output tile, where the residual lies already.
 template <typename T, int kIndex>
@@ -130,12 +162,13 @@ __device__ void finish_halo(float (&sums)[kHaloTiles[kIndex].columns / 2], const
 }
 
 // x: [batch, height, width, channels]; weight: [out_channels, 3, 3, channels]; scale, shift: [out_channels]; residual,
-// y: [batch, height, width, out_channels], residual may be null. kChunk: a.chunk.
+// y: [batch, height, width, out_channels], residual may be null. partial and counters: the workspace of the plan;
+// counters are zero before and after. kChunk: a.chunk.
 template <typename T, int kIndex, int kChunk>
 __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
     conv_halo_fwd_kernel(const T* __restrict__ x, const T* __restrict__ weight, const float* __restrict__ scale,
                          const float* __restrict__ shift, const T* __restrict__ residual, T* __restrict__ y,
-                         const __grid_constant__ HaloArgs a) {
+                         float* partial, int* counters, const __grid_constant__ HaloArgs a) {
   constexpr HaloTile kTile = kHaloTiles[kIndex];
   constexpr int kAhead = kTile.stages - 2;  // one stage is multiplied, the one before may still be
   extern __shared__ __align__(128) unsigned char shared[];
@@ -143,12 +176,12 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
   const HaloBlock<kIndex> block(a);
   const HaloLoad<T, kIndex, kChunk> load(x, weight, a, block, memory);
   const uint32_t tile = load.stage(kTile.stages);
-  const int steps = 9 * a.chunks;
+  const int steps = 9 * (block.end - block.begin);
 
-  load.load_input(0);
+  load.load_input(block.begin);
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
-    load.load_filters(s, 0, s);
+    load.load_filters(s, block.begin, s);
     ptx::copy_async_commit();
   }
   if (residual != nullptr)
@@ -168,7 +201,7 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
   float sums[kTile.columns / 2];
   const uint32_t plane = plane_bytes(kTile.columns, a.pitch);
   // Step s multiplies tap `tap` of `chunk`; filters of step s + kAhead are `next`.
-  int chunk = 0, tap = 0, next_chunk = 0, next_tap = kAhead, stage = 0, next_stage = kAhead;
+  int chunk = block.begin, tap = 0, next_chunk = block.begin, next_tap = kAhead, stage = 0, next_stage = kAhead;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ptx::copy_async_wait<kAhead - 1>();
@@ -183,7 +216,7 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
       ptx::wgmma(sums, ptx::matrix_descriptor(at_a + 2 * k * filter_plane_bytes(kTile), 128, filter_plane_bytes(kTile)),
                  ptx::matrix_descriptor(at_b + 2 * k * plane, 128, plane), step + k, T{});
     ptx::wgmma_commit();
-    if (tap == 1 && chunk + 1 < a.chunks) load.load_input(chunk + 1);
+    if (tap == 1 && chunk + 1 < block.end) load.load_input(chunk + 1);
     if (step + kAhead < steps) load.load_filters(next_stage, next_chunk, next_tap);
     ptx::copy_async_commit();
     ptx::wgmma_wait<1>();
@@ -194,6 +227,7 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
   }
   ptx::wgmma_wait<0>();
   ptx::hold(sums);
+  if (a.splits > 1 && !join_halo<kIndex>(sums, partial, counters, a)) return;
   // The residual came with the first of the nine steps or more: waits and barriers of later ones cover it.
   finish_halo<T, kIndex>(sums, constants, residual != nullptr, a.relu, tile);
   __syncthreads();

@@ -39,13 +39,15 @@ struct HaloArgs {
   int32_t images, tiles;  // `images` in a row make `tiles` tiles
   int32_t chunk, chunks;  // channels of a step; all channels are `chunks` of them
   int32_t columns;  // blocks for all output channels
+  int32_t splits;  // blocks that share a sum: each has some chunks
   uint32_t pitch_inverse, height_inverse;  // for division by pitch and by height + 1
 };
 
 struct HaloPlan {
   HaloArgs args;
-  int64_t blocks;
+  int64_t blocks;  // grid x; y is splits
   int threads, shared;
+  int64_t partial_floats, counters;  // workspace of split sums: floats, and integers that are zero before and after
 };
 
 constexpr int kMaxShared = 227 * 1024;
@@ -63,9 +65,9 @@ constexpr int filter_bytes(HaloTile t, int chunk) { return chunk / 8 * filter_pl
 // A position of the output tile, and the 16 bytes that keep 8 of them in different banks.
 constexpr int output_pitch(HaloTile t) { return t.rows() * 2 + 16; }
 
-// Two slices of input: one is read while the next one comes.
+// Two slices of input, where a block has more than one: one is read while the next one comes.
 constexpr int input_bytes(HaloTile t, const HaloArgs& a) {
-  return (a.chunks > 1 ? 2 : 1) * (a.chunk / 8) * plane_bytes(t.columns, a.pitch);
+  return (a.chunks > a.splits ? 2 : 1) * (a.chunk / 8) * plane_bytes(t.columns, a.pitch);
 }
 constexpr int shared_bytes(HaloTile t, const HaloArgs& a) {
   return input_bytes(t, a) + t.stages * filter_bytes(t, a.chunk) + t.columns * output_pitch(t);
@@ -74,11 +76,12 @@ constexpr int shared_bytes(HaloTile t, const HaloArgs& a) {
 // Whether a tile can compute a 3x3 convolution of stride 1 and padding 1, of 16-bit elements and aligned operands.
 constexpr bool suits(HaloTile t, const HaloArgs& a) {
   return a.batch > 0 && a.height > 0 && a.width > 0 && a.channels > 0 && a.channels % 16 == 0 && a.out_channels > 0 &&
-         a.out_channels % 8 == 0 && a.width + 1 <= t.columns && int64_t{a.batch} * (a.height + 1) < (1 << 22) / (a.height + 1);
+         a.out_channels % 8 == 0 && a.width + 1 <= t.columns && a.splits > 0 &&
+         int64_t{a.batch} * (a.height + 1) < (1 << 22) / (a.height + 1);
 }
 
-// Fills in what follows from the shape: as many lines as fit the columns; whole images where one and the line between
-// fit twice.
+// Fills in what follows from the shape and the choice of splits, already in `a`: as many lines as fit the columns;
+// whole images where one and the line between fit twice.
 constexpr HaloPlan plan_halo(HaloTile t, HaloArgs a) {
   a.pitch = a.width + 1;
   a.lines = t.columns / a.pitch;
@@ -98,8 +101,15 @@ constexpr HaloPlan plan_halo(HaloTile t, HaloArgs a) {
   a.columns = (a.out_channels + t.rows() - 1) / t.rows();
   a.pitch_inverse = inverse_of(static_cast<uint32_t>(a.pitch));
   a.height_inverse = inverse_of(static_cast<uint32_t>(image));
-  const int64_t groups = (a.batch + a.images - 1) / a.images;
-  return {a, groups * a.tiles * a.columns, t.threads(), shared_bytes(t, a)};
+  if (a.splits > a.chunks) a.splits = a.chunks;
+  const int64_t groups = (a.batch + a.images - 1) / a.images, blocks = groups * a.tiles * a.columns;
+  const bool split = a.splits > 1;
+  return {a,
+          blocks,
+          t.threads(),
+          shared_bytes(t, a),
+          split ? blocks * a.splits * t.rows() * t.columns : 0,
+          split ? blocks : 0};
 }
 
 }  // namespace resnet_fast::cuda
