@@ -37,7 +37,8 @@ int plan(int i, HaloArgs a, HaloArgs* args, long* blocks, int* threads, int* sha
 class Args(ctypes.Structure):
     """HaloArgs."""
 
-    _names = "batch height width channels out_channels relu pitch lines images tiles chunk chunks columns splits"
+    _names = "batch height width channels out_channels stride relu out_height out_width "
+    _names += "pitch lines images tiles chunk chunks columns splits"
     _fields_ = [(n, ctypes.c_int32) for n in _names.split()]
     _fields_ += [(n, ctypes.c_uint32) for n in ("pitch_inverse", "height_inverse")]
 
@@ -74,39 +75,39 @@ def tiles() -> list[tuple[int, int, int]]:
     return found
 
 
-def plan(tile: int, batch, height, width, channels, out_channels, relu=True, splits=1) -> Plan | None:
-    given = Args(batch, height, width, channels, out_channels, relu, splits=splits)
+def plan(tile: int, batch, height, width, channels, out_channels, relu=True, splits=1, stride=1) -> Plan | None:
+    given = Args(batch, height, width, channels, out_channels, stride, relu, splits=splits)
     outs = (Args(), ctypes.c_long(), ctypes.c_int(), ctypes.c_int(), ctypes.c_long(), ctypes.c_long())
     if not _library().plan(tile, given, *map(ctypes.byref, outs)):
         return None
     return Plan(outs[0], *(v.value for v in outs[1:]))
 
 
-def source(dtype, tile: int, chunk: int) -> str:
+def source(dtype, tile: int, chunk: int, stride: int = 1) -> str:
     t = TYPES[dtype]
     return f"""#include "hopper/conv_halo.cuh"
-    template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}>(
+    template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}, {stride}>(
         const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
         const __grid_constant__ resnet_fast::cuda::HaloArgs);"""
 
 
 @functools.cache
-def compiled(dtype, tile: int, chunk: int) -> Kernel:
-    return Kernel(compile_cuda(source(dtype, tile, chunk), *FLAGS))
+def compiled(dtype, tile: int, chunk: int, stride: int = 1) -> Kernel:
+    return Kernel(compile_cuda(source(dtype, tile, chunk, stride), *FLAGS))
 
 
-def run(tile, x, weight, scale, shift, residual=None, relu=True, splits=1, seed=0, kernel=None):
+def run(tile, x, weight, scale, shift, residual=None, relu=True, splits=1, stride=1, seed=0, kernel=None):
     """x, residual: [n, h, w, c], weight: [k, 3, 3, c]; gives y and the simulator's report."""
     batch, height, width, channels = x.shape
-    p = plan(tile, batch, height, width, channels, len(weight), relu, splits)
+    p = plan(tile, batch, height, width, channels, len(weight), relu, splits, stride)
     assert p is not None
-    y = torch.empty(batch, height, width, len(weight), dtype=x.dtype)
+    y = torch.empty(batch, p.args.out_height, p.args.out_width, len(weight), dtype=x.dtype)
     partial = torch.empty(p.partial) if p.partial else None
     counters = torch.zeros(p.counters, dtype=torch.int32) if p.counters else None
     args = (x, weight, scale, shift, residual, y, partial, counters, bytes(p.args))
     names = ("x", "weight", "scale", "shift", "residual", "y", "partial", "counters")
     scratch = [] if partial is None else [partial]
-    report = (kernel or compiled(x.dtype, tile, p.args.chunk)).launch(
+    report = (kernel or compiled(x.dtype, tile, p.args.chunk, stride)).launch(
         (p.blocks, p.args.splits),
         p.threads,
         *args,

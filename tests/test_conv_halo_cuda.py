@@ -8,26 +8,26 @@ from ptxsim.compilers import compile_cuda
 from ptxsim.test_faults import survivors
 
 
-def case(n, h, w, c, k, dtype, seed=0):
+def case(n, h, w, c, k, dtype, seed=0, stride=1):
     """Small integers: sums and results are exact in 16 bits, so any order of addition gives the same bits."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda low, high, *shape: torch.randint(low, high + 1, shape, generator=g)  # noqa: E731
-    x, residual = draw(-2, 2, n, h, w, c).to(dtype), draw(-9, 9, n, h, w, k).to(dtype)
+    x, residual = draw(-2, 2, n, h, w, c).to(dtype), draw(-9, 9, n, -(-h // stride), -(-w // stride), k).to(dtype)
     weight = (draw(-1, 1, k, 3, 3, c) * (torch.rand(k, 3, 3, c, generator=g) < 0.2)).to(dtype)
     return x, weight, draw(1, 2, k).float(), draw(-5, 5, k).float(), residual
 
 
-def reference(x, weight, scale, shift, residual, relu):
-    y = torch.conv2d(x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(), padding=1)
+def reference(x, weight, scale, shift, residual, relu, stride=1):
+    y = torch.conv2d(x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(), stride=stride, padding=1)
     y = y.permute(0, 2, 3, 1) * scale + shift + (0 if residual is None else residual.double())
     return (torch.relu(y) if relu else y).to(x.dtype)
 
 
-def check(tile, shape, dtype=torch.float16, with_residual=True, relu=True, splits=1, seed=0):
-    x, weight, scale, shift, residual = case(*shape, dtype, seed)
+def check(tile, shape, dtype=torch.float16, with_residual=True, relu=True, splits=1, seed=0, stride=1):
+    x, weight, scale, shift, residual = case(*shape, dtype, seed, stride)
     residual = residual if with_residual else None
-    y, report = hopper.run(tile, x, weight, scale, shift, residual, relu, splits, seed)
-    assert torch.equal(y, reference(x, weight, scale, shift, residual, relu))
+    y, report = hopper.run(tile, x, weight, scale, shift, residual, relu, splits, stride, seed)
+    assert torch.equal(y, reference(x, weight, scale, shift, residual, relu, stride))
     return report
 
 
@@ -56,6 +56,13 @@ def test_exact_on_integers(tile, shape):
     if hopper.plan(tile, n, h, w, c, k) is None:
         pytest.fail("every shape of the list fits every tile")
     check(tile, shape, seed=tile)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 9, 64, 64), (1, 17, 56, 32, 72)], ids=str)
+@pytest.mark.parametrize("tile", range(len(hopper.tiles())))
+def test_stride_2(tile, shape):
+    """Even and odd sizes: the last row and column have a neighbour behind them, or zeros."""
+    check(tile, shape, seed=tile, stride=2)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -144,8 +151,9 @@ def test_plans():
             assert a.chunk * a.chunks == c
             assert p.shared <= 227 * 1024
             assert p.threads == 128 * warpgroups
+            lines = (n + a.images) * (h + 1) + columns
             for d, inverse, most in ((a.pitch, a.pitch_inverse, columns + 2 * a.pitch + 2),
-                                     (h + 1, a.height_inverse, (n + a.images) * (h + 1) + columns)):  # fmt: skip
+                                     (a.out_height + 1, a.height_inverse, lines)):  # fmt: skip
                 numbers = torch.arange(most)
                 assert torch.equal(numbers * inverse >> 32, numbers // d)
     assert all(hopper.plan(t, 1, 7, 7, c, k) is None for t in (0, 5) for c, k in ((8, 64), (40, 64), (64, 20), (64, 0)))

@@ -1,4 +1,4 @@
-// y = [relu](conv2d(x, weight, padding=1) * scale + shift [+ residual]), 3x3, stride 1, NHWC, 16 bits, for sm_90a.
+// y = [relu](conv2d(x, weight, stride, padding=1) * scale + shift [+ residual]), 3x3, NHWC, 16 bits, for sm_90a.
 //
 // Output channels are the rows of the products, positions of a tile (halo_plan.h) their columns. The input of a tile
 // lies in shared memory as planes of 8 channels, 16 bytes a position: 8 positions in a run are what wgmma takes for 8
@@ -23,25 +23,30 @@ struct HaloBlock {
   __device__ explicit HaloBlock(const HaloArgs& a) {
     channel = static_cast<int>(blockIdx.x) % a.columns * kTile.rows();
     const int tile = static_cast<int>(blockIdx.x) / a.columns, group = tile / a.tiles;
-    first = group * a.images * (a.height + 1) + tile % a.tiles * a.lines;
-    last = min(first + a.lines, (group + 1) * a.images * (a.height + 1) - 1);
+    first = group * a.images * (a.out_height + 1) + tile % a.tiles * a.lines;
+    last = min(first + a.lines, (group + 1) * a.images * (a.out_height + 1) - 1);
     begin = a.chunks * static_cast<int>(blockIdx.y) / a.splits;
     end = a.chunks * (static_cast<int>(blockIdx.y) + 1) / a.splits;
   }
 };
 
-// Which pixel of the batch lies at a position, -1 for zeros. `line`: the line of position 0.
-__device__ inline int pixel_at(const HaloArgs& a, int line, int position) {
+// An image of the batch, and a row and column of its output.
+struct Place {
+  int image, row, column;
+};
+
+// What lies at a position, image -1 for zeros. `line`: the line of position 0.
+__device__ inline Place place_at(const HaloArgs& a, int line, int position) {
   const int down = static_cast<int>(__umulhi(static_cast<uint32_t>(position), a.pitch_inverse));
   const int column = position - down * a.pitch, at = line + down;
-  if (at < 0 || column >= a.width) return -1;
+  if (at < 0 || column >= a.out_width) return {-1, 0, 0};
   const int image = static_cast<int>(__umulhi(static_cast<uint32_t>(at), a.height_inverse));
-  const int row = at - image * (a.height + 1);
-  return row < a.height && image < a.batch ? (image * a.height + row) * a.width + column : -1;
+  const int row = at - image * (a.out_height + 1);
+  return {row < a.out_height && image < a.batch ? image : -1, row, column};
 }
 
 // The copies of a block, 16 bytes at a time. Neighbouring threads copy neighbouring channels.
-template <typename T, int kIndex, int kChunk>
+template <typename T, int kIndex, int kChunk, int kStride>
 struct HaloLoad {
   static constexpr HaloTile kTile = kHaloTiles[kIndex];
   static constexpr int kPieces = kChunk / 8, kAtOnce = kTile.threads() / kPieces;
@@ -57,17 +62,33 @@ struct HaloLoad {
   }
 
   __device__ uint32_t input_of(int chunk) const {
-    return input + ((chunk - block.begin) & 1) * kPieces * plane_bytes(kTile.columns, a.pitch);
+    return input + ((chunk - block.begin) & 1) * kPieces * plane_bytes(kTile.columns, a.pitch, kStride);
   }
   __device__ uint32_t stage(int n) const { return filters + n * filter_bytes(kTile, kChunk); }
 
-  // Position 0 is the zero before the line above the tile.
+  // Offset of the pixel at a position of the input, -1 for zeros.
+  __device__ int64_t pixel_at(int position) const {
+    int row_of = 0, column_of = 0;  // in a pair of rows and columns
+    if constexpr (kStride == 2) {
+      constexpr int kRuns = 4;
+      const int run = run_positions(kTile.columns, a.pitch);
+#pragma unroll
+      for (int i = 1; i < kRuns; ++i)
+        if (position >= run) position -= run, row_of = i / 2, column_of = i % 2;
+    }
+    if (position == 0) return -1;
+    const Place p = place_at(a, block.first - 1, position - 1);
+    const int row = p.row * kStride + row_of, column = p.column * kStride + column_of;
+    if (p.image < 0 || (kStride == 2 && (row >= a.height || column >= a.width))) return -1;
+    return (int64_t{p.image} * a.height + row) * a.width + column;
+  }
+
   __device__ void load_input(int chunk) const {
-    const uint32_t to = input_of(chunk) + piece * plane_bytes(kTile.columns, a.pitch);
+    const uint32_t to = input_of(chunk) + piece * plane_bytes(kTile.columns, a.pitch, kStride);
     const int channel = chunk * kChunk + piece * 8;
-    for (int p = place; p < halo_positions(kTile.columns, a.pitch); p += kAtOnce) {
-      const int pixel = p == 0 ? -1 : pixel_at(a, block.first - 1, p - 1);
-      ptx::copy_async(to + p * 16, pixel < 0 ? x : x + int64_t{pixel} * a.channels + channel, pixel < 0 ? 0 : 16);
+    for (int p = place; p < halo_positions(kTile.columns, a.pitch, kStride); p += kAtOnce) {
+      const int64_t pixel = pixel_at(p);
+      ptx::copy_async(to + p * 16, pixel < 0 ? x : x + pixel * a.channels + channel, pixel < 0 ? 0 : 16);
     }
   }
 
@@ -92,8 +113,9 @@ __device__ void for_outputs(const HaloArgs& a, const HaloBlock<kIndex>& block, u
   const int piece = threadIdx.x % kPieces, channel = block.channel + piece * 8;
   const int positions = channel < a.out_channels ? (block.last - block.first) * a.pitch : 0;
   for (int p = threadIdx.x / kPieces; p < kTile.columns; p += kAtOnce) {
-    const int pixel = p < positions ? pixel_at(a, block.first, p) : -1;
-    f(tile + p * output_pitch(kTile) + piece * 16, pixel < 0 ? -1 : int64_t{pixel} * a.out_channels + channel);
+    const Place at = p < positions ? place_at(a, block.first, p) : Place{-1, 0, 0};
+    const int64_t pixel = (int64_t{at.image} * a.out_height + at.row) * a.out_width + at.column;
+    f(tile + p * output_pitch(kTile) + piece * 16, at.image < 0 ? -1 : pixel * a.out_channels + channel);
   }
 }
 
@@ -162,19 +184,20 @@ __device__ void finish_halo(float (&sums)[kHaloTiles[kIndex].columns / 2], const
 }
 
 // x: [batch, height, width, channels]; weight: [out_channels, 3, 3, channels]; scale, shift: [out_channels]; residual,
-// y: [batch, height, width, out_channels], residual may be null. partial and counters: the workspace of the plan;
-// counters are zero before and after. kChunk: a.chunk.
-template <typename T, int kIndex, int kChunk>
+// y: [batch, out_height, out_width, out_channels], residual may be null. partial and counters: the workspace of the
+// plan; counters are zero before and after. kChunk and kStride: a.chunk and a.stride.
+template <typename T, int kIndex, int kChunk, int kStride>
 __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
     conv_halo_fwd_kernel(const T* __restrict__ x, const T* __restrict__ weight, const float* __restrict__ scale,
                          const float* __restrict__ shift, const T* __restrict__ residual, T* __restrict__ y,
                          float* partial, int* counters, const __grid_constant__ HaloArgs a) {
+#ifdef RESNET_FAST_WGMMA
   constexpr HaloTile kTile = kHaloTiles[kIndex];
   constexpr int kAhead = kTile.stages - 2;  // one stage is multiplied, the one before may still be
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t memory = ptx::shared_address(shared);
   const HaloBlock<kIndex> block(a);
-  const HaloLoad<T, kIndex, kChunk> load(x, weight, a, block, memory);
+  const HaloLoad<T, kIndex, kChunk, kStride> load(x, weight, a, block, memory);
   const uint32_t tile = load.stage(kTile.stages);
   const int steps = 9 * (block.end - block.begin);
 
@@ -199,7 +222,7 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
   }
 
   float sums[kTile.columns / 2];
-  const uint32_t plane = plane_bytes(kTile.columns, a.pitch);
+  const uint32_t plane = plane_bytes(kTile.columns, a.pitch, kStride);
   // Step s multiplies tap `tap` of `chunk`; filters of step s + kAhead are `next`.
   int chunk = block.begin, tap = 0, next_chunk = block.begin, next_tap = kAhead, stage = 0, next_stage = kAhead;
 #pragma unroll 1
@@ -209,7 +232,7 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
     __syncthreads();
     ptx::fence_async_proxy();
     const uint32_t at_a = load.stage(stage) + warp / 4 * 64 * 16;
-    const uint32_t at_b = load.input_of(chunk) + (tap / 3 * a.pitch + tap % 3) * 16;
+    const uint32_t at_b = load.input_of(chunk) + tap_position(kTile.columns, a.pitch, kStride, tap / 3, tap % 3) * 16;
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k)
@@ -235,6 +258,9 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
     if (at < 0) return;
     *reinterpret_cast<float4*>(y + at) = ptx::load_shared(from);
   });
+#else
+  __trap();  // compiled for another architecture: the launcher asks for this one
+#endif
 }
 
 }  // namespace resnet_fast::cuda
