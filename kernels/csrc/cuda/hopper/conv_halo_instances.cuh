@@ -1,4 +1,4 @@
-// The kernels of one element type, by tile and channels of a step; a source file for each type.
+// The kernels of one element type, by tile, stride and channels of a step; a source file for each type.
 #pragma once
 
 #include <array>
@@ -14,8 +14,9 @@ const void* halo_kernel(int instance);
 
 template <typename T, int... kInstance>
 const void* halo_instance(int instance, std::integer_sequence<int, kInstance...>) {
-  static const std::array<const void*, sizeof...(kInstance)> kernels = {reinterpret_cast<const void*>(
-      &conv_halo_fwd_kernel < T, kInstance / kHaloSlices, 64 >> kInstance % kHaloSlices >)...};
+  static const std::array<const void*, sizeof...(kInstance)> kernels = {
+      reinterpret_cast<const void*>(&conv_halo_fwd_kernel<T, kInstance / kHaloKernels, (64 >> kInstance % kHaloSlices),
+                                                          1 + kInstance % kHaloKernels / kHaloSlices>)...};
   return kernels[instance];
 }
 
