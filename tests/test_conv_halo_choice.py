@@ -1,5 +1,6 @@
 """The 3x3 kernels of Hopper behind the operators: when they are candidates, and the operators' results through them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from cuda_support import cuda_device
 
 from resnet_fast import ops
-from resnet_fast._triton import hopper_configs, tune
+from resnet_fast._triton import hopper_configs, hopper_conv, layers, tune
 from resnet_fast._triton.configs import A100, Gpu, Layer
 from resnet_fast._triton.hopper_configs import HopperConfig, candidates, computes, plan, tiles
 
@@ -103,6 +104,25 @@ def test_slices_that_are_not_aligned():
     with cuda_device(), tune.use(HopperConfig(5)):
         y = ops.conv_bn_add_relu(wide[..., 1:].permute(0, 3, 1, 2), residual, weight, padding=1)
     assert torch.equal(y, (F.conv2d(x.float(), weight.float(), padding=1) + residual.float()).relu().half())
+
+
+@pytest.mark.parametrize(("stride", "residual"), [(1, True), (2, False)])
+def test_a_measurement_verifies_first(monkeypatch, stride, residual):
+    """What computes wrongly is refused before it is timed, and said to be."""
+    layer = dataclasses.replace(layer_of(1, 6, 64, 64, stride=stride), residual=residual)
+    x, filters, added = layers.operands(layer, torch.device("cpu"))
+    hopper_conv.verify.cache_clear()
+    with cuda_device() as device:
+        layers._run_choice(layer, x, filters, added, HopperConfig(5))
+        layers._run_choice(layer, x, filters, added, HopperConfig(5))
+        assert len(device.launches) == 3  # verified once
+
+        def wrong(*arguments):
+            arguments[-1].fill_(1)
+
+        monkeypatch.setattr(hopper_conv, "conv_bn_relu", wrong)
+        with pytest.raises(RuntimeError, match=r"computes .* wrongly"):
+            layers._run_choice(layer, x, filters, added, HopperConfig(4))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast import launch
@@ -14,7 +16,7 @@ from .configs import Layer
 from .cuda_conv import counters_of
 from .hopper_configs import KERNELS, HopperConfig, instance, plan, tiles
 
-__all__ = ["conv_bn_relu", "kernel_name"]
+__all__ = ["conv_bn_relu", "kernel_name", "verify"]
 
 _ALIGN = 16
 
@@ -60,6 +62,31 @@ def conv_bn_relu(
             struct.pack(f"{len(made.args)}I", *made.args),
         ),
     )
+
+
+@functools.cache
+def verify(layer: Layer, config: HopperConfig, device: torch.device) -> None:
+    """Raises RuntimeError unless ``config`` computes ``layer`` exactly on numbers for which all sums are.
+
+    Once for each: a measurement begins with it, since no GPU has run these kernels in the tests of a release.
+    """
+
+    def whole(most: int, *shape: int) -> Tensor:
+        return torch.randint(-most, most + 1, shape, device=device).to(layer.dtype)
+
+    x = whole(2, layer.batch, layer.height, layer.width, layer.channels)
+    weight = whole(1, layer.out_channels, 3, 3, layer.channels)
+    y = torch.empty(
+        layer.batch, layer.out_height, layer.out_width, layer.out_channels, dtype=layer.dtype, device=device
+    )
+    residual = whole(9, *y.shape) if layer.residual else None
+    scale, shift = torch.ones(layer.out_channels, device=device), torch.arange(layer.out_channels, device=device) % 5.0
+    images = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual, y)]
+    conv_bn_relu(layer, config, images[0], weight, scale, shift, images[1], images[2])  # type: ignore[arg-type]
+    exact = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(), None, layer.stride, 1)
+    exact = exact.permute(0, 2, 3, 1) + shift + (0 if residual is None else residual)
+    if not torch.equal(y, (exact.relu() if layer.relu else exact).to(layer.dtype)):
+        raise RuntimeError(f"{config} computes {layer} wrongly on {device}")
 
 
 def _launcher(tile: int) -> Any:

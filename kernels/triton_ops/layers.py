@@ -114,6 +114,8 @@ def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object
 
 
 def _run_choice(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None, choice: Choice) -> Tensor:
+    if isinstance(choice, HopperConfig):
+        hopper_conv.verify(layer, choice, x.device)
     return run(layer, choice, x, filters, residual)
 
 
