@@ -62,6 +62,11 @@ def test_exact_on_integers(tile, shape):
 @pytest.mark.parametrize("tile", range(len(hopper.tiles())))
 def test_stride_2(tile, shape):
     """Even and odd sizes: the last row and column have a neighbour behind them, or zeros."""
+    n, h, w, c, k = shape
+    if hopper.plan(tile, n, h, w, c, k, stride=2) is None:  # four runs of input twice do not fit shared memory
+        assert hopper.tiles()[tile] >= (120, 2, 0)
+        assert c >= 64
+        return
     check(tile, shape, seed=tile, stride=2)
 
 

@@ -21,6 +21,12 @@ __device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t rows_apa
          static_cast<uint64_t>(rows_apart >> 4) << 32;
 }
 
+// The same, `bytes` further on: a multiple of 16. Addresses of shared memory fit their field, so there is no carry.
+__device__ inline uint64_t further(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return descriptor & 0xffffffff00000000 | low;
+}
+
 // Before the first product, and before those that follow other accesses to the same registers.
 __device__ inline void wgmma_fence() {
 #ifdef RESNET_FAST_WGMMA

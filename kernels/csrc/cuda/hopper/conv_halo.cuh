@@ -49,16 +49,22 @@ __device__ inline Place place_at(const HaloArgs& a, int line, int position) {
 template <typename T, int kIndex, int kChunk, int kStride>
 struct HaloLoad {
   static constexpr HaloTile kTile = kHaloTiles[kIndex];
-  static constexpr int kPieces = kChunk / 8, kAtOnce = kTile.threads() / kPieces;
-  const T *x, *weight;
+  static constexpr int kPieces = kChunk / 8, kAtOnce = kTile.threads() / kPieces, kRows = kTile.rows() / kAtOnce;
+  const T *x, *next;  // next: this thread's first piece of the next step's filters
   const HaloArgs& a;
   const HaloBlock<kIndex>& block;
   uint32_t input, filters;
   int piece, place;
+  int tap = 0, rows;  // rows: filters of the block that there are
+  int64_t apart;  // elements from one filter of this thread to the next
 
   __device__ HaloLoad(const T* x_, const T* weight_, const HaloArgs& args, const HaloBlock<kIndex>& b, uint32_t shared)
-      : x(x_), weight(weight_), a(args), block(b), input(shared), filters(shared + input_bytes(kTile, args)) {
+      : x(x_), a(args), block(b), input(shared), filters(shared + input_bytes(kTile, args)) {
     piece = threadIdx.x % kPieces, place = threadIdx.x / kPieces;
+    rows = a.out_channels - block.channel;
+    const int64_t filter = int64_t{9} * a.channels;
+    next = weight_ + (block.channel + place) * filter + block.begin * kChunk + piece * 8;
+    apart = kAtOnce * filter;
   }
 
   __device__ uint32_t input_of(int chunk) const {
@@ -67,7 +73,7 @@ struct HaloLoad {
   __device__ uint32_t stage(int n) const { return filters + n * filter_bytes(kTile, kChunk); }
 
   // Offset of the pixel at a position of the input, -1 for zeros.
-  __device__ int64_t pixel_at(int position) const {
+  __device__ int pixel_at(int position) const {
     int row_of = 0, column_of = 0;  // in a pair of rows and columns
     if constexpr (kStride == 2) {
       constexpr int kRuns = 4;
@@ -80,27 +86,26 @@ struct HaloLoad {
     const Place p = place_at(a, block.first - 1, position - 1);
     const int row = p.row * kStride + row_of, column = p.column * kStride + column_of;
     if (p.image < 0 || (kStride == 2 && (row >= a.height || column >= a.width))) return -1;
-    return (int64_t{p.image} * a.height + row) * a.width + column;
+    return (p.image * a.height + row) * a.width + column;
   }
 
   __device__ void load_input(int chunk) const {
     const uint32_t to = input_of(chunk) + piece * plane_bytes(kTile.columns, a.pitch, kStride);
     const int channel = chunk * kChunk + piece * 8;
     for (int p = place; p < halo_positions(kTile.columns, a.pitch, kStride); p += kAtOnce) {
-      const int64_t pixel = pixel_at(p);
-      ptx::copy_async(to + p * 16, pixel < 0 ? x : x + pixel * a.channels + channel, pixel < 0 ? 0 : 16);
+      const int pixel = pixel_at(p);
+      ptx::copy_async(to + p * 16, x + (int64_t{max(pixel, 0)} * a.channels + channel), pixel < 0 ? 0 : 16);
     }
   }
 
-  __device__ void load_filters(int n, int chunk, int tap) const {
-    const uint32_t to = stage(n) + piece * filter_plane_bytes(kTile);
-    const T* from = weight + tap * a.channels + chunk * kChunk + piece * 8;
+  // Filters of the next step, to a stage; steps go through the taps, then through the slices of channels.
+  __device__ void load_filters(int n) {
+    const uint32_t to = stage(n) + piece * filter_plane_bytes(kTile) + place * 16;
 #pragma unroll
-    for (int i = 0; i < kTile.rows() / kAtOnce; ++i) {
-      const int row = place + i * kAtOnce, channel = block.channel + row;
-      const bool there = channel < a.out_channels;
-      ptx::copy_async(to + row * 16, there ? from + int64_t{channel} * 9 * a.channels : weight, there ? 16 : 0);
-    }
+    for (int i = 0; i < kRows; ++i)
+      ptx::copy_async(to + i * kAtOnce * 16, next + i * apart, place + i * kAtOnce < rows ? 16 : 0);
+    next += a.channels;
+    if (++tap == 9) tap = 0, next += kChunk - 9 * a.channels;
   }
 };
 
@@ -114,8 +119,8 @@ __device__ void for_outputs(const HaloArgs& a, const HaloBlock<kIndex>& block, u
   const int positions = channel < a.out_channels ? (block.last - block.first) * a.pitch : 0;
   for (int p = threadIdx.x / kPieces; p < kTile.columns; p += kAtOnce) {
     const Place at = p < positions ? place_at(a, block.first, p) : Place{-1, 0, 0};
-    const int64_t pixel = (int64_t{at.image} * a.out_height + at.row) * a.out_width + at.column;
-    f(tile + p * output_pitch(kTile) + piece * 16, at.image < 0 ? -1 : pixel * a.out_channels + channel);
+    const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
+    f(tile + p * output_pitch(kTile) + piece * 16, at.image < 0 ? -1 : int64_t{pixel} * a.out_channels + channel);
   }
 }
 
@@ -197,14 +202,14 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t memory = ptx::shared_address(shared);
   const HaloBlock<kIndex> block(a);
-  const HaloLoad<T, kIndex, kChunk, kStride> load(x, weight, a, block, memory);
+  HaloLoad<T, kIndex, kChunk, kStride> load(x, weight, a, block, memory);
   const uint32_t tile = load.stage(kTile.stages);
   const int steps = 9 * (block.end - block.begin);
 
   load.load_input(block.begin);
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
-    load.load_filters(s, block.begin, s);
+    load.load_filters(s);
     ptx::copy_async_commit();
   }
   if (residual != nullptr)
@@ -223,28 +228,31 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
 
   float sums[kTile.columns / 2];
   const uint32_t plane = plane_bytes(kTile.columns, a.pitch, kStride);
-  // Step s multiplies tap `tap` of `chunk`; filters of step s + kAhead are `next`.
-  int chunk = block.begin, tap = 0, next_chunk = block.begin, next_tap = kAhead, stage = 0, next_stage = kAhead;
+  const uint64_t filters = ptx::matrix_descriptor(load.stage(0) + warp / 4 * 64 * 16, 128, filter_plane_bytes(kTile));
+  const uint64_t input = ptx::matrix_descriptor(memory, 128, plane);
+  // Step s multiplies tap (ky, kx) of `chunk`; its filters lie in `stage`, those of step s + kAhead go to `next_stage`.
+  int chunk = block.begin, ky = 0, kx = 0, stage = 0, next_stage = kAhead;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ptx::copy_async_wait<kAhead - 1>();
     // After it all see what has arrived, and the products before the last ones are done in all warps.
     __syncthreads();
     ptx::fence_async_proxy();
-    const uint32_t at_a = load.stage(stage) + warp / 4 * 64 * 16;
-    const uint32_t at_b = load.input_of(chunk) + tap_position(kTile.columns, a.pitch, kStride, tap / 3, tap % 3) * 16;
+    const int position = tap_position(kTile.columns, a.pitch, kStride, ky, kx);
+    const uint64_t at_a = ptx::further(filters, stage * filter_bytes(kTile, kChunk));
+    const uint64_t at_b = ptx::further(input, load.input_of(chunk) - memory + position * 16);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k)
-      ptx::wgmma(sums, ptx::matrix_descriptor(at_a + 2 * k * filter_plane_bytes(kTile), 128, filter_plane_bytes(kTile)),
-                 ptx::matrix_descriptor(at_b + 2 * k * plane, 128, plane), step + k, T{});
+      ptx::wgmma(sums, ptx::further(at_a, 2 * k * filter_plane_bytes(kTile)), ptx::further(at_b, 2 * k * plane),
+                 step + k, T{});
     ptx::wgmma_commit();
-    if (tap == 1 && chunk + 1 < block.end) load.load_input(chunk + 1);
-    if (step + kAhead < steps) load.load_filters(next_stage, next_chunk, next_tap);
+    if (ky == 0 && kx == 1 && chunk + 1 < block.end) load.load_input(chunk + 1);
+    if (step + kAhead < steps) load.load_filters(next_stage);
     ptx::copy_async_commit();
     ptx::wgmma_wait<1>();
-    if (++tap == 9) tap = 0, ++chunk;
-    if (++next_tap == 9) next_tap = 0, ++next_chunk;
+    if (++kx == 3) kx = 0, ++ky;
+    if (ky == 3) ky = 0, ++chunk;
     if (++stage == kTile.stages) stage = 0;
     if (++next_stage == kTile.stages) next_stage = 0;
   }

@@ -95,12 +95,12 @@ constexpr int shared_bytes(HaloTile t, const HaloArgs& a) {
 }
 
 // Whether a tile can compute a 3x3 convolution of padding 1 and stride 1 or 2, of 16-bit elements and aligned operands.
-// Lines are counted by multiplication, which is exact so far.
+// Lines are counted by multiplication, which is exact so far; pixels fit 31 bits then.
 constexpr bool suits(HaloTile t, const HaloArgs& a) {
   if (a.batch <= 0 || a.height <= 0 || a.width <= 0 || a.stride < 1 || a.stride > 2 || a.splits <= 0) return false;
   const int64_t image = (a.height - 1) / a.stride + 2, pitch = (a.width - 1) / a.stride + 2;
   return a.channels > 0 && a.channels % 16 == 0 && a.out_channels > 0 && a.out_channels % 8 == 0 &&
-         pitch <= t.columns && a.batch * image < (1 << 22) / image;
+         pitch <= t.columns && a.batch * image < (1 << 21) / image;
 }
 
 // Fills in what follows from the shape and the choice of splits, already in `a`: as many lines as fit the columns;
