@@ -92,6 +92,7 @@ struct HaloLoad {
   __device__ void load_input(int chunk) const {
     const uint32_t to = input_of(chunk) + piece * plane_bytes(kTile.columns, a.pitch, kStride);
     const int channel = chunk * kChunk + piece * 8;
+#pragma unroll 2
     for (int p = place; p < halo_positions(kTile.columns, a.pitch, kStride); p += kAtOnce) {
       const int pixel = pixel_at(p);
       ptx::copy_async(to + p * 16, x + (int64_t{max(pixel, 0)} * a.channels + channel), pixel < 0 ? 0 : 16);
@@ -117,6 +118,7 @@ __device__ void for_outputs(const HaloArgs& a, const HaloBlock<kIndex>& block, u
   constexpr int kPieces = kTile.rows() / 8, kAtOnce = kTile.threads() / kPieces;
   const int piece = threadIdx.x % kPieces, channel = block.channel + piece * 8;
   const int positions = channel < a.out_channels ? (block.last - block.first) * a.pitch : 0;
+#pragma unroll 2
   for (int p = threadIdx.x / kPieces; p < kTile.columns; p += kAtOnce) {
     const Place at = p < positions ? place_at(a, block.first, p) : Place{-1, 0, 0};
     const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
@@ -141,13 +143,14 @@ __device__ bool join_halo(float (&sums)[kHaloTiles[kIndex].columns / 2], float* 
   if (__syncthreads_or(threadIdx.x == 0 && atomicAdd(counters + blockIdx.x, 1) != a.splits - 1)) return false;
   __threadfence();
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    float4 sum = all[i * kThreads];
-    for (int s = 1; s < a.splits; ++s) {
+  for (int i = 0; i < kCount * 4; ++i) sums[i] = 0;
+#pragma unroll 1
+  for (int s = 0; s < a.splits; ++s) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
       const float4 v = all[(s * kCount + i) * kThreads];
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      sums[4 * i] += v.x, sums[4 * i + 1] += v.y, sums[4 * i + 2] += v.z, sums[4 * i + 3] += v.w;
     }
-    sums[4 * i] = sum.x, sums[4 * i + 1] = sum.y, sums[4 * i + 2] = sum.z, sums[4 * i + 3] = sum.w;
   }
   if (threadIdx.x == 0) counters[blockIdx.x] = 0;
   return true;
