@@ -68,7 +68,9 @@ def extension():
         # torch leaves this unset where it was itself built without CUDA.
         cpp_extension.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-        sources += sorted(CSRC.glob("cuda/*.cu"))
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
+            nvcc.append("-DRESNET_FAST_SM90A")  # wgmma exists there alone
+        sources += [path for folder in ("cuda", "cuda/hopper") for path in sorted(CSRC.glob(f"{folder}/*.cu"))]
         # Static: the module loads on machines without a driver or a toolkit.
         link["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
         link["library_dirs"] = [str(Path(home, part)) for part in ("lib64", "lib") if Path(home, part).exists()]

@@ -70,7 +70,7 @@ class Binary:
     @functools.cached_property
     def main_loop(self) -> collections.Counter:
         """Opcodes of the innermost loop that has most of the products."""
-        products = "HMMA" if self.count("HMMA") else "FFMA"
+        products = next((p for p in ("HGMMA", "HMMA") if self.count(p)), "FFMA")
         bodies = [_opcodes(self.code[first : last + 1]) for first, last in self._loops]
         return max(bodies, key=lambda body: (_count(body, products), -body.total()))
 

@@ -52,6 +52,13 @@ def find_cuda(name):
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::ConvArgs);"""
         return source, FLAGS, stem
+    if stem == "conv_halo_fwd_kernel":
+        tile, stride, chunk = int(number) // 6, 1 + int(number) % 6 // 3, 64 >> int(number) % 3
+        source = f"""#include "hopper/conv_halo.cuh"
+        template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}, {stride}>(
+            const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
+            const __grid_constant__ resnet_fast::cuda::HaloArgs);"""
+        return source, (*FLAGS, "-arch=sm_90a"), stem
     if stem == "conv_bn_relu_pool_fwd_kernel":
         source = f"""#include "conv_bn_relu_pool.cuh"
         template __global__ void resnet_fast::cuda::conv_bn_relu_pool_fwd_kernel<{t}, {number}>(

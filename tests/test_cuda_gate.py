@@ -1,9 +1,12 @@
 """What nvcc made of the CUDA kernels for sm_80, sm_90 and sm_100, read from the built extension."""
 
+import itertools
+
 import cuda_gate as gate
 import pytest
 import torch
 
+from resnet_fast._triton import hopper_configs
 from resnet_fast._triton.cuda_configs import tiles
 
 ARCHS = (80, 90, 100)
@@ -49,6 +52,35 @@ def test_convolutions(arch):
             products = sum(n for name, n in k.main_loop.items() if name.startswith("HMMA"))
             loads = sum(n for name, n in k.main_loop.items() if name.startswith("LDSM"))
             assert 0 < loads <= products, what
+
+
+def test_hopper_convolutions():
+    """wgmma and nothing else multiplies; all instances are there, and registers allow the blocks of the plan."""
+    found = [k for k in gate.kernels() if k.stem == "conv_halo_fwd_kernel" and k.arch == 90]
+    kinds = itertools.product(range(len(hopper_configs.tiles())), (64, 32, 16), (1, 2))
+    expected = set(itertools.product(("float16", "bfloat16"), kinds))
+    assert {(k.dtype, k.values) for k in found} == expected
+    for k in found:
+        tile, channels = hopper_configs.tiles()[k.values[0]], k.values[1]
+        what = f"{k.dtype} {tile} {channels}: {k.registers} registers, {dict(k.opcodes.most_common(8))}"
+        assert k.count("HGMMA") == channels // 16, what  # a step's: the loop is not unrolled, nothing is repeated
+        assert k.count("HMMA") == 0, what
+        # One block fits a multiprocessor, two where a block is one warpgroup.
+        blocks = 2 if tile.warpgroups == 1 else 1
+        assert blocks * 4 * tile.warpgroups * -(-k.registers * 32 // 256) * 256 <= 65536, what
+        assert k.shared == 1024, what
+        assert k.count("LDGSTS.128") > 0, what
+        assert k.count("STG.128") > 0, what
+        # The loop waits for products and copies, never for all of them.
+        loop = k.main_loop
+        assert sum(n for name, n in loop.items() if name.startswith("HGMMA")) == channels // 16, what
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_other_architectures_hold_no_wgmma(arch):
+    found = [k for k in gate.kernels() if k.stem == "conv_halo_fwd_kernel" and k.arch == arch]
+    assert found
+    assert all(k.opcodes.total() < 32 for k in found)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -89,6 +89,14 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
+  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/halo_plan.h); of a tile its columns, warpgroups and
+  // stages.
+  m.def("conv_halo_tiles() -> int[]");
+  m.def("conv_halo_plan(int tile, int[] args) -> int[]");
+  m.def(
+      "conv_halo_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
+      "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
+
   // The stream of launches on the device of x, and the capture of a CUDA graph that it takes part in, 0 where in none.
   m.def("current_capture(Tensor x) -> int[]");
 

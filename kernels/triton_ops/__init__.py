@@ -1,8 +1,8 @@
 """Triton kernels and their launchers; installed as ``resnet_fast._triton`` and imported where a GPU wants them.
 
 A file names an operator and holds its kernels, the geometry of its launches (pure functions of shapes) and the function
-that launches them through :mod:`resnet_fast.launch`. The files whose names begin with ``cuda`` do the latter for the
-kernels in CUDA C++, which the extension holds.
+that launches them through :mod:`resnet_fast.launch`. The files whose names begin with ``cuda`` and ``hopper`` do the
+latter for the kernels in CUDA C++, which the extension holds.
 """
 
 from resnet_fast import backends as _backends
@@ -12,6 +12,7 @@ from . import cuda_avg_pool as _cuda_avg_pool
 from . import cuda_batch_norm as _cuda_batch_norm
 from . import cuda_conv as _cuda_conv
 from . import cuda_stem as _cuda_stem
+from . import hopper_conv as _hopper_conv
 from . import operators as _operators
 from . import training as _training
 
@@ -20,6 +21,7 @@ if _backends.has_cuda_convolution():
     _cuda_stem.register()
     _cuda_avg_pool.register()
     _cuda_batch_norm.register()
+    _hopper_conv.register()
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
 OPERATORS = {

@@ -16,9 +16,10 @@ from resnet_fast import backends, launch, ops
 from resnet_fast.gpu import library
 
 from . import conv_bn_relu as kernels
-from . import cuda_conv
+from . import cuda_conv, hopper_conv
 from .configs import Config, Layer
 from .cuda_configs import CudaConfig
+from .hopper_configs import HopperConfig
 from .tune import LIBRARY, Choice, tuner
 
 __all__ = ["Filter", "choose", "layer_of", "precision", "prepare", "run", "trials", "wants_folded"]
@@ -65,12 +66,19 @@ class Filter:
     bias: Tensor | None = None
 
 
+_STARTS: dict[type, Callable[..., None]] = {
+    Config: kernels.conv_bn_relu,
+    CudaConfig: cuda_conv.conv_bn_relu,
+    HopperConfig: hopper_conv.conv_bn_relu,
+}
+
+
 def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
     """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``; images in channels_last."""
-    if isinstance(choice, Config | CudaConfig):
+    if isinstance(choice, Config | CudaConfig | HopperConfig):
         y = ops.empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
-        start = cuda_conv.conv_bn_relu if isinstance(choice, CudaConfig) else kernels.conv_bn_relu
-        start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)  # type: ignore[arg-type]
+        start = _STARTS[type(choice)]
+        start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)
         return y
     if choice == LIBRARY:
         return kernels.library(layer, x, filters.weight, filters.scale, filters.shift, residual)
@@ -106,6 +114,8 @@ def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object
 
 
 def _run_choice(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None, choice: Choice) -> Tensor:
+    if isinstance(choice, HopperConfig):
+        hopper_conv.verify(layer, choice, x.device)
     return run(layer, choice, x, filters, residual)
 
 

@@ -1,10 +1,10 @@
 """Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
 
-The candidates are the tiles of :mod:`.configs` (Triton), those of :mod:`.cuda_configs` (CUDA C++) where the extension
-holds them, the libraries' fused kernels of :mod:`resnet_fast.gpu.library` where filters may be folded, and PyTorch's
-own convolution followed by one fused pass: a fused layer is never slower than an unfused one, to the accuracy of the
-measurement (:mod:`resnet_fast.gpu.timing`). ``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind
-of them; a choice among those is kept apart. Choices are written to
+The candidates are the tiles of :mod:`.configs` (Triton), those of :mod:`.cuda_configs` and :mod:`.hopper_configs` (CUDA
+C++) where the extension holds them, the libraries' fused kernels of :mod:`resnet_fast.gpu.library` where filters may be
+folded, and PyTorch's own convolution followed by one fused pass: a fused layer is never slower than an unfused one, to
+the accuracy of the measurement (:mod:`resnet_fast.gpu.timing`). ``backends.use("cuda")`` and ``backends.use("triton")``
+leave one kind of them; a choice among those is kept apart. Choices are written to
 ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
 kernels and so give the same bits. What :mod:`resnet_fast.gpu.shipped` knows of a GPU is not measured again.
 ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs` expects.
@@ -32,9 +32,10 @@ import triton
 from resnet_fast import backends, launch
 from resnet_fast.gpu import library, shipped, timing
 
-from . import configs, cuda_configs
+from . import configs, cuda_configs, hopper_configs
 from .configs import A100, Config, Gpu, Layer
 from .cuda_configs import CudaConfig
+from .hopper_configs import HopperConfig
 
 __all__ = ["Tuner", "choices", "gpu_of", "tuner", "use"]
 
@@ -42,7 +43,7 @@ LIBRARY = "library"
 # How a chain of convolutions runs: a stage of it a launch, a convolution and the pooling behind it a launch, or a
 # convolution a launch.
 STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
-Choice = Config | CudaConfig | str
+Choice = Config | CudaConfig | HopperConfig | str
 Run = Callable[[Any], object]
 # Seconds of a call of each candidate, and what those raised that cannot run here.
 Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
@@ -101,6 +102,9 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
     skipped = backend == "triton" or (backend == "auto" and gpu.family == 90 and layer.dtype != torch.float32)
     if not skipped and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
         found += cuda_configs.candidates(layer, gpu)
+    # Behind the others: these have been timed nowhere yet, and the first is what runs where times are equal.
+    if backend != "triton" and backends.has_cuda_convolution():
+        found += hopper_configs.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
         return found
     return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
@@ -264,6 +268,8 @@ def _parse(entry: str | dict[str, int]) -> Choice:
         if entry not in (LIBRARY, *_LIBRARIES, STAGES, POOLED, LAYERS):
             raise ValueError(f"unknown choice {entry!r}")
         return entry
+    if "halo" in entry:
+        return HopperConfig(**entry)
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
 
 

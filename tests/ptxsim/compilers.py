@@ -1,4 +1,5 @@
-"""PTX for sm_80 from the two compilers: Triton kernels as its launcher would specialise them, CUDA C++ through nvcc."""
+"""PTX from the two compilers, for sm_80 unless another is named: Triton kernels as its launcher would specialise them,
+CUDA C++ through nvcc."""
 
 import functools
 import hashlib
@@ -24,29 +25,29 @@ class TritonBinary:
 
 
 @functools.cache
-def _triton():
+def _triton(capability: int):
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", 80, 32)
+    target = GPUTarget("cuda", capability, 32)
     return triton, ASTSource, target, make_backend(target), create_function_from_signature
 
 
 _binaries: dict = {}
 
 
-def compile_triton(kernel, *args, **meta) -> tuple[TritonBinary, dict]:
+def compile_triton(kernel, *args, capability: int = 80, **meta) -> tuple[TritonBinary, dict]:
     """The binary Triton's own launcher would run for these arguments, and the arguments by name.
 
     Goes through Triton's binder, so constants, divisibility by 16 and integers equal to 1 are those of a real launch.
     """
-    triton, source, target, backend, make_binder = _triton()
+    triton, source, target, backend, make_binder = _triton(capability)
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"kernel is {type(kernel).__name__}, want a JITFunction: pass what the wrapper wraps (.fn)")
-    key = id(kernel)
+    key = id(kernel), capability
     if key not in _binaries:
         _binaries[key] = (kernel, make_binder(kernel.signature, kernel.params, backend), {})
     _, binder, cache = _binaries[key]
@@ -88,7 +89,8 @@ def compile_cuda(source: str, *flags: str) -> str:
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError("no nvcc: install a CUDA toolkit or the nvidia-cuda-nvcc wheel")
-    command = [compiler, "-ptx", "-arch=sm_80", "-lineinfo", "-std=c++17", *flags]
+    arch = [] if any(f.startswith("-arch") for f in flags) else ["-arch=sm_80"]
+    command = [compiler, "-ptx", *arch, "-lineinfo", "-std=c++17", *flags]
     headers = [p.read_text() for f in flags if f.startswith("-I") for p in sorted(pathlib.Path(f[2:]).rglob("*.*h"))]
     digest = hashlib.sha256(
         "\0".join([source, *headers, *command, str(os.stat(compiler).st_mtime_ns)]).encode()

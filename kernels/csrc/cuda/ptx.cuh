@@ -20,6 +20,40 @@ __device__ inline void ldmatrix_x4(uint32_t (&out)[4], uint32_t address) {
                : "memory");
 }
 
+// The same of matrices in shared memory that are transposed on the way: lane l holds row 2 (l % 4), and the next one,
+// of column l / 4. kCount: 2 or 4 matrices.
+template <int kCount>
+__device__ void ldmatrix_transposed(uint32_t (&out)[4], uint32_t address) {
+  if constexpr (kCount == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// And back to shared memory; from sm_90 on.
+template <int kCount>
+__device__ void stmatrix_transposed(uint32_t address, const uint32_t (&in)[4]) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kCount == 4) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(in[0]),
+                 "r"(in[1]), "r"(in[2]), "r"(in[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(in[0]), "r"(in[1])
+                 : "memory");
+  }
+#else
+  __trap();
+#endif
+}
+
 // The products move no memory, so the compiler may schedule them.
 // sums += a b: a is 16x16, b 16x8, sums 16x8 in float32. The type of the elements comes as a tag.
 __device__ inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {

@@ -4,9 +4,10 @@
 
 Space take_space(Lower& l) {
   static const std::pair<const char*, Space> kSpaces[] = {
-      {"global", Space::Global}, {"shared", Space::Shared}, {"shared::cta", Space::Shared},
-      {"local", Space::Local},   {"param", Space::Param},   {"param::entry", Space::Param},
-      {"const", Space::Const}};
+      {"global", Space::Global},      {"shared", Space::Shared},
+      {"shared::cta", Space::Shared}, {"shared::cluster", Space::Shared},  // clusters have one block
+      {"local", Space::Local},        {"param", Space::Param},
+      {"param::entry", Space::Param}, {"const", Space::Const}};
   for (auto& [name, space] : kSpaces)
     if (l.take(name)) return space;
   return Space::Generic;

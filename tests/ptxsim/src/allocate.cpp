@@ -37,7 +37,8 @@ bool writes_nothing(const std::string& op) {
                                "nanosleep",
                                "assertfail",
                                "brkpt",
-                               "pmevent"};
+                               "pmevent",
+                               "setmaxnreg"};
   return std::find(std::begin(kOps), std::end(kOps), op) != std::end(kOps);
 }
 
@@ -50,7 +51,10 @@ void registers_of(const ptx::Statement& s, std::vector<int>& writes, std::vector
   if (op == "bar" || op == "barrier")
     store = s.op.size() < 2 || (s.op[1] != "red" && !(s.op.size() > 2 && s.op[2] == "red"));
   if (op == "wmma" && s.op[1] == "store") store = true;
-  if (op == "mbarrier" && (s.op[1] == "init" || s.op[1] == "inval" || s.op[1] == "expect_tx")) store = true;
+  if (op == "mbarrier" &&
+      (s.op[1] == "init" || s.op[1] == "inval" || s.op[1] == "expect_tx" || s.op[1] == "complete_tx"))
+    store = true;
+  if (op == "wgmma" && s.op[1] == "mma_async") collect(s.args[0], reads);  // accumulators
   for (size_t i = 0; i < s.args.size(); ++i) {
     const bool address = s.args[i].kind == ptx::Arg::Addr;
     collect(s.args[i], i == 0 && !store && !address ? writes : reads);

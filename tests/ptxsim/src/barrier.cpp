@@ -7,7 +7,8 @@ namespace {
 
 u32 threads_of(const Block& b) { return b.launch->block[0] * b.launch->block[1] * b.launch->block[2]; }
 
-void publish(Warp& w, std::vector<u32>& known) {
+void publish(Warp& w, std::vector<u32>& known, std::vector<u32>& proxied) {
+  join_clocks(proxied, w.clock.proxied);
   join_clocks(known, w.clock.seen);
   known[w.id] = std::max(known[w.id], w.clock.tick);
 }
@@ -16,6 +17,7 @@ void release(Block& b, BarrierState& bar) {
   for (const auto& waiting : bar.waiting) {
     Warp& w = b.warps[waiting.warp];
     join_clocks(w.clock.seen, bar.known);
+    join_clocks(w.clock.proxied, bar.proxied);
     w.clock.update_limits(w.id);
     const Inst& I = b.launch->program->code[waiting.pc];
     if (I.n == 2) for_lanes(waiting.mask, [&](int i) { w.at<u32>(I.r[2])[i] = bar.reduced_count; });
@@ -67,7 +69,7 @@ bool arrive_at_barrier(Warp& w, const Inst& I, u32 m, u32 pc) {
     bar.reduced_or |= p != 0;
     bar.reduced_and &= p == m;
   }
-  publish(w, bar.known);
+  publish(w, bar.known, bar.proxied);
   synchronise_warp(w, m);
   bar.arrived += arriving;
   if (I.n != 1) bar.waiting.push_back({w.id, m, pc});
@@ -116,6 +118,19 @@ Violation explain_deadlock(Block& b, Warp** at) {
               __builtin_ctz(barrier->mask)};
     return {"deadlock", text + ", and no other thread can run", __builtin_ctz(barrier->mask)};
   }
+  // Where bytes are missing is closer to the cause than where arrivals are.
+  const Fragment* asleep = nullptr;
+  bool lacks_bytes = false;
+  for (Warp& w : b.warps)
+    for (const Fragment& f : w.fragments) {
+      if (f.state != Fragment::AtMbarrier || (asleep && lacks_bytes)) continue;
+      const bool bytes = mbarrier_lacks_bytes(w, b.launch->program->code[f.pc], f.mask);
+      if (asleep && !bytes) continue;
+      asleep = &f, lacks_bytes = bytes, *at = &w, w.pc = f.pc;
+    }
+  if (asleep)
+    return {"deadlock", describe_mbarrier_wait(**at, b.launch->program->code[asleep->pc], asleep->mask),
+            __builtin_ctz(asleep->mask)};
   *at = &b.warps[0];
   return {"deadlock", "no thread can run"};
 }

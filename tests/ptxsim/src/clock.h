@@ -1,5 +1,6 @@
 // What orders the accesses of a block's warps: clocks that barriers, mbarriers and fences join.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -30,14 +31,29 @@ struct WarpClock {
   std::unique_ptr<u32[]> pairs;  // [32][32], for bar.warp.sync of part of a warp; made when needed
   bool fenced = false;  // what it has done is published by its next atomic
   std::vector<u32> pending;  // what atomics brought from other warps, waiting for a fence
+  std::vector<u32> proxied;  // per lane: the latest tick whose writes a fence.proxy.async on the way here has covered
 
   WarpClock() = default;
-  WarpClock(Ticks& t, u32 b, u32 warps) : ticks(&t), block(b), seen(warps, 0), limits(warps, 63) { advance(); }
+  // `agents`: rows for what writes on its own, copies that an mbarrier completes; they follow those of the warps.
+  WarpClock(Ticks& t, u32 b, u32 warps, u32 agents, bool async_proxy)
+      : ticks(&t), block(b), seen(warps + agents, 0), limits(warps, 63), proxied(async_proxy ? 32 * warps : 0, 0) {
+    advance();
+  }
   void advance() { tick = ticks->next(block); }
   void update_limits(u32 self) {  // after any change of the above
-    for (size_t w = 0; w < seen.size(); ++w) limits[w] = (w == self ? warp_sync : seen[w]) << 6 | 63;
+    for (size_t w = 0; w < limits.size(); ++w) limits[w] = (w == self ? warp_sync : seen[w]) << 6 | 63;
   }
 };
+
+// Writes known to these lanes become visible to the async proxy: those of other warps, those that the warp's last
+// synchronisation ordered, and the lanes' own.
+inline void fence_async_proxy(WarpClock& c, u32 self, u32 mask) {
+  for (u32 k = 0; k < c.proxied.size(); ++k) {
+    const u32 known = k / 32 != self ? c.seen[k / 32] : mask >> k % 32 & 1 ? c.tick : c.warp_sync;
+    c.proxied[k] = std::max(c.proxied[k], known);
+  }
+  c.advance();
+}
 
 inline void join_clocks(std::vector<u32>& into, const std::vector<u32>& from) {
   if (into.size() < from.size()) into.resize(from.size());

@@ -82,6 +82,7 @@ std::unique_ptr<Block> Launch::start_block(u32 index) {
   b->live_threads = threads;
   b->steps = 0;
   b->mbarriers.clear();
+  b->wgmmas.assign(program->uses_wgmma ? warps / 4 : 0, {});
   for (auto& bar : b->barriers) bar = BarrierState();
   b->shared.reset(program->static_shared + dynamic_shared, program->shared_granule, warps);
   for (auto* list : {&program->module->globals, &program->kernel->variables})
@@ -100,8 +101,14 @@ std::unique_ptr<Block> Launch::start_block(u32 index) {
     w.local.assign((size_t)program->kernel->local_bytes * kLanes, 0);
     w.live = threads - k * kLanes >= kLanes ? kFullMask : (1u << (threads - k * kLanes)) - 1;
     w.fragments.assign(1, {Fragment::Ready, 0, 0, w.live});
-    w.clock = WarpClock(memory.ticks(), index, warps);
+    w.clock =
+        WarpClock(memory.ticks(), index, warps, program->async_agents, program->uses_wgmma || program->async_agents);
     w.async.reset();
+    w.wgmma = WgmmaState();
+    if (program->uses_wgmma) {
+      const size_t registers = program->kernel->registers.size();
+      w.wgmma.held.assign(registers, 0), w.wgmma.shape.assign(registers, 0), w.wgmma.touched.assign(registers, kNone);
+    }
     for (auto& s : program->specials) fill_special(w, s.name, s.ref);
   }
   return b;
@@ -120,6 +127,7 @@ bool Launch::step_block(Block& b, u32 slices) {
     run_warp(*running_, 16 + (u32)(random() % 496));
     ++b.steps;
   }
+  if (!b.live_threads) check_warpgroups(b);
   return b.live_threads != 0;
 }
 

@@ -181,6 +181,7 @@ std::unique_ptr<Program> compile(const std::string& text, const std::string& ker
     add_integer_ops(t), add_bit_ops(t), add_float_ops(t), add_half_ops(t), add_approx_ops(t), add_convert_ops(t);
     add_move_ops(t), add_predicate_ops(t), add_control_ops(t), add_memory_ops(t), add_atomic_ops(t), add_warp_ops(t);
     add_async_ops(t), add_mbarrier_ops(t), add_matrix_ops(t), add_mma_ops(t), add_wmma_ops(t);
+    add_wgmma_ops(t);
     return t;
   }();
   auto program = std::make_unique<Program>();
@@ -209,5 +210,6 @@ std::unique_ptr<Program> compile(const std::string& text, const std::string& ker
     program->code.push_back(l.inst);
   }
   Lower::places = nullptr;
+  if (program->uses_wgmma) find_touches(*program);
   return program;
 }

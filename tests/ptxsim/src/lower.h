@@ -64,6 +64,9 @@ void add_mbarrier_ops(Table&);
 void add_matrix_ops(Table&);
 void add_mma_ops(Table&);
 void add_wmma_ops(Table&);
+void add_wgmma_ops(Table&);
+// wgmma_order.cpp: finds the instructions that touch registers of wgmmas.
+void find_touches(Program& program);
 
 std::unique_ptr<Program> compile(const std::string& text, const std::string& kernel);
 

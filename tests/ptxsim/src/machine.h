@@ -30,7 +30,8 @@ enum class Control : u8 {
   Members /* mask operand */,
   Barrier,
   Trap,
-  Yield
+  Yield,
+  TryWait /* sleeps until an mbarrier completes a phase */
 };
 // Classes of the counters.
 enum class Class : u8 {
@@ -59,6 +60,12 @@ enum class Class : u8 {
   kCount
 };
 
+// A register that wgmmas of the kernel use, where another instruction touches it.
+struct Touch {
+  int reg;
+  bool writes;
+};
+
 struct Inst {
   Handler fn = nullptr;
   const Ref* r = nullptr;  // operands, destinations first
@@ -71,6 +78,7 @@ struct Inst {
   Ref members = kNone;  // Control::Members: the membermask
   u64 imm = 0;
   const void* x = nullptr;  // what else the handler needs, in a struct of its own
+  const std::vector<Touch>* touches = nullptr;
 };
 
 // Per instruction: what it cost. `units` are sectors (global), wavefronts (shared), divergent
@@ -93,6 +101,8 @@ struct Program {
   u32 static_shared = 0;
   bool has_dynamic = false;
   u32 global_granule = 16, shared_granule = 16;
+  u32 async_agents = 0;  // bulk copies: clock rows for what the mbarriers complete
+  bool uses_wgmma = false;
   bool synchronises_blocks = false;  // uses volatile, acquire or atomic accesses: blocks may wait for each other
   std::vector<std::shared_ptr<void>> arena;
   template <class T>
@@ -104,7 +114,7 @@ struct Program {
 };
 
 struct Fragment {
-  enum State : u8 { Ready, AtCollective, AtBarrier } state = Ready;
+  enum State : u8 { Ready, AtCollective, AtBarrier, AtMbarrier } state = Ready;
   u8 barrier = 0;
   u32 pc = 0, mask = 0;
 };
@@ -132,6 +142,23 @@ struct AsyncQueue {
   }
 };
 
+// A wgmma under way: what it reads in shared memory and which registers it holds, until a wait covers its group.
+struct PendingWgmma {
+  u32 group = kNone;  // kNone until it is committed
+  const std::vector<int>*accumulators, *fragments;
+  std::vector<u32> operands;  // addresses of 16 bytes each
+};
+
+struct WgmmaState {
+  std::deque<PendingWgmma> pending;
+  u32 committed = 0;
+  u64 issued = 0;  // by this warp, for the agreement of the warpgroup
+  u32 fences = 0;
+  // Per register: wgmmas that hold it, the shape they have, the number of fences when it was last touched otherwise.
+  std::vector<u16> held;
+  std::vector<u32> shape, touched;
+};
+
 struct Warp {
   char* base[2];  // [0] registers, [1] constants
   Block* block;
@@ -142,6 +169,7 @@ struct Warp {
   u32 pc = 0, split_slices = 0;
   WarpClock clock;
   AsyncQueue async;
+  WgmmaState wgmma;
   std::vector<u8> local;
   std::vector<u8> registers;
 
@@ -162,17 +190,31 @@ struct BarrierState {
   std::vector<Waiting> waiting;
   std::vector<u32> arrivals;  // warps that came by bar.arrive
   std::vector<u32> known;  // joined clocks of all that have arrived
+  std::vector<u32> proxied;
 };
 
+struct BulkCopy {
+  u32 to;
+  std::vector<u8> data;
+};
 struct MbarrierCopy {
   u32 warp;
   PendingCopy copy;
 };
 struct Mbarrier {
   u32 expected = 0, pending = 0, phase = 0;
-  s64 bytes = 0;
-  std::vector<u32> known;
+  s64 bytes = 0;  // transactions expected and not yet complete
+  u32 agent = 0;  // the clock row of its bulk copies
+  u32 init_warp = 0, init_lane = 0, init_tick = 0;
+  std::vector<u32> known, proxied;
   std::vector<MbarrierCopy> copies;
+  std::vector<BulkCopy> bulk;
+};
+
+// What the four warps of a warpgroup have issued: they must agree.
+struct WgmmaIssue {
+  u32 pc;
+  u64 a, b;
 };
 
 struct Block {
@@ -183,6 +225,7 @@ struct Block {
   SharedMemory shared;
   BarrierState barriers[16];
   std::map<u32, Mbarrier> mbarriers;
+  std::vector<std::vector<WgmmaIssue>> wgmmas;  // per warpgroup
   u32 live_threads = 0;
   u64 steps = 0;
 };
@@ -231,6 +274,15 @@ Violation explain_deadlock(Block& b, Warp** at);
 // ops_async.cpp
 void land_copies(Warp& w, u32 mask, u32 keep_groups, bool all);
 void synchronise_warp(Warp& w, u32 mask);
+// ops_mbarrier.cpp
+bool mbarrier_lacks_bytes(Warp& w, const Inst& inst, u32 mask);
+std::string describe_mbarrier_wait(Warp& w, const Inst& inst, u32 mask);
+bool mbarrier_is_complete(Warp& w, const Inst& inst, u32 mask);
+Mbarrier& find_mbarrier(Warp& w, u64 address, int lane);
+void complete_phase_if_due(Warp& w, Mbarrier& b);
+// wgmma_order.cpp
+void touch_registers(Warp& w, const Inst& inst);
+void check_warpgroups(Block& b);
 
 // Runs f(lane) for the lanes of a mask. The full mask is the loop that vectorises; ivdep because
 // destination and source may be the same register, lane by lane.

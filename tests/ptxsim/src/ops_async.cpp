@@ -66,7 +66,7 @@ void async_copy(Lower& l) {
     return;
   }
   const bool bypass = l.take("cg");
-  if (!bypass && !l.take("ca")) l.fail("only non-bulk copies exist on this target");
+  if (!bypass && !l.take("ca")) l.fail("needs .ca, .cg or .bulk");
   if (!l.take("shared") && !l.take("shared::cta")) l.fail("destination must be shared");
   if (!l.take("global")) l.fail("source must be global");
   l.drop({"L2::64B", "L2::128B", "L2::256B"});
@@ -115,6 +115,10 @@ void add_async_ops(Table& t) {
   t["cp"] = [](Lower& l) {
     if (!l.take("async")) l.fail("only cp.async exists on this target");
     l.inst.cls = Class::AsyncCopy;
+    if (l.has("bulk")) {
+      void lower_bulk_copy(Lower&);
+      return lower_bulk_copy(l);
+    }
     if (l.has("mbarrier")) {
       void lower_async_arrive(Lower&);
       return lower_async_arrive(l);

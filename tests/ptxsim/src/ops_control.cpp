@@ -77,9 +77,19 @@ void fence(Lower& l) {
   // Of the scopes, the block's own orders its warps only.
   l.inst.n = l.take("gl") || l.take("sys") || l.take("gpu");
   l.drop({"cta", "sc", "acq_rel", "acquire", "release", "cluster"});
-  if (l.take("proxy")) l.drop({"async", "async::global", "alias", "async::shared::cta"});
+  bool async_proxy = l.take("mbarrier_init");  // what makes an mbarrier known to the async proxy
+  if (l.take("proxy")) {
+    const bool other_memory = l.take("async::global") || l.take("alias");
+    async_proxy = !other_memory && l.take("async");
+    l.drop({"shared::cta", "shared::cluster", "async::shared::cta"});
+    if (l.take("global")) async_proxy = false;
+  }
   l.inst.cls = Class::Other;
-  l.inst.fn = [](Warp& w, const Inst& I, u32) { w.launch->memory.fence(w.block->index, w.clock, w.id, I.n != 0); };
+  l.inst.imm = async_proxy;
+  l.inst.fn = [](Warp& w, const Inst& I, u32 m) {
+    w.launch->memory.fence(w.block->index, w.clock, w.id, I.n != 0);
+    if (I.imm) fence_async_proxy(w.clock, w.id, m);
+  };
 }
 
 }  // namespace
@@ -95,6 +105,14 @@ void add_control_ops(Table& t) {
   t["nanosleep"] = [](Lower& l) {
     l.take_type();
     l.inst.control = Control::Yield;
+    l.inst.fn = nothing;
+  };
+  t["setmaxnreg"] = [](Lower& l) {  // registers of the simulator are as many as the kernel names
+    if (!l.take("inc") && !l.take("dec")) l.fail("needs .inc or .dec");
+    if (!l.take("sync") || !l.take("aligned") || !l.take("u32")) l.fail("needs .sync.aligned.u32");
+    const u64 n = l.immediate(l.arg(0));
+    if (n < 24 || n > 256 || n % 8) l.fail("count must be a multiple of 8 from 24 to 256");
+    l.inst.control = Control::Collective;
     l.inst.fn = nothing;
   };
   t["griddepcontrol"] = [](Lower& l) {  // one launch at a time: nothing to wait for

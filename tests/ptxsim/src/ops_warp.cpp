@@ -165,6 +165,21 @@ void add_warp_ops(Table& t) {
   t["vote"] = vote;
   t["match"] = match;
   t["redux"] = redux;
+  t["elect"] = [](Lower& l) {
+    if (!l.take("sync")) l.fail("elect needs .sync");
+    ptx::Arg p = l.arg(0);
+    p.kind = ptx::Arg::Reg, p.reg = p.reg2;
+    if (p.reg < 0) l.fail("predicate expected");
+    l.operands({l.arg(0).kind == ptx::Arg::Reg ? l.dest(l.arg(0), Ty::B32) : kNone, l.pred_dest(p)});
+    l.inst.members = l.use(l.arg(1), Ty::B32);
+    l.inst.control = Control::Members;
+    l.inst.cls = Class::Warp;
+    l.inst.fn = [](Warp& w, const Inst& I, u32 m) {
+      if (I.r[0] != kNone) for_lanes(m, [&](int i) { w.at<u32>(I.r[0])[i] = (u32)__builtin_ctz(m); });
+      u32& d = *w.at<u32>(I.r[1]);
+      d = (d & ~m) | (m & -m);
+    };
+  };
   t["activemask"] = [](Lower& l) {
     l.take_type();
     l.inst.cls = Class::Warp;

@@ -270,7 +270,9 @@ void Parser::block() {
     if (accept(";")) continue;
     if (accept("{")) {
       scopes_.emplace_back();
+      frame_->blocks.push_back(++frame_->opened);
       block();
+      frame_->blocks.pop_back();
       scopes_.pop_back();
     } else if (t.is(".reg") || t.text.rfind(".reg.", 0) == 0) {
       registers();
@@ -287,7 +289,8 @@ void Parser::block() {
     } else if (t.is(".file")) {
       skip_line();
     } else if (t.kind == Token::Word && tokens_[i_ + 1].is(":") && !tokens_[i_ + 2].is(":")) {
-      frame_->labels[word()] = kernel_->body.size();
+      const std::string label = word();
+      frame_->labels[frame_->blocks.empty() ? label : label_in(label, frame_->blocks.back())] = kernel_->body.size();
       ++i_;
       if (peek().is(".branchtargets")) {
         const std::string name = tokens_[i_ - 2].text;

@@ -75,9 +75,16 @@ class Parser {
   struct Frame {  // one function instance: its labels are its own
     std::unordered_map<std::string, u64> labels;
     std::unordered_map<std::string, std::vector<std::string>> tables;
-    std::vector<std::pair<size_t, size_t>> uses;  // statement, argument
+    struct Use {
+      size_t statement, argument;
+      std::vector<u32> blocks;
+    };
+    std::vector<Use> uses;
+    std::vector<u32> blocks;  // braces open inside the body: a label is known in those it stands in
+    u32 opened = 0;
     bool inlined = false;
   };
+  static std::string label_in(const std::string& name, u32 block) { return name + "{" + std::to_string(block); }
   void body(size_t open);
   void block();
 

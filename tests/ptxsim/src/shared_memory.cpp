@@ -10,6 +10,7 @@ void SharedMemory::reset(u32 bytes, u32 granule_bytes, u32 warps) {
   const u32 n = (bytes + (1u << shift_) - 1) >> shift_;
   cells_.assign(n, Cell());
   reads_.assign((size_t)n * warps, 0);
+  async_readers_.clear();
 }
 
 void SharedMemory::allow(u32 offset, u32 bytes) {
@@ -22,8 +23,10 @@ void SharedMemory::fault(const char* kind, const char* what, u32 address, int la
 }
 
 void SharedMemory::race(const char* what, u32 address, u32 warp, int lane, u32 other_warp, int other_lane) const {
-  std::string who = other_warp != warp ? "warp " + std::to_string(other_warp) : "the same warp";
-  if (other_lane < kLanes) who += ", lane " + std::to_string(other_lane);
+  std::string who = other_warp >= warps_ ? "a bulk copy"
+                    : other_warp != warp ? "warp " + std::to_string(other_warp)
+                                         : "the same warp";
+  if (other_lane < kLanes && other_warp < warps_) who += ", lane " + std::to_string(other_lane);
   throw Violation{
       "race",
       std::string(what) + " at shared + " + std::to_string(address - kSharedBase) + ", not ordered after " + who, lane,
@@ -32,7 +35,7 @@ void SharedMemory::race(const char* what, u32 address, u32 warp, int lane, u32 o
 
 void SharedMemory::read_slow(u32 g, u32 address, u32 warp, int lane, const WarpClock& c) const {
   const u8 f = cells_[g].flags;
-  if (f & kInFlight) fault("async", "read of the destination of a cp.async before its wait", address, lane);
+  if (f & kInFlight) fault("async", "read of the destination of an asynchronous copy before its wait", address, lane);
   if (!(f & kWritten)) fault("uninitialised", "read of uninitialised shared memory", address, lane);
   const u32 who = cells_[g].writer, ww = who >> 5;
   if (ww != warp || !lanes_ordered(c, cells_[g].stamp, who & 31, lane))
@@ -73,7 +76,10 @@ void SharedMemory::check_write(u32 g, u32 address, const void* value, u32 at, u3
                                const WarpClock& c, bool is_atomic) {
   const Cell& cell = cells_[g];
   const u8 f = cell.flags;
-  if (f & kInFlight) fault("async", "write over the destination of a cp.async before its wait", address, lane);
+  if (f & kInFlight)
+    fault("async", "write over the destination of an asynchronous copy before its wait", address, lane);
+  if (!async_readers_.empty() && async_readers_[g])
+    fault("async", "write over an operand of a wgmma before the wait that covers it", address, lane);
   if ((f & kWritten) && !(is_atomic && (f & kAtomicWrite))) {
     const u32 who = cell.writer, ww = who >> 5, stamp = cell.stamp;
     const bool other =
@@ -122,5 +128,43 @@ void SharedMemory::land_copy(u32 address, u32 bytes, const void* value, u32 warp
   for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) {
     cells_[g].write(c.tick, warp, lane);
   }
+  copy_bytes(data_.get() + o, value, bytes);
+}
+
+// Writes through the generic proxy reach the async proxy only behind a fence.proxy.async, on the writer's or on the
+// reader's side of what orders them.
+void SharedMemory::check_proxy(u32 address, u32 bytes, const WarpClock& c, const char* what) const {
+  const u32 o = address - kSharedBase;
+  for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) {
+    const Cell& cell = cells_[g];
+    if (!(cell.flags & kWritten) || cell.writer >> 5 >= warps_ || cell.stamp <= c.proxied[cell.writer]) continue;
+    fault("async", (std::string(what) + " data stored without a fence.proxy.async").c_str(), address, cell.writer & 31);
+  }
+}
+
+void SharedMemory::begin_async_read(u32 address, u32 warp, const WarpClock& c) {
+  if (async_readers_.empty()) async_readers_.assign(cells_.size(), 0);
+  const u32 o = address - kSharedBase;
+  for (u32 g = o >> shift_, end = (o + 15) >> shift_; g <= end; ++g) {
+    const Cell& cell = cells_[g];
+    const u32 writer = cell.writer >> 5;
+    const bool ordered = cell.stamp <= (writer == warp ? c.warp_sync : c.seen[writer]);
+    if ((cell.flags & (kWritten | kInFlight)) != kWritten || !ordered) read_slow(g, address, warp, kAnyLane, c);
+    ++async_readers_[g];
+  }
+  check_proxy(address, 16, c, "wgmma reads");
+}
+
+void SharedMemory::end_async_read(u32 address, u32 warp, const WarpClock& c) {
+  const u32 o = address - kSharedBase;
+  for (u32 g = o >> shift_, end = (o + 15) >> shift_; g <= end; ++g) {
+    --async_readers_[g];
+    reads_[(size_t)g * warps_ + warp] = c.tick << 6 | kAnyLane;
+  }
+}
+
+void SharedMemory::land_bulk_copy(u32 address, u32 bytes, const void* value, u32 agent, u32 tick) {
+  const u32 o = address - kSharedBase;
+  for (u32 g = o >> shift_, end = (o + bytes - 1) >> shift_; g <= end; ++g) cells_[g].write(tick, agent, 0);
   copy_bytes(data_.get() + o, value, bytes);
 }

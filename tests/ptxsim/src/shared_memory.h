@@ -38,6 +38,13 @@ class SharedMemory {
   void begin_copy(u32 address, u32 bytes, u32 warp, int lane, const WarpClock& clock);
   void land_copy(u32 address, u32 bytes, const void* value, u32 warp, int lane, const WarpClock& clock);
 
+  // The async proxy: 16 bytes that a wgmma reads from its issue to the wait that covers it, and bulk copies, which
+  // write as an agent of their own (a number above the warps').
+  void begin_async_read(u32 address, u32 warp, const WarpClock& clock);
+  void end_async_read(u32 address, u32 warp, const WarpClock& clock);
+  void check_proxy(u32 address, u32 bytes, const WarpClock& clock, const char* what) const;
+  void land_bulk_copy(u32 address, u32 bytes, const void* value, u32 agent, u32 tick);
+
   u32 size() const { return size_; }
 
  private:
@@ -66,5 +73,6 @@ class SharedMemory {
   u32 size_ = 0, capacity_ = 0, shift_ = 2, warps_ = 1;
   std::unique_ptr<u8[]> data_;
   std::vector<Cell> cells_;
+  std::vector<u16> async_readers_;  // [granule]: wgmmas that still read it; empty until the first
   std::vector<u32> reads_;  // [granule][warp]: tick << 6 | lane, kAnyLane = several
 };

@@ -47,7 +47,7 @@ void Parser::statement() {
     s.args = {target};
   }
   for (size_t k = 0; k < s.args.size(); ++k)
-    if (s.args[k].kind == Arg::Label) frame_->uses.push_back({kernel_->body.size(), k});
+    if (s.args[k].kind == Arg::Label) frame_->uses.push_back({kernel_->body.size(), k, frame_->blocks});
   if (s.op[0] == "brx") fail_unless_table(s);
   kernel_->body.push_back(std::move(s));
 }
@@ -180,11 +180,15 @@ Arg Parser::arg() {
 
 void Parser::resolve_labels() {
   for (Frame& f : frames_)
-    for (auto [statement, index] : f.uses) {
+    for (auto& [statement, index, blocks] : f.uses) {
       Statement& s = kernel_->body[statement];
       Arg& a = s.args[index];
       auto table = f.tables.find(a.name);
       auto find = [&](const std::string& name) {
+        for (auto b = blocks.rbegin(); b != blocks.rend(); ++b) {
+          auto inner = f.labels.find(label_in(name, *b));
+          if (inner != f.labels.end()) return inner->second;
+        }
         auto it = f.labels.find(name);
         if (it == f.labels.end())
           throw ParseError("PTX line " + std::to_string(s.line) + ": unknown label or name '" + name + "'");

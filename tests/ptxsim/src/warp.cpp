@@ -172,6 +172,16 @@ bool control(Warp& w, int self, const Inst& I, u32 m, u32* pc) {
       if (!m) return ++*pc, true;
       throw Violation{I.imm ? "assertion" : "trap", I.imm ? "device assertion failed" : "the kernel executed a trap",
                       __builtin_ctz(m)};
+    case Control::TryWait:
+      // A wait that would fail for all lanes may give up, or sleep: what cannot end is then a deadlock, not a long run.
+      if (m == mask && !mbarrier_is_complete(w, I, m) && w.launch->random() % 2) {
+        f.state = Fragment::AtMbarrier;
+        f.pc = *pc;
+        return false;
+      }
+      f.pc = *pc + 1;
+      if (m) I.fn(w, I, m);
+      return false;
     case Control::Yield:
       f.pc = *pc + 1;
       if (m) I.fn(w, I, m);
@@ -202,6 +212,7 @@ void run_warp(Warp& w, u32 budget) {
       w.pc = pc;
       costs[pc].warps += 1;
       costs[pc].lanes += (u64)__builtin_popcount(m);
+      if (__builtin_expect(I.touches && m, 0)) touch_registers(w, I);
       if (I.control == Control::None) {
         if (m) I.fn(w, I, m);
         ++pc;

@@ -1,0 +1,29 @@
+// The kernels of one element type, by tile, stride and channels of a step; a source file for each type.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "conv_halo.cuh"
+
+namespace resnet_fast::cuda {
+
+// Kernel kHaloKernels * t + kHaloSlices * r + s is of tile t, stride 1 + r and slices of 64 >> s channels.
+template <typename T>
+const void* halo_kernel(int instance);
+
+template <typename T, int... kInstance>
+const void* halo_instance(int instance, std::integer_sequence<int, kInstance...>) {
+  static const std::array<const void*, sizeof...(kInstance)> kernels = {
+      reinterpret_cast<const void*>(&conv_halo_fwd_kernel<T, kInstance / kHaloKernels, (64 >> kInstance % kHaloSlices),
+                                                          1 + kInstance % kHaloKernels / kHaloSlices>)...};
+  return kernels[instance];
+}
+
+#define RESNET_FAST_HALO_KERNELS(T)                                                                      \
+  template <>                                                                                            \
+  const void* halo_kernel<T>(int instance) {                                                             \
+    return halo_instance<T>(instance, std::make_integer_sequence<int, kHaloTileCount * kHaloKernels>{}); \
+  }
+
+}  // namespace resnet_fast::cuda

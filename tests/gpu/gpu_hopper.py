@@ -1,0 +1,110 @@
+"""The 3x3 kernels of Hopper on the GPU they are for: exact integers with every tile, and their times beside cuDNN's."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnet_fast import ops
+from resnet_fast._triton import layers, tune
+from resnet_fast._triton.configs import Layer
+from resnet_fast._triton.hopper_configs import HopperConfig, candidates, plan, tiles
+from resnet_fast.gpu import timing
+
+SPLITS = (1, 2, 4)
+# Batch, size, channels: the stages of a ResNet.
+STAGES = [(b, s, c) for b in (8, 64) for s, c in ((56, 64), (28, 128), (14, 256), (7, 512))]
+
+
+@pytest.fixture(autouse=True)
+def hopper(gpu):
+    if gpu == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"compute capability {torch.cuda.get_device_capability()}: these kernels are for 9.0 alone")
+
+
+def layer_of(batch, size, channels, filters, dtype, stride=1):
+    height, width = size
+    geometry = ((3, 3), (stride, stride), (1, 1))
+    return Layer(batch, height, width, channels, filters, *geometry, dtype, "ieee", True, True)
+
+
+def integers(gpu, batch, size, channels, filters, dtype, stride=1):
+    """x, residual and weight of small integers, and the exact result."""
+    out = [-(-n // stride) for n in size]
+    x, residual = torch.randint(-2, 3, (batch, channels, *size)), torch.randint(-2, 3, (batch, filters, *out))
+    weight = torch.randint(-2, 3, (filters, channels, 3, 3))
+    expected = (F.conv2d(x.float(), weight.float(), stride=stride, padding=1) + residual).relu().to(dtype)
+    x, residual = (t.to(gpu, dtype).contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    return x, residual, weight.to(gpu, dtype), expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(3, (7, 7), 64, 72), (2, (13, 11), 32, 40), (5, (2, 3), 48, 64), (2, (14, 14), 256, 16), (1, (5, 54), 64, 136)],
+    ids=str,
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_tile_gives_exact_integers(gpu, shape, dtype, stride):
+    x, residual, weight, expected = integers(gpu, *shape, dtype, stride)
+    ran = 0
+    for config in (HopperConfig(i, s) for i in range(len(tiles())) for s in SPLITS):
+        if plan(layer_of(*shape, dtype, stride), config) is None:
+            continue
+        with tune.use(config):
+            y = ops.conv_bn_add_relu(x, residual, weight, stride=stride, padding=1)
+        assert torch.equal(y.cpu(), expected), config
+        ran += 1
+    assert ran >= 5
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+def test_exact_again_and_again(gpu, stage):
+    """Large grids, all candidates of this GPU, ten launches each on fresh memory: what a race would change."""
+    batch, size, channels = stage
+    x, residual, weight, expected = integers(gpu, batch, (size, size), channels, channels, torch.float16)
+    expected = expected.to(gpu)
+    found = candidates(layer_of(batch, (size, size), channels, channels, torch.float16), tune.gpu_of(x.device), most=8)
+    assert found
+    for config in found:
+        with tune.use(config):
+            for _ in range(10):
+                assert torch.equal(ops.conv_bn_add_relu(x, residual, weight, padding=1), expected), config
+
+
+@pytest.mark.machine
+@pytest.mark.alone
+@pytest.mark.parametrize("stage", STAGES, ids=str)
+def test_times_beside_cudnn(gpu, stage):
+    """Interleaved, in graphs, each verified first: every candidate, the other kernels' and cuDNN's fused convolution.
+
+    Prints the times; nothing is asserted of them but that each is there: which is faster the tuner asks itself.
+    """
+    batch, size, channels = stage
+    device = torch.device(gpu, 0)
+    layer = layer_of(batch, (size, size), channels, channels, torch.float16)
+    x, residual, weight, expected = integers(gpu, batch, (size, size), channels, channels, torch.float16)
+    bias = torch.zeros(channels, device=device, dtype=torch.float16)
+    filters = weight.contiguous(memory_format=torch.channels_last)
+    packed = layers.Filter(
+        weight.permute(0, 2, 3, 1).contiguous(),
+        torch.ones(channels, device=device),
+        torch.zeros(channels, device=device),
+    )
+    settings = (1, 1), (1, 1), (1, 1), 1
+    calls = {"cuDNN fused": lambda: torch.cudnn_convolution_add_relu(x, filters, residual, 1.0, bias, *settings)}
+    found = candidates(layer, tune.gpu_of(device), most=8)
+    for choice in [*found, *(c for c in tune.candidates(layer, tune.gpu_of(device)) if c not in found)]:
+        calls[str(choice)] = functools.partial(layers.run, layer, choice, x, packed, residual)
+    torch.backends.cudnn.benchmark = True
+    for name, call in calls.items():
+        assert torch.equal(call().cpu(), expected), name
+    seconds, refused = timing.interleaved({name: [call] for name, call in calls.items()}, device)
+    print(
+        f"\n{stage}: "
+        + ", ".join(f"{name} {s * 1e6:.1f} us" for name, s in sorted(seconds.items(), key=lambda p: p[1]))
+    )
+    assert refused == {}
+    assert set(seconds) == set(calls)
