@@ -238,9 +238,9 @@ __global__ void __launch_bounds__(kHaloTiles[kIndex].threads(), 1)
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ptx::copy_async_wait<kAhead - 1>();
+    ptx::fence_async_proxy();  // by those that have copied, for the products of all
     // After it all see what has arrived, and the products before the last ones are done in all warps.
     __syncthreads();
-    ptx::fence_async_proxy();
     const int position = tap_position(kTile.columns, a.pitch, kStride, ky, kx);
     const uint64_t at_a = ptx::further(filters, stage * filter_bytes(kTile, kChunk));
     const uint64_t at_b = ptx::further(input, load.input_of(chunk) - memory + position * 16);
