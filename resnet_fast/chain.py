@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops, patches
+from . import backends, compiling, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
 from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
@@ -202,6 +202,8 @@ class Fusing:
         pool: max pooling that takes the result, by the same operator where no gradient is wanted.
         channels_last: the result is left as it is computed, not laid out as PyTorch's own operators would do it.
         """
+        if torch.compiler.is_compiling() and compiling.left_to_backend():
+            return None
         refusal = self._refusal()
         if refusal is not None:
             return self._declined(refusal.reason)

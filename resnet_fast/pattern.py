@@ -18,7 +18,7 @@ from .tracing import IN_PLACE
 from .watch import DROPOUTS
 from .written_norm import find_written, vacuous_checks
 
-__all__ = ["Layer", "Match", "Run", "match", "what"]
+__all__ = ["Layer", "Match", "Run", "is_context", "match", "what"]
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
@@ -113,12 +113,17 @@ def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
     return type(module) is nn.ReLU if module is not None else _is(node, _RELU)
 
 
+def is_context(node: fx.Node) -> bool:
+    """Whether it switches gradients, autocast or the like on or off, as graphs of a compiler do."""
+    return str(getattr(node.target, "__name__", node.target)).startswith(("_enter_", "_exit_", "_set_"))
+
+
 def _writes(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether it changes its first argument."""
+    """Whether it changes its first argument, or the context that all behind it runs in."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = (name.endswith("_") and not name.endswith("__")) or is_context(node)
     given = node.kwargs
     return in_place or name in (*IN_PLACE, "setitem") or given.get("inplace") is True or given.get("out") is not None
 

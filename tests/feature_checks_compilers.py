@@ -38,6 +38,12 @@ def _(m, x):
     return [call(x), call(torch.randn(3, 3, SIZE, SIZE))], m
 
 
+@check('`torch.compile(backend="resnet_fast")`')
+def _(m, x):
+    torch._dynamo.reset()
+    return (torch.compile(m, backend="resnet_fast", fullgraph=True) if is_ours(m) else m)(x), m
+
+
 @check("`torch.export`", networks=block, gradients=False)
 def _(m, x):
     if not is_ours(m):
