@@ -1,20 +1,30 @@
-"""Who traces: ``torch.compile(backend="resnet_fast")`` finds chains in the graph, so modules must leave them to it."""
+"""Who traces a module, and whether what it gets are PyTorch's own operators."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import patches
+import torch
 
-__all__ = ["left_to_backend"]
+from . import backends, patches
+
+__all__ = ["traced_unfused"]
 
 # Wrappers that PyTorch puts around a backend keep it in one of these.
 _WRAPPED = ("_torchdynamo_orig_backend", "backend_compile_fn", "compiler_fn", "__wrapped__", "__self__")
 
 
 @patches.constant
-def left_to_backend() -> bool:
-    """Whether this is traced for the backend of this package. To be asked while something is compiled."""
+def traced_unfused() -> bool:
+    """Whether compilers get PyTorch's operators alone. To be asked while something is compiled.
+
+    ``torch.compile(backend="resnet_fast")`` finds chains in the graph itself. Programs of ``torch.export`` go to places
+    where this package is not, unless a backend was named: then they hold its operators.
+    """
+    return (torch.compiler.is_exporting() and backends.selected() == "auto") or _is_own_backend()
+
+
+def _is_own_backend() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator  # not needed where nothing is compiled
 
     try:
