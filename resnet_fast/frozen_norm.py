@@ -7,15 +7,15 @@ each of ``[1, C, 1, 1]``, is read from the graph of the code: such modules are n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["FrozenNorm", "find_frozen"]
+__all__ = ["FrozenCode", "FrozenNorm", "find_frozen", "read_frozen"]
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _ADD = (operator.add, torch.add, "add")
 _MUL = (operator.mul, torch.mul, "mul")
 _SUB = (operator.sub, torch.sub, "sub")
@@ -43,25 +43,35 @@ class FrozenNorm:
         return all(t.shape == weight.shape[:1] and t.dtype == weight.dtype for t in tensors)
 
 
-class _Reading:
-    """Of the code of one frozen batch norm; ``nodes`` are those that it consists of."""
+@dataclass(frozen=True)
+class FrozenCode:
+    """The nodes of a frozen batch norm: ``end`` is its result, ``aside`` the others, ``tensors`` by their names."""
 
-    def __init__(self) -> None:
+    end: fx.Node
+    input: fx.Node
+    eps: float
+    tensors: dict[str, fx.Node]
+    aside: set[fx.Node]
+
+
+class _Reading:
+    """Of the code of one frozen batch norm; ``holds``: of nodes, whether they are tensors of a module."""
+
+    def __init__(self, holds: Callable[[fx.Node], bool]) -> None:
+        self.holds = holds
         self.nodes: set[fx.Node] = set()
-        self.path = ""
+        self.tensors: dict[str, fx.Node] = {}
 
     def tensor(self, node: Any, name: str) -> bool:
-        """Whether ``node`` is the tensor ``name`` of the module, a channel a row."""
+        """Whether ``node`` is a tensor, a channel a row: the one that is called ``name`` then."""
         if not isinstance(node, fx.Node) or node.op != "call_method" or node.target not in _SHAPES:
             return False
         source, *shape = node.args
         sizes: Any = shape[0] if len(shape) == 1 else shape
-        if not isinstance(source, fx.Node) or source.op != "get_attr" or tuple(sizes) != _CHANNELS or node.kwargs:
+        if not isinstance(source, fx.Node) or not self.holds(source) or tuple(sizes) != _CHANNELS or node.kwargs:
             return False
-        path, _, attribute = str(source.target).rpartition(".")
-        self.path = self.path or path
-        self.nodes |= {source, node}
-        return attribute == name and path == self.path
+        self.nodes.add(node)
+        return self.tensors.setdefault(name, source) is source
 
     def parts(self, node: Any, targets: tuple[Any, ...], ordered: bool = False) -> Iterator[tuple[Any, Any]]:
         """The two operands of a sum, a product or a difference, in both orders where that is the same."""
@@ -91,17 +101,27 @@ class _Reading:
         return False
 
 
-def find_frozen(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, str, float, set[fx.Node]]]:
-    """Of each frozen batch norm: the node that ends it, its input, its path, eps, and the other nodes that it is."""
+def read_frozen(graph: fx.Graph, holds: Callable[[fx.Node], bool]) -> Iterator[FrozenCode]:
+    """All frozen batch norms in ``graph`` whose tensors are nodes that ``holds`` knows."""
     for n in graph.nodes:
-        for product, shift in _Reading().parts(n, _ADD):
-            for x, scale in _Reading().parts(product, _MUL):
-                reading = _Reading()
+        for product, shift in _Reading(holds).parts(n, _ADD):
+            for x, scale in _Reading(holds).parts(product, _MUL):
+                reading = _Reading(holds)
                 eps = reading.eps(scale)
                 if eps is None or not isinstance(x, fx.Node) or not reading.is_shift(shift, scale):
                     continue
                 aside = reading.nodes | {product}
-                module = root.get_submodule(reading.path)
-                own = reading.path and all(isinstance(getattr(module, name, None), Tensor) for name in _TENSORS)
-                if own and all(user in aside or user is n for node in aside for user in node.users):
-                    yield n, x, reading.path, eps, aside
+                if all(user in aside or user is n for node in aside for user in node.users):
+                    yield FrozenCode(n, x, eps, reading.tensors, aside)
+
+
+def find_frozen(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, FrozenCode]]:
+    """Those whose tensors are, by these names, attributes of one module, and its path."""
+    for code in read_frozen(graph, lambda node: node.op == "get_attr"):
+        path = str(code.tensors["weight"].target).rpartition(".")[0]
+        wanted = {name: f"{path}.{name}" for name in code.tensors}
+        alone = all(user in code.aside for t in code.tensors.values() for user in t.users)
+        if path and alone and {name: t.target for name, t in code.tensors.items()} == wanted:
+            module = root.get_submodule(path)
+            if all(isinstance(getattr(module, name, None), Tensor) for name in wanted):
+                yield path, code

@@ -39,8 +39,9 @@ def find_written(root: nn.Module, graph: fx.Graph, training: bool) -> dict[fx.No
     attributes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
     found = ((n, _written(root, n, training, attributes)) for n in graph.nodes if n.target is F.batch_norm)
     norms = {n: norm for n, norm in found if norm is not None}
-    for n, x, path, eps, aside in find_frozen(root, graph):
-        norms[n] = WrittenNorm(path, root.get_submodule(path), frozenset(aside), x, eps)
+    for path, code in find_frozen(root, graph):
+        aside = frozenset(code.aside | {*code.tensors.values()})
+        norms[code.end] = WrittenNorm(path, root.get_submodule(path), aside, code.input, code.eps)
     return norms
 
 
