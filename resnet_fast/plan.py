@@ -243,7 +243,8 @@ class Segment(Fusing):
         if isinstance(build, Recorder):
             reason = self.changed()
             identities = [find(owner, path) for path, kind in self.through if kind is nn.Identity]
-            build.through([m for m in (*self.opened(), *identities) if m is not None], reason)
+            frozen = [find(owner, layer.bn) for layer in self.layers if layer.bn and layer.frozen_eps is not None]
+            build.through([m for m in (*self.opened(), *identities, *frozen) if m is not None], reason)
             if reason is not None:
                 return x
         values = [x]

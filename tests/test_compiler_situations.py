@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiler_support import compiled, counts, graphs
+from feature_checks_modules import Frozen
 from support import assert_same_model, randomize_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -184,6 +185,34 @@ def test_python_around_the_layers(kind, training):
     # What is written in between, or switched, stays in its place.
     assert fused == (0 if kind in (Writes, AcrossContexts) else layers)
     assert backends.fallbacks() == {}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_frozen_batch_norms(training, autocast):
+    """Under autocast their products with float32 are float32: unfused."""
+    eager = reference.CifarResNet(1)
+    for m in list(eager.modules()):
+        for name, child in list(m.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(m, name, Frozen(child.num_features))
+    eager.train(training)
+    fast = compiled(eager, fullgraph=True)
+    x = torch.randn(2, 3, 12, 12)
+    with graphs() as seen:
+        for factor in (1, 2):
+            eager.bn1.weight.mul_(factor), fast.bn1.weight.mul_(factor)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                ours, theirs = fast(x), eager(x)
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            for y in (ours, theirs):
+                y.float().square().sum().backward()
+    assert counts(seen) == (9, 9, 4)
+    for a, b in zip(fast.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+    assert all("frozen batch norm under autocast" in reason for reason in backends.fallbacks())
+    assert bool(backends.fallbacks()) == autocast
 
 
 def block():

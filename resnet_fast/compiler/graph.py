@@ -105,6 +105,7 @@ class _Cut:
                 None if layer.relu is None else (),
                 numbers[layer.source],
                 None if layer.residual is None else numbers[layer.residual],
+                None if layer.bn is None else calls[layer.bn].frozen_eps,
             )
             for layer in matched
         ]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..frozen_norm import FrozenCode, read_frozen
+
 __all__ = ["Layer", "Lifted", "lift", "path_of"]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -33,12 +35,14 @@ class Layer:
     node: fx.Node
     inputs: dict[str, Any]
     settings: dict[str, Any]
-    counter: fx.Node | None = None  # the node that counts the batch
+    image: fx.Node
+    aside: list[fx.Node]  # what else it stands for: the count of a batch, or the code of a frozen batch norm
+    frozen_eps: float | None = None  # of such a one
 
     @property
     def nodes(self) -> list[fx.Node]:
         """Of the graph, those that the module stands for."""
-        return [self.node] if self.counter is None else [self.counter, self.node]
+        return [*self.aside, self.node]
 
     def module(self, given: dict[fx.Node, Any]) -> nn.Module:
         """The layer as a module that holds what is ``given`` for the nodes of its inputs."""
@@ -118,6 +122,7 @@ class _Lifting:
     def __init__(self, graph: fx.Graph, held: set[fx.Node]) -> None:
         self.nodes, self.held = list(graph.nodes), held
         self.counters = self._counters()
+        self.frozen = {code.end: code for code in read_frozen(graph, held.__contains__)}
         self.names: set[str] = set()
 
     def _holds(self, value: Any) -> bool:
@@ -139,6 +144,8 @@ class _Lifting:
 
     def layer(self, n: fx.Node) -> Layer | None:
         """``n`` as a layer, if it is one that a module can stand for."""
+        if n in self.frozen:
+            return self._frozen_norm(self.frozen[n])
         if n.op != "call_function":
             return None
         if n.target is torch.conv2d:
@@ -157,12 +164,19 @@ class _Lifting:
             return None
         if not {*given} <= {*_CONV, *_NORM}:
             return None
-        counter = self.counters.get(n)
+        aside = [self.counters[n]] if n in self.counters else []
         if n.target is F.batch_norm:
             inputs |= {name: given[name] for name in ("momentum", "eps")}
-            inputs["num_batches_tracked"] = None if counter is None else counter.args[0]
+            inputs["num_batches_tracked"] = aside[0].args[0] if aside else None
         path = ".".join(path_of(n))
-        return Layer(self._name(path or n.name), path, n, inputs, settings, counter)
+        return Layer(self._name(path or n.name), path, n, inputs, settings, given["input"], aside)
+
+    def _frozen_norm(self, code: FrozenCode) -> Layer:
+        path = ".".join(path_of(code.end))
+        inputs = {**code.tensors, "momentum": 0.0, "eps": code.eps, "num_batches_tracked": None}
+        aside = sorted(code.aside, key=self.nodes.index)
+        name = self._name(path or code.end.name)
+        return Layer(name, path, code.end, inputs, {"training": False}, code.input, aside, code.eps)
 
     def _norm_is_plain(self, n: fx.Node, given: dict[str, Any]) -> bool:
         """Settings are numbers, at the latest when the graph runs; statistics that it keeps are nobody else's."""
@@ -201,11 +215,11 @@ def lift(graph: fx.Graph, held: dict[fx.Node, torch.Tensor]) -> Lifted:
     lifting = _Lifting(graph, {n for n, t in held.items() if all(isinstance(size, int) for size in t.shape)})
     found = [layer for n in lifting.nodes if (layer := lifting.layer(n)) is not None]
     by_node = {layer.node: layer for layer in found}
-    counted = {layer.counter for layer in found if layer.counter is not None}
+    aside = {n for layer in found for n in layer.aside}
     lifted = Lifted(_Root(), fx.Graph(), {}, {})
     copies: dict[fx.Node, fx.Node] = {}
     for n in lifting.nodes:
-        if n in counted:
+        if n in aside:
             continue
         layer = by_node.get(n)
         if layer is None:
@@ -213,8 +227,7 @@ def lift(graph: fx.Graph, held: dict[fx.Node, torch.Tensor]) -> Lifted:
         else:
             shapes = {value: _shaped(value, held) for value in layer.inputs.values() if isinstance(value, fx.Node)}
             lifted.root.add_module(layer.name, layer.module(shapes))
-            image = _arguments(n, _CONV[:1], {})["input"]
-            copies[n] = lifted.graph.call_module(layer.name, (copies[image],))
+            copies[n] = lifted.graph.call_module(layer.name, (copies[layer.image],))
             copies[n].meta = dict(n.meta)
             lifted.layers[copies[n]] = layer
         lifted.origin[copies[n]] = [n] if layer is None else layer.nodes
