@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, ops, patches
+from . import backends, compiling, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
 from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .gpu.chain import GpuChain
 from .layout import laid_out, stays_contiguous
+from .plain import as_plain, plain_class
 from .pooling import pooling_window
 from .refusal import Refusal
 from .training import Program
@@ -203,6 +204,8 @@ class Fusing:
         pool: max pooling that takes the result, by the same operator where no gradient is wanted.
         channels_last: the result is left as it is computed, not laid out as PyTorch's own operators would do it.
         """
+        if not isinstance(x, Tensor) or (torch.compiler.is_compiling() and compiling.traced_unfused()):
+            return None  # symbols of torch.fx, or a graph of PyTorch's operators
         refusal = self._refusal()
         if refusal is not None:
             return self._declined(refusal.reason)
@@ -384,6 +387,10 @@ class Fused(Fusing, nn.Module):
         """By ``load_state_dict`` of this module and of those around it."""
         super()._load_from_state_dict(*args, **kwargs)
         touched(self)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead."""
+        return as_plain(self, plain_class(type(self)), _KEPT)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack for themselves: packed filters are as large as the weights and bound to this CPU."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, patches
+from .plain import as_plain
 from .plan import Plan, original
 from .watch import touched
 
@@ -96,6 +97,10 @@ class FusedTraced(nn.Module):
         """By ``load_state_dict`` of this module and of those around it."""
         super()._load_from_state_dict(*args, **kwargs)
         touched(self)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead."""
+        return as_plain(self, original(self), ("_resnet_fast",))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the class behind, as there is no name to find this one by."""

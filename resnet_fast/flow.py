@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from . import backends, ops, patches
+from .frozen_norm import FrozenNorm
 from .watch import DROPOUTS, hooks_reason
 
 __all__ = ["Build", "Layers", "Recorder", "eps_of", "operator", "sources_of", "structure_reason"]
@@ -58,13 +59,15 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Contain
     """
     if conv is not None and type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} where a Conv2d was"
-    if bn is not None and type(bn) is not nn.BatchNorm2d and bn not in read:
+    if bn is not None and type(bn) not in (nn.BatchNorm2d, FrozenNorm) and bn not in read:
         return f"{type(bn).__name__} where a BatchNorm2d was"
     eps: Any = 0.0 if bn is None else bn.eps
     if not eps >= 0:
         return f"a batch norm with eps {eps}"  # PyTorch says what it allows
     if conv is None:
         return None
+    if isinstance(bn, FrozenNorm) and not bn.fits(conv.weight):
+        return "a frozen batch norm of other channels or another dtype"
     if conv.groups != 1:
         return f"{conv.groups} groups"
     if conv.dilation != (1, 1):
@@ -84,7 +87,7 @@ def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str |
         return "batch norm with one of two running statistics"
     for part in (conv, bn):
         # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
-        if part is not None and ("weight" in part.__dict__ or "bias" in part.__dict__):
+        if isinstance(part, nn.Module) and ("weight" in part.__dict__ or "bias" in part.__dict__):
             return f"a {type(part).__name__} whose weight or bias is not a parameter"
     for t in sources_of(conv, bn):
         if t is None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, patches, reference
+from . import backends, compiling, patches, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
 from .chain import Fused
 from .flow import Build
@@ -73,7 +73,9 @@ class _Network(Fused):
         if y is not None:
             return y
         y = super().features(x)  # type: ignore[misc]
-        return self._as_pytorch(y, x) if torch.compiler.is_compiling() else y
+        # Only what is fused comes in channels_last, whatever the images are.
+        fused = torch.compiler.is_compiling() and not compiling.traced_unfused()
+        return self._as_pytorch(y, x) if fused else y
 
     def flat_features(self, x: Tensor) -> Tensor:
         y = self._unseen_map(x, "flat_features", ("stem", "pooled_stem", "features", "flat"), channels_last=True)
@@ -202,7 +204,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return self.replayed(x, self._scores)
 
     def _scores(self, x: Tensor) -> Tensor:
-        whole = self.whole() if backends.kind(x) == "cuda" else None
+        whole = self.whole() if isinstance(x, Tensor) and backends.kind(x) == "cuda" else None
         y = None if whole is None else whole.scores(x)
         return reference.CifarResNet.forward(self, x) if y is None else y
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, flops
 from .arguments import DTYPES as DTYPES
 from .arguments import MOST_TAPS, VECTORS, check_add_relu, check_conv, check_tensor, is_autocast, raised, shapeless
 from .conv_gradient import convolution_backward
@@ -688,3 +688,4 @@ def _register() -> None:
 
 if backends.loaded():
     _register()
+    flops.register_when_imported()

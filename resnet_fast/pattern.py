@@ -18,7 +18,7 @@ from .tracing import IN_PLACE
 from .watch import DROPOUTS
 from .written_norm import find_written, vacuous_checks
 
-__all__ = ["Layer", "Match", "Run", "match", "what"]
+__all__ = ["Layer", "Match", "Run", "is_context", "match", "what"]
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
@@ -35,6 +35,7 @@ class Layer:
     value: fx.Node
     bn: fx.Node | None = None
     norm: str | None = None  # path of the batch norm
+    frozen_eps: float | None = None  # of one whose class is none, and which keeps its statistics
     add: fx.Node | None = None
     residual: fx.Node | None = None
     relu: fx.Node | None = None
@@ -113,12 +114,17 @@ def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
     return type(module) is nn.ReLU if module is not None else _is(node, _RELU)
 
 
+def is_context(node: fx.Node) -> bool:
+    """Whether it switches gradients, autocast or the like on or off, as graphs of a compiler do."""
+    return str(getattr(node.target, "__name__", node.target)).startswith(("_enter_", "_exit_", "_set_"))
+
+
 def _writes(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether it changes its first argument."""
+    """Whether it changes its first argument, or the context that all behind it runs in."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = (name.endswith("_") and not name.endswith("__")) or is_context(node)
     given = node.kwargs
     return in_place or name in (*IN_PLACE, "setitem") or given.get("inplace") is True or given.get("out") is not None
 
@@ -133,7 +139,7 @@ class _Matcher:
         self.module = {n: _module(root, n) for n in self.nodes}
         self.written = find_written(root, graph, training)
         self.checks = vacuous_checks(graph)
-        calls = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
+        calls: Counter[Any] = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
         calls.update(norm.module for norm in self.written.values())
         self.barred: dict[Any, str] = {m: "called more than once" for m, n in calls.items() if n > 1}
         self.barred.update(barred)
@@ -180,7 +186,7 @@ class _Matcher:
                 self._bn(n, str(n.target), module, inputs[0], structure_reason(None, module))
             elif n in self.written:
                 norm = self.written[n]
-                self._bn(n, norm.path, norm.module, inputs[0], None)
+                self._bn(n, norm.path, norm.module, self.canonical(norm.input), None)
             elif _is_relu(n, module) and inputs:
                 self._relu(n, inputs[0])
             elif _is(n, _ADD) and n not in self.banned:
@@ -202,7 +208,7 @@ class _Matcher:
         self.layer[n] = layer
         return layer
 
-    def _bn(self, n: fx.Node, path: str, module: nn.BatchNorm2d, value: fx.Node, reason: str | None) -> None:
+    def _bn(self, n: fx.Node, path: str, module: nn.Module, value: fx.Node, reason: str | None) -> None:
         layer = self.layer.get(value)
         if layer is None or layer.value is not layer.conv:
             return
@@ -216,6 +222,7 @@ class _Matcher:
         layer.bn, layer.norm = n, path
         if n in self.written:
             layer.aside = layer.aside | self.written[n].aside
+            layer.frozen_eps = self.written[n].frozen_eps
 
     def _relu(self, n: fx.Node, value: fx.Node) -> None:
         layer = self.layer.get(value)

@@ -6,8 +6,10 @@ copies and pickles, and sees what was replaced since.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from operator import is_
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from torch.nn.modules import module as nn_module
 from . import patches
 from .chain import Fusing
 from .flow import Build, Recorder
+from .frozen_norm import FrozenNorm
 from .watch import Watch, attributes, hooks_reason
 
 __all__ = ["LayerPaths", "Opened", "Plan", "Ref", "Segment", "Step", "find", "original"]
@@ -141,12 +144,20 @@ class LayerPaths(NamedTuple):
     relu: Path | None  # () for a function
     source: int
     residual: int | None
+    frozen_eps: float | None = None  # of a batch norm whose class is none: resnet_fast.frozen_norm
 
 
 class Ref(NamedTuple):
     """A value of the forward that is under way."""
 
     number: int
+
+
+class _Named(NamedTuple):
+    """A function in a pickle."""
+
+    module: str
+    name: str
 
 
 @dataclass
@@ -159,6 +170,19 @@ class Step:
     kwargs: dict[str, Any]
     result: int
     free: tuple[int, ...] = ()  # values that nobody reads afterwards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Some functions of PyTorch's are made by others, so that pickle does not find them by their qualified name."""
+        module, name = (getattr(self.target, key, None) for key in ("__module__", "__name__"))
+        made = callable(self.target) and getattr(self.target, "__qualname__", name) != name
+        if made and getattr(sys.modules.get(str(module)), str(name), None) is self.target:
+            return {**self.__dict__, "target": _Named(str(module), str(name))}
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.target, _Named):
+            self.target = getattr(import_module(self.target.module), self.target.name)
 
 
 class Segment(Fusing):
@@ -174,6 +198,7 @@ class Segment(Fusing):
         steps: list[Step],
     ) -> None:
         self.layers, self.through, self.opened_parts, self.steps = layers, through, opened, steps
+        self.frozen = any(layer.frozen_eps is not None for layer in layers)
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -223,20 +248,27 @@ class Segment(Fusing):
             return "a layer is gone"
         return None
 
+    def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
+        if autocast is not None and self.frozen:  # whose products with float32 buffers are float32
+            return "a frozen batch norm under autocast"
+        return super().cannot_run(x, training, autocast)
+
     def flow(self, build: Build, x: Any) -> Any:
         owner = self.owner
         if isinstance(build, Recorder):
             reason = self.changed()
             identities = [find(owner, path) for path, kind in self.through if kind is nn.Identity]
-            build.through([m for m in (*self.opened(), *identities) if m is not None], reason)
+            frozen = [find(owner, layer.bn) for layer in self.layers if layer.bn and layer.frozen_eps is not None]
+            build.through([m for m in (*self.opened(), *identities, *frozen) if m is not None], reason)
             if reason is not None:
                 return x
         values = [x]
-        for conv, bn, relu, source, residual in self.layers:
+        for conv, bn, relu, source, residual, frozen_eps in self.layers:
+            norm: Any = None if bn is None else find(owner, bn)
             values.append(
                 build.conv(
                     find(owner, conv),
-                    None if bn is None else find(owner, bn),
+                    norm if frozen_eps is None else FrozenNorm(norm, frozen_eps),
                     values[source],
                     relu=None if relu is None else find(owner, relu) if relu else _RELU,
                     residual=None if residual is None else values[residual],

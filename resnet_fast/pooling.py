@@ -17,6 +17,7 @@ from . import backends, patches
 from .differentiation import first_order
 from .fission import dense
 from .layout import laid_out
+from .plain import as_plain
 from .watch import hooks_reason
 
 __all__ = ["MaxPool2d", "flat_average", "pair", "pooling_window"]
@@ -35,10 +36,15 @@ class MaxPool2d(nn.MaxPool2d):
         kernel, padding = pair(self.kernel_size), pair(self.padding)
         return laid_out(_MaxPool.apply(x, kernel, pair(self.stride), padding, self.ceil_mode), x)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead."""
+        return as_plain(self, nn.MaxPool2d) if type(self) is MaxPool2d else self
+
     def _fits(self, x: Tensor) -> bool:
         kernel = pair(self.kernel_size)
         return (
-            self.training
+            isinstance(x, Tensor)  # no symbol of torch.fx
+            and self.training
             and torch.is_grad_enabled()
             and x.requires_grad
             and x.dim() == 4
@@ -73,7 +79,8 @@ def pooling_window(pool: nn.Module) -> list[int] | None:
 def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
     """``torch.flatten(pool(x), 1)`` in one launch: average pooling on a GPU, no gradient wanted; or None."""
     if (
-        backends.kind(x) != "cuda"
+        not isinstance(x, Tensor)
+        or backends.kind(x) != "cuda"
         or torch.compiler.is_compiling()
         or not backends.has_kernel("avg_pool_flatten_launch", "cuda")
         or not backends.has_kernel("residual_stage", "cuda")  # the launchers

@@ -197,7 +197,8 @@ class ResNet32(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Class scores before the softmax, ``[N, num_classes]``."""
         side = self._feature_side(self.image_size)
-        if x.dim() == 4 and [self._feature_side(s) for s in x.shape[2:]] != [side, side]:
+        # Symbols of torch.fx have no sizes.
+        if isinstance(x, Tensor) and x.dim() == 4 and [self._feature_side(s) for s in x.shape[2:]] != [side, side]:
             raise ValueError(
                 f"x is {x.shape[2]} x {x.shape[3]}, but the classifier expects images of {self.image_size} x "
                 f"{self.image_size} ({self.classifier.in_features} features): build the model with image_size="

@@ -190,7 +190,8 @@ class Survey:
                     if self._is_spread(module, trace, r)
                 ]
                 if not runs:
-                    return
+                    finding.plans[training] = "nothing to fuse in this mode"
+                    continue
                 opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
                 others = {m for name, m in module.named_modules() if name not in opened}
                 trace = self._trace(module, training, others)
@@ -199,6 +200,8 @@ class Survey:
                 finding.layers = sum(len(segment.layers) for segment in plan.segments)
             except RefusedError as error:
                 finding.plans[training] = str(error)
+        if not finding.fuses:
+            finding.plans.clear()
         _share(finding)
 
     def _is_spread(self, module: nn.Module, trace: Trace, run: Run) -> bool:
@@ -248,6 +251,7 @@ def _segment(module: nn.Module, run: Run, opened: list[Opened], through: list[fx
                 relu,
                 number[layer.source],
                 None if layer.residual is None else number[layer.residual],
+                layer.frozen_eps,
             )
         )
     paths = [_path(str(n.target)) for n in through if n.op == "call_module"]
@@ -264,7 +268,8 @@ def _plan(module: nn.Module, trace: Trace, runs: list[Run]) -> Plan:
         number.setdefault(n, len(number))
     inside = {n: run for run in runs for n in run.nodes}
     for run in runs:
-        for n in reversed(run.through):
+        # The last first: whether one is inside depends on those that read it.
+        for n in sorted(run.through, key=number.__getitem__, reverse=True):
             if all(user in inside for user in n.users):
                 inside[n] = run
     ends = {run.layers[-1].value: run for run in runs}

@@ -192,6 +192,12 @@ def refresh(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
     _end(_watches, model.modules())
+    # Of compiled graphs the modules are others, which hold the same tensors.
+    held = {_storage(t) for t in chain(model.parameters(), model.buffers())}
+    with _lock:
+        for watch in _of_contents:
+            if not watch.storages.isdisjoint(held):
+                watch.end()
 
 
 class Watch:

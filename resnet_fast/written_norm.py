@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .frozen_norm import find_frozen
+
 __all__ = ["WrittenNorm", "find_written", "vacuous_checks"]
 
 _ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -25,15 +27,22 @@ class WrittenNorm:
     """A batch norm by its code: the module whose it is, and the nodes beside the call that are part of it."""
 
     path: str
-    module: nn.BatchNorm2d
+    module: nn.Module
     aside: frozenset[fx.Node]
+    input: fx.Node
+    frozen_eps: float | None = None  # of one whose class is no batch norm
 
 
 def find_written(root: nn.Module, graph: fx.Graph, training: bool) -> dict[fx.Node, WrittenNorm]:
-    """By the nodes that call ``F.batch_norm``, those that do what ``nn.BatchNorm2d`` would do in this mode."""
+    """Calls of ``F.batch_norm`` that do what ``nn.BatchNorm2d`` would do in this mode, and frozen batch norms, by the
+    nodes that end them."""
     attributes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
     found = ((n, _written(root, n, training, attributes)) for n in graph.nodes if n.target is F.batch_norm)
-    return {n: norm for n, norm in found if norm is not None}
+    norms = {n: norm for n, norm in found if norm is not None}
+    for path, code in find_frozen(root, graph):
+        aside = frozenset(code.aside | {*code.tensors.values()})
+        norms[code.end] = WrittenNorm(path, root.get_submodule(path), aside, code.input, code.eps)
+    return norms
 
 
 def _written(root: nn.Module, call: fx.Node, training: bool, attributes: dict[str, fx.Node]) -> WrittenNorm | None:
@@ -66,7 +75,7 @@ def _written(root: nn.Module, call: fx.Node, training: bool, attributes: dict[st
             if len(users) != 1 or users[0].target != "add_" or users[0].args != (counter, 1) or users[0].users:
                 return None
             aside |= {counter, users[0]}
-    return WrittenNorm(path, module, frozenset(aside))
+    return WrittenNorm(path, module, frozenset(aside), given["input"])
 
 
 def vacuous_checks(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:

@@ -5,13 +5,15 @@ import io
 import threading
 
 import torch
-from feature_support import SIZE, block, check, foreign, fresh, is_ours, note_graph
+from feature_support import SIZE, block, check, foreign, fresh, graph, is_ours, note_graph
 from torch import nn
+from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fast
-from resnet_fast import reference
+from resnet_fast import backends, reference
 
 
 def compiled(m, **settings):
@@ -38,6 +40,12 @@ def _(m, x):
     return [call(x), call(torch.randn(3, 3, SIZE, SIZE))], m
 
 
+@check('`torch.compile(backend="resnet_fast")`')
+def _(m, x):
+    torch._dynamo.reset()
+    return (torch.compile(m, backend="resnet_fast", fullgraph=True) if is_ours(m) else m)(x), m
+
+
 @check("`torch.export`", networks=block, gradients=False)
 def _(m, x):
     if not is_ours(m):
@@ -47,19 +55,41 @@ def _(m, x):
     return exported.module()(x).detach(), nn.Identity()
 
 
+@check('`torch.export` within `backends.use("cpu")`', networks=block, gradients=False)
+def _(m, x):
+    if not is_ours(m):
+        return m(x).detach(), nn.Identity()
+    with backends.use("cpu"):
+        exported = torch.export.export(m, (x,))
+    note_graph(exported)
+    return exported.module()(x).detach(), nn.Identity()
+
+
 @check("`torch.jit.trace`", gradients=False)
 def _(m, x):
     return torch.jit.trace(m, x, check_trace=False)(x), m
 
 
-@check("`torch.jit.script`", gradients=False, error="Compiled functions|redefine method|Unknown type")
+@check("`torch.jit.script`")
 def _(m, x):
-    return torch.jit.script(m)(x)
+    scripted = torch.jit.script(m)
+    graph.extend(n.kind() for n in scripted.inlined_graph.nodes())
+    return scripted(x), m
 
 
-@check("`torch.fx.symbolic_trace`", gradients=False, error="symbolically traced variables")
+@check("`torch.fx.symbolic_trace`")
 def _(m, x):
-    return torch.fx.symbolic_trace(m)(x), m
+    traced = torch.fx.symbolic_trace(m)
+    note_graph(traced)
+    return traced(x), m
+
+
+@check("`prepare_fx`: quantisation of graphs")
+def _(m, x):
+    prepare = prepare_qat_fx if m.training else prepare_fx
+    prepared = prepare(m, get_default_qconfig_mapping() if not m.training else get_default_qat_qconfig_mapping(), (x,))
+    note_graph(prepared)
+    return prepared(x), nn.Identity()
 
 
 @check("`FakeTensorMode`", gradients=False)

@@ -121,6 +121,10 @@ def test_export(grad):
     x = torch.randn(2, 3, 16, 16)
     with torch.set_grad_enabled(grad):
         program = torch.export.export(fast, (x,))
+        assert not operators(program.graph_module)
+        assert_same_model(program.module(), eager, x)
+        with backends.use("cpu"):
+            program = torch.export.export(fast, (x,))
     assert operators(program.graph_module)
     assert_same_model(program.module(), eager, x)
 
@@ -129,9 +133,11 @@ def test_export(grad):
 def test_export_with_a_dynamic_batch():
     fast, eager = small_model()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(fast, (torch.randn(2, 3, 16, 16),), dynamic_shapes=({0: batch},))
-    assert operators(program.graph_module)
-    assert_same_model(program.module(), eager, torch.randn(7, 3, 16, 16))
+    for name in ("auto", "cpu"):
+        with backends.use(name):
+            program = torch.export.export(fast, (torch.randn(2, 3, 16, 16),), dynamic_shapes=({0: batch},))
+        assert bool(operators(program.graph_module)) == (name == "cpu")
+        assert_same_model(program.module(), eager, torch.randn(7, 3, 16, 16))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 from feature_support import CHECKS, Check, found_way, is_ours, native
 
 TEXT = (Path(__file__).parent.parent / "docs" / "features.md").read_text()
-OUTCOMES = ("fused", "unfused", "raises", "raises as eager")
+OUTCOMES = ("fused", "unfused", "raises as eager")
 
 
 def rows(text):

@@ -62,7 +62,9 @@ class Replayed(nn.Module):
 
     def replayed(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         """``forward(x)``"""
-        if torch.compiler.is_compiling() or backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():
+        if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+            return forward(x)
+        if backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():
             return forward(x)
         if self._network is None:
             self._network = Network(self)
