@@ -4,6 +4,7 @@ Each network runs beside its fused copy, with something changed between the call
 printed are the same, and ``fuse`` leaves nothing behind.
 """
 
+import ast
 import copy
 import functools
 import logging
@@ -824,6 +825,24 @@ def test_the_table_of_the_documents():
     text = (Path(__file__).parent.parent / "docs" / "fuse.md").read_text()
     rows = dict(re.findall(r"^\| ([^|`]+) \| (fused|unfused) \|$", text, re.M))
     assert rows == {name.replace("_", " "): "fused" if fused else "unfused" for name, (_, fused, _) in CASES.items()}
+
+
+def networks_of(path):
+    """Name, fused convolutions and all of them, as the file's NETWORKS has them."""
+    tree = ast.parse((Path(__file__).parent / path).read_text())
+    table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "NETWORKS")
+    if isinstance(table, ast.Dict):
+        rows = [(k.value, v.elts[2]) for k, v in zip(table.keys, table.values, strict=True)]
+    else:
+        rows = [(f"pytorchcv {row.elts[1].value}", row.elts[3]) for row in table.elts]
+    return {name: ast.literal_eval(counts) for name, counts in rows}
+
+
+def test_the_networks_of_the_documents():
+    text = (Path(__file__).parent.parent / "docs" / "fuse.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) \| (\d+) \|$", text, re.M)
+    found = {f"{library} {name}".removeprefix("torchvision "): (int(a), int(b)) for library, name, a, b in rows}
+    assert found == {**networks_of("test_fuse_networks.py"), **networks_of("zoo/test_zoo.py")}
 
 
 def test_another_code_of_the_forward(monkeypatch):

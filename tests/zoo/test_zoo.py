@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from compiler_support import compiled, counts, graphs
 from fuse_checks import check_network, prepared
 from torch import nn
 
@@ -83,6 +84,15 @@ NETWORKS = {
 def test_network(name):
     make, size, expected, training = NETWORKS[name]
     check_network(prepared(make()), torch.randn(2, 3, size, size), expected, training)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_convolutions_in_a_compiled_graph(name):
+    make, size, (fused, _), _ = NETWORKS[name]
+    torch._dynamo.reset()
+    with graphs() as seen, torch.no_grad():
+        compiled(prepared(make()))(torch.randn(2, 3, size, size))
+    assert counts(seen)[0] == fused
 
 
 def test_feature_extraction_of_torchvision():
