@@ -23,6 +23,7 @@ class Fusion:
 
     def __init__(self, owner: nn.Module, plans: dict[bool, Plan | str]) -> None:
         self.owner, self.plans = owner, plans
+        self.variants: dict[tuple[str, ...], Fusion] = {}
         for own in self.each():
             own.bind(owner)
         # Where both modes do the same, it does not matter in which mode a part is.
@@ -49,6 +50,18 @@ class Fusion:
     def each(self) -> list[Plan]:
         return list({id(p): p for p in self.plans.values() if isinstance(p, Plan)}.values())
 
+    def variant(self, given: tuple[str, ...]) -> Fusion:
+        """For calls with tensors as these arguments, which have a default: found at the first such call."""
+        if not given:
+            return self
+        if given not in self.variants:
+            from .survey import Survey
+
+            finding = Survey(self.owner, given).findings[self.owner]
+            reason = finding.refused or f"nothing to fuse in calls with {', '.join(given)}"
+            self.variants[given] = Fusion(self.owner, finding.plans if finding.fuses else {False: reason, True: reason})
+        return self.variants[given]
+
     def outdated(self) -> bool:
         """Whether the owner has changed so that a plan is not its own any more."""
         return any(plan.outdated(self.owner) is not None for plan in self.each())
@@ -57,6 +70,8 @@ class Fusion:
         for plan in self.each():
             for segment in plan.segments:
                 segment._chain = segment._program = None
+        for variant in self.variants.values():
+            variant.forget()
 
 
 class FusedTraced(nn.Module):
@@ -68,8 +83,14 @@ class FusedTraced(nn.Module):
     def _fused_or_original(self, *args: Any, **kwargs: Any) -> Any:
         fusion = Fusion.of(self)
         plan = "made since by its class: fuse it" if fusion is None else fusion.plan_for(self.training)
-        plain = not kwargs and not isinstance(plan, str) and len(args) == plan.inputs
-        inputs = list(args) if plain else _inputs(self.fused_from.forward, self, args, kwargs)
+        inputs: list[Any] | None = list(args)
+        if kwargs or isinstance(plan, str) or len(args) != plan.inputs:
+            if any(map(_is_symbol, (*args, *kwargs.values()))):
+                return super().forward(*args, **kwargs)
+            given, inputs = _inputs(self.fused_from.forward, self, args, kwargs)
+            if given and fusion is not None:
+                new = torch.compiler.is_compiling() and given not in fusion.variants
+                plan = f"compiled, with {', '.join(given)}" if new else fusion.variant(given).plan_for(self.training)
         if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
             return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
         if isinstance(plan, str):
@@ -112,20 +133,29 @@ class FusedTraced(nn.Module):
         return (_again, (self.fused_from, function, args[:place], args[place + 1 :]), *rest)
 
 
-def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> list[Any] | None:
-    """The arguments without a default, if the others are left at theirs."""
+def _is_symbol(value: Any) -> bool:
+    """What ``torch.fx`` traces with."""
+    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
+
+
+def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[str, ...], list[Any] | None]:
+    """The arguments without a default and the tensors that were given in the place of None, if all others are left at
+    their defaults; and the names of these tensors."""
     signature = inspect.signature(forward)
     try:
         given = signature.bind(module, *args, **kwargs).arguments
     except TypeError:  # which the forward itself will raise
-        return None
-    inputs = []
+        return (), None
+    inputs, names = [], []
     for name, p in list(signature.parameters.items())[1:]:
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             inputs.append(given[name])
         elif name in given and given[name] is not p.default:
-            return None
-    return inputs
+            if p.default is not None or p.kind is not p.POSITIONAL_OR_KEYWORD or not isinstance(given[name], Tensor):
+                return (), None
+            inputs.append(given[name])
+            names.append(name)
+    return tuple(names), inputs
 
 
 def _again(kind: type[nn.Module], function: Any, before: Any, after: Any) -> Any:

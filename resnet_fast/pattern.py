@@ -133,7 +133,7 @@ class _Matcher:
     def __init__(
         self, root: nn.Module, graph: fx.Graph, training: bool, barred: dict[nn.Module, str], banned: set[fx.Node]
     ) -> None:
-        self.root, self.graph, self.banned = root, graph, banned
+        self.root, self.graph, self.training, self.banned = root, graph, training, banned
         self.nodes = list(graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.module = {n: _module(root, n) for n in self.nodes}
@@ -237,12 +237,17 @@ class _Matcher:
         if a is b or (_writes(n, None) and len(self.readers[a]) > 1):
             return
         ends = [v for v in (a, b) if self._takes_sum(v)]
-        if not ends:
+        # In training mode kernels add where a ReLU follows.
+        if not ends or (self.training and not self._goes_into_relu(n)):
             return
         # The longer path is the block's body, the other one its shortcut.
         main = max(ends, key=lambda v: (self.depth[v], self.position[v]))
         layer = self._extend(n, main)
         layer.add, layer.residual = n, b if main is a else a
+
+    def _goes_into_relu(self, value: fx.Node) -> bool:
+        readers = self.readers[value]
+        return len(readers) == 1 and _is_relu(readers[0], self.module[readers[0]])
 
     def _takes_sum(self, value: fx.Node) -> bool:
         layer = self.layer.get(value)

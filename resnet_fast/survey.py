@@ -38,10 +38,13 @@ class Finding:
 
 
 class Survey:
-    """Studies every module of ``model`` that has convolutions below it; ``findings`` has them, the outer ones last."""
+    """Studies every module of ``model`` that has convolutions below it; ``findings`` has them, the outer ones last.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    given: arguments of the model's own forward that are tensors though they have a default.
+    """
+
+    def __init__(self, model: nn.Module, given: tuple[str, ...] = ()) -> None:
+        self.model, self.given = model, given
         self.covered = {part for m in model.modules() if isinstance(m, Fused) for part in m.parts()}
         self.barred = self._barred()
         self.findings: dict[nn.Module, Finding] = {}
@@ -130,7 +133,8 @@ class Survey:
         leaves = set(leaves)
         for _ in range(_ATTEMPTS):
             try:
-                trace = follow(module, training, lambda m: m in leaves or self._is_leaf(m, training))
+                given = self.given if module is self.model else ()
+                trace = follow(module, training, lambda m: m in leaves or self._is_leaf(m, training), given)
                 return self._with_what_is_asked(module, training, trace)
             except RefusedError as error:
                 if error.module is module or error.module in leaves:
@@ -166,7 +170,7 @@ class Survey:
             if isinstance(f, str):
                 finding.plans[training] = f
             elif not f[1].is_all(f[0].graph):
-                finding.plans[training] = "not the pattern alone in this mode"
+                finding.plans[training] = self._parts_plan(module, training)
             else:
                 trace, matched = f
                 run = matched.runs[0]
@@ -179,30 +183,29 @@ class Survey:
         _share(finding)
 
     def _take_parts(self, module: nn.Module, finding: Finding) -> None:
-        """Runs that are spread over the module's children; those inside of one child are the child's own affair."""
-        inner = {m for m, f in self.findings.items() if f.fuses and (f.layers > 1 or not f.whole)}
         for training in (False, True):
-            try:
-                trace = self._trace(module, training, inner)
-                runs = [
-                    r
-                    for r in match(module, trace.graph, training, self.barred).runs
-                    if self._is_spread(module, trace, r)
-                ]
-                if not runs:
-                    finding.plans[training] = "nothing to fuse in this mode"
-                    continue
-                opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
-                others = {m for name, m in module.named_modules() if name not in opened}
-                trace = self._trace(module, training, others)
-                plan = _plan(module, trace, match(module, trace.graph, training, self.barred).runs)
-                finding.plans[training] = plan
+            plan = finding.plans[training] = self._parts_plan(module, training)
+            if isinstance(plan, Plan):
                 finding.layers = sum(len(segment.layers) for segment in plan.segments)
-            except RefusedError as error:
-                finding.plans[training] = str(error)
         if not finding.fuses:
             finding.plans.clear()
         _share(finding)
+
+    def _parts_plan(self, module: nn.Module, training: bool) -> Plan | str:
+        """Runs that are spread over the module's children; those inside of one child are the child's own affair."""
+        inner = {m for m, f in self.findings.items() if f.fuses and (f.layers > 1 or not f.whole)}
+        try:
+            trace = self._trace(module, training, inner)
+            runs = match(module, trace.graph, training, self.barred).runs
+            runs = [run for run in runs if self._is_spread(module, trace, run)]
+            if not runs:
+                return "nothing to fuse in this mode"
+            opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
+            others = {m for name, m in module.named_modules() if name not in opened}
+            trace = self._trace(module, training, others)
+            return _plan(module, trace, match(module, trace.graph, training, self.barred).runs)
+        except RefusedError as error:
+            return str(error)
 
     def _is_spread(self, module: nn.Module, trace: Trace, run: Run) -> bool:
         common = set.intersection(*(set(_around(trace, n, itself=True)) for n in run.nodes)) - {""}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,9 +94,9 @@ class _Tracer(fx.Tracer):
     # Otherwise code that changes a buffer would change it now, and code that asks for its value would be read for one.
     proxy_buffer_attributes = True
 
-    def __init__(self, leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, leaf: Callable[[nn.Module], bool], given: Collection[str]) -> None:
         super().__init__(autowrap_functions=())
-        self.is_leaf = leaf
+        self.is_leaf, self.given = leaf, given
         self.running: list[tuple[nn.Module, str]] = []
         self.opened: list[str] = []
         self.called: set[str] = set()
@@ -106,7 +106,7 @@ class _Tracer(fx.Tracer):
         return _Symbol(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Symbols for the arguments without a default; the others keep theirs."""
+        """Symbols for the arguments without a default and those that are given; the others keep their defaults."""
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         args: list[Any] = [self.root]
         for p in parameters:
@@ -116,7 +116,8 @@ class _Tracer(fx.Tracer):
                 if p.default is p.empty:
                     raise TypeError(f"the keyword argument {p.name!r} is wanted")
                 continue
-            args.append(self.create_proxy("placeholder", p.name, (), {}) if p.default is p.empty else p.default)
+            wanted = p.default is p.empty or p.name in self.given
+            args.append(self.create_proxy("placeholder", p.name, (), {}) if wanted else p.default)
         return root_fn, args
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -180,13 +181,15 @@ def _in_mode(root: nn.Module, training: bool) -> Iterator[None]:
                 t.requires_grad_(wanted)
 
 
-def follow(module: nn.Module, training: bool, leaf: Callable[[nn.Module], bool]) -> Trace:
+def follow(module: nn.Module, training: bool, leaf: Callable[[nn.Module], bool], given: Collection[str] = ()) -> Trace:
     """The graph of ``module.forward``, as in training or in eval mode; what ``leaf`` says is not looked into.
+
+    given: arguments that are tensors though they have a default.
 
     Raises:
         RefusedError: it cannot be written down.
     """
-    tracer = _Tracer(leaf)
+    tracer = _Tracer(leaf, given)
     try:
         with _in_mode(module, training), torch.enable_grad(), tracer.inside(module, ""):
             graph = tracer.trace(module)

@@ -325,6 +325,17 @@ def test_a_class_that_cannot_be_extended():
     assert rows[""] == "a class that cannot be extended: no subclasses"
 
 
+def test_a_sum_without_relu():
+    """In training mode the layers are fused and the sum is not: what is called fused must run fused."""
+    net = prepared(Net(lambda m, x: body(m, x) + x))
+    fused = resnet_fast.fuse(net)
+    x = torch.randn(3, 8, 7, 6)
+    check_inference(net, fused, x, factor=3)
+    with backends.use("cpu"):
+        check_training(net, fused, x)
+    assert backends.fallbacks() == {}
+
+
 def test_values_are_let_go_once_nobody_reads_them():
     """As in the original code, and not at the end of the forward."""
     alive = []
@@ -384,7 +395,7 @@ def test_methods_and_attributes_of_any_name():
     net = prepared(Named(None, plan=2.0))
     fused, x = resnet_fast.fuse(net), torch.randn(2, 8, 6, 6)
     names = set(dir(type(fused))) - set(dir(Named))
-    assert names == {"_fused_or_original", "_resnet_fast", "fused_from"}
+    assert names == {"__prepare_scriptable__", "_fused_or_original", "_resnet_fast", "fused_from"}
     with torch.no_grad():
         assert torch.allclose(fused(x), net(x), rtol=1e-4, atol=1e-5)
         with backends.use("eager"):

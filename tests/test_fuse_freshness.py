@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from changes import FUSED_AFTERWARDS, UNFUSED_AFTERWARDS, check
 from fuse_checks import prepared
-from fuse_support import X, assert_fused, blocks_pair, pair
+from fuse_support import X, assert_fused, blocks_pair, fused_names, pair
 from support import assert_same_model
 from torch import nn
 
@@ -119,6 +120,84 @@ def test_other_arguments():
     with pytest.raises(TypeError):
         fused()
     assert list(inspect.signature(fused.forward).parameters) == ["x", "factor"]
+
+
+class Shortcut(nn.Module):
+    """A block that may be given its shortcut, as in aggregated networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x, shortcut=None, scale=None):
+        shortcut = x if shortcut is None else shortcut
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y)) + shortcut
+        return torch.relu(y) if scale is None else torch.relu(y * scale)
+
+
+class Tree(nn.Module):
+    """Two of them, of which one gets a shortcut; its list of children is another's: unfused itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Shortcut(), Shortcut()
+
+    def forward(self, x, children=None):
+        children = [] if children is None else children
+        children.append(x)
+        return self.second(self.first(x), children[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x, y: m(x, y),
+        lambda m, x, y: m(x, shortcut=y),
+        lambda m, x, y: m(shortcut=y, x=x),
+        lambda m, x, y: m(x, None, y),
+        lambda m, x, y: m(x, y, scale=y),
+        lambda m, x, y: m(x, y) + m(x) + m(x, scale=y),
+    ],
+)
+def test_tensors_in_the_place_of_none(call, training):
+    net = prepared(Shortcut())
+    fused = resnet_fast.fuse(net)
+    x, y = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
+    for m in (net, fused):
+        m.double().train(training)
+    for _ in range(2):
+        results = []
+        for m in (net, fused):
+            m.zero_grad()
+            out = call(m, x.double(), y.double())
+            out.square().sum().backward()
+            results.append([out, *(p.grad for p in m.parameters()), *m.buffers()])
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+        fused = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    assert backends.fallbacks() == {}
+
+
+def test_a_tree_of_blocks():
+    net = prepared(Tree())
+    fused = resnet_fast.fuse(net)
+    assert fused_names(fused) == ["first", "second"]
+    with backends.use("cpu"), torch.no_grad():
+        assert_fused(fused, net, torch.randn(2, 8, 6, 6))
+    assert backends.fallbacks() == {}
+
+
+def test_a_variant_follows_what_changes():
+    net = prepared(Shortcut())
+    fused = resnet_fast.fuse(net)
+    x, y = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        for change in (lambda m: m.conv2.weight.mul_(2), lambda m: setattr(m, "bn2", nn.Identity())):
+            assert torch.allclose(fused(x, y), net(x, y), rtol=1e-4, atol=1e-4)
+            change(net), change(fused)
+            assert torch.allclose(fused(x, y), net(x, y), rtol=1e-4, atol=1e-4)
 
 
 def test_hooks():
