@@ -6,13 +6,17 @@ from contextlib import contextmanager
 
 import torch
 
+from resnet_fast.compiler import backend
 from resnet_fast.compiler.graph import ChainGraph
+
+# By its name where the package is installed; where it only lies on the path, there is no entry point.
+BACKEND = "resnet_fast" if "resnet_fast" in torch._dynamo.list_backends() else backend
 
 
 def compiled(network, **options):
     """A copy of ``network`` whose calls are compiled, by a subclass of its class, so that copies are compiled, too."""
     kind = type(network)
-    call = torch.compile(kind.forward, backend="resnet_fast", **options)
+    call = torch.compile(kind.forward, backend=BACKEND, **options)
     made = copy.deepcopy(network)
     made.__class__ = type(f"Compiled{kind.__name__}", (kind,), {"forward": lambda self, *args: call(self, *args)})
     return made

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomllib
 import torch
-from compiler_support import compiled, counts, graphs
+from compiler_support import BACKEND, compiled, counts, graphs
 from fuse_checks import check_inference, check_training, prepared
 from support import assert_same_model, channels_last, twins
 from test_fuse_networks import network
@@ -170,9 +170,7 @@ def test_own_networks_leave_their_chains_to_the_backend():
     fast, net = twins(resnet_fast.CifarResNet, reference.CifarResNet, 1)
     for model in (fast, resnet_fast.fuse(net)):
         with graphs() as seen, torch.no_grad():
-            assert_same_model(
-                torch.compile(model, backend="resnet_fast", fullgraph=True), net, torch.randn(2, 3, 16, 16)
-            )
+            assert_same_model(torch.compile(model, backend=BACKEND, fullgraph=True), net, torch.randn(2, 3, 16, 16))
         assert counts(seen)[:2] == (9, 9)
 
 

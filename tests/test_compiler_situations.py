@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compiler_support import compiled, counts, graphs
+from compiler_support import BACKEND, compiled, counts, graphs
 from feature_checks_modules import Frozen
 from support import assert_same_model, randomize_
 from torch import nn
@@ -260,7 +260,7 @@ def test_distributed_data_parallel_splits_the_graph(process_group, monkeypatch):
     net = randomize_(reference.CifarResNet(1)).train()
     eager = copy.deepcopy(net)
     parallel = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.05)
-    fast = torch.compile(parallel, backend="resnet_fast")
+    fast = torch.compile(parallel, backend=BACKEND)
     x = torch.randn(3, 3, 12, 12)
     with graphs() as seen:
         for m in (fast, eager):
@@ -291,7 +291,7 @@ def test_a_graph_serves_modules_of_a_class():
     blocks = [randomize_(reference.BasicBlock(4, 4), seed).eval() for seed in range(3)]
     exact = copy.deepcopy(blocks)
     for m in blocks:
-        m.compile(backend="resnet_fast")
+        m.compile(backend=BACKEND)
     packed = []
     original = resnet_fast.chain.Chain._pack
 
@@ -313,7 +313,7 @@ def test_what_is_packed_goes_with_the_compiled_graph():
     m = block()
     held = weakref.ref(m.conv1.weight)
     with torch.no_grad():
-        torch.compile(m, backend="resnet_fast")(torch.randn(1, 4, 5, 5))
+        torch.compile(m, backend=BACKEND)(torch.randn(1, 4, 5, 5))
     del m
     torch._dynamo.reset()
     gc.collect()
@@ -340,7 +340,7 @@ def test_weights_that_are_computed_are_no_layers():
 
 def test_weights_that_a_caller_passes_are_no_layers():
     eager = block()
-    fast = torch.compile(lambda p, x: torch.func.functional_call(eager, p, (x,)), backend="resnet_fast")
+    fast = torch.compile(lambda p, x: torch.func.functional_call(eager, p, (x,)), backend=BACKEND)
     x = torch.randn(2, 4, 7, 7)
     for factor in (1, 2):
         p = {name: t.detach() * factor for name, t in eager.state_dict().items()}
