@@ -243,7 +243,7 @@ def test_memory_beside_the_weights(batch):
     with torch.no_grad():
         first, later = (peak_bytes(lambda: model(x)) / weights for _ in range(2))
     print(f"batch {batch}: {first:.2f} in the first call, {later:.2f} later")
-    assert 0.5 < first < 1.5
+    assert 0.1 < first < 1.5  # from 0.5 on where nothing ran before in this process, whose memory is used again
     assert later < 0.5
 
 
