@@ -20,8 +20,8 @@ __all__ = [
     "ImpureError",
     "in_classes",
     "is_hashable",
+    "is_layer_code",
     "is_plain",
-    "is_pytorchs",
     "of_tensors",
 ]
 
@@ -75,7 +75,7 @@ def in_classes(kind: type, name: str, behind: type | None = None) -> Any:
     return UNKNOWN
 
 
-def is_pytorchs(function: Any) -> bool:
+def is_layer_code(function: Any) -> bool:
     """The forward of a layer or container of PyTorch's."""
     return str(getattr(function, "__module__", "")).startswith("torch.nn.modules.")
 

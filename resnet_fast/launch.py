@@ -207,3 +207,8 @@ def _guard(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
 
             return torch.cuda.device(index)
     return contextlib.nullcontext()
+
+
+def aligned(t: Any) -> Any:
+    """The tensor, or a copy where it does not begin at a multiple of the 16 bytes that kernels copy at a time."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -24,8 +24,8 @@ from .known import (
     ImpureError,
     in_classes,
     is_hashable,
+    is_layer_code,
     is_plain,
-    is_pytorchs,
     of_tensors,
 )
 from .source import source_of
@@ -101,7 +101,7 @@ class Reader:
         """Of a class. Of PyTorch's, the code of layers is known; other methods of modules change them."""
         if function.__globals__.get("__name__") == nn.Module.__module__:
             raise ImpureError(f"it asks for {type(module).__name__}.{function.__name__}")
-        if not is_pytorchs(function):
+        if not is_layer_code(function):
             self.read(function, module)
         elif function.__name__ not in (*patches.called(type(module)), "keys", "items", "values"):
             raise ImpureError(f"it asks for {type(module).__name__}.{function.__name__}")
@@ -142,7 +142,7 @@ def purity(module: nn.Module, training: bool) -> Purity:
             return Purity(f"it has a {name} of its own", {})
     reader = Reader(module, training)
     try:
-        if not is_pytorchs(kind.forward):
+        if not is_layer_code(kind.forward):
             reader.read(kind.forward, module)
     except ImpureError as error:
         return Purity(str(error), {})

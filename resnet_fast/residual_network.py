@@ -221,10 +221,6 @@ def pack(
     return torch.nn.functional.pad(packed, (0, -packed.numel() % 4))
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0) -> Tensor:
     """The chain on CUDA devices: one launch a stage. See ``ops.cpp``."""
     if x.dim() != 4:
@@ -251,7 +247,9 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
     for stage in found:
         kernel = kernels()[_choose(stage, x.dtype, batch, multiprocessors)]
         channels_last = stage.entry != "stem" or not x.is_contiguous()
-        x = _aligned(x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format))
+        x = launch.aligned(
+            x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        )
         outputs = classes if stage is found[-1] else 0
         y = x.new_empty((batch, outputs)) if outputs else ops.empty_image(x, stage.channels, stage.size, stage.size)
         args = (x, packed[at:], y, batch, stage.blocks, outputs, channels_last)

@@ -25,8 +25,8 @@ from .known import (
     ImpureError,
     in_classes,
     is_hashable,
+    is_layer_code,
     is_plain,
-    is_pytorchs,
 )
 from .source import FunctionNode
 
@@ -201,7 +201,7 @@ class Code:
     def own_code(self, module: nn.Module, name: str) -> None:
         """Python calls the method by itself: it must be PyTorch's."""
         own = in_classes(type(module), name)
-        if own is not UNKNOWN and not is_pytorchs(own):
+        if own is not UNKNOWN and not is_layer_code(own):
             raise ImpureError(f"{type(module).__name__} has a {name} of its own")
 
     # Expressions: the value where it is the same at every call, else UNKNOWN.
@@ -362,11 +362,11 @@ class Code:
         return values[0] if len(modules) == 1 and len(node.args) == 2 else UNKNOWN
 
     def compare(self, node: ast.Compare) -> Any:
+        membership = isinstance(node.ops[0], (ast.In, ast.NotIn))
         with_none = any(isinstance(v, ast.Constant) and v.value is None for v in (node.left, *node.comparators))
-        compared = [node.left] if isinstance(node.ops[0], (ast.In, ast.NotIn)) else [node.left, *node.comparators]
+        compared = [node.left] if membership else [node.left, *node.comparators]
         if not with_none and any(map(self.may_hold, compared)):
             raise ImpureError(f"it compares layers: {ast.unparse(node)}")
-        membership = isinstance(node.ops[0], (ast.In, ast.NotIn))
         right = [self.base(v) if membership else self.evaluate(v) for v in node.comparators]
         values = [self.evaluate(node.left), *(v.value if isinstance(v, Constants) else v for v in right)]
         if any(isinstance(v, (Children, ModuleType, nn.Module)) for v in right) and membership:

@@ -290,6 +290,8 @@ class Watch:
         values = [value for m in opened for value in attributes(m).values()]
         outside = patches.surroundings([*found, *values] if opened else [])
         rows += [(space, space, names) for space, names in outside.names.values()]
+        # Their keys; how many there are is asked with their values.
+        rows += [(value, value, list(value)) for value in values if type(value) is dict]
         was.count(rows)
         for owner, stored, wanted in rows:
             was.add(owner, type(owner), stored)

@@ -143,6 +143,12 @@ def flag_gone_from_a_dict(self, x):
     return F.relu(y + x) if self.flags.get("skip") else F.relu(y)
 
 
+@case(True, lambda m, patch: m.flags.update(skipped=m.flags.pop("skip")))
+def flag_renamed_in_a_dict(self, x):
+    y = self.norm(self.conv(x))
+    return F.relu(y + x) if self.flags.get("skip") else F.relu(y)
+
+
 @case(True, sets_global("FLAG", False))
 def global_flag(self, x):
     y = self.norm(self.conv(x))

@@ -15,13 +15,23 @@ from resnet_fast import blocks, models, reference
 X = (2, 3, 16, 16)
 
 
-def ours(monkeypatch):
+def ours():
     return twins(resnet_fast.cifar_resnet20, reference.cifar_resnet20)
 
 
-def fused(monkeypatch):
+def fused():
     net = prepared(reference.cifar_resnet20())
     return resnet_fast.fuse(net), net
+
+
+def twins_of(pair, called, training):
+    """``called``: in both modes, so that both have packed and recorded."""
+    fast, plain = pair()
+    if called:
+        for mode in (not training, training):
+            fast.train(mode)(torch.randn(X)), plain.train(mode)(torch.randn(X))
+        fast.load_state_dict(plain.state_dict())
+    return fast, plain
 
 
 def first(m, kind):
@@ -108,13 +118,9 @@ def different(plain, x, change):
 @pytest.mark.parametrize("called", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("pair", [ours, fused])
 @pytest.mark.parametrize("name", ON_INSTANCES)
-def test_on_instances(name, pair, called, training, monkeypatch):
+def test_on_instances(name, pair, called, training):
     kind, method, make = ON_INSTANCES[name]
-    fast, plain = pair(monkeypatch)
-    if called:
-        for mode in (not training, training):
-            fast.train(mode)(torch.randn(X)), plain.train(mode)(torch.randn(X))
-        fast.load_state_dict(plain.state_dict())
+    fast, plain = twins_of(pair, called, training)
     place = first(fast, kind)
     setattr(place, method, make(place))
 
@@ -132,11 +138,7 @@ def test_on_instances(name, pair, called, training, monkeypatch):
 @pytest.mark.parametrize("name", ON_CLASSES)
 def test_on_classes(name, pair, called, training, monkeypatch):
     kinds, method, function = ON_CLASSES[name]
-    fast, plain = pair(monkeypatch)
-    if called:
-        for mode in (not training, training):
-            fast.train(mode)(torch.randn(X)), plain.train(mode)(torch.randn(X))
-        fast.load_state_dict(plain.state_dict())
+    fast, plain = twins_of(pair, called, training)
 
     def change():
         for kind in kinds:

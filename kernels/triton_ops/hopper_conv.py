@@ -18,16 +18,10 @@ from .hopper_configs import KERNELS, HopperConfig, instance, plan, tiles
 
 __all__ = ["conv_bn_relu", "kernel_name", "verify"]
 
-_ALIGN = 16
-
 
 def kernel_name(dtype: torch.dtype, number: int) -> str:
     """Under this name the launch seam knows a kernel."""
     return f"conv_halo_fwd_kernel<{str(dtype).removeprefix('torch.')}, {number}>"
-
-
-def _aligned(t: Tensor) -> Tensor:
-    return t if t.data_ptr() % _ALIGN == 0 else t.clone(memory_format=torch.preserve_format)
 
 
 def conv_bn_relu(
@@ -57,8 +51,8 @@ def conv_bn_relu(
         (made.threads,),
         made.shared,
         (
-            *(_aligned(x), _aligned(weight), _aligned(scale), _aligned(shift)),
-            *(None if residual is None else _aligned(residual), y, partial, counters),
+            *(launch.aligned(x), launch.aligned(weight), launch.aligned(scale), launch.aligned(shift)),
+            *(None if residual is None else launch.aligned(residual), y, partial, counters),
             struct.pack(f"{len(made.args)}I", *made.args),
         ),
     )
