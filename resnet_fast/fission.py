@@ -1,4 +1,4 @@
-"""Forward and backward of a chain of convolutions and batch norms on the operators of training, without autograd.
+"""Forward and backward of a chain of convolutions and batch norms on the kernels of training, without autograd.
 
 Each batch norm is left as a scale and a shift of its convolution's output ``y``, applied where ``y`` is next read. So
 the normalised activations between two convolutions are never written, and the backward recomputes them. Kept for it are
@@ -14,16 +14,29 @@ Source: the restructuring of batch norm by Jung et al., "Restructuring Batch Nor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .choose import training_algorithm
 from .ops import LAYER_FIELDS, conv_size
+from .training_kernels import Kernels
 
-__all__ = ["TENSORS", "Backward", "Kept", "Layer", "counts", "dense", "forward", "layers_of", "scale_shift", "unpacked"]
+__all__ = [
+    "KEPT",
+    "TENSORS",
+    "Backward",
+    "Kept",
+    "Layer",
+    "Value",
+    "counts",
+    "dense",
+    "forward",
+    "layers_of",
+    "unpacked",
+]
 
 # Of each layer: weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given.
 TENSORS = 6
@@ -50,9 +63,13 @@ class Kept(NamedTuple):
     sums: list[Tensor | None]  # values that are no batch norm of a y: residual sums
     scales: list[Tensor | None]  # [scale; shift]
     moments: list[Tensor]  # [mean; variance]
+    filters: list[Tensor | None]  # as kernels read them; None for those that they make anew
 
 
-class _Value(NamedTuple):
+KEPT = len(Kept._fields)
+
+
+class Value(NamedTuple):
     """A chain's input or a layer's result: a tensor, or a convolution's output that is normalised where it is read."""
 
     tensor: Tensor
@@ -89,25 +106,27 @@ def unpacked(t: Tensor | None) -> Any:
     return t if t is None else dense(t) if t.dim() == 4 else t.contiguous()
 
 
-def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None], recompute: bool) -> tuple[Tensor, Kept]:
+def forward(
+    kernels: Kernels,
+    layers: list[Layer],
+    x: Tensor,
+    tensors: list[Tensor | None],
+    recompute: bool,
+    running: Sequence[Any] = (),
+) -> tuple[Tensor, Kept]:
     """The result of a chain, and what :class:`Backward` wants; with ``recompute`` that forms the residual sums again.
-    ``x``: channels_last. ``tensors``: TENSORS a layer."""
-    convolve = torch.ops.resnet_fast.conv_moments.default
-    values: dict[int, _Value] = {0: _Value(x)}
-    kept = Kept([], [], [], [])
+    ``x``: channels_last. ``tensors``: TENSORS a layer. ``running``: of each layer what ``kernels`` are to update."""
+    values: dict[int, Value] = {0: Value(x)}
+    kept = Kept([], [], [], [], [])
     last_reader = {value: i for i, layer in enumerate(layers) for value in (layer.source, layer.residual)}
     for i, layer in enumerate(layers):
-        weight, bias, gamma, beta, mean, var = tensors[TENSORS * i : TENSORS * (i + 1)]
-        assert weight is not None
-        source = values[layer.source]
-        algorithm = training_algorithm(weight, layer.stride, source.tensor)
-        y, moments = convolve(*source, weight, bias, layer.stride, layer.padding, algorithm, layer.batch_statistics)
-        if mean is not None and var is not None:
-            moments = torch.stack((mean, var)).to(moments.dtype)
-        affine = scale_shift(moments, gamma, beta, layer.eps) if layer.normalized else None
-        value = _Value(y, affine, layer.relu)
+        own = tensors[TENSORS * i : TENSORS * (i + 1)]
+        y, moments, affine, filters = kernels.convolve(
+            layer, values[layer.source], own, running[i] if running else None
+        )
+        value = Value(y, affine, layer.relu)
         if layer.residual >= 0:
-            value = _Value(_apply(value, _addable(values[layer.residual])))
+            value = Value(kernels.apply(value, _addable(kernels, values[layer.residual])))
         values[i + 1] = value
         for read in {layer.source, layer.residual} - {-1}:
             if last_reader[read] == i:
@@ -120,40 +139,33 @@ def forward(layers: list[Layer], x: Tensor, tensors: list[Tensor | None], recomp
         kept.sums.append(total)
         kept.scales.append(value.scale_shift)
         kept.moments.append(moments)
+        kept.filters.append(filters)
     last = values[len(layers)]
-    return (last.tensor if last.scale_shift is None else _apply(last)), kept
+    return (last.tensor if last.scale_shift is None else kernels.apply(last)), kept
 
 
-def scale_shift(moments: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    mean, var = moments.unbind(0)
-    scale = (var + eps).rsqrt_()
-    if gamma is not None:
-        scale = scale * gamma
-    shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-    return torch.stack((scale, shift)).to(moments.dtype)
-
-
-def _apply(value: _Value, residual: _Value | None = None) -> Tensor:
-    added, affine = (None, None) if residual is None else residual[:2]
-    return torch.ops.resnet_fast.bn_apply.default(value.tensor, value.scale_shift, added, affine, value.relu)
-
-
-def _addable(value: _Value) -> _Value:
+def _addable(kernels: Kernels, value: Value) -> Value:
     """A value that a sum may read: one with a ReLU to come is written out first."""
-    return _Value(_apply(value)) if value.scale_shift is not None and value.relu else value
+    return Value(kernels.apply(value)) if value.scale_shift is not None and value.relu else value
 
 
 class Backward:
     """One backward of a chain. Values are numbered as in the chain; ``value - 1`` is the layer that gives it."""
 
     def __init__(
-        self, layers: list[Layer], x: Tensor, kept: Kept, tensors: list[Tensor | None], needs: list[bool]
+        self,
+        kernels: Kernels,
+        layers: list[Layer],
+        x: Tensor,
+        kept: Kept,
+        tensors: list[Tensor | None],
+        needs: Sequence[bool],
     ) -> None:
         """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``kept``."""
-        self.layers, self.x, self.tensors, self.needs = layers, x, tensors, needs
-        self.ys, self.sums, self.scales, self.moments = kept
+        self.kernels, self.layers, self.x, self.tensors, self.needs = kernels, layers, x, tensors, needs
+        self.ys, self.sums, self.scales, self.moments, self.filters = kept
         self.pending: dict[int, Tensor] = {}
-        self.finished: dict[int, tuple[Tensor, Tensor]] = {}
+        self.finished: dict[int, tuple[Tensor, Any]] = {}
         self.readers: dict[int, list[int]] = {}
         needed = [needs[0]]
         for i, layer in enumerate(layers):
@@ -166,9 +178,8 @@ class Backward:
         self.missing = {i for i, layer in enumerate(layers) if layer.residual >= 0 and self.sums[i] is None}
         self.segments = self._segments()
         self._restore_ends()
-        self.coefficients, self.inv_std = self._coefficients()
+        self.vectors = kernels.gradients(layers, counts(layers, x.shape), self.moments, tensors, needed[1:])
         self.found: list[Tensor | None] = [None] * len(needs)
-        self._gammas: list[tuple[int, Tensor, Tensor]] = []  # where to, and the factors
 
     def _segments(self) -> dict[int, int]:
         """The first layer of each segment by its last one, from front to back. Sums that were not kept are formed again
@@ -197,15 +208,15 @@ class Backward:
             layer = self.layers[i]
             if self.sums[i] is None and layer.residual >= 0:
                 gamma, beta = self.tensors[TENSORS * i + 2 : TENSORS * i + 4]
-                affine = scale_shift(self.moments[i], gamma, beta, layer.eps)
-                self.sums[i] = _apply(_Value(self._y(i), affine, layer.relu), _addable(self._value(layer.residual)))
+                value = Value(self._y(i), self.kernels.affine(layer, self.moments[i], gamma, beta), layer.relu)
+                self.sums[i] = self.kernels.apply(value, _addable(self.kernels, self._value(layer.residual)))
 
-    def _value(self, value: int) -> _Value:
+    def _value(self, value: int) -> Value:
         if value == 0:
-            return _Value(self.x)
+            return Value(self.x)
         i = value - 1
         total = self.sums[i]
-        return _Value(self._y(i) if total is None else total, self.scales[i], self.layers[i].relu)
+        return Value(self._y(i) if total is None else total, self.scales[i], self.layers[i].relu)
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """Of x and of ``tensors``, None where they are not needed; ``grad``: of the chain's result."""
@@ -218,39 +229,9 @@ class Backward:
                 self._layer(i)
             self.ys[i] = self.sums[i] = None
         self.found[0] = self.pending.get(0)
-        if self._gammas:
-            places, sums, inv_std = zip(*self._gammas, strict=True)
-            for place, product in zip(places, torch._foreach_mul(sums, inv_std), strict=True):
-                self._give(place, product)
+        for i, gradient in self.vectors.rest():
+            self.found[1 + TENSORS * i + 2] = gradient
         return self.found
-
-    def _give(self, place: int, gradient: Tensor) -> None:
-        """A gradient in the dtype of the parameter."""
-        tensor = self.tensors[place - 1]
-        assert tensor is not None
-        self.found[place] = gradient.to(tensor.dtype)
-
-    def _coefficients(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """By layer: ``[a, b, constant, mean]`` of ``dy = a * g + b * (y - mean) + constant``, where b and the constant
-        still lack the sums of g as a factor; and 1 / std. All layers in one call of each operator."""
-        normalized = [i for i, layer in enumerate(self.layers) if layer.normalized and self.needed[i + 1]]
-        if not normalized:
-            return {}, {}
-        means, variances = zip(*(self.moments[i].unbind(0) for i in normalized), strict=True)
-        inv_std = torch._foreach_add(variances, [self.layers[i].eps for i in normalized])
-        torch._foreach_rsqrt_(inv_std)
-        gammas = [self.tensors[TENSORS * i + 2] for i in normalized]
-        a = [s if g is None else (s * g).to(s.dtype) for s, g in zip(inv_std, gammas, strict=True)]
-        # Batch norm by given statistics has no b and no constant.
-        batch = [self.layers[i].batch_statistics for i in normalized]
-        pixels = counts(self.layers, self.x.shape)
-        share = torch._foreach_mul(
-            a, [-1.0 / pixels[i] if own else 0.0 for i, own in zip(normalized, batch, strict=True)]
-        )
-        b = torch._foreach_mul(share, inv_std)
-        torch._foreach_mul_(b, inv_std)
-        rows = {i: torch.stack(row) for i, *row in zip(normalized, a, b, share, means, strict=True)}
-        return rows, dict(zip(normalized, inv_std, strict=True))
 
     def _projection(self, i: int) -> int | None:
         """The layer whose normalised output layer ``i`` adds, if nobody else reads it: they share their sums."""
@@ -271,88 +252,67 @@ class Backward:
         assert y is not None
         return y
 
-    def _finish(self, value: int) -> tuple[Tensor, Tensor]:
+    def _finish(self, value: int) -> tuple[Tensor, Any]:
         """The gradient behind the ReLU of a value, and its sums."""
         if value in self.finished:
             return self.finished.pop(value)
         i = value - 1
         grad, positive, scale = self.pending.pop(value), None, None
         if not self.layers[i].normalized and not self.layers[i].relu:  # only a bias wants the sum, if there is one
-            wanted = self.needs[2 + TENSORS * i]
-            sums = torch.ops.resnet_fast.channel_sums.default(grad) if wanted else grad.new_empty(0)
-            return grad, sums.expand(2, -1)
+            return grad, self.kernels.bias_sums(grad) if self.needs[2 + TENSORS * i] else None
         if self.layers[i].relu:
             lazy = self.scales[i] is not None
             positive, scale = (self.ys[i], self.scales[i]) if lazy else (self.sums[i], None)
-        return torch.ops.resnet_fast.bn_backward_sums.default(grad, positive, scale, *self._sum_inputs(value))
+        return self.kernels.sums(grad, positive, scale, *self._sum_inputs(value))
 
     def _layer(self, i: int) -> None:
         layer, at = self.layers[i], 1 + TENSORS * i
-        weight, bias, gamma, beta = self.tensors[at - 1 : at + 3]
-        need_weight, need_bias, need_gamma, need_beta = self.needs[at : at + 4]
-        assert weight is not None
+        need_weight, *need_vectors = self.needs[at : at + 4]
         grad, sums = self._finish(i + 1)
         if layer.residual >= 0 and self.needed[layer.residual]:
             self._to_residual(i, grad, sums)
-        of_g, of_gy, *_ = sums.unbind(0)
-        coefficients = self.coefficients.get(i)
-        if coefficients is not None and layer.batch_statistics:
-            coefficients[1].mul_(of_gy)
-            coefficients[2].mul_(of_g)
-        if need_bias and bias is not None:
-            # A bias before batch norm by batch statistics moves the mean along: its gradient is zero.
-            if layer.batch_statistics:
-                self.found[at + 1] = torch.zeros_like(bias)
-            else:
-                self._give(at + 1, of_g if coefficients is None else of_g * coefficients[0])
-        if need_gamma and gamma is not None:
-            self._gammas.append((at + 2, of_gy, self.inv_std[i]))
-        if need_beta and beta is not None:
-            self._give(at + 3, of_g)
+        coefficients = None
+        if sums is not None:
+            coefficients, self.found[at + 1 : at + 4] = self.vectors.of_layer(i, sums, need_vectors)
         need_x = self.needed[layer.source]
         if need_x or need_weight:
-            grad_weight = self._convolution(i, grad, coefficients, weight, need_x, need_weight)
-            self.found[at] = grad_weight if need_weight else None
+            self.found[at] = self._convolution(i, grad, coefficients, need_x, need_weight)
 
-    def _to_residual(self, i: int, grad: Tensor, sums: Tensor) -> None:
+    def _to_residual(self, i: int, grad: Tensor, sums: Any) -> None:
         value, projection = self.layers[i].residual, self._projection(i)
         if projection is not None:
-            self.finished[value] = (grad, sums[::2].clone())  # gradients of two parameters: no alias
+            self.finished[value] = (grad, self.kernels.second(sums))
         elif value in self.pending:
-            self.pending[value] = self.pending[value] + grad
+            self.pending[value] = self.kernels.add(self.pending[value], grad)
         else:
             self.pending[value] = grad
 
     def _convolution(
-        self, i: int, grad: Tensor, coefficients: Tensor | None, weight: Tensor, need_x: bool, need_weight: bool
-    ) -> Tensor:
+        self, i: int, grad: Tensor, coefficients: Tensor | None, need_x: bool, need_weight: bool
+    ) -> Tensor | None:
         """Adds to what is pending for the layer's input, or finishes it; returns the gradient of the weight."""
-        layer, value = self.layers[i], self.layers[i].source
+        layer, value, weight = self.layers[i], self.layers[i].source, self.tensors[TENSORS * i]
         lazy = value > 0 and self.scales[value - 1] is not None
         x = self.x if value == 0 else self.ys[value - 1] if lazy else self.sums[value - 1]
         assert x is not None
-        scale = self.scales[value - 1] if lazy else None
+        assert weight is not None
         relu = value > 0 and self.layers[value - 1].relu
         last = need_x and value > 0 and self.readers[value][0] == i and self.layers[value - 1].normalized
-        dx, dw, sums = torch.ops.resnet_fast.conv_backward.default(
+        dx, dw, sums = self.kernels.backward(
+            layer,
             grad,
             None if coefficients is None else self.ys[i],
             coefficients,
-            x,
-            scale,
-            relu and lazy,
+            Value(x, self.scales[value - 1] if lazy else None, relu and lazy),
             weight,
-            layer.stride,
-            layer.padding,
-            training_algorithm(weight, layer.stride, x, True, need_x),
-            need_x,
-            need_weight,
+            self.filters[i],
+            (need_x, need_weight),
             self.pending.pop(value, None) if need_x else None,
             last,
             *(self._sum_inputs(value) if last else ([], [])),
         )
-        if last:
+        if dx is not None and last:
             self.finished[value] = (dx, sums)
-        elif need_x:
+        elif dx is not None:
             self.pending[value] = dx
         return dw

@@ -15,7 +15,8 @@ from torch import Tensor
 from . import backends, ops
 from .arguments import check_tensor, raised, shapeless
 from .differentiation import Registry
-from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, scale_shift, unpacked
+from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, unpacked
+from .training_passes import kernels_of
 
 
 def _spread(given: list[Tensor], present: list[bool]) -> list[Tensor | None]:
@@ -122,14 +123,14 @@ def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[T
 def _forward(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, recompute = rest
     layers = _layers(*settings)
-    out, kept = forward(layers, dense(x), _spread(tensors, settings[0]), recompute)
+    out, kept = forward(kernels_of(x), layers, dense(x), _spread(tensors, settings[0]), recompute)
     inner = [s for s, y in zip(kept.sums[:-1], kept.ys, strict=False) if s is not None and s is not y]
     return [out, *kept.moments, *(y for y in kept.ys if y is not None), *inner]
 
 
 def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, needs = rest
-    layers, spread = _layers(*settings), _spread(tensors, settings[0])
+    layers, spread, kernels = _layers(*settings), _spread(tensors, settings[0]), kernels_of(x)
     count = len(layers)
     moments, images = list(map(unpacked, kept[:count])), map(unpacked, kept[count:])
     ys = [next(images) if i < count - 1 or layer.normalized else None for i, layer in enumerate(layers)]
@@ -138,11 +139,12 @@ def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor
     for i, layer in enumerate(layers):
         lazy = layer.normalized and layer.residual < 0
         gamma, beta = spread[TENSORS * i + 2 : TENSORS * i + 4]
-        scales.append(scale_shift(moments[i], gamma, beta, layer.eps) if lazy else None)
+        scales.append(kernels.affine(layer, moments[i], gamma, beta) if lazy else None)
         sums.append(None if lazy else next(images, None) if layer.residual >= 0 else ys[i])
     wanted = iter(needs[1:])
     needed = [needs[0], *(there and next(wanted) for there in settings[0])]
-    found = Backward(layers, dense(x), Kept(ys, sums, scales, moments), spread, needed).gradients(grad)
+    whole = Kept(ys, sums, scales, moments, [None] * count)
+    found = Backward(kernels, layers, dense(x), whole, spread, needed).gradients(grad)
     return [g for g, need in zip(found, needed, strict=True) if need and g is not None]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from . import backends, train_stage  # noqa: F401  (registers the operator)
 from .differentiation import first_order, gradients_again, wanted
-from .fission import TENSORS, Backward, Kept, Layer, counts, dense, forward, layers_of, unpacked
+from .fission import KEPT, TENSORS, Kept, Layer, counts, dense, layers_of, unpacked
+from .training_passes import Passes
 from .watch import Watch
 
 __all__ = ["Program"]
@@ -39,6 +40,7 @@ class Program:
         self.batch = [bn is not None and (bn.training or bn.running_mean is None) for bn in norms]
         self.layers = layers_of(fields, self.eps, self.normalized, self.batch)
         self.rounds = _rounds(norms)
+        self.passes = Passes(self.layers)
 
     def fresh(self) -> bool:
         """Whether the modules are as they were when ``watch`` was set."""
@@ -91,7 +93,7 @@ class Program:
         # Outside of the function: what it saves is then its input, with which a second derivative is connected.
         recompute, copied = backends.training.recompute_outputs, dense(x)
         original = None if copied is x else x.detach()
-        out, *_ = _Train.apply(self.layers, recompute, track, original, copied, *tensors)
+        out, *_ = _Train.apply(self.passes, recompute, track, original, copied, *tensors)
         return out
 
     def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
@@ -172,7 +174,7 @@ def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(layers, recompute, track, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each
+    """``forward(passes, recompute, track, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of each
     layer)``
 
     ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch.
@@ -183,7 +185,7 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        layers: list[Layer],
+        passes: Passes,
         recompute: bool,
         track: Callable[[list[Tensor]], None],
         original: Tensor | None,
@@ -192,30 +194,31 @@ class _Train(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
-            out, kept = forward(layers, x, list(tensors), recompute)
+            out, kept = passes.forward(x, list(tensors), recompute, ())
         track(kept.moments)
-        ctx.layers = layers
+        ctx.passes = passes
         ctx.tensors = [False] * 3 + [t is not None for t in (original, x, *tensors)]
-        ctx.save_for_backward(original, x, *kept.ys, *kept.sums, *kept.scales, *kept.moments, *tensors)
+        ctx.save_for_backward(original, x, *(t for each in kept for t in each), *tensors)
         ctx.mark_non_differentiable(*kept.moments)
         return out, *kept.moments
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        count = len(ctx.layers)
+        layers = ctx.passes.layers
+        count = len(layers)
         if not first_order(grad):
             _, x, *saved = ctx.saved_tensors
-            tensors = [x, *saved[4 * count :]]
-            return None, None, None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[4:], grad)
+            tensors = [x, *saved[KEPT * count :]]
+            return None, None, None, None, *gradients_again(_Again(layers), tensors, wanted(ctx)[4:], grad)
         _, x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
-        kept = Kept(*([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(4)))
-        x, tensors = dense(x), saved[4 * count :]
+        kept = Kept(*([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(KEPT)))
+        x, tensors = dense(x), saved[KEPT * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
-            run = Backward(ctx.layers, x, kept, tensors, wanted(ctx)[4:])
-            return None, None, None, None, *run.gradients(grad)
+            found = ctx.passes.backward(x, kept, tensors, wanted(ctx)[4:], dense(grad.to(x.dtype)))
+            return None, None, None, None, *found
 
 
 class _Again:

@@ -15,7 +15,6 @@ from torch import Tensor
 from resnet_fast import launch
 
 from .bn_backward import relu_keeps
-from .sums import finish_sums
 from .tiles import WARPS, reduction, tiling, vector_hint
 
 
@@ -183,7 +182,8 @@ def bn_backward_sums(
     means: list[Tensor],
     out: Tensor,
 ) -> Tensor:
-    """Writes ``out``, which may be ``grad``; returns the sums [3, C]. ``added``: to the gradient before the ReLU."""
+    """Writes ``out``, which may be ``grad``; returns the parts' sums, float32 [parts, 1 + ys, C]. ``added``: to the
+    gradient before the ReLU."""
     m, channels = grad.shape
     plan, vector = reduction(m, channels, grad.dtype.itemsize), vector_hint(channels)
     partial = torch.empty(plan.parts, 1 + len(ys), channels, dtype=torch.float32, device=grad.device)
@@ -201,4 +201,4 @@ def bn_backward_sums(
         BLOCK_C=plan.block_c,
         num_warps=WARPS,
     )
-    return finish_sums(partial)
+    return partial

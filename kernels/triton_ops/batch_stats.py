@@ -8,7 +8,7 @@ from torch import Tensor
 from resnet_fast import launch
 
 from .arguments import as_rows, check_image
-from .tiles import FINAL_C, FINAL_P, WARPS, final_grid, reduction, vector_hint
+from .tiles import FINAL_C, FINAL_P, WARPS, Reduction, final_grid, reduction, vector_hint
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -116,19 +116,9 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if not m:
         zeros = torch.zeros(2, channels, dtype=torch.float32, device=rows.device)
         return zeros[0], zeros[1], torch.full_like(zeros[0], eps**-0.5 if eps else torch.inf)
-    plan = reduction(m, channels, rows.dtype.itemsize)
     mean, var, invstd = (torch.empty(channels, dtype=torch.float32, device=rows.device) for _ in range(3))
-    partial = torch.empty(plan.parts, 2, channels, dtype=torch.float64, device=rows.device)
+    partial, plan = partial_stats(rows)
     vector = vector_hint(channels)
-    launch.launch(
-        _batch_stats_partial_kernel,
-        plan.grid,
-        (rows, partial, m, channels // vector, plan.rows),
-        BLOCK_M=plan.block_m,
-        BLOCK_C=plan.block_c,
-        VECTOR=vector,
-        num_warps=WARPS,
-    )
     launch.launch(
         _batch_stats_final_kernel,
         final_grid(channels),
@@ -139,3 +129,20 @@ def stats_of_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         num_warps=WARPS,
     )
     return mean, var, invstd
+
+
+def partial_stats(rows: Tensor) -> tuple[Tensor, Reduction]:
+    """The first step, of [M, C] with M >= 1: float64 [parts, 2, C], mean less the first row, and squared deviations."""
+    m, channels = rows.shape
+    plan, vector = reduction(m, channels, rows.dtype.itemsize), vector_hint(channels)
+    partial = torch.empty(plan.parts, 2, channels, dtype=torch.float64, device=rows.device)
+    launch.launch(
+        _batch_stats_partial_kernel,
+        plan.grid,
+        (rows, partial, m, channels // vector, plan.rows),
+        BLOCK_M=plan.block_m,
+        BLOCK_C=plan.block_c,
+        VECTOR=vector,
+        num_warps=WARPS,
+    )
+    return partial, plan

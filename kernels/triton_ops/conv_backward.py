@@ -22,8 +22,8 @@ from resnet_fast import launch
 from . import batch_norm
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
+from .filters import filter_offsets, strides
 from .rounding import to_operand
-from .sums import finish_sums
 from .taps import tap_bits, tap_is_inside
 
 __all__ = ["data_gradient", "weight_gradient"]
@@ -226,14 +226,28 @@ def _weight_gradient_kernel(
     tl.store(partial + here, acc, mask=(m < K)[:, None] & (n < C)[None, :])
 
 
-@triton.jit(do_not_specialize=("elements", "parts"))
-def _add_parts_kernel(partial, out, elements, parts, BLOCK: tl.constexpr):
-    """Sums of the parts, in order."""
+@triton.jit(do_not_specialize=range(2, 11))
+def _add_parts_kernel(
+    partial,
+    out,
+    elements,
+    parts,
+    channels,
+    height,
+    width,
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
+    BLOCK: tl.constexpr,
+):
+    """Sums of the parts, in order, from [K, R, S, C] to the layout of the filters."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, parts):
         total += tl.load(partial + part * elements.to(tl.int64) + i, i < elements, 0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), i < elements)
+    to = filter_offsets(i, channels, height, width, stride_k, stride_c, stride_r, stride_s)
+    tl.store(out + to, total.to(out.dtype.element_ty), i < elements)
 
 
 def _sizes(layer: Layer) -> dict[str, object]:
@@ -266,7 +280,8 @@ def data_gradient(
     means: list[Tensor],
     dx: Tensor,
 ) -> Tensor | None:
-    """Writes dx; with ``finish`` behind the ReLU of ``scale * x + shift``, and returns its sums [3, C].
+    """Writes dx; with ``finish`` behind the ReLU of ``scale * x + shift``, and returns its parts' sums, float32
+    ``[parts, 1 + ys, C]``.
 
     Images are ``[N, C, H, W]`` in channels_last, ``weight`` is ``[K, R, S, C]``, contiguous; ``layer.relu``: whether x
     has a ReLU to come. x without scale_shift is what a ReLU gave.
@@ -309,7 +324,7 @@ def data_gradient(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return None if partial is None else finish_sums(partial)
+    return partial
 
 
 def weight_gradient(
@@ -320,9 +335,9 @@ def weight_gradient(
     coefficients: Tensor | None,
     x: Tensor,
     scale_shift: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight's gradient as ``[K, R, S, C]`` of ``dtype``; arguments as of :func:`data_gradient`."""
+    dw: Tensor,
+) -> None:
+    """Writes dw, ``[K, C, R, S]`` in any layout; other arguments as of :func:`data_gradient`."""
     shape = (layer.out_channels, *layer.kernel, layer.channels)
     parts = config.split_k
     partial = torch.empty(parts, *shape, dtype=torch.float32, device=x.device)
@@ -344,13 +359,11 @@ def weight_gradient(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    dw = torch.empty(shape, dtype=dtype, device=x.device)
     elements, block = dw.numel(), 1024
     launch.launch(
         _add_parts_kernel,
         (triton.cdiv(elements, block),),
-        (partial, dw, elements, parts),
+        (partial, dw, elements, parts, *strides(dw)),
         BLOCK=block,
         num_warps=4,
     )
-    return dw

@@ -3,7 +3,7 @@
 The implicit matrix product of :mod:`.conv_bn_relu`, with batch norm at both ends. Where an operand is loaded it is
 normalised, so that the activation between two convolutions is never in memory; pixels of the padding stay zero. A block
 then sums its tile of y, as it stores it: the mean over its pixels and the squared deviations from that mean, so that
-nothing cancels. A second kernel joins the blocks in fixed order.
+nothing cancels. A second kernel, of :mod:`.finalize`, joins the blocks in fixed order.
 
 Source: Jung et al. 2018, "Restructuring Batch Normalization to Accelerate CNN Training".
 """
@@ -20,11 +20,11 @@ from resnet_fast import launch
 
 from . import batch_norm
 from .arguments import as_rows
-from .batch_stats import stats_of_rows
+from .batch_stats import partial_stats
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
+from .finalize import Stats
 from .rounding import to_operand
-from .sums import finish_moments
 from .taps import tap_bits, tap_is_inside
 
 __all__ = ["conv_moments", "library"]
@@ -153,8 +153,8 @@ def conv_moments(
     bias: Tensor | None,
     y: Tensor,
     moments: bool,
-) -> Tensor | None:
-    """Writes y; returns float32 [mean; variance] where they are asked for.
+) -> Stats | None:
+    """Writes y; returns the first step of mean and variance where they are asked for.
 
     Args:
         layer: sizes, those of the tensors; ``layer.relu`` is of the input.
@@ -197,7 +197,7 @@ def conv_moments(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return None if partial is None else finish_moments(partial, layer.pixels, config.block_m)
+    return None if partial is None else Stats(partial, layer.pixels, config.block_m, None)
 
 
 def activation(x: Tensor, scale_shift: Tensor | None, relu: bool) -> Tensor:
@@ -211,13 +211,15 @@ def activation(x: Tensor, scale_shift: Tensor | None, relu: bool) -> Tensor:
 
 def library(
     layer: Layer, x: Tensor, scale_shift: Tensor | None, weight: Tensor, bias: Tensor | None, moments: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The same by PyTorch's convolution, between a pass that normalises and one over its result."""
+) -> tuple[Tensor, Stats | None]:
+    """The same by PyTorch's convolution, between a pass that normalises and one over its result. ``weight``:
+    ``[K, C, R, S]``."""
     own_bias = None if bias is None else bias.to(x.dtype)
     a = activation(x, scale_shift, layer.relu)
-    y = F.conv2d(a, weight.permute(0, 3, 1, 2), own_bias, layer.stride, layer.padding)
+    y = F.conv2d(a, weight, own_bias, layer.stride, layer.padding)
     y = y.contiguous(memory_format=torch.channels_last)
     if not moments:
         return y, None
-    mean, var, _ = stats_of_rows(as_rows(y), 0.0)
-    return y, torch.stack((mean, var))
+    rows = as_rows(y)
+    partial, plan = partial_stats(rows)
+    return y, Stats(partial, rows.shape[0], plan.rows, rows)

@@ -7,28 +7,7 @@ from torch import Tensor
 
 from resnet_fast import launch
 
-from .batch_stats import _part
 from .tiles import FINAL_C, FINAL_P, WARPS, final_grid
-
-
-@triton.jit(do_not_specialize=["M", "C", "rows", "parts"])
-def _moments_final_kernel(partial, moments, M, C, rows, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[mean; variance] from the mean and squared deviations of parts of `rows` pixels each, by Chan's rule."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
-    for start in range(0, parts, BLOCK_P):
-        v, count = _part(partial, start + p, c, M, C, rows, parts)
-        total += v * count
-    mean = tl.sum(total, 0) / M
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
-    for start in range(0, parts, BLOCK_P):
-        v, count = _part(partial, start + p, c, M, C, rows, parts)
-        m2, count = _part(partial + C, start + p, c, M, C, rows, parts)
-        delta = v - mean[None, :]
-        total += m2 + tl.where(count > 0, delta * delta * count, 0.0)
-    tl.store(moments + c, mean.to(tl.float32), c < C)
-    tl.store(moments + C + c, (tl.sum(total, 0) / M).to(tl.float32), c < C)
 
 
 @triton.jit(do_not_specialize=["C", "parts"])
@@ -44,21 +23,6 @@ def _sums_final_kernel(partial, sums, C, parts, ROWS: tl.constexpr, BLOCK_P: tl.
                 offsets = (start + p)[:, None].to(tl.int64) * (ROWS * C) + (row * C + c)[None, :]
                 total += tl.load(partial + offsets, inside, 0.0).to(tl.float64)
         tl.store(sums + row * C + c, tl.sum(total, 0).to(tl.float32), c < C)
-
-
-def finish_moments(partial: Tensor, pixels: int, rows: int) -> Tensor:
-    """float32 [mean; variance] of `pixels` values a channel from `partial`: [parts, 2, C], `rows` pixels each."""
-    parts, _, channels = partial.shape
-    moments = torch.empty(2, channels, dtype=torch.float32, device=partial.device)
-    launch.launch(
-        _moments_final_kernel,
-        final_grid(channels),
-        (partial, moments, pixels, channels, rows, parts),
-        BLOCK_P=FINAL_P,
-        BLOCK_C=FINAL_C,
-        num_warps=WARPS,
-    )
-    return moments
 
 
 def finish_sums(partial: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ from . import conv_backward as backward
 from . import conv_moments as forward
 from .arguments import as_rows
 from .configs import Config, Layer
+from .filters import like, packed
+from .finalize import Stats, stats
 from .operators import MOST_PIXELS, check_dtype, precision
+from .sums import finish_sums
 from .tune import LIBRARY, Choice, tuner
 
 
@@ -82,9 +85,45 @@ def _layer(
     return layer
 
 
-def _filters(weight: Tensor, x: Tensor) -> Tensor:
-    """``[K, R, S, C]`` in the dtype of the images; of a channels_last weight of that dtype no copy."""
-    return weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
+def convolve(
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    filters: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    moments: bool,
+) -> tuple[Tensor, Stats | None]:
+    """``y = conv2d([relu](scale * x + shift), weight) + bias``, with the first step of its statistics.
+
+    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    """
+    op = "conv_moments"
+    _check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    shaped = weight.to(x.dtype) if filters is None else filters
+    y = ops.fake_conv(x, shaped, bias, None, None, None, None, 0.0, stride, padding)
+    if bias is not None and bias.shape != (weight.shape[0],):
+        _fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
+    _check_rows(op, "scale_shift", scale_shift, 2, x)
+    if moments and x.shape[0] == 0:
+        _fail(op, "x has no images, want at least one for mean and variance")
+    if min(*x.shape[2:], *y.shape[2:]) < 1:
+        _fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
+    if y.numel() == 0:
+        return y, None
+    layer = _layer(x, weight, stride, padding, False, relu, op)
+    own = packed(weight, x.dtype) if filters is None else filters
+
+    def run(choice: Choice) -> tuple[Tensor, Stats | None]:
+        if isinstance(choice, Config):
+            rows = own.permute(0, 2, 3, 1)
+            return y, forward.conv_moments(layer, choice, x, scale_shift, rows, bias, y, moments)
+        return forward.library(layer, x, scale_shift, own, bias, moments)
+
+    return run(tuner(x.device).choose(layer, lambda: [run]))
 
 
 def conv_moments(
@@ -98,35 +137,13 @@ def conv_moments(
     algorithm: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = "conv_moments"
-    _check_image(op, "x", x)
-    check_dtype(f"{op}: weight", weight)
-    y = ops.fake_conv(x, weight.to(x.dtype), bias, None, None, None, None, 0.0, stride, padding)
-    if bias is not None and bias.shape != (weight.shape[0],):
-        _fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
-    _check_rows(op, "scale_shift", scale_shift, 2, x)
-    _check_algorithm(op, algorithm)
-    if moments and x.shape[0] == 0:
-        _fail(op, "x has no images, want at least one for mean and variance")
-    if min(*x.shape[2:], *y.shape[2:]) < 1:
-        _fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
-    statistics = ops.statistics_rows(x, 2, weight.shape[0] if moments else 0)
-    if y.numel() == 0:
-        return y, statistics
-    layer = _layer(x, weight, stride, padding, False, relu, op)
-    filters, wide_bias = _filters(weight, x), None if bias is None else bias.float().contiguous()
-
-    def run(choice: Choice) -> tuple[Tensor, Tensor | None]:
-        if isinstance(choice, Config):
-            return y, forward.conv_moments(layer, choice, x, scale_shift, filters, wide_bias, y, moments)
-        return forward.library(layer, x, scale_shift, filters, wide_bias, moments)
-
-    result, found = run(tuner(x.device).choose(layer, lambda: [run]))
-    return result, statistics if found is None else found
+    _check_algorithm("conv_moments", algorithm)
+    y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, moments)
+    return y, ops.statistics_rows(x, 2, weight.shape[0] if moments else 0) if found is None else stats(found)[0]
 
 
 def bn_apply(
-    y: Tensor, scale_shift: Tensor, residual: Tensor | None, residual_scale_shift: Tensor | None, relu: bool
+    y: Tensor, scale_shift: Tensor | None, residual: Tensor | None, residual_scale_shift: Tensor | None, relu: bool
 ) -> Tensor:
     op = "bn_apply"
     _check_image(op, "y", y)
@@ -141,9 +158,10 @@ def bn_apply(
     return out
 
 
-def bn_backward_sums(
+def sums(
     grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
+    """``grad`` where the ReLU let it pass, and its parts' sums: at least one pixel."""
     op = "bn_backward_sums"
     _check_image(op, "grad", grad)
     if positive is not None:
@@ -152,8 +170,15 @@ def bn_backward_sums(
     _check_sums(op, ("grad", grad), ys, means)
     out = torch.empty_like(grad)
     if grad.numel() == 0:
-        return out, ops.statistics_rows(grad, 3, grad.shape[1]).zero_()
+        return out, torch.empty(0, 1 + len(ys), grad.shape[1], dtype=torch.float32, device=grad.device)
     return out, _sums(grad, None, positive, scale_shift, ys, means, out)
+
+
+def bn_backward_sums(
+    grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    out, partial = sums(grad, positive, scale_shift, ys, means)
+    return out, finish_sums(partial)
 
 
 def channel_sums(grad: Tensor) -> Tensor:
@@ -176,6 +201,97 @@ def _sums(
     )
 
 
+def gradients(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    filters: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    need_x: bool,
+    need_weight: bool,
+    residual: Tensor | None,
+    finish: bool,
+    ys: list[Tensor],
+    means: list[Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x and of the weight, in its dtype and layout, and with ``finish`` the parts' sums of the first.
+
+    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    """
+    op = "conv_backward"
+    _check_image(op, "grad", grad)
+    _check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    shaped = weight.to(x.dtype) if filters is None else filters
+    result = ops.fake_conv(x, shaped, None, None, None, None, None, 0.0, stride, padding)
+    _check_image(op, "grad", grad, ("the convolution's output", result))
+    if (y is None) != (coefficients is None):
+        _fail(op, "y and coefficients come together")
+    if y is not None:
+        _check_image(op, "y", y, ("grad", grad))
+    _check_rows(op, "coefficients", coefficients, 4, grad)
+    _check_rows(op, "scale_shift", scale_shift, 2, x)
+    if residual is not None:
+        _check_image(op, "residual", residual, ("x", x))
+    _check_sums(op, ("x", x), ys, means)
+    if finish and not need_x:
+        _fail(op, "finish without need_x")
+    if min(x.numel(), grad.numel()) == 0:
+        nothing = torch.zeros(0, 1 + len(ys), x.shape[1], dtype=torch.float32, device=x.device)
+        dx = torch.zeros_like(x) if residual is None else residual.clone()
+        return dx if need_x else None, torch.zeros_like(weight) if need_weight else None, nothing if finish else None
+
+    own = packed(weight, x.dtype) if filters is None else filters
+
+    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+        return convolution_backward(gradient, image, own, None, stride, padding, mask)
+
+    def written() -> Tensor:
+        if y is None or coefficients is None:
+            return grad
+        dy = torch.empty_like(grad)
+        batch_norm.bn_input_gradient(as_rows(grad), as_rows(y), coefficients, as_rows(dy))
+        return dy
+
+    def data(choice: Choice, dy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(choice, Config):
+            dx = torch.empty_like(x)
+            operands = (grad, y, coefficients, own.permute(0, 2, 3, 1), residual, x, scale_shift)
+            return dx, backward.data_gradient(data_layer, choice, *operands, finish, ys, means, dx)
+        found = library(written() if dy is None else dy, x, [True, False, False])[0]
+        assert found is not None
+        found = found.contiguous(memory_format=torch.channels_last)
+        if not finish:
+            return found if residual is None else bn_apply(found, None, residual, None, False), None
+        dx = torch.empty_like(x)
+        positive = x if relu or scale_shift is None else None
+        return dx, _sums(found, residual, positive, scale_shift, ys, means, dx)
+
+    def of_weight(choice: Choice, dy: Tensor | None = None) -> Tensor:
+        if isinstance(choice, Config):
+            dw = torch.empty_like(weight)
+            backward.weight_gradient(weight_layer, choice, grad, y, coefficients, x, scale_shift, dw)
+            return dw
+        image = forward.activation(x, scale_shift, relu)
+        found = library(written() if dy is None else dy, image, [False, True, False])[1]
+        assert found is not None
+        return like(found, weight)
+
+    choose = tuner(x.device).choose
+    data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
+    weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
+    data_choice = choose(data_layer, lambda: [data]) if need_x else None
+    weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
+    dy = written() if LIBRARY in (data_choice, weight_choice) else None
+    dx, partial = (None, None) if data_choice is None else data(data_choice, dy)
+    return dx, None if weight_choice is None else of_weight(weight_choice, dy), partial
+
+
 def conv_backward(
     grad: Tensor,
     y: Tensor | None,
@@ -194,68 +310,11 @@ def conv_backward(
     ys: list[Tensor],
     means: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "conv_backward"
-    _check_image(op, "grad", grad)
-    _check_image(op, "x", x)
-    check_dtype(f"{op}: weight", weight)
-    result = ops.fake_conv(x, weight.to(x.dtype), None, None, None, None, None, 0.0, stride, padding)
-    _check_image(op, "grad", grad, ("the convolution's output", result))
-    if (y is None) != (coefficients is None):
-        _fail(op, "y and coefficients come together")
-    if y is not None:
-        _check_image(op, "y", y, ("grad", grad))
-    _check_rows(op, "coefficients", coefficients, 4, grad)
-    _check_rows(op, "scale_shift", scale_shift, 2, x)
-    if residual is not None:
-        _check_image(op, "residual", residual, ("x", x))
-    _check_sums(op, ("x", x), ys, means)
-    _check_algorithm(op, algorithm)
-    if finish and not need_x:
-        _fail(op, "finish without need_x")
-    dx = torch.empty_like(x) if need_x else x.new_empty((0, *x.shape[1:]))
-    dw, sums = torch.empty_like(weight), ops.statistics_rows(x, 3 if finish else 0, x.shape[1])
-    if min(x.numel(), grad.numel()) == 0:
-        return dx.zero_() if residual is None else dx.copy_(residual), dw.zero_(), sums.zero_()
-    filters = _filters(weight, x)
-
-    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        return convolution_backward(gradient, image, filters.permute(0, 3, 1, 2), None, stride, padding, mask)
-
-    def written() -> Tensor:
-        if y is None or coefficients is None:
-            return grad
-        dy = torch.empty_like(grad)
-        batch_norm.bn_input_gradient(as_rows(grad), as_rows(y), coefficients, as_rows(dy))
-        return dy
-
-    def data(choice: Choice, dy: Tensor | None = None) -> Tensor | None:
-        """Writes dx, returns the sums."""
-        if isinstance(choice, Config):
-            operands = (grad, y, coefficients, filters, residual, x, scale_shift)
-            return backward.data_gradient(data_layer, choice, *operands, finish, ys, means, dx)
-        found = library(written() if dy is None else dy, x, [True, False, False])[0]
-        if not finish:
-            torch.add(found, residual, out=dx) if residual is not None else dx.copy_(found)
-            return None
-        found = found.contiguous(memory_format=torch.channels_last)
-        return _sums(found, residual, x if relu or scale_shift is None else None, scale_shift, ys, means, dx)
-
-    def of_weight(choice: Choice, dy: Tensor | None = None) -> Tensor:
-        if isinstance(choice, Config):
-            operands = (grad, y, coefficients, x, scale_shift)
-            return backward.weight_gradient(weight_layer, choice, *operands, weight.dtype).permute(0, 3, 1, 2)
-        image = forward.activation(x, scale_shift, relu)
-        return library(written() if dy is None else dy, image, [False, True, False])[1]
-
-    choose = tuner(x.device).choose
-    data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
-    weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
-    data_choice = choose(data_layer, lambda: [data]) if need_x else None
-    weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
-    dy = written() if LIBRARY in (data_choice, weight_choice) else None
-    if data_choice is not None:
-        found = data(data_choice, dy)
-        sums = sums if found is None else found
-    if weight_choice is not None:
-        dw.copy_(of_weight(weight_choice, dy))
-    return dx, dw, sums
+    _check_algorithm("conv_backward", algorithm)
+    operands = (grad, y, coefficients, x, scale_shift, relu, weight, None, stride, padding)
+    dx, dw, partial = gradients(*operands, need_x, need_weight, residual, finish, ys, means)
+    return (
+        x.new_empty((0, *x.shape[1:])) if dx is None else dx,
+        torch.empty_like(weight) if dw is None else dw,
+        ops.statistics_rows(x, 0, x.shape[1]) if partial is None else finish_sums(partial),
+    )

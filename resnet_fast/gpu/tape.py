@@ -1,9 +1,10 @@
-"""A chain's launches and calls, recorded once for each kind of input and replayed in C++.
+"""A chain's launches and calls, recorded once for each kind of inputs and replayed in C++.
 
 From Python a launch costs the host 50 to 200 us, several times what it costs the GPU. What depends on shapes alone is
 therefore found once: while a call runs as usual, a :class:`Recorder` writes down each kernel with its grid and its
 arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape.cpp`` replays that for
-other inputs of the same kind, at a few microseconds a step.
+other inputs of the same kind, at a few microseconds a step. In inference there is one input, the images; a forward or
+backward pass of training has parameters and saved tensors beside them.
 
 Memory that kernels write comes from PyTorch's allocator: what is returned, and one piece for all that is not, in which
 buffers share room whose lifetimes do not overlap. Everything else that a kernel reads is a constant, held by the tape.
@@ -49,7 +50,7 @@ _EMPTY = (
 )
 # As tape.h numbers them.
 _INPUT, _SCRATCH, _OUTPUT, _CONSTANT, _RESULT = range(5)
-_NONE, _TENSOR, _INT, _DOUBLE, _BOOL, _INTS, _FORMAT = range(7)
+_NONE, _TENSOR, _INT, _DOUBLE, _BOOL, _INTS, _FORMAT, _BOOLS, _DTYPE = range(9)
 _UNKNOWN = -1  # the buffer of what no step of a tape gives
 _FORMATS = {torch.contiguous_format: 0, torch.channels_last: 1, torch.preserve_format: 2}
 
@@ -71,7 +72,7 @@ class _Call(NamedTuple):
     name: str
     overload: str
     arguments: list[tuple[int, bool, Any]]
-    result: int
+    results: list[int]
 
 
 class _NotRecordedError(Exception):
@@ -79,23 +80,26 @@ class _NotRecordedError(Exception):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what runs on this thread between its entry and its exit, for inputs like ``x``.
+    """Writes down what runs on this thread between its entry and its exit, for inputs like ``inputs``.
 
-    ``reason``: why there will be no tape, or None.
+    ``reason``: why there will be no tape, or None. ``closed``: kernels may read nothing but inputs and what was
+    computed from them; constants are a reason, then.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, inputs: Sequence[Tensor], closed: bool = False) -> None:
         super().__init__()
-        self.x = x
+        self.inputs, self.closed = list(inputs), closed
         self.reason: str | None = None
         self.steps: list[_Launch | _Call] = []
         self._buffers: list[_Buffer] = []
-        self._numbers: dict[int, int] = {}  # of buffers, by storage
+        self._numbers: dict[int, list[int]] = {}  # of buffers, by storage; inputs may share one
+        self._begins: list[int] = []  # addresses, by buffer
         self._views: list[tuple[int, ...]] = []
         self._held: list[Any] = []  # so that no storage takes the place of another meanwhile
         self._constants: list[Any] = []
         self._paused = False
-        self._add(x, _INPUT, x.data_ptr(), _span(x))
+        for i, t in enumerate(self.inputs):
+            self._add(t, _INPUT, i, _span(t))
 
     def __enter__(self) -> Recorder:
         launch.record(self)
@@ -113,13 +117,14 @@ class Recorder(TorchDispatchMode):
         """A kernel ran; ``values``: what ``compiled.parameters`` got, in their order."""
         if self.reason is not None:
             return
-        parameters: list[bytes | tuple[int, int, int]] = []
-        for kind, value in zip(compiled.parameters, values, strict=True):
-            if isinstance(value, Tensor):
-                buffer, offset = self._place(value)
-                parameters.append((buffer, offset, _span(value)))
-            else:
-                parameters.append(_bytes_of(kind, value))
+        try:
+            parameters = [
+                (*self._place(value), _span(value)) if isinstance(value, Tensor) else _bytes_of(kind, value)
+                for kind, value in zip(compiled.parameters, values, strict=True)
+            ]
+        except _NotRecordedError as error:
+            self.reason = str(error)
+            return
         parameters += [bytes(8)] * compiled.scratch_pointers
         self.steps.append(_Launch(compiled, (*grid, 1, 1)[:3], parameters))
 
@@ -135,18 +140,19 @@ class Recorder(TorchDispatchMode):
 
     def _ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         schema = func._schema
-        if schema.name == "aten::max_pool2d_with_indices":  # a call gives one tensor, and nobody asked for the indices
+        if schema.name == "aten::max_pool2d_with_indices":  # nobody asked for the indices
             out, indices = out
-            self._numbers[indices.untyped_storage()._cdata] = _UNKNOWN
+            self._numbers[indices.untyped_storage()._cdata] = [_UNKNOWN]
             self._held.append(indices)
             func = torch.ops.aten.max_pool2d.default
             schema = func._schema
-        if schema.is_mutable or not isinstance(out, Tensor):
+        results = out if isinstance(out, tuple) else (out,)
+        if schema.is_mutable or not all(t is None or isinstance(t, Tensor) for t in results):
             raise _NotRecordedError(f"{schema.name} in a chain")
         if schema.name in _EMPTY:
             self._add(out, _SCRATCH, 0, out.untyped_storage().nbytes())
             return
-        if self._is_view(out, args):
+        if isinstance(out, Tensor) and self._is_view(out, args):
             return
         values = [
             args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
@@ -156,8 +162,11 @@ class Recorder(TorchDispatchMode):
             func, values = torch.ops.aten.linear.default, [values[1], values[2].t(), values[0]]
             schema = func._schema
         arguments = [self._argument(a.type, value) for a, value in zip(schema.arguments, values, strict=True)]
-        self._add(out, _RESULT, 0, out.untyped_storage().nbytes())
-        self.steps.append(_Call(schema.name, schema.overload_name, arguments, self._view(out)))
+        for t in results:
+            if t is not None:
+                self._add(t, _RESULT, 0, t.untyped_storage().nbytes())
+        views = [-1 if t is None else self._view(t) for t in results]
+        self.steps.append(_Call(schema.name, schema.overload_name, arguments, views))
 
     def _is_view(self, out: Tensor, args: Sequence[Any]) -> bool:
         """Of a buffer, or of a constant, which gets no number by that."""
@@ -183,72 +192,109 @@ class Recorder(TorchDispatchMode):
             return _DOUBLE, optional, struct.unpack("q", struct.pack("d", value))[0]
         if name == "List[int]" and all(type(v) is int for v in value):
             return _INTS, optional, list(value)
+        if name == "List[bool]" and not optional:
+            return _BOOLS, optional, list(map(int, value))
+        if isinstance(value, torch.dtype) and value in _DTYPES:
+            return _DTYPE, optional, _DTYPES[value]
         raise _NotRecordedError(f"an operator's argument {value!r} of type {kind}")
 
     def _add(self, t: Tensor, kind: int, place: int, size: int) -> int:
-        storage = t.untyped_storage()
+        storage, number = t.untyped_storage(), len(self._buffers)
         self._held.append(storage)
-        self._numbers[storage._cdata] = len(self._buffers)
+        if kind == _INPUT:
+            self._numbers.setdefault(storage._cdata, []).append(number)
+        else:
+            self._numbers[storage._cdata] = [number]
+        self._begins.append(t.data_ptr() if kind == _INPUT else storage.data_ptr())
         self._buffers.append(_Buffer(kind, place, size, len(self.steps)))
-        return len(self._buffers) - 1
+        return number
 
     def _place(self, t: Tensor) -> tuple[int, int]:
         """Number of the buffer of ``t``, and the bytes before it there."""
         storage = t.untyped_storage()
-        number = self._numbers.get(storage._cdata)
-        if number is None:
-            number = self._add(t, _CONSTANT, storage.data_ptr(), storage.nbytes())
+        numbers = self._numbers.get(storage._cdata)
+        if numbers is None:
+            if self.closed:
+                raise _NotRecordedError(f"a constant of shape {tuple(t.shape)}")
+            numbers = [self._add(t, _CONSTANT, storage.data_ptr(), storage.nbytes())]
             self._constants.append(storage)
-        if number == _UNKNOWN:
+        if numbers == [_UNKNOWN]:
             raise _NotRecordedError("indices of max pooling")
-        buffer = self._buffers[number]
-        buffer.last = len(self.steps)
-        begin = self.x.data_ptr() if number == 0 else storage.data_ptr()
-        if t.data_ptr() < begin:
-            raise _NotRecordedError("memory before the input")
-        return number, t.data_ptr() - begin
+        begin, end = t.data_ptr(), t.data_ptr() + _span(t)
+        for number in numbers:
+            buffer, first = self._buffers[number], self._begins[number]
+            if first <= begin and end <= first + buffer.bytes:
+                buffer.last = len(self.steps)
+                return number, begin - first
+        raise _NotRecordedError("memory beside the inputs")
 
     def _view(self, t: Tensor) -> int:
-        if t.dtype not in _DTYPES:
-            raise _NotRecordedError(f"a tensor of {t.dtype}")
+        dtype = _dtype_number(t)
         buffer, offset = self._place(t)
-        self._views.append((buffer, _DTYPES[t.dtype], offset // t.element_size(), *_listed(t.shape, t.stride())))
+        self._views.append((buffer, dtype, offset // t.element_size(), *_listed(t.shape, t.stride())))
         return len(self._views) - 1
 
-    def tape(self, y: Tensor) -> Tape | None:
-        """Once it has ended; ``y``: what was computed. None for a :attr:`reason`."""
+    def tape(self, outputs: Sequence[Tensor]) -> Tape | None:
+        """Once it has ended; ``outputs``: what was computed, different tensors. None for a :attr:`reason`."""
         if self.reason is not None:
             return None
         try:
-            return Tape(self._words(y), self)
+            return Tape(self._words(outputs), self)
         except _NotRecordedError as error:
             self.reason = str(error)
             return None
 
-    def _words(self, y: Tensor) -> list[int]:
-        result = self._view(y)
-        returned = self._buffers[self._views[result][0]]
-        if returned.kind == _SCRATCH:
-            if y.storage_offset() != 0 or y.untyped_storage().nbytes() != _span(y):
-                raise _NotRecordedError("a result that is a part of what was computed")
-            returned.kind = _OUTPUT
-        elif returned.kind != _RESULT:
-            raise _NotRecordedError("a result that nothing computed")
-        x = self.x
-        words = [int(x.is_cuda), x.get_device(), int(x.data_ptr() % 16 == 0), _arrange(self._buffers) // 8]
+    def _words(self, outputs: Sequence[Tensor]) -> list[int]:
+        returned = [self._returned(t) for t in outputs]
+        kept = {self._views[view][0] for view in returned}
+        first = self.inputs[0]
+        words = [int(first.is_cuda), first.get_device(), _arrange(self._buffers) // 8]
         words.append(len(self._buffers))
         for b in self._buffers:
             words += [b.kind, b.place, b.bytes]
-        words += [0, _DTYPES[x.dtype], 0, *_listed(x.shape, x.stride())]
+        words.append(len(self.inputs))
+        for i, t in enumerate(self.inputs):
+            words += [i, _dtype_number(t), 0, *_listed(t.shape, t.stride()), int(t.data_ptr() % 16 == 0)]
+        aliases = self._aliases()
+        words.append(len(aliases))
+        for alias in aliases:
+            words += alias
         words.append(len(self._views))
         for view in self._views:
             words += view
-        words += [result, len(self.steps)]
+        words += [*_listed(returned), len(self.steps)]
+        ends: dict[int, list[int]] = {}
+        for n, b in enumerate(self._buffers):
+            if b.kind == _RESULT and n not in kept:
+                ends.setdefault(b.last, []).append(n)
         for i, step in enumerate(self.steps):
             words += _launch_words(step) if isinstance(step, _Launch) else _call_words(step)
-            ends = [n for n, b in enumerate(self._buffers) if b.kind == _RESULT and b.last == i and b is not returned]
-            words += [len(ends), *ends]
+            words += _listed(ends.get(i, ()))
         return words
+
+    def _returned(self, t: Tensor) -> int:
+        """The view of an output, whose memory is then not shared with other buffers."""
+        view = self._view(t)
+        buffer = self._buffers[self._views[view][0]]
+        if buffer.kind == _SCRATCH:
+            if t.storage_offset() != 0 or t.untyped_storage().nbytes() != _span(t):
+                raise _NotRecordedError("a result that is a part of what was computed")
+            buffer.kind, buffer.place = _OUTPUT, view
+        elif buffer.kind not in (_OUTPUT, _RESULT):
+            raise _NotRecordedError("a result that nothing computed")
+        return view
+
+    def _aliases(self) -> list[tuple[int, int, int]]:
+        """Pairs of inputs that share memory, and how far apart they begin: kernels were given the first of them."""
+        found = []
+        for numbers in self._numbers.values():
+            inputs = [n for n in numbers if n != _UNKNOWN and self._buffers[n].kind == _INPUT]
+            for i, n in enumerate(inputs):
+                for m in inputs[:i]:
+                    apart = self._begins[n] - self._begins[m]
+                    if -self._buffers[n].bytes < apart < self._buffers[m].bytes:
+                        found.append((m, n, apart))
+        return found
 
     def constants(self) -> list[Any]:
         """What has to live as long as the tape."""
@@ -278,10 +324,11 @@ class Tape:
         self.number = native.tape(array("q", words).tobytes(), launcher)
         weakref.finalize(self, native.drop_tape, self.number)
 
-    def run(self, x: Tensor) -> Tensor:
-        """The chain on ``x``, which is like that which was recorded: shape, strides, dtype, device, alignment."""
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """What was recorded, of these inputs; nothing where they are not like those of the recording: in number, shape,
+        strides, dtype, device, alignment, or in what memory they share."""
         try:
-            return torch.ops.resnet_fast.run_tape.default(x, self.number)
+            return torch.ops.resnet_fast.run_tape.default(inputs, self.number)
         except RuntimeError:
             error, self._error = self._error, None
             if error is None:
@@ -308,25 +355,34 @@ class Tape:
         return start
 
 
-def record(x: Tensor, run: Callable[[], Tensor]) -> tuple[Tensor, Tape | str]:
-    """``run()``, a function of ``x``, and its tape, or why something in it cannot be replayed."""
-    with Recorder(x) as recorder:
-        y = run()
-    return y, recorder.tape(y) or recorder.reason or ""
+def record(
+    inputs: Sequence[Tensor], run: Callable[[], list[Tensor]], closed: bool = False
+) -> tuple[list[Tensor], Tape | str]:
+    """``run()``, a function of ``inputs``, and its tape, or why something in it cannot be replayed."""
+    with Recorder(inputs, closed) as recorder:
+        outputs = run()
+    return outputs, recorder.tape(outputs) or recorder.reason or ""
 
 
 class Tapes:
-    """What a function of one input, and of nothing that changes, is replayed from, by kind of call.
+    """What a function of some inputs, and of nothing that changes, is replayed from, by kind of call.
 
-    The first call of a kind runs as it is, and chooses kernels; the second is recorded; others are replayed.
+    The first call of a kind runs as it is, and chooses kernels; the second is recorded; others are replayed. A tape
+    whose inputs are not like they were is recorded again. ``closed``: as :class:`Recorder` has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, closed: bool = False) -> None:
+        self.closed = closed
         # None after the first call; then the tape, or why there is none.
         self.found: dict[tuple[Any, ...], Tape | str | None] = {}
 
     def run(self, x: Tensor, kind: tuple[Any, ...], run: Callable[[], Tensor]) -> Tensor:
         """``run()``, which computes with ``x``; kind: what of the input and of all switches decides how."""
+        return self.run_all([x], kind, lambda: [run()])[0]
+
+    def run_all(self, inputs: list[Tensor], kind: tuple[Any, ...], run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """``run()``, different tensors that are computed from ``inputs``, of which the first decides with ``kind``."""
+        x = inputs[0]
         # Within a recording all is written down as it is. A graph that is captured has its own stream and memory, and
         # does not ask what a call costs.
         if not backends.cuda.replay or x.numel() == 0 or launch.recording() or _capturing(x):
@@ -335,16 +391,18 @@ class Tapes:
         stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
         key = (*kind, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0, stream, launch.device())
         if key not in self.found:
-            y = run()
+            outputs = run()
             self.found[key] = None
-            return y
+            return outputs
         tape = self.found[key]
         if isinstance(tape, Tape):
-            return tape.run(x)
-        if tape is not None:
+            outputs = tape.run(inputs)
+            if outputs:
+                return outputs
+        elif tape is not None:
             return run()
-        y, self.found[key] = record(x, run)
-        return y
+        outputs, self.found[key] = record(inputs, run, self.closed)
+        return outputs
 
 
 def _capturing(x: Tensor) -> bool:
@@ -356,6 +414,12 @@ def _span(t: Tensor) -> int:
     if t.numel() == 0:
         return 0
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def _dtype_number(t: Tensor) -> int:
+    if t.dtype not in _DTYPES:
+        raise _NotRecordedError(f"a tensor of {t.dtype}")
+    return _DTYPES[t.dtype]
 
 
 def _listed(*lists: Sequence[int]) -> list[int]:
@@ -389,11 +453,11 @@ def _call_words(step: _Call) -> list[int]:
     words = [1, *_text(step.name), *_text(step.overload), len(step.arguments)]
     for kind, optional, value in step.arguments:
         words += [kind, int(optional)]
-        if kind == _INTS:
+        if kind in (_INTS, _BOOLS):
             words += _listed(value)
         elif kind != _NONE:
             words.append(value)
-    return [*words, step.result]
+    return [*words, *_listed(step.results)]
 
 
 def _arrange(buffers: Sequence[_Buffer]) -> int:

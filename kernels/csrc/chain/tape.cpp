@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -65,6 +66,12 @@ int64_t element_size(int64_t dtype) {
   return dtype == aoti_torch_dtype_uint8() || dtype == aoti_torch_dtype_int8() ? 1 : 2;
 }
 
+int64_t dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
 // A tensor in memory that outlives it.
 Tensor from_blob(char* memory, const View& v, int64_t device_type, int64_t device) {
   AtenTensorHandle made = nullptr;
@@ -119,9 +126,9 @@ Call read_call(Reader& in, int64_t views) {
   call.overload = in.bytes();
   for (int64_t i = in.count(); i > 0; --i) {
     Call::Argument a{};
-    a.kind = static_cast<Call::Argument::Kind>(in.below(Call::Argument::kMemoryFormat + 1, "an argument's kind"));
+    a.kind = static_cast<Call::Argument::Kind>(in.below(Call::Argument::kDtype + 1, "an argument's kind"));
     a.optional = in.below(2, "whether an argument is optional") == 1;
-    if (a.kind == Call::Argument::kInts) {
+    if (a.kind == Call::Argument::kInts || a.kind == Call::Argument::kBools) {
       a.values = in.list();
     } else if (a.kind == Call::Argument::kTensor) {
       a.value = in.below(views, "a view");
@@ -130,7 +137,9 @@ Call read_call(Reader& in, int64_t views) {
     }
     call.arguments.push_back(std::move(a));
   }
-  call.result = in.below(views, "a call's result");
+  call.results = in.list();
+  for (const int64_t v : call.results)
+    RESNET_FAST_CHECK(v >= -1 && v < views, "tape: a call's result is ", v, ", want -1 to ", views - 1);
   return call;
 }
 
@@ -139,7 +148,6 @@ std::unique_ptr<Tape> read_tape(Reader in) {
   const bool cuda = in.below(2, "the kind of device") == 1;
   tape->device_type = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   tape->device = in.word();
-  tape->aligned = in.word() != 0;
   tape->scratch_bytes = in.below(int64_t{1} << 56, "the scratch memory") * 8;
   for (int64_t i = in.count(); i > 0; --i) {
     Buffer b{};
@@ -152,9 +160,25 @@ std::unique_ptr<Tape> read_tape(Reader in) {
     tape->buffers.push_back(b);
   }
   const auto buffers = static_cast<int64_t>(tape->buffers.size());
-  tape->input = read_view(in, buffers);
+  for (int64_t i = in.count(); i > 0; --i) {
+    View view = read_view(in, buffers);
+    tape->inputs.push_back({std::move(view), in.word() != 0});
+  }
+  const auto inputs = static_cast<int64_t>(tape->inputs.size());
+  for (int64_t i = in.count(); i > 0; --i) {
+    const int64_t first = in.below(inputs, "an input"), second = in.below(inputs, "an input");
+    tape->aliases.push_back({first, second, in.word()});
+  }
   for (int64_t i = in.count(); i > 0; --i) tape->views.push_back(read_view(in, buffers));
-  tape->result = in.below(static_cast<int64_t>(tape->views.size()), "the result");
+  const auto views = static_cast<int64_t>(tape->views.size());
+  tape->outputs = in.list();
+  for (const int64_t v : tape->outputs)
+    RESNET_FAST_CHECK(v >= 0 && v < views, "tape: an output is ", v, ", want 0 to ", views - 1);
+  for (const Buffer& b : tape->buffers) {
+    const int64_t end = b.kind == Buffer::kInput ? inputs : b.kind == Buffer::kOutput ? views : b.place + 1;
+    RESNET_FAST_CHECK(b.kind == Buffer::kConstant || (b.place >= 0 && b.place < end), "tape: a buffer's place is ",
+                      b.place);
+  }
   for (const View& v : tape->views) {
     const Buffer& b = tape->buffers[static_cast<size_t>(v.buffer)];
     const bool constant = b.kind == Buffer::kConstant;
@@ -168,7 +192,7 @@ std::unique_ptr<Tape> read_tape(Reader in) {
     if (step.launches) {
       step.launch = read_launch(in, tape->buffers);
     } else {
-      step.call = read_call(in, static_cast<int64_t>(tape->views.size()));
+      step.call = read_call(in, views);
     }
     step.ends = in.list();
     for (const int64_t b : step.ends)
@@ -203,12 +227,13 @@ std::shared_ptr<const Tape> tape_of(int64_t number) {
 // One call of run_tape.
 class Run {
  public:
-  Run(const Tape& tape, const Tensor& x) : tape_(tape), x_(x), on_gpu_(!tape.launcher && !tape.discards) {
+  Run(const Tape& tape, const std::vector<Tensor>& inputs)
+      : tape_(tape), inputs_(inputs), on_gpu_(!tape.launcher && !tape.discards) {
     bases_.resize(tape.buffers.size());
-    results_.resize(tape.buffers.size());
+    made_.resize(tape.buffers.size());
   }
 
-  Tensor operator()() {
+  std::vector<Tensor> operator()() {
     std::optional<torch::stable::accelerator::DeviceGuard> guard;
     if (on_gpu_) {
       guard.emplace(static_cast<int32_t>(tape_.device));
@@ -222,19 +247,22 @@ class Run {
       } else {
         call(step.call);
       }
-      for (const int64_t b : step.ends) results_[static_cast<size_t>(b)].reset();
+      for (const int64_t b : step.ends) made_[static_cast<size_t>(b)].reset();
     }
-    return view(static_cast<size_t>(tape_.result));
+    std::vector<Tensor> outputs;
+    outputs.reserve(tape_.outputs.size());
+    for (const int64_t v : tape_.outputs) outputs.push_back(view(static_cast<size_t>(v)));
+    return outputs;
   }
 
  private:
   const Tape& tape_;
-  const Tensor& x_;
+  const std::vector<Tensor>& inputs_;
   const bool on_gpu_;
   void* stream_ = nullptr;
   std::vector<char*> bases_;
-  std::vector<std::optional<Tensor>> results_;
-  std::optional<Tensor> scratch_, output_;
+  std::vector<std::optional<Tensor>> made_;  // by buffer: outputs, and results of calls
+  std::optional<Tensor> scratch_;
 
   Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t dtype) const {
     AtenTensorHandle made = nullptr;
@@ -245,7 +273,6 @@ class Run {
   }
 
   void allocate() {
-    const View& result = tape_.views[static_cast<size_t>(tape_.result)];
     char* scratch = nullptr;
     if (tape_.scratch_bytes > 0) {
       scratch_ = empty({tape_.scratch_bytes}, {1}, aoti_torch_dtype_uint8());
@@ -254,19 +281,21 @@ class Run {
     for (size_t i = 0; i < bases_.size(); ++i) {
       const Buffer& b = tape_.buffers[i];
       switch (b.kind) {
-        case Buffer::kInput: bases_[i] = static_cast<char*>(x_.data_ptr()); break;
+        case Buffer::kInput: bases_[i] = static_cast<char*>(inputs_[static_cast<size_t>(b.place)].data_ptr()); break;
         case Buffer::kScratch: bases_[i] = scratch + b.place; break;
         case Buffer::kConstant: bases_[i] = reinterpret_cast<char*>(b.place); break;
-        case Buffer::kOutput:
-          output_ = empty(result.sizes, result.strides, result.dtype);
-          bases_[i] = static_cast<char*>(output_->data_ptr());
+        case Buffer::kOutput: {
+          const View& whole = tape_.views[static_cast<size_t>(b.place)];
+          made_[i] = empty(whole.sizes, whole.strides, whole.dtype);
+          bases_[i] = static_cast<char*>(made_[i]->data_ptr());
           break;
+        }
         case Buffer::kResult: break;
       }
     }
   }
 
-  bool same_layout(const Tensor& t, const View& v) const {
+  static bool same_layout(const Tensor& t, const View& v) {
     if (t.dim() != static_cast<int64_t>(v.sizes.size())) return false;
     for (int64_t d = 0; d < t.dim(); ++d) {
       const auto i = static_cast<size_t>(d);
@@ -283,21 +312,23 @@ class Run {
     AtenTensorHandle made = nullptr;
     switch (buffer.kind) {
       case Buffer::kConstant: return *tape_.constants[number];
-      case Buffer::kInput:
-        if (v.offset == 0 && same_layout(x_, v)) return x_;
+      case Buffer::kInput: {
+        const Tensor& whole = inputs_[static_cast<size_t>(buffer.place)];
+        if (v.offset == 0 && v.dtype == dtype_of(whole) && same_layout(whole, v)) return whole;
         return from_blob(bases_[b], v, tape_.device_type, tape_.device);
+      }
       case Buffer::kScratch:
         TORCH_ERROR_CODE_CHECK(
             aoti_torch__alloc_from_pool(scratch_->get(), buffer.place + v.offset * element_size(v.dtype),
                                         static_cast<int32_t>(v.dtype), dims, v.sizes.data(), v.strides.data(), &made));
         return Tensor(made);
-      case Buffer::kOutput: return *output_;
+      case Buffer::kOutput:
       case Buffer::kResult: break;
     }
-    RESNET_FAST_CHECK(results_[b].has_value(), "run_tape: a result is read before it is there");
-    if (v.offset == 0 && same_layout(*results_[b], v)) return *results_[b];
+    RESNET_FAST_CHECK(made_[b].has_value(), "run_tape: a result is read before it is there");
+    if (v.offset == 0 && same_layout(*made_[b], v)) return *made_[b];
     TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(results_[b]->get(), dims, v.sizes.data(), v.strides.data(), v.offset, &made));
+        aoti_torch__reinterpret_tensor(made_[b]->get(), dims, v.sizes.data(), v.strides.data(), v.offset, &made));
     return Tensor(made);
   }
 
@@ -343,6 +374,15 @@ class Run {
     return optional ? torch::stable::detail::from(std::optional<T>(v)) : torch::stable::detail::from(v);
   }
 
+  // Of no std::vector: the one of bool holds bits.
+  static StableIValue booleans(const std::vector<int64_t>& values) {
+    StableListHandle list = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(values.size(), &list));
+    for (const int64_t v : values)
+      TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(v != 0)));
+    return torch::stable::detail::from(list);
+  }
+
   StableIValue argument(const Call::Argument& a) const {
     using torch::headeronly::MemoryFormat;
     switch (a.kind) {
@@ -356,6 +396,8 @@ class Run {
       }
       case Call::Argument::kBool: return value(a.value != 0, a.optional);
       case Call::Argument::kInts: return value(a.values, a.optional);
+      case Call::Argument::kBools: return booleans(a.values);
+      case Call::Argument::kDtype: return value(static_cast<torch::headeronly::ScalarType>(a.value), a.optional);
       case Call::Argument::kMemoryFormat:
         return value(a.value == 0   ? MemoryFormat::Contiguous
                      : a.value == 1 ? MemoryFormat::ChannelsLast
@@ -367,37 +409,48 @@ class Run {
 
   void call(const Call& c) {
     std::vector<StableIValue> stack;
-    stack.reserve(c.arguments.size());
+    stack.reserve(std::max(c.arguments.size(), c.results.size()));
     for (const Call::Argument& a : c.arguments) stack.push_back(argument(a));
+    stack.resize(stack.capacity());
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(c.name.c_str(), c.overload.c_str(), stack.data(), TORCH_ABI_VERSION));
-    Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
-    const View& v = tape_.views[static_cast<size_t>(c.result)];
-    RESNET_FAST_CHECK(same_layout(result, v), "run_tape: ", c.name, " gives another layout than when it was recorded");
-    const auto b = static_cast<size_t>(v.buffer);
-    bases_[b] = static_cast<char*>(result.data_ptr());
-    results_[b] = std::move(result);
+    std::vector<Tensor> results;  // all are taken, so that none is left behind should one be wrong
+    for (size_t i = 0; i < c.results.size(); ++i) results.push_back(torch::stable::detail::to<Tensor>(stack[i]));
+    for (size_t i = 0; i < c.results.size(); ++i) {
+      if (c.results[i] < 0) continue;
+      const View& v = tape_.views[static_cast<size_t>(c.results[i])];
+      RESNET_FAST_CHECK(same_layout(results[i], v), "run_tape: ", c.name,
+                        " gives another layout than when it was recorded");
+      const auto b = static_cast<size_t>(v.buffer);
+      bases_[b] = static_cast<char*>(results[i].data_ptr());
+      made_[b] = std::move(results[i]);
+    }
   }
 };
 
-Tensor run_tape(const Tensor& x, int64_t number) {
-  const std::shared_ptr<const Tape> tape = tape_of(number);
-  const View& want = tape->input;
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  RESNET_FAST_CHECK(dtype == want.dtype, "run_tape: x has dtype ", dtype_name(x.scalar_type()),
-                    ", want that which the tape was recorded with");
-  RESNET_FAST_CHECK(x.get_device_index() == tape->device, "run_tape: x is on device ", x.get_device_index(), ", want ",
-                    tape->device);
-  bool same = x.dim() == static_cast<int64_t>(want.sizes.size());
-  for (int64_t d = 0; same && d < x.dim(); ++d) {
-    const auto i = static_cast<size_t>(d);
-    same = x.size(d) == want.sizes[i] && x.stride(d) == want.strides[i];
+// Whether the inputs are like those which the tape was recorded with.
+bool fits(const Tape& tape, const std::vector<Tensor>& inputs) {
+  if (inputs.size() != tape.inputs.size()) return false;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Tensor& t = inputs[i];
+    const auto& [want, aligned] = tape.inputs[i];
+    if (dtype_of(t) != want.dtype || t.get_device_index() != tape.device) return false;
+    if (t.dim() != static_cast<int64_t>(want.sizes.size())) return false;
+    for (int64_t d = 0; d < t.dim(); ++d)
+      if (t.size(d) != want.sizes[static_cast<size_t>(d)] || t.stride(d) != want.strides[static_cast<size_t>(d)])
+        return false;
+    if (aligned && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return false;
   }
-  RESNET_FAST_CHECK(same, "run_tape: x has shape ", shape(x), ", or strides, other than those that tape ", number,
-                    " was recorded with");
-  RESNET_FAST_CHECK(!tape->aligned || reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
-                    "run_tape: x does not begin at a multiple of 16 bytes, as it did when the tape was recorded");
-  return Run(*tape, x)();
+  for (const Alias& a : tape.aliases) {
+    const auto* first = static_cast<const char*>(inputs[static_cast<size_t>(a.first)].data_ptr());
+    if (first + a.distance != inputs[static_cast<size_t>(a.second)].data_ptr()) return false;
+  }
+  return true;
+}
+
+std::vector<Tensor> run_tape(const std::vector<Tensor>& inputs, int64_t number) {
+  const std::shared_ptr<const Tape> tape = tape_of(number);
+  if (!fits(*tape, inputs)) return {};
+  return Run(*tape, inputs)();
 }
 
 }  // namespace

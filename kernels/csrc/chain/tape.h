@@ -1,5 +1,6 @@
-// A chain on a GPU with all that depends on shapes resolved: what is launched and called, in order, and where each
-// argument lies. resnet_fast/gpu/tape.py records it once; replaying it costs the host a few microseconds a step.
+// A chain on a GPU, or a pass of its training, with all that depends on shapes resolved: what is launched and called,
+// in order, and where each argument lies. resnet_fast/gpu/tape.py records it once; replaying it costs the host a few
+// microseconds a step.
 #pragma once
 
 #include <Python.h>
@@ -15,9 +16,9 @@ namespace resnet_fast {
 // Memory that steps read and write.
 struct Buffer {
   enum Kind : int64_t {
-    kInput,  // the chain's input
+    kInput,  // the input number `place`
     kScratch,  // `place` bytes behind the beginning of the scratch memory
-    kOutput,  // what is returned, allocated in its layout
+    kOutput,  // what is returned, allocated in the layout of the view `place`
     kConstant,  // at the address `place`
     kResult,  // what a call returns
   };
@@ -44,10 +45,10 @@ struct Launch {
   std::vector<Pointer> pointers;
 };
 
-// A call of an operator of PyTorch's that returns one tensor.
+// A call of an operator of PyTorch's that returns tensors.
 struct Call {
   struct Argument {
-    enum Kind : int64_t { kNone, kTensor, kInt, kDouble, kBool, kInts, kMemoryFormat };
+    enum Kind : int64_t { kNone, kTensor, kInt, kDouble, kBool, kInts, kMemoryFormat, kBools, kDtype };
     Kind kind;
     bool optional;  // in the schema
     int64_t value;  // a view's number, an integer, or a double's bits
@@ -55,7 +56,18 @@ struct Call {
   };
   std::string name, overload;
   std::vector<Argument> arguments;
-  int64_t result;  // view, whose layout the call must give
+  std::vector<int64_t> results;  // views, whose layouts the call must give; -1 for one that is not there
+};
+
+// What an input must be like.
+struct Input {
+  View view;
+  bool aligned;  // it begins at a multiple of 16 bytes
+};
+
+// Two inputs that share memory: the second begins `distance` bytes behind the first.
+struct Alias {
+  int64_t first, second, distance;
 };
 
 struct Step {
@@ -67,9 +79,9 @@ struct Step {
 
 struct Tape {
   int64_t device_type = 0, device = -1;
-  View input;
-  int64_t result = 0;  // the view that is returned
-  bool aligned = false;  // the input begins at a multiple of 16 bytes
+  std::vector<Input> inputs;
+  std::vector<Alias> aliases;
+  std::vector<int64_t> outputs;  // the views that are returned
   int64_t scratch_bytes = 0;
   std::vector<Buffer> buffers;
   std::vector<View> views;

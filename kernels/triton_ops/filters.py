@@ -1,0 +1,86 @@
+"""Filters of training between the layout and dtype of their parameters and those of kernels, on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fast import launch
+
+from .tiles import cdiv
+
+__all__ = ["copy", "like", "packed", "strides"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def filter_offsets(i, channels, height, width, stride_k, stride_c, stride_r, stride_s):
+    """Of element i, counted in the order [K, R, S, C], in a tensor of these strides."""
+    c = i % channels
+    s = i // channels % width
+    r = i // channels // width % height
+    k = i // channels // width // height
+    return k * stride_k + c * stride_c + r * stride_r + s * stride_s
+
+
+@triton.jit(do_not_specialize=range(2, 14))
+def _copy_filters_kernel(
+    source,
+    out,
+    elements,
+    channels,
+    height,
+    width,
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
+    out_k,
+    out_c,
+    out_r,
+    out_s,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(
+        source + filter_offsets(i, channels, height, width, stride_k, stride_c, stride_r, stride_s), i < elements
+    )
+    to = filter_offsets(i, channels, height, width, out_k, out_c, out_r, out_s)
+    tl.store(out + to, v.to(out.dtype.element_ty), i < elements)
+
+
+def strides(t: Tensor) -> tuple[int, ...]:
+    """What :func:`filter_offsets` wants to know of ``[K, C, R, S]``."""
+    return (t.shape[1], *t.shape[2:], *t.stride())
+
+
+def copy(source: Tensor, out: Tensor) -> Tensor:
+    """``out``, which gets the filters ``source``: both ``[K, C, R, S]``, in any layouts and dtypes."""
+    elements = out.numel()
+    launch.launch(
+        _copy_filters_kernel,
+        (cdiv(elements, _BLOCK),),
+        (source, out, elements, *strides(source), *out.stride()),
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in channels_last and ``dtype``; itself where it is that."""
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)
+    return copy(weight, out)
+
+
+def like(found: Tensor, weight: Tensor) -> Tensor:
+    """``found`` in dtype and layout of ``weight``; itself where it has them."""
+    sizes = zip(weight.shape, found.stride(), weight.stride(), strict=True)
+    if found.dtype == weight.dtype and all(own == wanted for size, own, wanted in sizes if size > 1):
+        return found
+    return copy(found, torch.empty_like(weight))
