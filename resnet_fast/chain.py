@@ -325,7 +325,7 @@ class Fusing:
                 self._program = program
         if isinstance(program, Refusal):
             return None, x, program.reason
-        if not torch.compiler.is_compiling() and not program.keeps_statistics():
+        if not torch.compiler.is_compiling() and not program.statistics.writable():
             return None, x, "statistics made in inference mode, outside of it"  # PyTorch says what it allows
         x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
         if x.numel() == 0:

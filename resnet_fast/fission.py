@@ -161,7 +161,8 @@ class Backward:
         tensors: list[Tensor | None],
         needs: Sequence[bool],
     ) -> None:
-        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``kept``."""
+        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``kept``, of which
+        scales and filters need not be there."""
         self.kernels, self.layers, self.x, self.tensors, self.needs = kernels, layers, x, tensors, needs
         self.ys, self.sums, self.scales, self.moments, self.filters = kept
         self.pending: dict[int, Tensor] = {}
@@ -176,6 +177,9 @@ class Backward:
             needed.append(any(own) or any(needed[value] for value in inputs))
         self.needed = needed
         self.missing = {i for i, layer in enumerate(layers) if layer.residual >= 0 and self.sums[i] is None}
+        for i, layer in enumerate(layers):
+            if self.scales[i] is None and layer.normalized and layer.residual < 0:
+                self.scales[i] = kernels.affine(layer, self.moments[i], *tensors[TENSORS * i + 2 : TENSORS * i + 4])
         self.segments = self._segments()
         self._restore_ends()
         self.vectors = kernels.gradients(layers, counts(layers, x.shape), self.moments, tensors, needed[1:])

@@ -7,6 +7,7 @@ have no gaps. ``fields`` are the integers of ``residual_stage``; ``batch`` says 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from . import backends, ops
 from .arguments import check_tensor, raised, shapeless
 from .differentiation import Registry
-from .fission import TENSORS, Backward, Kept, Layer, dense, forward, layers_of, unpacked
-from .training_passes import kernels_of
+from .fission import TENSORS, Kept, Layer, dense, layers_of, unpacked
+from .training_passes import Passes
 
 
 def _spread(given: list[Tensor], present: list[bool]) -> list[Tensor | None]:
@@ -30,6 +31,11 @@ def _layers(present: list[bool], fields: list[int], eps: list[float], batch: lis
     if any((layer.relu or layer.residual >= 0) and not layer.normalized for layer in layers):
         raise ValueError("a ReLU or a sum without batch norm")
     return layers
+
+
+@lru_cache(maxsize=64)  # chains that run at about the same time
+def _passes(present: tuple[bool, ...], fields: tuple[int, ...], eps: tuple[float, ...], batch: tuple[bool, ...]) -> Any:
+    return Passes(_layers(list(present), list(fields), list(eps), list(batch)))
 
 
 def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -122,29 +128,26 @@ def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[T
 
 def _forward(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, recompute = rest
-    layers = _layers(*settings)
-    out, kept = forward(kernels_of(x), layers, dense(x), _spread(tensors, settings[0]), recompute)
+    out, kept = _passes(*map(tuple, settings)).forward(dense(x), _spread(tensors, settings[0]), recompute, ())
     inner = [s for s, y in zip(kept.sums[:-1], kept.ys, strict=False) if s is not None and s is not y]
     return [out, *kept.moments, *(y for y in kept.ys if y is not None), *inner]
 
 
 def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, needs = rest
-    layers, spread, kernels = _layers(*settings), _spread(tensors, settings[0]), kernels_of(x)
-    count = len(layers)
+    passes, spread = _passes(*map(tuple, settings)), _spread(tensors, settings[0])
+    layers, count = passes.layers, len(passes.layers)
     moments, images = list(map(unpacked, kept[:count])), map(unpacked, kept[count:])
     ys = [next(images) if i < count - 1 or layer.normalized else None for i, layer in enumerate(layers)]
-    scales: list[Tensor | None] = []
     sums: list[Tensor | None] = []
     for i, layer in enumerate(layers):
         lazy = layer.normalized and layer.residual < 0
-        gamma, beta = spread[TENSORS * i + 2 : TENSORS * i + 4]
-        scales.append(kernels.affine(layer, moments[i], gamma, beta) if lazy else None)
         sums.append(None if lazy else next(images, None) if layer.residual >= 0 else ys[i])
+    nothing: list[Tensor | None] = [None] * count
     wanted = iter(needs[1:])
     needed = [needs[0], *(there and next(wanted) for there in settings[0])]
-    whole = Kept(ys, sums, scales, moments, [None] * count)
-    found = Backward(kernels, layers, dense(x), whole, spread, needed).gradients(grad)
+    whole = Kept(ys, sums, nothing.copy(), moments, nothing)
+    found = passes.backward(dense(x), whole, spread, needed, dense(grad.to(x.dtype)))
     return [g for g, need in zip(found, needed, strict=True) if need and g is not None]
 
 

@@ -11,18 +11,9 @@ from . import backends
 from .fission import Backward, Kept, Layer, forward
 from .training_kernels import Kernels
 
-__all__ = ["Passes", "kernels_of"]
+__all__ = ["Passes"]
 
 _OPERATORS = Kernels()
-
-
-def kernels_of(x: Tensor) -> Kernels:
-    """What computes a chain for inputs like ``x``."""
-    if backends.kind(x) != "cuda":
-        return _OPERATORS
-    from .gpu.training import GPU
-
-    return GPU
 
 
 class Passes:
@@ -41,6 +32,10 @@ class Passes:
 
             self._replayed = ReplayedPasses(self.layers)
         return self._replayed
+
+    def updates_statistics(self, x: Tensor) -> bool:
+        """Whether the kernels for ``x`` update running statistics."""
+        return backends.kind(x) == "cuda"
 
     def forward(
         self, x: Tensor, tensors: list[Tensor | None], recompute: bool, running: Sequence[Any]

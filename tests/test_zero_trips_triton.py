@@ -16,7 +16,17 @@ import triton
 from support import channels_last
 
 from resnet_fast import _triton, launch
-from resnet_fast._triton import batch_norm, batch_stats, bn_add_relu, bn_backward, bn_relu, conv_backward, sums, tune
+from resnet_fast._triton import (
+    batch_norm,
+    batch_stats,
+    bn_add_relu,
+    bn_backward,
+    bn_relu,
+    conv_backward,
+    finalize,
+    sums,
+    tune,
+)
 from resnet_fast._triton.configs import A100, Layer, candidates
 
 ops = torch.ops.resnet_fast
@@ -99,8 +109,24 @@ def no_rows():
     empty = torch.empty(0, C, dtype=torch.float16)
     mask = torch.empty(0, 2, dtype=torch.uint8)
     return [
-        (conv_backward._add_parts_kernel, (none, one.clone(), C, 0), {"BLOCK": 1024}, {1: 0.0}),
-        (sums._moments_final_kernel, (none, two.clone(), 1, C, 1, 0), FINAL, {1: 0.0}),
+        (
+            conv_backward._add_parts_kernel,
+            (none, one.clone(), C, 0, C, 1, 1, C, 1, 1, 1),
+            {"BLOCK": 1024},
+            {1: 0.0},
+        ),
+        (
+            finalize._stats_final_kernel,
+            (none, None, None, None, two.clone(), two.clone(), None, None, 1, C, 1, 0, 1.0, None, 1.0),
+            FINAL,
+            {4: 0.0},
+        ),
+        (
+            finalize._gradients_final_kernel,
+            (none, two, None, floats(4, C), one.clone(), one.clone(), one.clone(), 1, C, 0, 1.0),
+            {"ROWS": 2, "ROW": 1, "BATCH": False, **FINAL},
+            {4: 0.0, 5: 0.0, 6: 0.0},
+        ),
         (sums._sums_final_kernel, (none, three.clone(), C, 0), {"ROWS": 3, **FINAL}, {1: 0.0}),
         (
             batch_stats._batch_stats_partial_kernel,

@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.running_statistics import Running
 
 from .batch_stats import _part
 from .tiles import FINAL_C, FINAL_P, WARPS, final_grid
 
-__all__ = ["Running", "Stats", "affine", "gradients", "stats"]
+__all__ = ["Stats", "affine", "gradients", "stats"]
 
 
 class Stats(NamedTuple):
@@ -31,14 +32,6 @@ class Stats(NamedTuple):
     pixels: int
     rows: int  # pixels of each part but the last
     origin: Tensor | None  # [pixels, C]: its first row was taken from all values, if it is given
-
-
-class Running(NamedTuple):
-    """Running statistics, float32 ``[C]``, and the share of the batch's in them."""
-
-    mean: Tensor
-    var: Tensor
-    momentum: float
 
 
 @triton.jit
@@ -71,7 +64,7 @@ def _stats_final_kernel(
     parts,
     eps,
     momentum,
-    momentum_var,
+    unbiased,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -98,10 +91,13 @@ def _stats_final_kernel(
     if affine is not None:
         _store_affine(affine, mean, var, gamma, beta, eps, c, C)
     if running_mean is not None:
-        before = tl.load(running_mean + c, c < C, 0.0)
-        tl.store(running_mean + c, before * (1.0 - momentum) + mean * momentum, c < C)
-        before = tl.load(running_var + c, c < C, 0.0)
-        tl.store(running_var + c, before * (1.0 - momentum) + var * momentum_var, c < C)
+        share = tl.load(momentum)
+        mean_before = tl.load(running_mean + c, c < C, 0.0)
+        var_before = tl.load(running_var + c, c < C, 0.0)
+        # Each warp has all channels, and reads them; one of them writes.
+        tl.debug_barrier()
+        tl.store(running_mean + c, mean_before * (1.0 - share) + mean * share, c < C)
+        tl.store(running_var + c, var_before * (1.0 - share) + var * unbiased * share, c < C)
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -192,14 +188,14 @@ def stats(
     parts, _, channels = partial.shape
     moments = _rows(2, partial, channels)
     affine = None if eps is None else _rows(2, partial, channels)
-    mean, var, momentum = running or (None, None, 0.0)
+    mean, var, momentum = running or (None, None, None)
     unbiased = pixels / (pixels - 1) if running is not None else 1.0
     launch.launch(
         _stats_final_kernel,
         final_grid(channels),
         (
             *(partial, origin, gamma, beta, moments, affine, mean, var, pixels, channels, rows, parts),
-            *(eps or 0.0, momentum, momentum * unbiased),
+            *(eps or 0.0, momentum, unbiased),
         ),
         BLOCK_P=FINAL_P,
         BLOCK_C=FINAL_C,

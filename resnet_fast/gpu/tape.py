@@ -368,8 +368,11 @@ class Tapes:
     """What a function of some inputs, and of nothing that changes, is replayed from, by kind of call.
 
     The first call of a kind runs as it is, and chooses kernels; the second is recorded; others are replayed. A tape
-    whose inputs are not like they were is recorded again. ``closed``: as :class:`Recorder` has it.
+    whose inputs are not like they were is recorded again. Of many kinds the latest are kept. ``closed``: as
+    :class:`Recorder` has it.
     """
+
+    MOST = 64
 
     def __init__(self, closed: bool = False) -> None:
         self.closed = closed
@@ -393,6 +396,8 @@ class Tapes:
         if key not in self.found:
             outputs = run()
             self.found[key] = None
+            if len(self.found) > self.MOST:
+                del self.found[next(iter(self.found))]
             return outputs
         tape = self.found[key]
         if isinstance(tape, Tape):

@@ -7,6 +7,8 @@ the sums (:mod:`resnet_fast._triton.finalize`): a pass is then a list of launche
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -159,9 +161,8 @@ class ReplayedPasses:
             out, kept = forward(GPU, self.layers, x, tensors, recompute, running)
             return [out, *(t for each in kept for t in each)]
 
-        updated = [None if r is None else r.momentum for r in running]
-        buffers = [t for r in running if r is not None for t in (r.mean, r.var)]
-        out, *rest = self._run([x, *tensors, *buffers], ("forward", recompute, *updated), run)
+        updated = [t for r in running for t in (r or (None,) * 3)]
+        out, *rest = self._run([x, *tensors, *updated], ("forward", recompute), run)
         assert out is not None
         count = len(self.layers)
         kept: Any = [rest[i * count : (i + 1) * count] for i in range(KEPT)]
@@ -187,7 +188,8 @@ class ReplayedPasses:
         from .._triton.tune import forced
 
         given = [t for t in inputs if t is not None]
-        kind = (*kind, tuple(t is None for t in inputs), backends.selected(), precision(given[0].dtype), forced())
+        present = tuple(map(is_not, inputs, repeat(None)))
+        kind = (*kind, present, backends.selected(), precision(given[0].dtype), forced())
 
         def different() -> list[Tensor]:
             results = run()
