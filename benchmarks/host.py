@@ -1,9 +1,10 @@
 """What a plain call on a GPU takes the host, measured on any machine: kernels are launched that do nothing.
 
-    python -m benchmarks.host [--batch 1] [--dtype float16] [NETWORK ...]
+    python -m benchmarks.host [--training] [--batch 1] [--dtype float16] [NETWORK ...]
 
 Two ways beside each other: a launch a layer from Python, and the tape that C++ replays. The GPU's own time is not in
-it; a call is bound by the larger of the two.
+it; a call is bound by the larger of the two. With ``--training`` a call is forward and backward under autocast: the
+classifier, the loss and the optimizer are not in it.
 """
 
 from __future__ import annotations
@@ -53,34 +54,36 @@ class Nothing:
 
 
 def _samples(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds a call of each, in turn."""
+    """Seconds of this process's own time a call of each, in turn: other processes do not count."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            count, begin = 0, time.perf_counter()
-            while (spent := time.perf_counter() - begin) < SECONDS:
+            count, begin = 0, time.process_time()
+            while (spent := time.process_time() - begin) < SECONDS:
                 call()
                 count += 1
             found[name].append(spent / count)
     return found
 
 
-def measure(name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(name: str, batch: int, dtype: torch.dtype, training: bool = False) -> dict[str, Any]:
     """Microseconds a call of network ``name`` in either way, medians and quartiles, and its launches."""
-    model = getattr(resnet_fast, name)(num_classes=1).eval().to(dtype)  # the classifier is computed, by this machine
-    size = 32 if name.startswith("cifar") else 224
-    x = torch.randn(batch, 3, size, size).to(dtype)
+    model = getattr(resnet_fast, name)(num_classes=1)  # the classifier is computed, by this machine
+    # What PyTorch computes between chains, as max pooling is in training, is computed: then images are small.
+    size = 32 if name.startswith("cifar") else 64 if training else 224
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     device = Nothing()
-    with torch.no_grad(), launch.use_device(device):
+    with torch.set_grad_enabled(training), launch.use_device(device):
+        call = _step(model.train(), x, dtype) if training else _inference(model.eval().to(dtype), x.to(dtype))
         for _ in range(3):
-            model(x)
+            call()
         device.launches = 0
-        by_python, replays = _ways(model, x)
+        by_python = _from_python(call)
         by_python()
         launches = device.launches
         if not any(isinstance(t, Tape) for t in _tapes(model)):
             raise RuntimeError(f"{name} is not replayed: {_tapes(model)}")
-        times = _samples({"python": by_python, "tape": replays})
+        times = _samples({"python": by_python, "tape": call})
     row: dict[str, Any] = {"network": name, "batch": batch, "dtype": str(dtype), "launches": launches}
     for way, seconds in times.items():
         low, middle, high = (1e6 * q for q in statistics.quantiles(seconds, n=4))
@@ -88,22 +91,40 @@ def measure(name: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     return row
 
 
-def _ways(model: torch.nn.Module, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+def _inference(model: torch.nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: model(x)
+
+
+def _step(model: Any, x: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        for p in parameters:
+            p.grad = None
+        with torch.autocast("cpu", dtype):
+            maps = model.features(x)
+        maps.backward(maps.detach())
+
+    return step
+
+
+def _from_python(call: Callable[[], object]) -> Callable[[], object]:
     def by_python() -> None:
         backends.cuda.replay = False
         try:
-            model(x)
+            call()
         finally:
             backends.cuda.replay = True
 
-    return by_python, lambda: model(x)
+    return by_python
 
 
 def _tapes(model: Any) -> list[Any]:
-    owners = [m._chain.gpu for m in model.modules() if getattr(m, "_chain", None)]
-    whole = [model._network] if getattr(model, "_network", None) else []
-    whole += [model._whole._chain.gpu] if getattr(model, "_whole", None) else []
-    return [tape for owner in (*owners, *whole) for tape in owner.tapes.found.values()]
+    modules = [*model.modules(), *(m._whole for m in model.modules() if getattr(m, "_whole", None))]
+    owners = [m._chain.gpu for m in modules if getattr(m, "_chain", None)]
+    owners += [m._program.passes._replayed for m in modules if getattr(m, "_program", None)]
+    owners += [model._network] if getattr(model, "_network", None) else []
+    return [tape for owner in owners for tape in owner.tapes.found.values()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,11 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--training", action="store_true", help="forward and backward under autocast")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"{'':16s} launches   from Python, us   a launch   tape, us   a launch")
     for name in options.networks:
-        row = measure(name, options.batch, getattr(torch, options.dtype))
+        row = measure(name, options.batch, getattr(torch, options.dtype), options.training)
         python, tape = row["python"], row["tape"]
         print(
             f"{name:16s} {row['launches']:8d} {python['median']:17.0f} {python['a launch']:10.1f}"

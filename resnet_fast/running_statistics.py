@@ -17,12 +17,16 @@ from torch import Tensor, nn
 __all__ = ["Running", "RunningStatistics", "held"]
 
 
-class Running(NamedTuple):
-    """What a kernel updates: float32 ``[C]``, and the momentum in a tensor of one float32, because it may change."""
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
-    mean: Tensor
+
+class Running(NamedTuple):
+    """What a kernel updates."""
+
+    mean: Tensor  # float32 [C]
     var: Tensor
-    momentum: Tensor
+    momentum: Tensor  # float32 [1]: it may change
+    batches: Tensor  # int64 []: how many there were
 
 
 class RunningStatistics:
@@ -31,6 +35,7 @@ class RunningStatistics:
     def __init__(self, norms: Sequence[nn.BatchNorm2d | None], batch: Sequence[bool]) -> None:
         self.norms, self.batch = norms, batch
         self.rounds = _rounds(norms)
+        self._writable: list[Any] = []  # what was found to be so
         # For kernels: of what, and what was found.
         self._momenta: tuple[Any, Tensor] | None = None
         self._found: tuple[list[Any], list[Running | None]] | None = None
@@ -40,8 +45,12 @@ class RunningStatistics:
         if torch.is_inference_mode_enabled():
             return True
         own = (bn for bn, batch in zip(self.norms, self.batch, strict=True) if bn is not None and batch)
-        kept = (held(bn, name) for bn in own for name in ("running_mean", "num_batches_tracked"))
-        return not any(t is not None and t.is_inference() for t in kept)
+        kept = [held(bn, name) for bn in own for name in _BUFFERS]
+        if len(kept) != len(self._writable) or not all(map(is_, kept, self._writable)):
+            if any(t is not None and t.is_inference() for t in kept):
+                return False
+            self._writable = kept
+        return True
 
     def for_kernels(self, device: torch.device) -> list[Running | None]:
         """Those that a kernel can update, by layer: float32 statistics on ``device`` that are no other batch norm's."""
@@ -52,13 +61,15 @@ class RunningStatistics:
         if self._momenta is None or self._momenta[0] != (momenta, device):
             values = torch.tensor([0.0 if v is None else v for v in momenta], dtype=torch.float32)
             self._momenta, self._found = ((momenta, device), values.to(device)), None
-        buffers = [held(bn, name) for bn in norms for name in ("running_mean", "running_var")]
+        buffers = [held(bn, name) for bn in norms for name in _BUFFERS]
         if self._found is None or not all(map(is_, buffers, self._found[0])):
             found: list[Running | None] = [None] * len(self.norms)
-            rows = zip(self.rounds[0], momenta, buffers[::2], buffers[1::2], self._momenta[1].split(1), strict=True)
-            for i, momentum, mean, var, share in rows:
-                if momentum is not None and all(_plain(t, device) for t in (mean, var)):
-                    found[i] = Running(mean, var, share)
+            columns = (buffers[k :: len(_BUFFERS)] for k in range(len(_BUFFERS)))
+            rows = zip(self.rounds[0], momenta, self._momenta[1].split(1), *columns, strict=True)
+            for i, momentum, share, mean, var, batches in rows:
+                plain = _plain(mean, torch.float32, device) and _plain(var, torch.float32, device)
+                if momentum is not None and plain and _plain(batches, torch.int64, device):
+                    found[i] = Running(mean, var, share, batches)
             self._found = buffers, found
         return self._found[1]
 
@@ -66,15 +77,15 @@ class RunningStatistics:
         """All but what kernels have ``done``. moments: [mean; variance] of what each layer gave, ``pixels`` values."""
         with torch.no_grad():
             for places in self.rounds:
-                calls = [(self.norms[i], moments[i], pixels[i], bool(done) and done[i] is not None) for i in places]
+                calls = [(self.norms[i], moments[i], pixels[i]) for i in places if not done or done[i] is None]
                 _track([call for call in calls if call[0] is not None and call[0].track_running_stats])
-        written = [t for r in done if r is not None for t in (r.mean, r.var)]
+        written = [t for r in done if r is not None for t in (r.mean, r.var, r.batches)]
         if written:
             torch.autograd.graph.increment_version(written)
 
 
-def _plain(t: Tensor | None, device: torch.device) -> bool:
-    return t is not None and t.dtype == torch.float32 and t.device == device and t.is_contiguous()
+def _plain(t: Tensor | None, dtype: torch.dtype, device: torch.device) -> bool:
+    return t is not None and t.dtype == dtype and t.device == device and t.is_contiguous()
 
 
 def held(module: nn.Module, name: str) -> Any:
@@ -115,14 +126,13 @@ def _rounds(norms: Sequence[nn.BatchNorm2d | None]) -> list[list[int]]:
 
 
 def _track(calls: list[Any]) -> None:
-    """calls: batch norms that share nothing; [mean; variance] of what each was given, its pixels, and whether all but
-    the count is done."""
+    """calls: batch norms that share nothing, [mean; variance] of what each was given, and its pixels."""
     counters = [n for n in (held(bn, "num_batches_tracked") for bn, *_ in calls) if n is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     groups: dict[tuple[float, torch.dtype], list[tuple[nn.BatchNorm2d, Tensor, int]]] = {}
-    for bn, now, n, done in calls:
-        if done or bn.running_mean is None:
+    for bn, now, n in calls:
+        if bn.running_mean is None:
             continue
         if bn.momentum is not None:
             groups.setdefault((bn.momentum, bn.running_mean.dtype), []).append((bn, now, n))

@@ -117,7 +117,7 @@ def no_rows():
         ),
         (
             finalize._stats_final_kernel,
-            (none, None, None, None, two.clone(), two.clone(), None, None, 1, C, 1, 0, 1.0, None, 1.0),
+            (none, None, None, None, two.clone(), two.clone(), None, None, None, None, 1, C, 1, 0, 1.0, 1.0),
             FINAL,
             {4: 0.0},
         ),

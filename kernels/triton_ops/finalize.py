@@ -58,12 +58,13 @@ def _stats_final_kernel(
     affine,
     running_mean,
     running_var,
+    momentum,
+    batches,
     M,
     C,
     rows,
     parts,
     eps,
-    momentum,
     unbiased,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -98,6 +99,10 @@ def _stats_final_kernel(
         tl.debug_barrier()
         tl.store(running_mean + c, mean_before * (1.0 - share) + mean * share, c < C)
         tl.store(running_var + c, var_before * (1.0 - share) + var * unbiased * share, c < C)
+        if tl.program_id(0) == 0:
+            before = tl.load(batches)
+            tl.debug_barrier()
+            tl.store(batches, before + 1)
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -188,14 +193,13 @@ def stats(
     parts, _, channels = partial.shape
     moments = _rows(2, partial, channels)
     affine = None if eps is None else _rows(2, partial, channels)
-    mean, var, momentum = running or (None, None, None)
     unbiased = pixels / (pixels - 1) if running is not None else 1.0
     launch.launch(
         _stats_final_kernel,
         final_grid(channels),
         (
-            *(partial, origin, gamma, beta, moments, affine, mean, var, pixels, channels, rows, parts),
-            *(eps or 0.0, momentum, unbiased),
+            *(partial, origin, gamma, beta, moments, affine, *(running or (None,) * 4)),
+            *(pixels, channels, rows, parts, eps or 0.0, unbiased),
         ),
         BLOCK_P=FINAL_P,
         BLOCK_C=FINAL_C,

@@ -161,7 +161,7 @@ class ReplayedPasses:
             out, kept = forward(GPU, self.layers, x, tensors, recompute, running)
             return [out, *(t for each in kept for t in each)]
 
-        updated = [t for r in running for t in (r or (None,) * 3)]
+        updated = [t for r in running for t in (r or (None,) * 4)]
         out, *rest = self._run([x, *tensors, *updated], ("forward", recompute), run)
         assert out is not None
         count = len(self.layers)
