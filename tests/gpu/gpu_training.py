@@ -82,12 +82,11 @@ def test_a_step_errs_no_more_than_eager(gpu, dtype):
         theirs = step(twin, x, target, dtype)
         wanted = step(exact, x.cpu().double(), target.cpu(), None)
     assert all(isinstance(t, Tape) for t in tapes_of(fast))
-    floating = [t.is_floating_point() and t.dim() > 0 for t in wanted]
+    # One parameter of many may have a gradient that eager hits by luck: the rule is for all of them together.
+    places = [i for i, t in enumerate(wanted) if t.is_floating_point() and t.dim() > 0]
     joined = [
-        torch.cat(
-            [(t.cpu().double() / w.norm().clamp(min=1e-9)).flatten() for t, w, f in zip(r, wanted, floating) if f]
-        )
-        for r in (ours, theirs, wanted)
+        torch.cat([(each[i].cpu().double() / wanted[i].norm().clamp(min=1e-9)).flatten() for i in places])
+        for each in (ours, theirs, wanted)
     ]
     assert_error_rule(joined[0].float(), joined[2], [joined[1].float()])
 
