@@ -17,8 +17,9 @@ from torch import nn
 import resnet_fast
 from benchmarks.host import Nothing
 from resnet_fast import backends, blocks, launch
-from resnet_fast.gpu import tape as tapes
-from resnet_fast.gpu.tape import Recorder, Tape, record
+from resnet_fast.gpu import recorder
+from resnet_fast.gpu.recorder import Recorder
+from resnet_fast.gpu.tape import Tape, record
 
 
 @pytest.fixture
@@ -346,10 +347,10 @@ def test_scratch_memory_is_shared_by_those_that_never_meet():
     for _ in range(200):
         buffers = []
         for _ in range(chance.randrange(1, 12)):
-            b = tapes._Buffer(tapes._SCRATCH, 0, chance.randrange(0, 5000), chance.randrange(10))
+            b = recorder.Buffer(recorder._SCRATCH, 0, chance.randrange(0, 5000), chance.randrange(10))
             b.last = b.first + chance.randrange(4)
             buffers.append(b)
-        total = tapes._arrange(buffers)
+        total = recorder.arrange(buffers)
         for i, a in enumerate(buffers):
             assert a.place % 512 == 0
             assert a.place + a.bytes <= total

@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+from processes import pytest_environment
 from support import OPS, exact_kernels, random_case, twins
 from torch.utils.data import DataLoader, Dataset
 
@@ -91,6 +94,39 @@ def test_gradients_repeat():
         fast(x).square().sum().backward()
         grads.append([p.grad for p in fast.parameters()])
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
+
+
+STEPS = """
+import hashlib, torch
+from resnet_fast import blocks
+
+torch.set_num_threads(3)
+digest = hashlib.sha256()
+for block in (blocks.Block(16, 8, 2), blocks.Bottleneck(16, 32, 1)):
+    torch.manual_seed(0)
+    for p in block.parameters():
+        torch.nn.init.normal_(p)
+    for size, dtype in ((7, torch.float32), (7, torch.bfloat16), (24, torch.float32)):
+        x = torch.randn(5, 16, size, size).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = block.train()(x)
+        y.float().square().sum().backward()
+        for t in (y, x.grad, *(p.grad for p in block.parameters())):
+            digest.update(t.detach().float().contiguous().numpy().tobytes())
+print(torch.get_num_threads(), digest.hexdigest())
+"""
+
+
+def test_training_repeats_where_threads_do_not_come():
+    """A pool with fewer threads than were asked for, as on a busy machine: sums have the same parts all the same."""
+    found = []
+    for limits in ({}, {"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}):
+        environment = pytest_environment(**limits)
+        done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0].startswith("3 ")
+    assert found[1:] == found[:1] * 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -10,10 +10,12 @@ from support import channels_last, randomize_, twins
 from torch import nn
 
 import resnet_fast
+from benchmarks import host
 from benchmarks.host import Nothing
 from resnet_fast import backends, blocks, launch, reference, train_stage
 from resnet_fast._triton import tune
-from resnet_fast.gpu.tape import Tape, Tapes, _Launch
+from resnet_fast.gpu.recorder import Launch
+from resnet_fast.gpu.tape import Tape, Tapes
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +80,7 @@ def test_a_block(simulated_device, kind, library):
     with tune.use(tune.LIBRARY) if library else contextlib.nullcontext():
         check_replay(block, simulated_device, (2, 16, 7, 6), torch.bfloat16)
     steps = [s for tape in tapes_of(block) for s in tape.steps]
-    calls = {s.name for s in steps if not isinstance(s, _Launch)}
+    calls = {s.name for s in steps if not isinstance(s, Launch)}
     # Between kernels nothing of PyTorch's computes, but for the library's convolutions, and their biases.
     allowed = {"aten::conv2d", "aten::convolution_backward", *(["aten::to"] if kind == "Block" else [])}
     assert calls == (allowed if library else set())
@@ -243,6 +245,12 @@ def test_the_operator_of_compiled_training(simulated_device):
     settings = ([t is not None for t in program._tensors()], program.fields, program.eps, program.batch)
     passes = train_stage._passes(*map(tuple, settings))
     assert [type(t) for t in passes._replayed.tapes.found.values()] == [Tape] * 2
+
+
+def test_what_the_host_takes_is_measured():
+    row = host.measure("cifar_resnet20", 1, torch.bfloat16, training=True)
+    assert row["launches"] > 19 * 6
+    assert row["tape"]["median"] < row["python"]["median"] / 2
 
 
 def test_kinds_are_not_kept_for_ever(monkeypatch):

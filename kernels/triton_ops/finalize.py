@@ -48,7 +48,7 @@ def _store_affine(affine, mean, var, gamma, beta, eps, c, C):
     tl.store(affine + C + c, shift.to(tl.float32), c < C)
 
 
-@triton.jit(do_not_specialize=["M", "C", "rows", "parts"])
+@triton.jit(do_not_specialize=["momentum", "M", "C", "rows", "parts"])
 def _stats_final_kernel(
     partial,
     origin,

@@ -199,6 +199,7 @@ def test_memory_comes_back(gpu):
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.alone
 @pytest.mark.machine
 def test_peak_memory_and_host_time(gpu):
     """Of a step: no more memory than from Python and a tenth, and a third of the host's time."""

@@ -22,7 +22,7 @@ namespace {
 constexpr size_t kParameterBytes = 4096;  // of a launch, at most
 constexpr size_t kParameters = 64;
 
-// The words in the order in which resnet_fast/gpu/tape.py writes them.
+// The words in the order in which resnet_fast/gpu/recorder.py writes them.
 class Reader {
  public:
   Reader(const char* data, size_t bytes) : data_(data), words_(bytes / 8) {}

@@ -1,5 +1,5 @@
 // A chain on a GPU, or a pass of its training, with all that depends on shapes resolved: what is launched and called,
-// in order, and where each argument lies. resnet_fast/gpu/tape.py records it once; replaying it costs the host a few
+// in order, and where each argument lies. resnet_fast/gpu/recorder.py records it once; replaying it costs the host a few
 // microseconds a step.
 #pragma once
 

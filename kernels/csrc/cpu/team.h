@@ -1,15 +1,19 @@
 // Threads that work on one job together, with a barrier between its steps.
 //
-// A parallel region a step would cost more than a small layer takes. The pool's own parallel_for starts the members;
-// they meet before the work starts, and whoever came is the team: a pool that runs its chunks one after the other, or
-// a machine too busy to run them all, gives a team of one instead of a deadlock.
+// A parallel region a step would cost more than a small layer takes. The pool's own parallel_for starts the members,
+// who meet before the work starts. A pool that runs its chunks one after the other, or a machine too busy to run them
+// all, would keep them waiting for ever: threads of the team's own then take the places of those who have not come. The
+// team is as large as was asked for, always: what it adds up, it adds up in the same parts.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <chrono>
+#include <functional>
+#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace resnet_fast {
 
@@ -41,7 +45,7 @@ class Team {
     }
   }
 
-  // Calls body(rank, team) on up to `threads` threads at once.
+  // Calls body(rank, team) on `threads` threads at once. Where the system starts no more threads, on fewer.
   template <typename Body>
   static void run(int64_t threads, const Body& body) {
     if (threads == 1) {
@@ -51,26 +55,29 @@ class Team {
     }
     Team team;
     team.expected_ = threads;
+    team.body_ = [&](int64_t rank) { body(rank, team); };
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       const int64_t rank = team.join(end - begin);
       if (rank >= 0) body(rank, team);
     });
+    for (std::thread& thread : team.hired_) thread.join();
   }
 
  private:
   enum State { kGathering, kCounting, kComplete, kAlone };
+  enum Hiring { kWaiting, kStarted, kRefused };
   static constexpr int64_t kSpins = 1 << 14;
   static constexpr std::chrono::milliseconds kPatience{20};
 
-  // The caller's rank once all shares of the region have come, or -1 where the work is done by another member alone.
+  // The caller's rank once all shares of the region have come, or -1 where others do the work.
   int64_t join(int64_t shares) {
     const int64_t rank = members_.fetch_add(1, std::memory_order_acq_rel);
     const auto start = std::chrono::steady_clock::now();
     if (arrived_.fetch_add(shares, std::memory_order_acq_rel) + shares == expected_) {
-      // The size is written between two states: a member that went ahead alone must keep its team of one.
+      // The size is written between two states: a member that went ahead without others must keep its team.
       int gathering = kGathering;
       if (!state_.compare_exchange_strong(gathering, kCounting, std::memory_order_acq_rel)) return -1;
-      size_ = members_.load(std::memory_order_acquire);
+      complete(members_.load(std::memory_order_acquire));
       state_.store(kComplete, std::memory_order_release);
       return rank;
     }
@@ -84,15 +91,36 @@ class Team {
         int gathering = kGathering;
         if (std::chrono::steady_clock::now() - start > kPatience &&
             state_.compare_exchange_strong(gathering, kAlone, std::memory_order_acq_rel)) {
+          complete(1);
           return 0;
         }
       }
     }
   }
 
+  // Makes a team of `present` members as large as is expected. Threads wait for each other: with fewer than are needed
+  // nobody would come past the first barrier.
+  void complete(int64_t present) {
+    size_ = expected_;
+    try {
+      for (int64_t rank = present; rank < expected_; ++rank) {
+        hired_.emplace_back([this, rank] {
+          while (hiring_.load(std::memory_order_acquire) == kWaiting) std::this_thread::yield();
+          if (hiring_.load(std::memory_order_acquire) == kStarted) body_(rank);
+        });
+      }
+      hiring_.store(kStarted, std::memory_order_release);
+    } catch (const std::system_error&) {
+      size_ = present;
+      hiring_.store(kRefused, std::memory_order_release);
+    }
+  }
+
   int64_t expected_ = 1;
   int64_t size_ = 1;
-  std::atomic<int> state_{kGathering};
+  std::function<void(int64_t)> body_;
+  std::vector<std::thread> hired_;
+  std::atomic<int> state_{kGathering}, hiring_{kWaiting};
   std::atomic<int64_t> members_{0}, arrived_{0}, waiting_{0}, round_{0};
 };
 
