@@ -10,13 +10,14 @@ from torch import fx, nn
 from .chain import Fused
 from .convert import fused_class
 from .pattern import Match, Run, match, what
-from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, original
+from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, find, original
 from .purity import Purity, purity
 from .tracing import RefusedError, Trace, follow, is_foreign
 from .watch import hooks_reason
 
 __all__ = ["Finding", "Survey"]
 
+_NOTHING = "nothing to fuse in this mode"
 _ATTEMPTS = 64  # at a trace; after each, one more module is not looked into
 
 
@@ -24,7 +25,7 @@ _ATTEMPTS = 64  # at a trace; after each, one more module is not looked into
 class Finding:
     """What came out for one module: a plan for each mode, or why there is none."""
 
-    plans: dict[bool, Plan | str] = field(default_factory=dict)
+    plans: dict[bool, Plan | str | None] = field(default_factory=dict)  # None: what is in it runs fused by itself
     layers: int = 0
     whole: bool = False
     residual: bool = False
@@ -119,7 +120,19 @@ class Survey:
             self._take_whole(module, finding, found)
         else:
             self._take_parts(module, finding)
+        for training, plan in finding.plans.items():
+            other = finding.plans.get(not training)
+            if plan == _NOTHING and isinstance(other, Plan) and self._within(module, other, training):
+                finding.plans[training] = None
         return finding
+
+    def _within(self, module: nn.Module, plan: Plan, training: bool) -> bool:
+        """Whether modules inside of ``module`` run all convolutions of ``plan`` fused in this mode."""
+        inside: set[Any] = set()
+        for m in module.modules():
+            found = None if m is module or m not in self.findings else self.findings[m].plans.get(training)
+            inside |= _convolutions(m, found) if isinstance(found, Plan) else set()
+        return _convolutions(module, plan) <= inside
 
     def _has_blocks(self, module: nn.Module) -> bool:
         """Whether it is a stage: stages are not run together, lest small filters wait for large ones."""
@@ -199,7 +212,7 @@ class Survey:
             runs = match(module, trace.graph, training, self.barred).runs
             runs = [run for run in runs if self._is_spread(module, trace, run)]
             if not runs:
-                return "nothing to fuse in this mode"
+                return _NOTHING
             opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
             others = {m for name, m in module.named_modules() if name not in opened}
             trace = self._trace(module, training, others)
@@ -219,6 +232,10 @@ def _closed_class(module: nn.Module) -> str | None:
     except TypeError as error:
         return f"a class that cannot be extended: {error}"
     return None
+
+
+def _convolutions(module: nn.Module, plan: Plan) -> set[Any]:
+    return {find(module, layer.conv) for segment in plan.segments for layer in segment.layers}
 
 
 def _share(finding: Finding) -> None:
