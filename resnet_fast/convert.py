@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from . import backends, patches
 from .plain import as_plain
-from .plan import Plan, original
+from .plan import Plan, Unplanned, original
 from .watch import touched
 
 __all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
 
 
 class Fusion:
-    """What a fused module carries: its plan for each mode, or the reason why it has none, or None where its original
-    forward is right, as the modules inside of it have plans of their own."""
+    """What a fused module carries: its plan for each mode, or the reason why it has none."""
 
-    def __init__(self, owner: nn.Module, plans: dict[bool, Plan | str | None]) -> None:
+    def __init__(self, owner: nn.Module, plans: dict[bool, Plan | str]) -> None:
         self.owner, self.plans = owner, plans
         self.variants: dict[tuple[str, ...], Fusion] = {}
         for own in self.each():
@@ -42,7 +41,7 @@ class Fusion:
             owner.__dict__["_resnet_fast"] = fusion
         return fusion
 
-    def plan_for(self, training: bool) -> Plan | str | None:
+    def plan_for(self, training: bool) -> Plan | str:
         plan = self.plans[training]
         if isinstance(plan, Plan) and not self.same and plan.mixed(self.owner):
             return "parts of it are in another mode"
@@ -85,7 +84,7 @@ class FusedTraced(nn.Module):
         fusion = Fusion.of(self)
         plan = "made since by its class: fuse it" if fusion is None else fusion.plan_for(self.training)
         inputs: list[Any] | None = list(args)
-        if plan is None:
+        if isinstance(plan, Unplanned):
             return super().forward(*args, **kwargs)
         if kwargs or isinstance(plan, str) or len(args) != plan.inputs:
             if any(map(_is_symbol, (*args, *kwargs.values()))):
@@ -94,7 +93,7 @@ class FusedTraced(nn.Module):
             if given and fusion is not None:
                 new = torch.compiler.is_compiling() and given not in fusion.variants
                 plan = f"compiled, with {', '.join(given)}" if new else fusion.variant(given).plan_for(self.training)
-        if plan is None or (inputs is not None and not all(isinstance(a, Tensor) for a in inputs)):
+        if isinstance(plan, Unplanned) or (inputs is not None and not all(isinstance(a, Tensor) for a in inputs)):
             return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
         if isinstance(plan, str):
             reason = plan

@@ -132,11 +132,8 @@ def _add_fused(
         if finding is not None and finding.leftover is not None and not plan.whole:
             details.append(finding.leftover)
         for training, other in plans.items():
-            mode = "training" if training else "eval"
-            if other is None:
-                details.append(f"in {mode} mode the modules inside of it are fused")
-            elif isinstance(other, str):
-                details.append(f"not in {mode} mode: {other}")
+            if isinstance(other, str):
+                details.append(f"not in {'training' if training else 'eval'} mode: {other}")
     new = [part for part in inside if part not in covered]
     if not any(isinstance(part, nn.Conv2d) for part in new):
         return

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from .chain import Fused
 from .convert import fused_class
-from .pattern import Match, Run, match, what
-from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, find, original
+from .pattern import ALONE, Match, Run, match, what
+from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, Unplanned, find, original
 from .purity import Purity, purity
 from .tracing import RefusedError, Trace, follow, is_foreign
 from .watch import hooks_reason
@@ -25,7 +25,7 @@ _ATTEMPTS = 64  # at a trace; after each, one more module is not looked into
 class Finding:
     """What came out for one module: a plan for each mode, or why there is none."""
 
-    plans: dict[bool, Plan | str | None] = field(default_factory=dict)  # None: what is in it runs fused by itself
+    plans: dict[bool, Plan | str] = field(default_factory=dict)
     layers: int = 0
     whole: bool = False
     residual: bool = False
@@ -121,18 +121,22 @@ class Survey:
         else:
             self._take_parts(module, finding)
         for training, plan in finding.plans.items():
-            other = finding.plans.get(not training)
-            if plan == _NOTHING and isinstance(other, Plan) and self._within(module, other, training):
-                finding.plans[training] = None
+            other, at = finding.plans.get(not training), found[training]
+            if plan == _NOTHING and isinstance(other, Plan) and not isinstance(at, str):
+                finding.plans[training] = self._unplanned(module, other, at[1], training)
         return finding
 
-    def _within(self, module: nn.Module, plan: Plan, training: bool) -> bool:
-        """Whether modules inside of ``module`` run all convolutions of ``plan`` fused in this mode."""
+    def _unplanned(self, module: nn.Module, other: Plan, matched: Match, training: bool) -> str:
+        """Why there is no plan in this mode where the other mode has ``other``."""
+        alone = {module.get_submodule(str(n.target)) for n, why in matched.reasons.items() if why is ALONE}
         inside: set[Any] = set()
         for m in module.modules():
             found = None if m is module or m not in self.findings else self.findings[m].plans.get(training)
             inside |= _convolutions(m, found) if isinstance(found, Plan) else set()
-        return _convolutions(module, plan) <= inside
+        wanted = _convolutions(module, other)
+        if not wanted <= inside | alone:
+            return _NOTHING
+        return Unplanned("the modules inside of it are fused by themselves" if wanted & inside else ALONE)
 
     def _has_blocks(self, module: nn.Module) -> bool:
         """Whether it is a stage: stages are not run together, lest small filters wait for large ones."""
