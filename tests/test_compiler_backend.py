@@ -9,6 +9,7 @@ import pytest
 import tomllib
 import torch
 from compiler_support import BACKEND, compiled, counts, graphs
+from feature_support import counted
 from fuse_checks import check_inference, check_training, prepared
 from support import assert_same_model, channels_last, twins
 from test_fuse_networks import network
@@ -169,6 +170,33 @@ def test_gradients_in_eval_mode():
     stages run apart, as after fuse."""
     net = eager("cifar_resnet20").to(memory_format=torch.channels_last)
     assert_as_fused(net, channels_last(images("cifar_resnet20", 5)))
+
+
+def test_chains_in_a_row_see_what_changes():
+    """From the second call on all chains of a row are asked at once."""
+    net = eager("cifar_resnet20")
+    fast, x = compiled(net, fullgraph=True), images("cifar_resnet20", 5)
+
+    def change(m):
+        m.layer2[1].conv2.weight.mul_(1.5)
+        m.layer3[0].bn1.running_mean.add_(1)
+
+    for kept in range(2):
+        with torch.no_grad():
+            ran = []
+            for _ in range(3):
+                with counted() as chains:
+                    assert_same_model(fast, net, x)
+                ran.append(len(chains))
+            assert ran == [4, 4, 4], kept
+            change(fast), change(net)
+        assert fast(x.requires_grad_()).requires_grad
+        x.requires_grad_(False)
+    for context in (torch.autocast("cpu", torch.bfloat16), backends.use("eager")):
+        with context, torch.no_grad():
+            torch.testing.assert_close(fast(x), net(x), rtol=0.1, atol=0.1)
+    assert backends.fallbacks() == dict.fromkeys(backends.fallbacks(), 1)
+    assert len(backends.fallbacks()) == 4  # of use("eager") alone
 
 
 def test_autocast_around_the_call():
