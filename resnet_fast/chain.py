@@ -122,10 +122,12 @@ class Chain:
         """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
         if backends.kind(x) == "cuda":
             return self.gpu.run(x, pool)
-        y = torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
-        # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
-        if backends.native.take_spread():
-            y = torch.ops.resnet_fast.residual_stage(x, self.filters(x, direct=True), self.layers, pool)
+        # Nobody differentiates this call: the operator's autograd key, which is Python, has nothing to do.
+        with torch._C._AutoDispatchBelowAutograd():
+            y = torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
+            # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
+            if backends.native.take_spread():
+                y = torch.ops.resnet_fast.residual_stage(x, self.filters(x, direct=True), self.layers, pool)
         return y
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import backends, patches
 from .plain import as_plain
-from .plan import Plan, original
+from .plan import Plan, Unplanned, original
 from .watch import touched
 
 __all__ = ["FusedTraced", "Fusion", "check_model", "fuse", "fused_class", "unfuse"]
@@ -84,6 +84,8 @@ class FusedTraced(nn.Module):
         fusion = Fusion.of(self)
         plan = "made since by its class: fuse it" if fusion is None else fusion.plan_for(self.training)
         inputs: list[Any] | None = list(args)
+        if isinstance(plan, Unplanned):
+            return super().forward(*args, **kwargs)
         if kwargs or isinstance(plan, str) or len(args) != plan.inputs:
             if any(map(_is_symbol, (*args, *kwargs.values()))):
                 return super().forward(*args, **kwargs)
@@ -91,7 +93,7 @@ class FusedTraced(nn.Module):
             if given and fusion is not None:
                 new = torch.compiler.is_compiling() and given not in fusion.variants
                 plan = f"compiled, with {', '.join(given)}" if new else fusion.variant(given).plan_for(self.training)
-        if inputs is not None and not all(isinstance(a, Tensor) for a in inputs):
+        if isinstance(plan, Unplanned) or (inputs is not None and not all(isinstance(a, Tensor) for a in inputs)):
             return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
         if isinstance(plan, str):
             reason = plan

@@ -18,7 +18,11 @@ from .tracing import IN_PLACE
 from .watch import DROPOUTS
 from .written_norm import find_written, vacuous_checks
 
-__all__ = ["Layer", "Match", "Run", "is_context", "match", "what"]
+__all__ = ["ALONE", "Layer", "Match", "Run", "is_context", "match", "what"]
+
+# Forward and backward took 0.99 to 1.9 of PyTorch's time (benchmarks/NOTES.md): no convolution before or behind it is
+# spared a pass over memory, and Winograd's algorithm does not speed it up.
+ALONE = "a 1x1 convolution alone does not pay in training mode"
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELU = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
@@ -297,11 +301,17 @@ class _Matcher:
             waiting = [layer for layer in waiting if layer not in run]
             if all(layer.bn is None for layer in run):
                 self._without_bn(run[0])
+            elif self.training and self._is_small(run):
+                self.reasons[first.conv] = ALONE
             elif self.undisturbed(run):
                 found.append(self.run(run))
             else:
                 self.reasons[first.conv] = "something is changed in place in between"
         return found, apart
+
+    def _is_small(self, run: list[Layer]) -> bool:
+        conv = self.module[run[0].conv]
+        return len(run) == 1 and run[0].add is None and isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1)
 
     def _without_bn(self, layer: Layer) -> None:
         if layer.conv not in self.reasons:

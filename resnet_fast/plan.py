@@ -24,7 +24,7 @@ from .flow import Build, Recorder
 from .frozen_norm import FrozenNorm
 from .watch import Watch, attributes, hooks_reason
 
-__all__ = ["LayerPaths", "Opened", "Plan", "Ref", "Segment", "Step", "find", "original"]
+__all__ = ["LayerPaths", "Opened", "Plan", "Ref", "Segment", "Step", "Unplanned", "find", "original"]
 
 Path = tuple[str, ...]
 
@@ -275,6 +275,12 @@ class Segment(Fusing):
                 )
             )
         return values[-1]
+
+
+class Unplanned(str):
+    """Why a module has no plan in a mode though nothing is missing: its original forward is to run."""
+
+    __slots__ = ()
 
 
 @dataclass(eq=False)

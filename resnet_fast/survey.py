@@ -9,14 +9,15 @@ from torch import fx, nn
 
 from .chain import Fused
 from .convert import fused_class
-from .pattern import Match, Run, match, what
-from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, original
+from .pattern import ALONE, Match, Run, match, what
+from .plan import LayerPaths, Opened, Path, Plan, Ref, Segment, Step, Unplanned, find, original
 from .purity import Purity, purity
 from .tracing import RefusedError, Trace, follow, is_foreign
 from .watch import hooks_reason
 
 __all__ = ["Finding", "Survey"]
 
+_NOTHING = "nothing to fuse in this mode"
 _ATTEMPTS = 64  # at a trace; after each, one more module is not looked into
 
 
@@ -119,7 +120,23 @@ class Survey:
             self._take_whole(module, finding, found)
         else:
             self._take_parts(module, finding)
+        for training, plan in finding.plans.items():
+            other, at = finding.plans.get(not training), found[training]
+            if plan == _NOTHING and isinstance(other, Plan) and not isinstance(at, str):
+                finding.plans[training] = self._unplanned(module, other, at[1], training)
         return finding
+
+    def _unplanned(self, module: nn.Module, other: Plan, matched: Match, training: bool) -> str:
+        """Why there is no plan in this mode where the other mode has ``other``."""
+        alone = {module.get_submodule(str(n.target)) for n, why in matched.reasons.items() if why is ALONE}
+        inside: set[Any] = set()
+        for m in module.modules():
+            found = None if m is module or m not in self.findings else self.findings[m].plans.get(training)
+            inside |= _convolutions(m, found) if isinstance(found, Plan) else set()
+        wanted = _convolutions(module, other)
+        if not wanted <= inside | alone:
+            return _NOTHING
+        return Unplanned("the modules inside of it are fused by themselves" if wanted & inside else ALONE)
 
     def _has_blocks(self, module: nn.Module) -> bool:
         """Whether it is a stage: stages are not run together, lest small filters wait for large ones."""
@@ -199,7 +216,7 @@ class Survey:
             runs = match(module, trace.graph, training, self.barred).runs
             runs = [run for run in runs if self._is_spread(module, trace, run)]
             if not runs:
-                return "nothing to fuse in this mode"
+                return _NOTHING
             opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
             others = {m for name, m in module.named_modules() if name not in opened}
             trace = self._trace(module, training, others)
@@ -219,6 +236,10 @@ def _closed_class(module: nn.Module) -> str | None:
     except TypeError as error:
         return f"a class that cannot be extended: {error}"
     return None
+
+
+def _convolutions(module: nn.Module, plan: Plan) -> set[Any]:
+    return {find(module, layer.conv) for segment in plan.segments for layer in segment.layers}
 
 
 def _share(finding: Finding) -> None:

@@ -101,6 +101,21 @@ class _Tracer(fx.Tracer):
         self.opened: list[str] = []
         self.called: set[str] = set()
         self.owners: dict[fx.Node, str] = {}
+        self.tensors: dict[int, str] | None = None  # of the root, by identity
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Symbols for parameters and buffers. That of torch.fx looks through all of them for each."""
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        if self.tensors is None:
+            named = (*self.root.named_parameters(), *self.root.named_buffers())
+            self.tensors = {id(t): name for name, t in reversed(named)}
+        name = self.tensors.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)

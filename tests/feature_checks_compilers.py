@@ -2,8 +2,13 @@
 
 import contextlib
 import io
+import logging
+import tempfile
 import threading
+from pathlib import Path
 
+import onnx
+import onnxruntime
 import torch
 from feature_support import SIZE, block, check, foreign, fresh, graph, is_ours, note_graph
 from torch import nn
@@ -14,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fast
 from resnet_fast import backends, reference
+
+# Of the table's columns: what compiles modules, or reads their code, takes them as they are.
+PLAIN = ("compiled",)
 
 
 def compiled(m, **settings):
@@ -29,24 +37,24 @@ def compiled(m, **settings):
     return torch.compile(m, backend=backend, fullgraph=True, **settings)
 
 
-@check("`torch.compile`", networks=block)
+@check("`torch.compile`", networks=block, leaves_out=PLAIN)
 def _(m, x):
     return compiled(m)(x), m
 
 
-@check("`torch.compile(dynamic=True)`", networks=block)
+@check("`torch.compile(dynamic=True)`", networks=block, leaves_out=PLAIN)
 def _(m, x):
     call = compiled(m, dynamic=True)
     return [call(x), call(torch.randn(3, 3, SIZE, SIZE))], m
 
 
-@check('`torch.compile(backend="resnet_fast")`')
+@check('`torch.compile(backend="resnet_fast")`', leaves_out=PLAIN)
 def _(m, x):
     torch._dynamo.reset()
     return (torch.compile(m, backend="resnet_fast", fullgraph=True) if is_ours(m) else m)(x), m
 
 
-@check("`torch.export`", networks=block, gradients=False)
+@check("`torch.export`", networks=block, gradients=False, leaves_out=PLAIN)
 def _(m, x):
     if not is_ours(m):
         return m(x).detach(), nn.Identity()
@@ -55,7 +63,7 @@ def _(m, x):
     return exported.module()(x).detach(), nn.Identity()
 
 
-@check('`torch.export` within `backends.use("cpu")`', networks=block, gradients=False)
+@check('`torch.export` within `backends.use("cpu")`', networks=block, gradients=False, leaves_out=PLAIN)
 def _(m, x):
     if not is_ours(m):
         return m(x).detach(), nn.Identity()
@@ -65,26 +73,50 @@ def _(m, x):
     return exported.module()(x).detach(), nn.Identity()
 
 
-@check("`torch.jit.trace`", gradients=False)
+def in_onnx(m, x, **settings):
+    """What ONNX Runtime makes of the exported network; the twin runs as it is."""
+    if not is_ours(m):
+        return m(x).detach(), nn.Identity()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        torch.onnx.export(m, (x,), path, verbose=False, **settings)
+        graph.extend(f"{n.domain}.{n.op_type}" for n in onnx.load(path).graph.node)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(y), nn.Identity()
+
+
+@check("`torch.onnx.export(dynamo=True)`", gradients=False, leaves_out=("training", *PLAIN))
+def _(m, x):
+    return in_onnx(m, x, dynamo=True)
+
+
+@check("`torch.onnx.export(dynamo=False)`", gradients=False, leaves_out=("training", *PLAIN))
+def _(m, x):
+    return in_onnx(m, x, dynamo=False)
+
+
+@check("`torch.jit.trace`", gradients=False, leaves_out=PLAIN)
 def _(m, x):
     return torch.jit.trace(m, x, check_trace=False)(x), m
 
 
-@check("`torch.jit.script`")
+@check("`torch.jit.script`", leaves_out=PLAIN)
 def _(m, x):
     scripted = torch.jit.script(m)
     graph.extend(n.kind() for n in scripted.inlined_graph.nodes())
     return scripted(x), m
 
 
-@check("`torch.fx.symbolic_trace`")
+@check("`torch.fx.symbolic_trace`", leaves_out=PLAIN)
 def _(m, x):
     traced = torch.fx.symbolic_trace(m)
     note_graph(traced)
     return traced(x), m
 
 
-@check("`prepare_fx`: quantisation of graphs")
+@check("`prepare_fx`: quantisation of graphs", leaves_out=PLAIN)
 def _(m, x):
     prepare = prepare_qat_fx if m.training else prepare_fx
     prepared = prepare(m, get_default_qconfig_mapping() if not m.training else get_default_qat_qconfig_mapping(), (x,))

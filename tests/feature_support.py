@@ -42,17 +42,19 @@ class Check:
     tolerance: float
     gradients: bool
     error: str
+    leaves_out: tuple[str, ...]
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(feature, networks=native, tolerance=1e-3, gradients=True, error=""):
-    """``gradients``: in training mode, those of the result are compared, too. ``error``: what it says if it raises."""
+def check(feature, networks=native, tolerance=1e-3, gradients=True, error="", leaves_out=()):
+    """``gradients``: in training mode, those of the result are compared, too. ``error``: what it says if it raises.
+    ``leaves_out``: columns of the table that the feature is not for."""
 
     def register(run):
         assert feature not in CHECKS, feature
-        CHECKS[feature] = Check(run, networks, tolerance, gradients, error)
+        CHECKS[feature] = Check(run, networks, tolerance, gradients, error, leaves_out)
         return run
 
     return register
@@ -121,11 +123,15 @@ def assert_close(ours, theirs, tolerance):
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm() + 1e-2 * tolerance * scale
 
 
+def images():
+    return torch.randn(2, 3, SIZE, SIZE)
+
+
 def found_way(check, in_training):
     """The outcome for a network, after it was compared with its twin's."""
     torch.manual_seed(0)
     fast, eager = (m.train(in_training) for m in check.networks())
-    x = torch.randn(2, 3, SIZE, SIZE)
+    x = images()
     theirs = outcome(check, eager, x.clone())
     backends.fallbacks(clear=True)
     graph.clear()

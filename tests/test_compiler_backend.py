@@ -9,6 +9,7 @@ import pytest
 import tomllib
 import torch
 from compiler_support import BACKEND, compiled, counts, graphs
+from feature_support import counted
 from fuse_checks import check_inference, check_training, prepared
 from support import assert_same_model, channels_last, twins
 from test_fuse_networks import network
@@ -16,6 +17,8 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, reference
+from resnet_fast.convert import FusedTraced
+from resnet_fast.plan import Plan
 
 NAMES = ("cifar_resnet20", "resnet18", "resnet50", "ResNet32")
 
@@ -59,19 +62,32 @@ def foreign(name):
 FOREIGN = ("preresnet18", "seresnet10", "resnext14", "densenet121", "diaresnet10")
 
 
+def planned(fused, training):
+    """The convolutions that ``fuse`` runs as chains in this mode, and the chains; the outer modules come first."""
+    convolutions, chains = set(), 0
+    for m in fused.modules():
+        plan = m._resnet_fast.plans[training] if isinstance(m, FusedTraced) else None
+        if isinstance(plan, Plan):
+            inside = {
+                part for segment in plan.segments for part in segment.layer_modules() if isinstance(part, nn.Conv2d)
+            }
+            chains += 0 if inside <= convolutions else len(plan.segments)
+            convolutions |= inside
+    return len(convolutions), chains
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("name", NAMES + FOREIGN)
 def test_the_chains_of_fuse(name, training):
     net = (eager if name in NAMES else foreign)(name).train(training)
-    report = resnet_fast.report(resnet_fast.fuse(net))
+    fused = resnet_fast.fuse(net)
+    report = resnet_fast.report(fused)
     with graphs() as seen, torch.no_grad():
         compiled(net, fullgraph=True)(images(name))
-    rows = [row for row in report.rows if row.status == "fused"]
-    chains = sum(
-        int(row.detail.partition(" chains")[0].rpartition("in ")[2]) if "chains" in row.detail else 1 for row in rows
-    )
-    assert counts(seen) == (report.fused, report.layers, chains)
-    assert sum(len(g.reasons) for g in seen) == report.layers - report.fused
+    convolutions, chains = planned(fused, training)
+    assert counts(seen) == (convolutions, report.layers, chains)
+    assert training or convolutions == report.fused
+    assert sum(len(g.reasons) for g in seen) == report.layers - convolutions
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,6 +170,33 @@ def test_gradients_in_eval_mode():
     stages run apart, as after fuse."""
     net = eager("cifar_resnet20").to(memory_format=torch.channels_last)
     assert_as_fused(net, channels_last(images("cifar_resnet20", 5)))
+
+
+def test_chains_in_a_row_see_what_changes():
+    """From the second call on all chains of a row are asked at once."""
+    net = eager("cifar_resnet20")
+    fast, x = compiled(net, fullgraph=True), images("cifar_resnet20", 5)
+
+    def change(m):
+        m.layer2[1].conv2.weight.mul_(1.5)
+        m.layer3[0].bn1.running_mean.add_(1)
+
+    for kept in range(2):
+        with torch.no_grad():
+            ran = []
+            for _ in range(3):
+                with counted() as chains:
+                    assert_same_model(fast, net, x)
+                ran.append(len(chains))
+            assert ran == [4, 4, 4], kept
+            change(fast), change(net)
+        assert fast(x.requires_grad_()).requires_grad
+        x.requires_grad_(False)
+    for context in (torch.autocast("cpu", torch.bfloat16), backends.use("eager")):
+        with context, torch.no_grad():
+            torch.testing.assert_close(fast(x), net(x), rtol=0.1, atol=0.1)
+    assert backends.fallbacks() == dict.fromkeys(backends.fallbacks(), 1)
+    assert len(backends.fallbacks()) == 4  # of use("eager") alone
 
 
 def test_autocast_around_the_call():

@@ -3,9 +3,12 @@ the arithmetic that PyTorch's counter sees in our operators."""
 
 import copy
 import io
+import logging
 import subprocess
 import sys
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +123,26 @@ def test_export(networks, tmp_path, request):
         command = [sys.executable, "-c", LOAD, str(tmp_path / "program.pt2"), str(tmp_path / "images.pt")]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("kind", ["own", "fused"])
+def test_onnx(kind, dynamo, tmp_path):
+    """Operators of ONNX alone, for batches of any size; ONNX Runtime and PyTorch agree but for rounding."""
+    eager = prepared(reference.CifarResNet(1))
+    fast = resnet_fast.fuse(eager) if kind == "fused" else resnet_fast.CifarResNet(1).eval()
+    fast.load_state_dict(eager.state_dict())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
+    path, x, more = tmp_path / "network.onnx", torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    sizes = {"dynamic_shapes": ({0: torch.export.Dim("n")},)} if dynamo else {"dynamic_axes": {"x": {0: "n"}}}
+    torch.onnx.export(fast, (x,), path, dynamo=dynamo, input_names=["x"], verbose=False, **sizes)
+    assert {n.domain for n in onnx.load(path).graph.node} == {""}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for images in (x, more):
+        (y,) = session.run(None, {"x": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), eager(images), rtol=1e-4, atol=1e-5)
 
 
 def test_export_of_a_network_in_training_mode():

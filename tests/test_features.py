@@ -7,46 +7,64 @@ import feature_checks_calls  # noqa: F401  (registers)
 import feature_checks_compilers  # noqa: F401
 import feature_checks_modules  # noqa: F401
 import pytest
+from feature_compiled import compiled_way
 from feature_support import CHECKS, Check, found_way, is_ours, native
 
 TEXT = (Path(__file__).parent.parent / "docs" / "features.md").read_text()
 OUTCOMES = ("fused", "unfused", "raises as eager")
+COLUMNS = ("eval", "training", "compiled")
+MODES = ("eval", "training")
 
 
 def rows(text):
-    """Feature, and the outcomes in eval and in training mode."""
+    """Feature, and what stands in ``COLUMNS``."""
     found = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
-    return [row[:3] for row in found if row[0] != "Feature" and set(row[0]) != {"-"}]
+    return [row[:4] for row in found if row[0] != "Feature" and set(row[0]) != {"-"}]
 
 
 ROWS = rows(TEXT)
 
 
+def outcomes(cells):
+    """Column, mode, outcome of the cells of a row."""
+    for column, cell in zip(COLUMNS, cells, strict=True):
+        modes = MODES if column == "compiled" else (column,)
+        said = cell.split(" / ")
+        for mode, outcome in zip(modes, said if len(said) == len(modes) else said * len(modes), strict=True):
+            if outcome != "-":
+                yield column, mode, outcome
+
+
 def test_rows_and_checks_belong_together():
     assert sorted(feature for feature, *_ in ROWS) == sorted(CHECKS)
-    assert {outcome for _, *outcomes in ROWS for outcome in outcomes} == set(OUTCOMES)
-    assert len(re.findall(r"^\| Feature \| eval \| training \| Note \|$", TEXT, re.M)) == TEXT.count("| Feature")
+    assert {outcome for _, *cells in ROWS for *_, outcome in outcomes(cells)} == set(OUTCOMES)
+    for feature, *cells in ROWS:
+        left_out = {column for column, cell in zip(COLUMNS, cells, strict=True) if cell == "-"}
+        assert left_out == set(CHECKS[feature].leaves_out), feature
+    assert TEXT.count(" | ".join(("| Feature", *COLUMNS, "Note |"))) == TEXT.count("| Feature")
 
 
 def cases():
-    for feature, *outcomes in ROWS:
-        for training, outcome in zip((False, True), outcomes, strict=True):
-            yield pytest.param(feature, training, outcome, id=f"{feature}-{'train' if training else 'eval'}")
+    for feature, *cells in ROWS:
+        for column, mode, outcome in outcomes(cells):
+            yield pytest.param(feature, column, mode, outcome, id=f"{feature}-{column}-{mode}")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("feature", "training", "outcome"), list(cases()))
-def test_feature(feature, training, outcome):
-    assert found_way(CHECKS[feature], training) == outcome
+@pytest.mark.parametrize(("feature", "column", "mode", "outcome"), list(cases()))
+def test_feature(feature, column, mode, outcome):
+    way = compiled_way if column == "compiled" else found_way
+    assert way(CHECKS[feature], mode == "training") == outcome
 
 
 def test_what_differs_from_eager_is_found():
-    wrong = Check(lambda m, x: m(x) * (1 + is_ours(m)), native, 1e-3, False, "")
-    with pytest.raises(AssertionError):
-        found_way(wrong, False)
+    wrong = Check(lambda m, x: m(x) * (1 + is_ours(m)), native, 1e-3, False, "", ())
+    for way in (found_way, compiled_way):
+        with pytest.raises(AssertionError):
+            way(wrong, False)
 
 
 def test_errors_that_no_row_expects_are_found():
-    wrong = Check(lambda m, x: m(x[0]), native, 1e-3, False, "")
+    wrong = Check(lambda m, x: m(x[0]), native, 1e-3, False, "", ())
     with pytest.raises(AssertionError, match="expected 4D input"):
         found_way(wrong, False)

@@ -6,11 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from .. import backends
+from ..chain import Chain as Packed
+from ..chain import autocast_dtype
 from ..layout import any_channels_last, laid_out
 from ..plan import LayerPaths, Segment
 from .lift import Layer
@@ -82,6 +85,7 @@ class _Binding:
             )
             for chain in runner.chains
         ]
+        self._row: _Row | None = None
         self.together = None
         if len(runner.chains) > 1:
             self.together = _Together(runner.chains[0].name, _joined(runner.chains), modules, runner.training)
@@ -93,11 +97,52 @@ class _Binding:
             y = self.together.fused(x)
             if y is not None:
                 return y
+        joint = self._joint(x)
+        if joint is not None and self._row is not None and self._row.serves(joint, x):
+            return self._laid_out(self._row.run(x), x)
         y = x
         for chain, unfused, inputs in self.chains:
             z = chain.fused(y, channels_last=self.contiguous)
             y = unfused(y, *inputs) if z is None else z
+        self._row = None if joint is None else _Row.of(joint, x, [chain for chain, *_ in self.chains], self.contiguous)
+        return self._laid_out(y, x)
+
+    def _laid_out(self, y: Tensor, x: Tensor) -> Tensor:
         return laid_out(y, x) if self.contiguous else y
+
+    def _joint(self, x: Tensor) -> Packed | None:
+        """All layers as one, if they can run as they are: asked once, not for each chain."""
+        together = self.together
+        if together is None or together.training or backends.kind(x) != "cpu" or autocast_dtype(x) is not None:
+            return None
+        joint, _, _ = together.packed(x, None)
+        return None if joint is None or (torch.is_grad_enabled() and joint.requires_grad()) else joint
+
+
+@dataclass(eq=False)
+class _Row:
+    """Chains that ran one after the other while ``joint`` was fresh, which watches the modules of all of them."""
+
+    joint: Packed
+    dtype: torch.dtype
+    chains: list[Packed]
+    contiguous: bool
+
+    @classmethod
+    def of(cls, joint: Packed, x: Tensor, chains: list[_Bound], contiguous: bool) -> _Row | None:
+        packed = [chain._chain for chain in chains]
+        if not all(isinstance(chain, Packed) for chain in packed):
+            return None
+        return cls(joint, x.dtype, cast(list[Packed], packed), contiguous)
+
+    def serves(self, joint: Packed, x: Tensor) -> bool:
+        return self.joint is joint and self.dtype == x.dtype and not (x.requires_grad and torch.is_grad_enabled())
+
+    def run(self, x: Tensor) -> Tensor:
+        for chain in self.chains:
+            y = chain.run(x)
+            x = laid_out(y, x) if chain.stays_contiguous and not self.contiguous else y
+        return x
 
 
 def _few(x: Tensor) -> bool:

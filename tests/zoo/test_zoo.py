@@ -77,6 +77,10 @@ NETWORKS = {
     "timm resnetv2_50d": (lambda: image_model("resnetv2_50d"), 48, (51, 55), True),
     "timm densenet121": (lambda: image_model("densenet121"), 48, (117, 120), False),
     "timm cspresnet50": (lambda: image_model("cspresnet50"), 48, (55, 55), True),
+    # Sums of branches; sizes that strides do not divide (support.NoWildGradients).
+    "timm repvgg_a0": (lambda: image_model("repvgg_a0"), 65, (44, 44), True),
+    "timm mobileone_s0": (lambda: image_model("mobileone_s0"), 65, (86, 191), True),
+    "timm efficientnet_b0": (lambda: image_model("efficientnet_b0"), 65, (33, 81), True),
 }
 
 
