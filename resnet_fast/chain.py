@@ -17,6 +17,7 @@ from . import backends, compiling, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
 from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
+from .frozen import FrozenProgram
 from .gpu.chain import GpuChain
 from .layout import laid_out, stays_contiguous
 from .plain import as_plain, plain_class
@@ -29,7 +30,7 @@ __all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
 
 
 # What modules keep of what they were packed for.
-_KEPT = ("_chain", "_program", "_whole", "_network", "_onlookers")
+_KEPT = ("_chain", "_program", "_eval_program", "_whole", "_network", "_onlookers")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -177,6 +178,7 @@ class Fusing:
 
     _chain: Chain | Refusal | None = None  # in eval mode
     _program: Program | Refusal | None = None  # in training mode
+    _eval_program: FrozenProgram | Refusal | None = None  # in eval mode where a gradient is wanted
     training: bool
     # Of the owner's, those that :meth:`flow` stands for; the first of them is what a call comes through.
     stands_for: ClassVar[tuple[str, ...]] = ("forward",)
@@ -218,6 +220,9 @@ class Fusing:
             return self._trained(x, autocast, channels_last)
         if torch.compiler.is_compiling():
             return self._traced(x, autocast, channels_last)
+        y = self._differentiable(x, autocast, channels_last) if torch.is_grad_enabled() else None
+        if y is not None:
+            return y if pool is None else pool(y)
         chain, x, reason = self.packed(x, autocast)
         if chain is None:
             return self._declined(reason)
@@ -331,6 +336,34 @@ class Fusing:
         if x.numel() == 0:
             reason = reason or "an empty input"
         return (program if reason is None else None), x, reason
+
+    def _differentiable(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
+        """In eval mode, where a gradient is wanted: the result of an autograd function whose backward is fused, or None,
+        also where none is wanted. GPUs, and what a program cannot stand for, have :class:`_Run`."""
+        if backends.kind(x) != "cpu" or self.cannot_run(x, False, autocast) is not None:
+            return None
+        program = self._eval_program
+        if program is None or program.owner is not self or not program.fresh():
+            program = self._recorded()
+            program.owner = self
+            self._eval_program = program
+        if isinstance(program, Refusal) or not (x.requires_grad or program.requires_grad()):
+            return None
+        x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
+        if reason is not None or x.numel() == 0:
+            return None
+        y = program.run(x)
+        return y if channels_last else self._laid_out(y, x, program.fields, program.pairs)
+
+    def _recorded(self) -> FrozenProgram | Refusal:
+        recorder = Recorder()
+        self.flow(recorder, 0)
+        program, parts, opened = FrozenProgram(recorder.pairs, recorder.layers), self.parts(), self.opened()
+        reason = recorder.reason(parts, self.stands_for) or program.reason()
+        if reason is not None:
+            return Refusal(reason, parts, opened, self.stands_for, False)
+        program.watch = Watch(parts, opened, methods=self.stands_for, contents=False)
+        return program
 
     @staticmethod
     def _laid_out(y: Tensor, x: Tensor, fields: list[int], pairs: Sequence[tuple[nn.Conv2d, Any]]) -> Tensor:
