@@ -153,14 +153,20 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
 
 
 def training_algorithm(
-    weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False, needs_x: bool = True
+    weight: torch.Tensor,
+    stride: list[int],
+    x: torch.Tensor,
+    backward: bool = False,
+    needs_x: bool = True,
+    given: bool = False,
 ) -> int:
     """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around, and
-    ``needs_x`` tells whether the gradient of ``x`` is wanted beside that of the filter."""
+    ``needs_x`` tells whether the gradient of ``x`` is wanted beside that of the filter. ``given``: no batch norm takes
+    its statistics from what comes out."""
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
     bf16 = x.dtype == torch.bfloat16 and backends.bf16_products()
-    switches = (bf16, x.dtype == torch.float32, backends.cpu.allow_winograd)
+    switches = (bf16, x.dtype == torch.float32 and not given, backends.cpu.allow_winograd)
     return _training_algorithm(weight.shape, tuple(stride), x.shape, backward, needs_x, switches)
 
 
@@ -177,8 +183,8 @@ def _training_algorithm(
     if backward:
         k, c = c, k
     batch, _, height, width = image
-    bf16, float32, _ = switches
-    if float32 and batch * height * width * max(k, c) <= _FEW_VALUES:
+    bf16, few_err, _ = switches
+    if few_err and batch * height * width * max(k, c) <= _FEW_VALUES:
         return DIRECT
     # Maps of bfloat16 that have no gap: a gradient of x is written by whole vectors.
     if bf16 and not (backward and needs_x and k % 16):

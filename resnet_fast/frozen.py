@@ -115,7 +115,7 @@ def _forward(
         weight, bias = tensors[TENSORS * i : TENSORS * i + 2]
         assert weight is not None
         source = values[layer.source]
-        algorithm = DIRECT if direct else training_algorithm(weight, layer.stride, source.tensor)
+        algorithm = DIRECT if direct else training_algorithm(weight, layer.stride, source.tensor, given=True)
         spreads = spreads or algorithm != DIRECT
         y, _ = convolve(*source, weight, bias, layer.stride, layer.padding, algorithm, False)
         value = _Value(y, norms.affine[i], layer.relu)
@@ -261,7 +261,7 @@ class _Backward:
             folded,
             layer.stride,
             layer.padding,
-            training_algorithm(weight, layer.stride, source.tensor, True, need_x),
+            training_algorithm(weight, layer.stride, source.tensor, True, need_x, given=True),
             need_x,
             need_weight,
             self.pending.pop(value, None) if need_x else None,
