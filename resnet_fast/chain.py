@@ -17,7 +17,7 @@ from . import backends, compiling, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
 from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
-from .frozen import FrozenProgram
+from .frozen import FrozenProgram, frozen
 from .gpu.chain import GpuChain
 from .layout import laid_out, stays_contiguous
 from .plain import as_plain, plain_class
@@ -316,6 +316,8 @@ class Fusing:
             recorder = Recorder(training=True)
             self.flow(recorder, 0)
             program = Program(recorder.pairs, recorder.layers)
+            if frozen(program) and not torch.compiler.is_compiling():
+                program = FrozenProgram(recorder.pairs, recorder.layers)
             parts, opened = self.parts(), self.opened()
             reason = recorder.reason(parts, self.stands_for) or program.reason()
             if torch.compiler.is_compiling():

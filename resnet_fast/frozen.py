@@ -19,12 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import backends
 from .choose import DIRECT, training_algorithm
 from .differentiation import first_order, gradients_again, wanted
 from .fission import TENSORS, Layer, dense, unpacked
+from .layout import laid_out
 from .training import Again, Program
 
-__all__ = ["FrozenProgram"]
+__all__ = ["FrozenProgram", "frozen"]
+
+
+def frozen(program: Program) -> bool:
+    """Whether all batch norms of a chain on the CPU take given statistics, in training mode, too."""
+    on_cpu = all(backends.kind(conv.weight) == "cpu" for conv, _ in program.pairs)
+    return on_cpu and any(program.normalized) and not any(program.batch)
 
 
 class FrozenProgram(Program):
@@ -34,10 +42,9 @@ class FrozenProgram(Program):
         return any(t is not None and t.requires_grad for t in self.tensors())
 
     def run(self, x: Tensor) -> Tensor:
-        # Outside of the function: what it saves is then its input, with which a second derivative is connected.
-        copied = dense(x)
-        original = None if copied is x else x.detach()
-        return _Frozen.apply(self.layers, original, copied, *self.tensors())
+        if backends.training.recompute_outputs:
+            return super().run(x)
+        return _Frozen.apply(self.layers, x, *self.tensors())
 
 
 class _Value(NamedTuple):
@@ -289,40 +296,39 @@ class _Backward:
 
 
 class _Frozen(torch.autograd.Function):
-    """``forward(layers, original, x, *TENSORS tensors a layer) -> out``
+    """``forward(layers, x, *TENSORS tensors a layer) -> out``
 
-    ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch. More
-    than first derivatives come of PyTorch's own operators, by running these again.
+    Of an ``x`` that is not channels_last no copy is kept: it is made again. More than first derivatives come of
+    PyTorch's own operators, by running these.
     """
 
     @staticmethod
-    def forward(ctx: Any, layers: list[Layer], original: Tensor | None, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norms, needs = _Norms(layers, tensors, wide), _Needs(layers, list(ctx.needs_input_grad[2:]))
+    def forward(ctx: Any, layers: list[Layer], x: Tensor, *tensors: Tensor | None) -> Tensor:
+        image, wide = dense(x), torch.float64 if x.dtype == torch.float64 else torch.float32
+        norms, needs = _Norms(layers, tensors, wide), _Needs(layers, list(ctx.needs_input_grad[1:]))
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
-            out, kept, spreads = _forward(layers, x, tensors, norms, needs, False)
+            out, kept, spreads = _forward(layers, image, tensors, norms, needs, False)
             # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
             if spreads and not math.isfinite(out.sum(dtype=wide).item()):
-                out, kept, _ = _forward(layers, x, tensors, norms, needs, True)
+                out, kept, _ = _forward(layers, image, tensors, norms, needs, True)
         ctx.layers, ctx.norms, ctx.shapes = layers, norms, kept.shapes
-        ctx.tensors = [False, *(t is not None for t in (original, x, *tensors))]
-        ctx.save_for_backward(original, x, *kept.ys, *kept.results, *tensors)
+        ctx.tensors = [False, *(t is not None for t in (x, *tensors))]
+        ctx.save_for_backward(x, *kept.ys, *kept.results, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         layers, count = ctx.layers, len(ctx.layers)
-        _, x, *saved = ctx.saved_tensors
-        tensors = saved[2 * count :]
+        x, *saved = ctx.saved_tensors
+        tensors, needs = saved[2 * count :], wanted(ctx)[1:]
         if not first_order(grad):
-            return None, None, *gradients_again(Again(layers), [x, *tensors], wanted(ctx)[2:], grad)
+            return None, *gradients_again(Again(layers), [x, *tensors], needs, grad)
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
         ys, results = ([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(2))
         kept = _Kept(ys, results, ctx.shapes)
-        x = dense(x)
         del saved, ys, results
         with torch._C._AutoDispatchBelowAutograd():
-            run = _Backward(layers, x, tensors, ctx.norms, kept, _Needs(layers, wanted(ctx)[2:]))
-            return None, None, *run.gradients(grad)
+            grad_x, *grads = _Backward(layers, dense(x), tensors, ctx.norms, kept, _Needs(layers, needs)).gradients(grad)
+            return None, None if grad_x is None else laid_out(grad_x, x), *grads

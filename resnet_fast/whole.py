@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import residual_network
+from . import backends, residual_network
 from .chain import Fusing, autocast_dtype
 from .flow import Build, Recorder
 
@@ -55,20 +55,21 @@ class Whole(Fusing):
         """No result: the stages run next, and count what does not."""
         return None
 
-    def _wants_gradient(self, x: Tensor) -> bool:
+    def wants_gradient(self, x: Tensor) -> bool:
         if not torch.is_grad_enabled():
             return False
         return x.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
     def features(self, x: Tensor, channels_last: bool) -> Tensor | None:
         """``model.features(x)`` as one chain, or None."""
-        if not self.training and self._wants_gradient(x):
+        # On GPUs the backward pass runs on PyTorch's operators, stage by stage.
+        if not self.training and backends.kind(x) != "cpu" and self.wants_gradient(x):
             return None
         return self.fused(x, channels_last=channels_last)
 
     def scores(self, x: Tensor) -> Tensor | None:
         """``model(x)`` in eval mode, or None."""
-        if self.training or not residual_network.kernels() or self._wants_gradient(x):
+        if self.training or not residual_network.kernels() or self.wants_gradient(x):
             return None
         pool, linear = self._head()
         if pool is None or linear is None:
