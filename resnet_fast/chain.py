@@ -15,7 +15,6 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, compiling, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
-from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
 from .frozen import FrozenProgram, frozen
 from .gpu.chain import GpuChain
@@ -24,6 +23,7 @@ from .plain import as_plain, plain_class
 from .pooling import pooling_window
 from .refusal import Refusal
 from .training import Program
+from .unfused_backward import UnfusedBackward
 from .watch import Watch, touched
 
 __all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
@@ -130,49 +130,6 @@ class Chain:
         return y
 
 
-class _Run(torch.autograd.Function):
-    """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
-
-    Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
-    changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values. Where the
-    backward itself is to be differentiated, that run stays connected with what the chain was called with.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, chain: Chain, x: Tensor, autocast: torch.dtype | None, *sources: Tensor | None) -> Tensor:
-        ctx.layers, ctx.eps, ctx.autocast = chain.layers, chain.eps, (x.device.type, autocast)
-        ctx.save_for_backward(x, *sources)
-        return chain.run(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, need_x, _, *need_sources = ctx.needs_input_grad
-        device, dtype = ctx.autocast
-
-        def again(*tensors: Any) -> Tensor:
-            with torch.autocast(device, dtype, enabled=dtype is not None):
-                return _unfused(ctx.layers, ctx.eps, *tensors)
-
-        grad_x, *grad_sources = gradients_again(again, ctx.saved_tensors, [need_x, *need_sources], grad)
-        return None, grad_x, None, *grad_sources
-
-
-def _unfused(layers: list[int], eps: list[float], x: Tensor, *sources: Any) -> Tensor:
-    """The chain on PyTorch's own operators; ``sources`` are those of all layers in a row."""
-    values = [x]
-    for i, epsilon in enumerate(eps):
-        source, residual, relu, _, _, _, *sizes = layers[i * ops.LAYER_FIELDS : (i + 1) * ops.LAYER_FIELDS]
-        weight, bias, gamma, beta, mean, var = sources[i * 6 : (i + 1) * 6]
-        inputs = [values[source]] if residual < 0 else [values[source], values[residual]]
-        name = "conv_bn_relu" if relu else "conv_bn"
-        values.append(
-            ops.unfused_conv(
-                name, inputs, weight, bias, (gamma, beta, mean, var, epsilon), sizes[:2], sizes[2:], [1, 1], groups=1
-            )
-        )
-    return values[-1]
-
-
 class Fusing:
     """Runs what :meth:`flow` states as one operator."""
 
@@ -227,7 +184,7 @@ class Fusing:
         if chain is None:
             return self._declined(reason)
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
-            y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
+            y = UnfusedBackward.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             y = y if pool is None else pool(y)
         elif pool is not None and window is not None and not chain.pools(x, window):
             y = pool(chain.run(x))
@@ -340,8 +297,10 @@ class Fusing:
         return (program if reason is None else None), x, reason
 
     def _differentiable(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
-        """In eval mode, where a gradient is wanted: the result of an autograd function whose backward is fused, or None,
-        also where none is wanted. GPUs, and what a program cannot stand for, have :class:`_Run`."""
+        """In eval mode, where a gradient is wanted: the result of a function whose backward is fused, or None.
+
+        None, too, on GPUs and of what such a program cannot stand for: these have :class:`UnfusedBackward`.
+        """
         if backends.kind(x) != "cpu" or self.cannot_run(x, False, autocast) is not None:
             return None
         program = self._eval_program

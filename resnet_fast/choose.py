@@ -62,7 +62,7 @@ _LEAST_CHANNELS = 16
 # A whole network is allowed twice. In training it comes to that where batch norm's mean and variance err little, those
 # of maps of few values, in which Winograd saves the least time: up to so many values convolutions are direct.
 _FEW_VALUES = 1 << 16
-# Where statistics are given, what errs most is the gradients of batch norms, sums over few values of what Winograd gives.
+# Where statistics are given, the gradients of batch norms err most: sums over few values of what Winograd gives.
 _FEW_VALUES_GIVEN = 1 << 14
 
 

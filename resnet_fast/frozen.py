@@ -1,7 +1,7 @@
 """Eval mode with gradients: a chain whose batch norms take given statistics, as one autograd function.
 
-With given statistics a batch norm is linear, ``z = a * y + shift`` with ``a = gamma / std``. So its backward has no sums
-to wait for, and is folded into the convolution before it:
+With given statistics a batch norm is linear, ``z = a * y + shift`` with ``a = gamma / std``. So its backward waits for
+no sums, and is folded into that of the convolution before it:
 
     forward    y_i = conv(relu(a * y_j + shift)), the batch norm of y_j applied as it is read
     backward   g = the gradient of z behind the ReLU; of the input conv^T(g, a * W); of W a times that of a * W;
@@ -64,13 +64,15 @@ class _Norms:
         self.inv_std: list[Tensor | None] = [None] * len(layers)
         if not places:
             return
-        gammas, betas, means, variances = (
-            [None if (t := tensors[TENSORS * i + k]) is None else t.detach().to(dtype) for i in places]
-            for k in range(2, 6)
-        )
+
+        def wide(k: int) -> list[Any]:
+            found = (tensors[TENSORS * i + k] for i in places)
+            return [None if t is None else t.detach().to(dtype) for t in found]
+
+        gammas, betas, means, variances = map(wide, range(2, 6))
         inv_std = list(torch._foreach_add(variances, [layers[i].eps for i in places]))
         torch._foreach_rsqrt_(inv_std)
-        scales = [s if g is None else s * g for s, g in zip(inv_std, gammas, strict=True)]
+        scales: Any = [s if g is None else s * g for s, g in zip(inv_std, gammas, strict=True)]
         moved = torch._foreach_mul(means, scales)
         for i, std, scale, move, beta in zip(places, inv_std, scales, moved, betas, strict=True):
             self.affine[i] = torch.stack((scale, -move if beta is None else beta - move))
@@ -143,8 +145,10 @@ def _keep(kept: _Kept, i: int, layer: Layer, y: Tensor, value: _Value, needs: _N
     masks = layer.relu and needs.values[i + 1]
     read = masks or needs.operand(i + 1)
     written = value.tensor is not y or value.affine is None
-    kept.results.append(value.tensor if written and read else None)
-    kept.ys.append(y if needs.layer(i)[2] or (read and not written) else None)
+    wants_y = needs.layer(i)[2] or (read and not written)
+    # What was written for the forward pass alone is formed again of y as it is read.
+    kept.results.append(value.tensor if written and read and (not wants_y or layer.residual >= 0) else None)
+    kept.ys.append(y if wants_y else None)
     kept.shapes.append(y.shape)
 
 
@@ -283,7 +287,7 @@ class _Backward:
             self.found[1 + TENSORS * i] = (dw if by_channel is None else dw.mul_(by_channel)).to(weight.dtype)
 
     def _source(self, value: int) -> _Value:
-        """What a convolution read, as it was given to it; or something of that shape, where no gradient is made of it."""
+        """What a convolution read, as it was given to it; where no gradient is made of it, something of that shape."""
         if value == 0:
             return _Value(self.x)
         result, y, layer = self.kept.results[value - 1], self.kept.ys[value - 1], self.layers[value - 1]
@@ -330,5 +334,7 @@ class _Frozen(torch.autograd.Function):
         kept = _Kept(ys, results, ctx.shapes)
         del saved, ys, results
         with torch._C._AutoDispatchBelowAutograd():
-            grad_x, *grads = _Backward(layers, dense(x), tensors, ctx.norms, kept, _Needs(layers, needs)).gradients(grad)
+            grad_x, *grads = _Backward(layers, dense(x), tensors, ctx.norms, kept, _Needs(layers, needs)).gradients(
+                grad
+            )
             return None, None if grad_x is None else laid_out(grad_x, x), *grads

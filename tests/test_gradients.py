@@ -134,7 +134,10 @@ def test_activation_checkpointing(training, use_reentrant):
     checkpoint(fast, x, use_reentrant=use_reentrant).square().sum().backward()
     # The first run of a reentrant one wants no gradient: in eval mode its kernels round elsewhere.
     tolerance = 0 if training or not use_reentrant else 1e-4
-    pairs = [(x.grad, expected), *((a.grad, b.grad) for a, b in zip(fast.parameters(), plain.parameters(), strict=True))]
+    pairs = [
+        (x.grad, expected),
+        *((a.grad, b.grad) for a, b in zip(fast.parameters(), plain.parameters(), strict=True)),
+    ]
     assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10) for a, b in pairs)
 
 
