@@ -311,7 +311,7 @@ class Fusing:
         if isinstance(program, Refusal) or not (x.requires_grad or program.requires_grad()):
             return None
         x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
-        if reason is not None or x.numel() == 0:
+        if reason is not None:
             return None
         y = program.run(x)
         return y if channels_last else self._laid_out(y, x, program.fields, program.pairs)
