@@ -273,7 +273,7 @@ class Fusing:
             recorder = Recorder(training=True)
             self.flow(recorder, 0)
             program = Program(recorder.pairs, recorder.layers)
-            if frozen(program) and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and frozen(program):
                 program = FrozenProgram(recorder.pairs, recorder.layers)
             parts, opened = self.parts(), self.opened()
             reason = recorder.reason(parts, self.stands_for) or program.reason()

@@ -193,7 +193,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
 
     def whole_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
         whole = self.whole()
-        if whole is None or not (self.training or self._few(x) or whole.wants_gradient(x)):
+        if whole is None or not (self.training or self._few(x) or whole.wants_all_gradients(x)):
             return None
         return whole.features(x, channels_last)
 

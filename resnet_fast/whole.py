@@ -55,21 +55,27 @@ class Whole(Fusing):
         """No result: the stages run next, and count what does not."""
         return None
 
-    def wants_gradient(self, x: Tensor) -> bool:
+    def _wants_gradient(self, x: Tensor) -> bool:
         if not torch.is_grad_enabled():
             return False
         return x.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
+    def wants_all_gradients(self, x: Tensor) -> bool:
+        """In eval mode: whether a gradient is wanted from the first layer on, for frozen stages run as for inference.
+        On GPUs the backward pass runs on PyTorch's operators, stage by stage."""
+        if not torch.is_grad_enabled() or backends.kind(x) != "cpu":
+            return False
+        return x.requires_grad or any(p.requires_grad for m in self.model.parts()[1:] for p in m.parameters())
+
     def features(self, x: Tensor, channels_last: bool) -> Tensor | None:
         """``model.features(x)`` as one chain, or None."""
-        # On GPUs the backward pass runs on PyTorch's operators, stage by stage.
-        if not self.training and backends.kind(x) != "cpu" and self.wants_gradient(x):
+        if not self.training and self._wants_gradient(x) and not self.wants_all_gradients(x):
             return None
         return self.fused(x, channels_last=channels_last)
 
     def scores(self, x: Tensor) -> Tensor | None:
         """``model(x)`` in eval mode, or None."""
-        if self.training or not residual_network.kernels() or self.wants_gradient(x):
+        if self.training or not residual_network.kernels() or self._wants_gradient(x):
             return None
         pool, linear = self._head()
         if pool is None or linear is None:
