@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_fast
 from benchmarks.memory import saved_bytes
 from resnet_fast import backends, blocks, models, reference
+from resnet_fast.chain import Fused
 from resnet_fast.frozen import FrozenProgram
 
 KINDS = ("Block", "BasicBlock", "Bottleneck")
@@ -317,3 +318,37 @@ def test_networks_that_train_with_batch_norms_in_eval_mode(monkeypatch):
         m.layer1[0].bn1.train()
     assert_as_eager(fast, eager, x)
     assert not isinstance(fast.whole()._program, FrozenProgram)
+
+
+class Plain(nn.Module):
+    """No batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv2(self.relu(self.conv1(x)))
+
+
+class FastPlain(Fused, Plain):
+    def flow(self, build, x):
+        return build.conv(self.conv2, None, build.conv(self.conv1, None, x, relu=self.relu))
+
+    def forward(self, x):
+        y = self.fused(x)
+        return super().forward(x) if y is None else y
+
+
+def test_chains_with_a_relu_without_batch_norm_run_again():
+    """Fused forward; PyTorch's operators have the gradients, and no more of them than are asked for."""
+    fast, eager = (m.double() for m in twins(FastPlain, Plain))
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64).requires_grad_()
+    with backends.use("cpu"), Calls("residual_stage") as calls:
+        ours = gradients(fast, x)
+    assert len(calls.found) == 1
+    assert all(torch.allclose(a, b) for a, b in zip(ours, gradients(eager, x), strict=True))
+    loss = weighted(fast(x))
+    with Calls("convolution_backward") as calls:
+        torch.autograd.grad(loss, x)
+    assert [args[-1] for args in calls.found] == [[True, False, False]] * 2
