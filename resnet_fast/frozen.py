@@ -23,8 +23,9 @@ from . import backends
 from .choose import DIRECT, training_algorithm
 from .differentiation import first_order, gradients_again, wanted
 from .fission import TENSORS, Layer, dense, unpacked
+from .flow import sources_of
 from .layout import laid_out
-from .training import Again, Program
+from .training import Program, _Again
 
 __all__ = ["FrozenProgram", "frozen"]
 
@@ -38,13 +39,17 @@ def frozen(program: Program) -> bool:
 class FrozenProgram(Program):
     """The chain that a recorder wrote down, to be run in eval mode where a gradient is wanted."""
 
+    def sources(self) -> list[Tensor | None]:
+        """``TENSORS`` of each layer."""
+        return [t for conv, bn in self.pairs for t in sources_of(conv, bn)]
+
     def requires_grad(self) -> bool:
-        return any(t is not None and t.requires_grad for t in self.tensors())
+        return any(t is not None and t.requires_grad for t in self.sources())
 
     def run(self, x: Tensor) -> Tensor:
         if backends.training.recompute_outputs:
             return super().run(x)
-        return _Frozen.apply(self.layers, x, *self.tensors())
+        return _Frozen.apply(self.layers, x, *self.sources())
 
 
 class _Value(NamedTuple):
@@ -327,7 +332,7 @@ class _Frozen(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         tensors, needs = saved[2 * count :], wanted(ctx)[1:]
         if not first_order(grad):
-            return None, *gradients_again(Again(layers), [x, *tensors], needs, grad)
+            return None, *gradients_again(_Again(layers), [x, *tensors], needs, grad)
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
         ys, results = ([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(2))

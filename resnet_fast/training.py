@@ -18,7 +18,7 @@ from .differentiation import first_order, gradients_again, wanted
 from .fission import TENSORS, Backward, Kept, Layer, counts, dense, forward, layers_of, unpacked
 from .watch import Watch
 
-__all__ = ["Again", "Program"]
+__all__ = ["Program"]
 
 
 class Program:
@@ -65,22 +65,18 @@ class Program:
             return "statistics that one batch norm keeps and another one takes"
         return None
 
-    def tensors(self) -> list[Tensor | None]:
-        """Of each layer weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given."""
-        tensors: list[Tensor | None] = []
-        for (conv, bn), batch in zip(self.pairs, self.batch, strict=True):
-            tensors += [conv.weight, conv.bias]
-            tensors += [None, None] if bn is None else [bn.weight, bn.bias]
-            tensors += [None, None] if bn is None or batch else [bn.running_mean, bn.running_var]
-        return tensors
-
     def run(self, x: Tensor) -> Tensor:
         pixels = counts(self.layers, x.shape)
         for (conv, _), n, batch in zip(self.pairs, pixels, self.batch, strict=True):
             if batch and n == 1:
                 size = torch.Size((1, conv.weight.shape[0], 1, 1))
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        tensors = self.tensors()
+        tensors: list[Tensor | None] = []
+        for (conv, bn), batch in zip(self.pairs, self.batch, strict=True):
+            given = bn is not None and not batch
+            tensors += [conv.weight, conv.bias]
+            tensors += [None, None] if bn is None else [bn.weight, bn.bias]
+            tensors += [bn.running_mean, bn.running_var] if given and bn is not None else [None, None]
 
         def track(moments: list[Tensor]) -> None:
             with torch.no_grad():
@@ -210,7 +206,7 @@ class _Train(torch.autograd.Function):
         if not first_order(grad):
             _, x, *saved = ctx.saved_tensors
             tensors = [x, *saved[4 * count :]]
-            return None, None, None, None, *gradients_again(Again(ctx.layers), tensors, wanted(ctx)[4:], grad)
+            return None, None, None, None, *gradients_again(_Again(ctx.layers), tensors, wanted(ctx)[4:], grad)
         _, x, *saved = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
@@ -222,7 +218,7 @@ class _Train(torch.autograd.Function):
             return None, None, None, None, *run.gradients(grad)
 
 
-class Again:
+class _Again:
     """The chain on PyTorch's own operators; running statistics stay as they are."""
 
     def __init__(self, layers: list[Layer]) -> None:
