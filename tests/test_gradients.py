@@ -1,4 +1,4 @@
-"""Gradients of the operators, and of modules in eval mode: a fused forward, eager's gradients."""
+"""Gradients of the operators, which are eager's behind a fused forward, and of modules in eval mode."""
 
 import copy
 
