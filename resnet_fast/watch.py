@@ -181,7 +181,8 @@ def refresh(model: nn.Module) -> None:
 
     On GPUs weights that want a gradient are packed anew after a step of any optimizer, one of another network included.
 
-    Programs that ``torch.compile`` has frozen and CUDA graphs hold weights of their own: compile or capture them again.
+    Where a gradient is wanted, CPUs pack weights at every call. Programs that ``torch.compile`` has frozen and CUDA
+    graphs hold weights of their own: compile or capture them again.
 
     Args:
         model: a network or any part of one, fused or not, in any mode.
