@@ -15,21 +15,22 @@ from torch.nn.modules import module as nn_module
 
 from . import backends, compiling, ops, patches
 from .choose import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithm_of_filter, algorithms
-from .differentiation import gradients_again
 from .flow import Build, Layers, Recorder, eps_of, operator, sources_of
+from .frozen import FrozenProgram, frozen
 from .gpu.chain import GpuChain
 from .layout import laid_out, stays_contiguous
 from .plain import as_plain, plain_class
 from .pooling import pooling_window
 from .refusal import Refusal
 from .training import Program
+from .unfused_backward import UnfusedBackward
 from .watch import Watch, touched
 
 __all__ = ["Chain", "Fused", "Fusing", "autocast_dtype"]
 
 
 # What modules keep of what they were packed for.
-_KEPT = ("_chain", "_program", "_whole", "_network", "_onlookers")
+_KEPT = ("_chain", "_program", "_eval_program", "_whole", "_network", "_onlookers")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -131,54 +132,12 @@ class Chain:
         return y
 
 
-class _Run(torch.autograd.Function):
-    """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
-
-    Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
-    changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values. Where the
-    backward itself is to be differentiated, that run stays connected with what the chain was called with.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, chain: Chain, x: Tensor, autocast: torch.dtype | None, *sources: Tensor | None) -> Tensor:
-        ctx.layers, ctx.eps, ctx.autocast = chain.layers, chain.eps, (x.device.type, autocast)
-        ctx.save_for_backward(x, *sources)
-        return chain.run(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, need_x, _, *need_sources = ctx.needs_input_grad
-        device, dtype = ctx.autocast
-
-        def again(*tensors: Any) -> Tensor:
-            with torch.autocast(device, dtype, enabled=dtype is not None):
-                return _unfused(ctx.layers, ctx.eps, *tensors)
-
-        grad_x, *grad_sources = gradients_again(again, ctx.saved_tensors, [need_x, *need_sources], grad)
-        return None, grad_x, None, *grad_sources
-
-
-def _unfused(layers: list[int], eps: list[float], x: Tensor, *sources: Any) -> Tensor:
-    """The chain on PyTorch's own operators; ``sources`` are those of all layers in a row."""
-    values = [x]
-    for i, epsilon in enumerate(eps):
-        source, residual, relu, _, _, _, *sizes = layers[i * ops.LAYER_FIELDS : (i + 1) * ops.LAYER_FIELDS]
-        weight, bias, gamma, beta, mean, var = sources[i * 6 : (i + 1) * 6]
-        inputs = [values[source]] if residual < 0 else [values[source], values[residual]]
-        name = "conv_bn_relu" if relu else "conv_bn"
-        values.append(
-            ops.unfused_conv(
-                name, inputs, weight, bias, (gamma, beta, mean, var, epsilon), sizes[:2], sizes[2:], [1, 1], groups=1
-            )
-        )
-    return values[-1]
-
-
 class Fusing:
     """Runs what :meth:`flow` states as one operator."""
 
     _chain: Chain | Refusal | None = None  # in eval mode
     _program: Program | Refusal | None = None  # in training mode
+    _eval_program: FrozenProgram | Refusal | None = None  # in eval mode where a gradient is wanted
     training: bool
     # Of the owner's, those that :meth:`flow` stands for; the first of them is what a call comes through.
     stands_for: ClassVar[tuple[str, ...]] = ("forward",)
@@ -220,11 +179,14 @@ class Fusing:
             return self._trained(x, autocast, channels_last)
         if torch.compiler.is_compiling():
             return self._traced(x, autocast, channels_last)
+        y = self._differentiable(x, autocast, channels_last) if torch.is_grad_enabled() else None
+        if y is not None:
+            return y if pool is None else pool(y)
         chain, x, reason = self.packed(x, autocast)
         if chain is None:
             return self._declined(reason)
         if torch.is_grad_enabled() and (x.requires_grad or chain.requires_grad()):
-            y = _Run.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
+            y = UnfusedBackward.apply(chain, x, autocast, *(t for sources in chain.sources for t in sources))
             y = y if pool is None else pool(y)
         elif pool is not None and window is not None and not chain.pools(x, window):
             y = pool(chain.run(x))
@@ -313,6 +275,8 @@ class Fusing:
             recorder = Recorder(training=True)
             self.flow(recorder, 0)
             program = Program(recorder.pairs, recorder.layers)
+            if not torch.compiler.is_compiling() and frozen(program):
+                program = FrozenProgram(recorder.pairs, recorder.layers)
             parts, opened = self.parts(), self.opened()
             reason = recorder.reason(parts, self.stands_for) or program.reason()
             if torch.compiler.is_compiling():
@@ -333,6 +297,36 @@ class Fusing:
         if x.numel() == 0:
             reason = reason or "an empty input"
         return (program if reason is None else None), x, reason
+
+    def _differentiable(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
+        """In eval mode, where a gradient is wanted: the result of a function whose backward is fused, or None.
+
+        None, too, on GPUs and of what such a program cannot stand for: these have :class:`UnfusedBackward`.
+        """
+        if backends.kind(x) != "cpu" or self.cannot_run(x, False, autocast) is not None:
+            return None
+        program = self._eval_program
+        if program is None or program.owner is not self or not program.fresh():
+            program = self._recorded()
+            program.owner = self
+            self._eval_program = program
+        if isinstance(program, Refusal) or not (x.requires_grad or program.requires_grad()):
+            return None
+        x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
+        if reason is not None:
+            return None
+        y = program.run(x)
+        return y if channels_last else self._laid_out(y, x, program.fields, program.pairs)
+
+    def _recorded(self) -> FrozenProgram | Refusal:
+        recorder = Recorder()
+        self.flow(recorder, 0)
+        program, parts, opened = FrozenProgram(recorder.pairs, recorder.layers), self.parts(), self.opened()
+        reason = recorder.reason(parts, self.stands_for) or program.reason()
+        if reason is not None:
+            return Refusal(reason, parts, opened, self.stands_for, False)
+        program.watch = Watch(parts, opened, methods=self.stands_for, contents=False)
+        return program
 
     @staticmethod
     def _laid_out(y: Tensor, x: Tensor, fields: list[int], pairs: Sequence[tuple[nn.Conv2d, Any]]) -> Tensor:

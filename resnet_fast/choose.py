@@ -62,6 +62,8 @@ _LEAST_CHANNELS = 16
 # A whole network is allowed twice. In training it comes to that where batch norm's mean and variance err little, those
 # of maps of few values, in which Winograd saves the least time: up to so many values convolutions are direct.
 _FEW_VALUES = 1 << 16
+# Where statistics are given, the gradients of batch norms err most: sums over few values of what Winograd gives.
+_FEW_VALUES_GIVEN = 1 << 14
 
 
 def _read(elements: int, passes: int) -> float:
@@ -153,14 +155,21 @@ def algorithms(layers: list[int], shape: torch.Size, dtype: torch.dtype) -> list
 
 
 def training_algorithm(
-    weight: torch.Tensor, stride: list[int], x: torch.Tensor, backward: bool = False, needs_x: bool = True
+    weight: torch.Tensor,
+    stride: list[int],
+    x: torch.Tensor,
+    backward: bool = False,
+    needs_x: bool = True,
+    given: bool = False,
 ) -> int:
     """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around, and
-    ``needs_x`` tells whether the gradient of ``x`` is wanted beside that of the filter."""
+    ``needs_x`` tells whether the gradient of ``x`` is wanted beside that of the filter. ``given``: batch norms take
+    given statistics."""
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
     bf16 = x.dtype == torch.bfloat16 and backends.bf16_products()
-    switches = (bf16, x.dtype == torch.float32, backends.cpu.allow_winograd)
+    few = 0 if x.dtype != torch.float32 else _FEW_VALUES_GIVEN if given else _FEW_VALUES
+    switches = (bf16, few, backends.cpu.allow_winograd)
     return _training_algorithm(weight.shape, tuple(stride), x.shape, backward, needs_x, switches)
 
 
@@ -171,14 +180,14 @@ def _training_algorithm(
     image: tuple[int, ...],
     backward: bool,
     needs_x: bool,
-    switches: tuple[bool, bool, bool],
+    switches: tuple[bool, int, bool],
 ) -> int:
     k, c, *kernel = weight
     if backward:
         k, c = c, k
     batch, _, height, width = image
-    bf16, float32, _ = switches
-    if float32 and batch * height * width * max(k, c) <= _FEW_VALUES:
+    bf16, few, _ = switches
+    if batch * height * width * max(k, c) <= few:
         return DIRECT
     # Maps of bfloat16 that have no gap: a gradient of x is written by whole vectors.
     if bf16 and not (backward and needs_x and k % 16):

@@ -69,7 +69,7 @@ class Fusion:
     def forget(self) -> None:
         for plan in self.each():
             for segment in plan.segments:
-                segment._chain = segment._program = None
+                segment._chain = segment._program = segment._eval_program = None
         for variant in self.variants.values():
             variant.forget()
 

@@ -31,8 +31,7 @@ def first_order(grad: Tensor) -> bool:
 def wanted(ctx: Any) -> list[bool]:
     """Within a backward: for each argument of ``apply`` whether this pass goes on to its gradient.
 
-    ``ctx.needs_input_grad`` says who might ever want one. ``torch.autograd.grad(y, x)`` goes on to ``x`` alone, which
-    PyTorch tells of arguments that were computed from something, not of leaves: these may want less than is said here.
+    ``ctx.needs_input_grad`` says who might ever want one: ``torch.autograd.grad(y, x)`` goes on to ``x`` alone.
     """
     nodes = iter(ctx.next_functions)  # of those arguments that are tensors
     return [
@@ -46,7 +45,7 @@ def _goes_on(node: Any, need: bool) -> bool:
         return need
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf in torch.autograd.grad
+    except RuntimeError:  # of leaves in torch.autograd.grad: of those that it was asked for, and of no others
         return need
 
 

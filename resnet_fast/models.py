@@ -192,8 +192,10 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
 
     def whole_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
-        whole = self.whole() if self.training or self._few(x) else None
-        return None if whole is None else whole.features(x, channels_last)
+        whole = self.whole()
+        if whole is None or not (self.training or self._few(x) or whole.wants_all_gradients(x)):
+            return None
+        return whole.features(x, channels_last)
 
     def last_map(self, x: Tensor) -> Tensor:
         y = self.fused(x, channels_last=True)

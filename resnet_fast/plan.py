@@ -208,7 +208,9 @@ class Segment(Fusing):
         return self.layers, self.through, self.opened_parts, self.steps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_chain", "_program", "_eval_program")
+        }
 
     def bound_to(self, owner: nn.Module) -> Segment:
         segment = Segment(*self.data())

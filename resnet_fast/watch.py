@@ -44,7 +44,7 @@ patches.register_layers(*_LAYERS)
 patches.register(nn.Sequential, nn.AvgPool2d, nn.MaxPool2d)
 
 # What is found out about a module, and kept in it.
-_FOUND = ("_chain", "_program", "_whole", "_network", "_onlookers", "_resnet_fast")
+_FOUND = ("_chain", "_program", "_eval_program", "_whole", "_network", "_onlookers", "_resnet_fast")
 # What every module has; ``training`` is asked for where it matters.
 _OF_ALL_MODULES = {*vars(nn.Module()), *_FOUND, "_is_full_backward_hook"}
 
@@ -181,7 +181,8 @@ def refresh(model: nn.Module) -> None:
 
     On GPUs weights that want a gradient are packed anew after a step of any optimizer, one of another network included.
 
-    Programs that ``torch.compile`` has frozen and CUDA graphs hold weights of their own: compile or capture them again.
+    Where a gradient is wanted, CPUs pack weights at every call. Programs that ``torch.compile`` has frozen and CUDA
+    graphs hold weights of their own: compile or capture them again.
 
     Args:
         model: a network or any part of one, fused or not, in any mode.

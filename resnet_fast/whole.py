@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import residual_network
+from . import backends, residual_network
 from .chain import Fusing, autocast_dtype
 from .flow import Build, Recorder
 
@@ -60,9 +60,16 @@ class Whole(Fusing):
             return False
         return x.requires_grad or any(p.requires_grad for p in self.model.parameters())
 
+    def wants_all_gradients(self, x: Tensor) -> bool:
+        """In eval mode: whether a gradient is wanted from the first layer on, for frozen stages run as for inference.
+        On GPUs the backward pass runs on PyTorch's operators, stage by stage."""
+        if not torch.is_grad_enabled() or backends.kind(x) != "cpu":
+            return False
+        return x.requires_grad or any(p.requires_grad for m in self.model.parts()[1:] for p in m.parameters())
+
     def features(self, x: Tensor, channels_last: bool) -> Tensor | None:
         """``model.features(x)`` as one chain, or None."""
-        if not self.training and self._wants_gradient(x):
+        if not self.training and self._wants_gradient(x) and not self.wants_all_gradients(x):
             return None
         return self.fused(x, channels_last=channels_last)
 

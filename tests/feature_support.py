@@ -15,7 +15,7 @@ from support import randomize_, twins
 from torch import nn
 
 import resnet_fast
-from resnet_fast import backends, chain, models, reference, training
+from resnet_fast import backends, chain, frozen, models, reference, training
 
 SIZE = 8
 
@@ -49,7 +49,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(feature, networks=native, tolerance=1e-3, gradients=True, error="", leaves_out=()):
-    """``gradients``: in training mode, those of the result are compared, too. ``error``: what it says if it raises.
+    """``gradients``: those of the result are compared, too. ``error``: what it says if it raises.
     ``leaves_out``: columns of the table that the feature is not for."""
 
     def register(run):
@@ -75,7 +75,8 @@ def note_graph(graph_module):
 @contextmanager
 def counted():
     """Counts the calls of fused chains."""
-    runs, originals = [], (chain.Chain.run, training.Program.run)
+    kinds = (chain.Chain, training.Program, frozen.FrozenProgram)
+    runs, originals = [], [kind.run for kind in kinds]
 
     def counting(original):
         def run(self, *args, **kwargs):
@@ -84,11 +85,13 @@ def counted():
 
         return run
 
-    chain.Chain.run, training.Program.run = map(counting, originals)
+    for kind, original in zip(kinds, originals, strict=True):
+        kind.run = counting(original)
     try:
         yield runs
     finally:
-        chain.Chain.run, training.Program.run = originals
+        for kind, original in zip(kinds, originals, strict=True):
+            kind.run = original
 
 
 def tensors(value):
@@ -105,7 +108,7 @@ def outcome(check, module, x):
         if isinstance(found, tuple):
             found, module = found
         results = tensors(found)
-        losses = [y for y in results if y.requires_grad] if module.training and check.gradients else []
+        losses = [y for y in results if y.requires_grad] if check.gradients else []
         if losses:
             sum((y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum() for y in losses).backward()
     except Exception as error:  # which the outcome tells

@@ -1,11 +1,11 @@
-"""Gradients of the operators, and of modules in eval mode: a fused forward, eager's gradients."""
+"""Gradients of the operators, which are eager's behind a fused forward, and of modules in eval mode."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import EAGER_LAYOUTS, OPS, Case, NoWildGradients, assert_error_rule, random_case, twins
+from support import EAGER_LAYOUTS, OPS, WINOGRAD_FACTOR, Case, NoWildGradients, assert_error_rule, random_case, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,8 +38,7 @@ def test_gradients_of_blocks_in_eval_mode(kind, stride, dtype):
     ]
     names = ["output", "x", *(k for k, _ in fast.named_parameters())]
     for i, name in enumerate(names):
-        factor = 3 if name == "output" else 2  # a Winograd forward, but an eager backward
-        assert_error_rule(ours[i], exact[i], [t[i] for t in theirs], name, factor)
+        assert_error_rule(ours[i], exact[i], [t[i] for t in theirs], name, WINOGRAD_FACTOR)
 
 
 def gradients(m, x, grad):
@@ -133,8 +132,13 @@ def test_activation_checkpointing(training, use_reentrant):
     plain(x).square().sum().backward()
     expected, x.grad = x.grad, None
     checkpoint(fast, x, use_reentrant=use_reentrant).square().sum().backward()
-    assert torch.equal(x.grad, expected)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(fast.parameters(), plain.parameters(), strict=True))
+    # The first run of a reentrant one wants no gradient: in eval mode its kernels round elsewhere.
+    tolerance = 0 if training or not use_reentrant else 1e-4
+    pairs = [
+        (x.grad, expected),
+        *((a.grad, b.grad) for a, b in zip(fast.parameters(), plain.parameters(), strict=True)),
+    ]
+    assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10) for a, b in pairs)
 
 
 def plain_layer(op, case):
