@@ -301,9 +301,10 @@ class Fusing:
     def _differentiable(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
         """In eval mode, where a gradient is wanted: the result of a function whose backward is fused, or None.
 
-        None, too, on GPUs and of what such a program cannot stand for: these have :class:`UnfusedBackward`.
+        None, too, of what such a program cannot stand for: that has :class:`UnfusedBackward`.
         """
-        if backends.kind(x) != "cpu" or self.cannot_run(x, False, autocast) is not None:
+        on_cpu = backends.kind(x) == "cpu"
+        if self.cannot_run(x, not on_cpu, autocast) is not None or (x.numel() == 0 and not on_cpu):
             return None
         program = self._eval_program
         if program is None or program.owner is not self or not program.fresh():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends, residual_network
 from .chain import Fusing, autocast_dtype
-from .flow import Build, Recorder
+from .flow import Build, Recorder, operator
 
 __all__ = ["Whole"]
 
@@ -62,8 +62,8 @@ class Whole(Fusing):
 
     def wants_all_gradients(self, x: Tensor) -> bool:
         """In eval mode: whether a gradient is wanted from the first layer on, for frozen stages run as for inference.
-        On GPUs the backward pass runs on PyTorch's operators, stage by stage."""
-        if not torch.is_grad_enabled() or backends.kind(x) != "cpu":
+        Without kernels for it the backward pass runs on PyTorch's operators, stage by stage."""
+        if not torch.is_grad_enabled() or backends.unfused_reason(operator(True), backends.kind(x)) is not None:
             return False
         return x.requires_grad or any(p.requires_grad for m in self.model.parts()[1:] for p in m.parameters())
 

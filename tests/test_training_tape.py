@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from ptxsim.device import simulated
-from support import channels_last, randomize_, twins
+from support import assert_error_rule, channels_last, randomize_, twins
 from torch import nn
 
 import resnet_fast
@@ -27,7 +27,8 @@ def settings():
 
 def programs(model):
     owners = [*model.modules(), *(m._whole for m in model.modules() if getattr(m, "_whole", None) is not None)]
-    return [m._program for m in owners if getattr(m, "_program", None) is not None]
+    kept = [getattr(m, name, None) for m in owners for name in ("_program", "_eval_program")]
+    return [program for program in kept if program is not None]
 
 
 def tapes_of(model):
@@ -217,6 +218,35 @@ def test_a_graph_that_is_kept(simulated_device):
         block.conv1.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: m.BasicBlock(16, 8, 2), lambda m: m.CifarResNet(1)], ids=["block", "network"]
+)
+@pytest.mark.parametrize("frozen", [False, True], ids=["weights", "images"])
+def test_eval_mode_with_gradients(simulated_device, monkeypatch, make, frozen):
+    """By the kernels of training with given statistics; without work for gradients that nobody wants."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    fast, eager = randomize_(make(blocks if hasattr(make(reference), "bn2") else resnet_fast)), make(reference)
+    eager.load_state_dict(fast.state_dict())
+    for m in (fast, eager):
+        m.eval().requires_grad_(not frozen)
+    x = channels_last(torch.randn(2, 16 if hasattr(fast, "bn2") else 3, 12, 12))
+    before = [b.clone() for b in fast.buffers()]
+    for _ in range(3):
+        simulated_device.launches.clear()
+        ours = step(fast, x)
+        names = [name for name, _ in simulated_device.launches]
+    assert same(fast.buffers(), before)
+    assert [type(t) for t in tapes_of(fast)] == [Tape] * 2
+    assert ("_weight_gradient_kernel" in names) == (not frozen)
+    assert {"_affine_kernel", "_data_gradient_kernel"} <= set(names)
+    assert backends.fallbacks() == {}
+    theirs, exact = step(eager, x), step(copy.deepcopy(eager).double(), x.double())
+    for a, b, e in zip(ours, theirs, exact, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and a.is_floating_point():
+            assert_error_rule(a, e, [b])
 
 
 def test_errors_of_launches_come_through():

@@ -234,3 +234,29 @@ def test_peak_memory_and_host_time(gpu):
     print(f"peak, MB: replayed {memory / 1e6:.0f}, from Python {most / 1e6:.0f}")
     assert replayed < python / 3
     assert memory < 1.1 * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_eval_mode_with_gradients(gpu, dtype):
+    """Fine-tuning with frozen statistics, and the images' gradient alone."""
+    fast = randomize_(resnet_fast.CifarResNet(1).eval())
+    twin = reference.CifarResNet(1).eval()
+    twin.load_state_dict(fast.state_dict())
+    exact, x = copy.deepcopy(twin).double(), torch.randn(4, 3, 12, 12)
+    fast, twin = fast.to(gpu, dtype), twin.to(gpu, dtype)
+    for frozen in (False, True):
+        grads = []
+        for m in (fast, twin, exact):
+            m.requires_grad_(not frozen)
+            own = x.to(next(m.parameters())).requires_grad_()
+            for _ in range(3):
+                found = torch.autograd.grad(
+                    m.features(own).square().sum(), [own, *(() if frozen else m.parameters())], allow_unused=True
+                )
+            grads.append([g.cpu() for g in found if g is not None])
+        joined = [
+            torch.cat([(g.double() / w.norm()).flatten() for g, w in zip(each, grads[2], strict=True)])
+            for each in grads
+        ]
+        assert_error_rule(joined[0].to(dtype), joined[2], [joined[1].to(dtype)])
+    assert backends.fallbacks() == {}
