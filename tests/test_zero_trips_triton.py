@@ -112,7 +112,7 @@ def no_rows():
         (
             conv_backward._add_parts_kernel,
             (none, one.clone(), C, 0, C, 1, 1, C, 1, 1, 1),
-            {"BLOCK": 1024},
+            {"BLOCK": 1024, "WIDE": False},
             {1: 0.0},
         ),
         (

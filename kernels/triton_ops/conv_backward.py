@@ -22,7 +22,7 @@ from resnet_fast import launch
 from . import batch_norm
 from .bn_backward import relu_keeps
 from .configs import Config, Layer
-from .filters import filter_offsets, strides
+from .filters import filter_offsets, is_wide, strides
 from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside
 
@@ -239,10 +239,12 @@ def _add_parts_kernel(
     stride_c,
     stride_r,
     stride_s,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sums of the parts, in order, from [K, R, S, C] to the layout of the filters."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    i = tl.program_id(0).to(index) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, parts):
         total += tl.load(partial + part * elements.to(tl.int64) + i, i < elements, 0.0)
@@ -364,6 +366,7 @@ def weight_gradient(
         _add_parts_kernel,
         (triton.cdiv(elements, block),),
         (partial, dw, elements, parts, *strides(dw)),
+        WIDE=is_wide(dw),
         BLOCK=block,
         num_warps=4,
     )

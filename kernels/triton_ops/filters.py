@@ -11,7 +11,7 @@ from resnet_fast import launch
 
 from .tiles import cdiv
 
-__all__ = ["copy", "like", "packed", "strides"]
+__all__ = ["copy", "is_wide", "like", "packed", "strides"]
 
 _BLOCK = 1024
 
@@ -42,14 +42,21 @@ def _copy_filters_kernel(
     out_c,
     out_r,
     out_s,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    i = tl.program_id(0).to(index) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(
         source + filter_offsets(i, channels, height, width, stride_k, stride_c, stride_r, stride_s), i < elements
     )
     to = filter_offsets(i, channels, height, width, out_k, out_c, out_r, out_s)
     tl.store(out + to, v.to(out.dtype.element_ty), i < elements)
+
+
+def is_wide(*filters: Tensor) -> bool:
+    """Whether offsets of elements need 64 bits, in which a GPU divides slowly."""
+    return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 - _BLOCK for t in filters)
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
@@ -64,6 +71,7 @@ def copy(source: Tensor, out: Tensor) -> Tensor:
         _copy_filters_kernel,
         (cdiv(elements, _BLOCK),),
         (source, out, elements, *strides(source), *out.stride()),
+        WIDE=is_wide(source, out),
         BLOCK=_BLOCK,
         num_warps=4,
     )
