@@ -147,7 +147,7 @@ def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor
     wanted = iter(needs[1:])
     needed = [needs[0], *(there and next(wanted) for there in settings[0])]
     whole = Kept(ys, sums, nothing.copy(), moments, nothing)
-    found = passes.backward(dense(x), whole, spread, needed, dense(grad.to(x.dtype)))
+    found = passes.backward(dense(x), whole, spread, needed, grad)
     return [g for g, need in zip(found, needed, strict=True) if need and g is not None]
 
 

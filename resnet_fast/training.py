@@ -146,7 +146,7 @@ class _Train(torch.autograd.Function):
         x, tensors = dense(x), saved[KEPT * count :]
         del saved
         with torch._C._AutoDispatchBelowAutograd():
-            found = ctx.passes.backward(x, kept, tensors, wanted(ctx)[5:], dense(grad.to(x.dtype)))
+            found = ctx.passes.backward(x, kept, tensors, wanted(ctx)[5:], grad)
             return None, None, None, None, None, *found
 
 

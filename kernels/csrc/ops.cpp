@@ -119,8 +119,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("batch_norm_plan(int rows, int channels) -> int[]");
   m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
 
-  // The tape `number` (chain/tape.h) for these inputs, in their order; no tensors where they are not like those which it
-  // was recorded with.
+  // The tape `number` (chain/tape.h) for these inputs, in their order; no tensors where they are not like those which
+  // it was recorded with.
   m.def("run_tape(Tensor[] inputs, int number) -> Tensor[]");
 
   // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises where there is none.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..fission import KEPT, Backward, Kept, Layer, Value, forward
+from ..fission import KEPT, Backward, Kept, Layer, Value, dense, forward
 from ..training_kernels import Gradients, Kernels
 from .tape import Tapes
 
@@ -171,7 +171,7 @@ class ReplayedPasses:
     def backward(
         self, x: Tensor, kept: Kept, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
     ) -> list[Tensor | None]:
-        saved = [t for each in kept for t in each]
+        saved, grad = [t for each in kept for t in each], dense(grad.to(x.dtype))
 
         def run() -> list[Tensor | None]:
             count = len(self.layers)

@@ -1,6 +1,6 @@
 // A chain on a GPU, or a pass of its training, with all that depends on shapes resolved: what is launched and called,
-// in order, and where each argument lies. resnet_fast/gpu/recorder.py records it once; replaying it costs the host a few
-// microseconds a step.
+// in order, and where each argument lies. resnet_fast/gpu/recorder.py records it once; replaying it costs the host a
+// few microseconds a step.
 #pragma once
 
 #include <Python.h>
