@@ -177,11 +177,11 @@ def test_a_subclass_is_left_alone(device):
 
 
 def test_gradients(device):
-    """Eval mode with gradients: the stages run on their kernels, the rest of the graph as ever."""
+    """Eval mode with gradients: the stages' kernels keep nothing for the backward pass, so those of training run."""
     fast, eager = networks("cifar_resnet20")
     x = torch.randn(2, 3, 32, 32).half().requires_grad_()
     fast(x).float().square().sum().backward()
-    assert launched(device)[1:] == names(torch.float16, "map_16x32x32_1", *STAGES[1:])
+    assert launched(device).count("_conv_moments_kernel") == 21
     grad, x.grad = x.grad, None
     eager(x).float().square().sum().backward()
     exact_x = x.detach().double().requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -149,5 +150,15 @@ def prepare(layers: Sequence[Layer], device: torch.device) -> None:
         launch.compile_only(),
     ):
         for layer, choice in compiled:
-            x, filters, residual = operands(layer, torch.device("meta"))
-            run(layer, choice, x, filters, residual)
+            _compile(layer, choice)
+    # CPython 3.11 counts how deep its parser is for all threads together, and at times fails for that. What is missing
+    # is compiled now; what cannot be compiled at all raises where it is wanted.
+    with torch.cuda.device(device), launch.compile_only():
+        for layer, choice in compiled:
+            with contextlib.suppress(Exception):
+                _compile(layer, choice)
+
+
+def _compile(layer: Layer, choice: Choice) -> None:
+    x, filters, residual = operands(layer, torch.device("meta"))
+    run(layer, choice, x, filters, residual)
