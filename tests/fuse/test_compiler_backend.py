@@ -17,8 +17,8 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
-from resnet_fast.fusion.plan import Plan
+from resnet_fast.fusion.converted_module import ConvertedModule
+from resnet_fast.fusion.execution_plan import ExecutionPlan
 
 NAMES = ("cifar_resnet20", "resnet18", "resnet50", "ResNet32")
 
@@ -67,7 +67,7 @@ def planned(fused, training):
     convolutions, chains = set(), 0
     for m in fused.modules():
         plan = m._resnet_fast.plans[training] if isinstance(m, ConvertedModule) else None
-        if isinstance(plan, Plan):
+        if isinstance(plan, ExecutionPlan):
             inside = {
                 part for segment in plan.segments for part in segment.layer_modules() if isinstance(part, nn.Conv2d)
             }

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 
 def conv(channels=8, out=8, kernel=3, **kwargs):
@@ -395,7 +395,7 @@ def test_methods_and_attributes_of_any_name():
     net = prepared(Named(None, plan=2.0))
     fused, x = resnet_fast.fuse(net), torch.randn(2, 8, 6, 6)
     names = set(dir(type(fused))) - set(dir(Named))
-    assert names == {"__prepare_scriptable__", "_fused_or_original", "_resnet_fast", "fused_from"}
+    assert names == {"__prepare_scriptable__", "_resnet_fast", "fused_from"}
     with torch.no_grad():
         assert torch.allclose(fused(x), net(x), rtol=1e-4, atol=1e-5)
         with backends.use("eager"):

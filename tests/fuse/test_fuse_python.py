@@ -24,7 +24,7 @@ from helpers.fuse_checks import prepared
 from torch import nn
 
 import resnet_fast
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 SHAPE = (2, 8, 6, 6)
 FLAG, SCALE, CACHE = True, 1.0, {}

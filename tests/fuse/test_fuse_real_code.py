@@ -12,7 +12,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 
 class Frozen(nn.Module):

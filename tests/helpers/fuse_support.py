@@ -6,7 +6,7 @@ from helpers.support import assert_same_model
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 X = (2, 3, 16, 16)
 
