@@ -15,7 +15,7 @@ from torch import fx
 from ..fusion.execution_plan import LayerPaths
 from ..fusion.pattern import MatchedChain, MatchedLayer, match
 from .lift import LiftedGraph, lift, path_of
-from .runner import Chain, Runner, nodes_of
+from .runner import GraphChain, Runner, nodes_of
 from .stages import stages
 
 __all__ = ["ChainGraph", "chains_of"]
@@ -29,7 +29,7 @@ class ChainGraph:
     """``graph`` runs ``chains``. reasons: the other convolutions, and why they are in none."""
 
     graph: fx.Graph
-    chains: list[Chain] = field(default_factory=list)
+    chains: list[GraphChain] = field(default_factory=list)
     reasons: list[tuple[str, str]] = field(default_factory=list)
     calls: list[Any] = field(default_factory=list)  # functions that the graph calls for the chains
 
@@ -98,7 +98,7 @@ class _Extractor:
     def _end(self, value: fx.Node) -> fx.Node:
         return self.lifted.origin[value][-1]
 
-    def _chain(self, matched: list[MatchedLayer]) -> Chain:
+    def _chain(self, matched: list[MatchedLayer]) -> GraphChain:
         calls, origin = self.lifted.layers, self.lifted.origin
         numbers = {matched[0].source: 0, **{layer.value: i for i, layer in enumerate(matched, 1)}}
         layers = [calls[n] for layer in matched for n in (layer.conv, layer.bn) if n is not None]
@@ -117,7 +117,7 @@ class _Extractor:
         nodes = {o for n in (*nodes, *self._noops(nodes)) for o in origin[n]}
         inputs = [self._end(matched[0].source), *nodes_of(layers)]
         unfused = _unfused(sorted(nodes, key=self.position.__getitem__), inputs, self._end(matched[-1].value))
-        return Chain(f"{_name(layers[0].node)} and what follows", paths, layers, unfused)
+        return GraphChain(f"{_name(layers[0].node)} and what follows", paths, layers, unfused)
 
     def _noops(self, nodes: set[fx.Node]) -> list[fx.Node]:
         """Nodes that do nothing on the way to ``nodes``, such as a dropout that is off."""

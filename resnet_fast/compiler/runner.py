@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import backends
-from ..chain.executor import Chain as Packed
-from ..chain.executor import autocast_dtype
+from ..chain.executor import Chain, autocast_dtype
 from ..chain.layout import any_channels_last, laid_out
 from ..fusion.execution_plan import LayerPaths, Segment
 from .lift import LiftedLayer
 
-__all__ = ["Chain", "Runner", "nodes_of"]
+__all__ = ["GraphChain", "Runner", "nodes_of"]
 
 # Bindings of one graph, which serves all modules that differ in their tensors alone, as blocks compiled one by one do.
 _BINDINGS = 64
@@ -36,7 +35,7 @@ def nodes_of(layers: Sequence[LiftedLayer]) -> list[fx.Node]:
 
 
 @dataclass(eq=False)
-class Chain:
+class GraphChain:
     """Layers with one input and one result. ``unfused(x, *inputs)`` runs them as the graph had them; ``inputs`` are the
     values of ``nodes_of(layers)``."""
 
@@ -114,7 +113,7 @@ class _Binding:
     def _laid_out(self, y: Tensor, x: Tensor) -> Tensor:
         return laid_out(y, x) if self.contiguous else y
 
-    def _packed_whole(self, x: Tensor) -> Packed | None:
+    def _packed_whole(self, x: Tensor) -> Chain | None:
         """All layers as one packed chain, if they can run as they are: checked once, not for each chain."""
         joined = self.joined
         if joined is None or joined.training or backends.kind(x) != "cpu" or autocast_dtype(x) is not None:
@@ -127,19 +126,19 @@ class _Binding:
 class _Sequence:
     """Chains that ran one after the other while ``whole`` was valid: its guard watches the modules of all of them."""
 
-    whole: Packed
+    whole: Chain
     dtype: torch.dtype
-    chains: list[Packed]
+    chains: list[Chain]
     contiguous: bool
 
     @classmethod
-    def of(cls, whole: Packed, x: Tensor, chains: list[_BoundChain], contiguous: bool) -> _Sequence | None:
+    def of(cls, whole: Chain, x: Tensor, chains: list[_BoundChain], contiguous: bool) -> _Sequence | None:
         packed = [chain._chain for chain in chains]
-        if not all(isinstance(chain, Packed) for chain in packed):
+        if not all(isinstance(chain, Chain) for chain in packed):
             return None
-        return cls(whole, x.dtype, cast(list[Packed], packed), contiguous)
+        return cls(whole, x.dtype, cast(list[Chain], packed), contiguous)
 
-    def serves(self, whole: Packed, x: Tensor) -> bool:
+    def serves(self, whole: Chain, x: Tensor) -> bool:
         return self.whole is whole and self.dtype == x.dtype and not (x.requires_grad and torch.is_grad_enabled())
 
     def run(self, x: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ def _is_small_batch(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[0] <= _SMALL_BATCH and backends.kind(x) == "cpu"
 
 
-def _joined_paths(chains: Sequence[Chain]) -> list[LayerPaths]:
+def _joined_paths(chains: Sequence[GraphChain]) -> list[LayerPaths]:
     """The paths of all layers: each chain reads the result of the one before it."""
     paths: list[LayerPaths] = []
     for chain in chains:
@@ -171,7 +170,7 @@ class Runner:
     They hold the tensors until the compiled graph goes (``torch.compiler.reset()``) or 64 others were given since.
     """
 
-    def __init__(self, training: bool, chains: list[Chain]) -> None:
+    def __init__(self, training: bool, chains: list[GraphChain]) -> None:
         self.training, self.chains = training, chains
         self.nodes = nodes_of([layer for chain in chains for layer in chain.layers])
         self._bound: OrderedDict[tuple[Any, ...], _Binding] = OrderedDict()

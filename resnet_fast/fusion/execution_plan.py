@@ -43,7 +43,7 @@ class LayerPaths(NamedTuple):
     relu: Path | None  # () for a function
     source: int
     residual: int | None
-    frozen_eps: float | None = None  # of a batch norm whose class is none: resnet_fast.chain.frozen_norm
+    frozen_eps: float | None = None  # of a frozen batch norm: resnet_fast.chain.frozen_norm
 
 
 class Ref(NamedTuple):

@@ -31,7 +31,7 @@ class FunctionalNorm:
     module: nn.Module
     aside: frozenset[fx.Node]
     input: fx.Node
-    frozen_eps: float | None = None  # of a frozen one, whose class is no batch norm
+    frozen_eps: float | None = None  # of a frozen one
 
 
 def find_functional_norms(root: nn.Module, graph: fx.Graph, training: bool) -> dict[fx.Node, FunctionalNorm]:

@@ -32,9 +32,9 @@ class PartitionResult:
     """Of one module: a plan for each mode, or why there is none."""
 
     plans: dict[bool, ExecutionPlan | str] = field(default_factory=dict)
-    layers: int = 0
-    whole: bool = False
-    residual: bool = False
+    layers: int = 0  # convolutions in the chains
+    whole: bool = False  # one chain is all of it, in one mode at least
+    residual: bool = False  # that chain has a residual add
     refused: str | None = None  # why it could not be traced
     leftover: str | None = None  # what its own code does with a layer's result beside the pattern
     reasons: dict[nn.Module, str] = field(default_factory=dict)  # of convolutions outside of chains
@@ -145,7 +145,7 @@ class GraphPartitioner:
         return Unplanned("the modules inside of it are fused by themselves" if wanted & inside else ALONE)
 
     def _has_blocks(self, module: nn.Module) -> bool:
-        """Whether it is a stage: each is a chain of its own, lest its small filters wait for the next stage's large."""
+        """Whether it is a stage. Stages run one by one, lest small filters wait for those of a later stage."""
         below = (self.results.get(child) for child in module.children())
         return any(f is not None and f.whole and f.residual for f in below)
 
@@ -285,7 +285,7 @@ def _segment(
         layers.append(
             LayerPaths(
                 _path(str(layer.conv.target)),
-                None if layer.norm is None else _path(layer.norm),
+                None if layer.bn_path is None else _path(layer.bn_path),
                 relu,
                 number[layer.source],
                 None if layer.residual is None else number[layer.residual],

@@ -43,8 +43,8 @@ class MatchedLayer:
     source: fx.Node
     value: fx.Node
     bn: fx.Node | None = None
-    norm: str | None = None  # path of the batch norm
-    frozen_eps: float | None = None  # of a frozen batch norm, whose class is no batch norm
+    bn_path: str | None = None
+    frozen_eps: float | None = None  # of a frozen batch norm: resnet_fast.chain.frozen_norm
     add: fx.Node | None = None
     residual: fx.Node | None = None
     relu: fx.Node | None = None
@@ -229,7 +229,7 @@ class _Matcher:
             self.reasons[layer.conv] = reason
             return
         layer = self._extend(n, value)
-        layer.bn, layer.norm = n, path
+        layer.bn, layer.bn_path = n, path
         if n in self.norms:
             layer.aside = layer.aside | self.norms[n].aside
             layer.frozen_eps = self.norms[n].frozen_eps
