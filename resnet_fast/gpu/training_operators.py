@@ -22,8 +22,9 @@ from ..ops.conv_autograd import fake_conv
 from ..ops.conv_gradient import convolution_backward
 from ..ops.training import statistics_rows
 from .candidates.triton import Config
-from .layer import Layer
-from .operators import MOST_PIXELS, check_dtype, precision
+from .layer import Layer, layer_of
+from .operators import MOST_PIXELS
+from .packing import check_dtype
 from .tune import LIBRARY, Choice, tuner
 
 
@@ -76,11 +77,8 @@ def _check_algorithm(op: str, algorithm: int) -> None:
 def _layer(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], added: bool, relu: bool, role: str
 ) -> Layer:
-    k, c, r, s = weight.shape
-    layer = Layer(
-        *(x.shape[0], *x.shape[2:], c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
-        *(x.dtype, precision(x.dtype), added, relu, role),
-    )
+    k, _, *kernel = weight.shape
+    layer = layer_of(x.shape, (k, *kernel), stride, padding, x.dtype, residual=added, relu=relu, role=role)
     if max(layer.pixels, x.shape[0] * x.shape[2] * x.shape[3]) > MOST_PIXELS:
         _fail(role, f"x has or gives more than the {MOST_PIXELS} pixels that one launch covers")
     return layer
@@ -250,7 +248,7 @@ def gradients(
     own = packed(weight, x.dtype) if filters is None else filters
 
     def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        return convolution_backward(gradient, image, own, None, stride, padding, mask)
+        return convolution_backward(gradient, image, own, None, [*stride], [*padding], mask)
 
     def written() -> Tensor:
         if y is None or coefficients is None:
@@ -289,8 +287,10 @@ def gradients(
     data_choice = choose(data_layer, lambda: [data]) if need_x else None
     weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
     dy = written() if LIBRARY in (data_choice, weight_choice) else None
-    dx, partial = (None, None) if data_choice is None else data(data_choice, dy)
-    return dx, None if weight_choice is None else of_weight(weight_choice, dy), partial
+    found: tuple[Tensor | None, Tensor | None] = (None, None)
+    if data_choice is not None:
+        found = data(data_choice, dy)
+    return found[0], None if weight_choice is None else of_weight(weight_choice, dy), found[1]
 
 
 def conv_backward(

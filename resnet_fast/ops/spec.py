@@ -68,7 +68,10 @@ def decode(integers: Sequence[int]) -> list[ConvSpec]:
     if len(integers) % INTEGERS:
         raise RuntimeError(f"layers has {len(integers)} integers, want {INTEGERS} for each convolution")
     rows = (integers[i : i + INTEGERS] for i in range(0, len(integers), INTEGERS))
-    return [ConvSpec(*row[:4], (row[4], row[5]), (row[6], row[7]), (row[8], row[9])) for row in rows]
+    return [
+        ConvSpec(source, residual, flags, k, (r, s), (stride_h, stride_w), (pad_h, pad_w))
+        for source, residual, flags, k, r, s, stride_h, stride_w, pad_h, pad_w in rows
+    ]
 
 
 def encode(specs: Iterable[ConvSpec]) -> list[int]:
