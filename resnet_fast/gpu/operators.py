@@ -12,15 +12,14 @@ from torch import Tensor
 from ..ops.arguments import check_add_relu
 from ..ops.chain import cuda_unpack
 from ..ops.conv_autograd import fake_add_layer, fake_conv
-from ..ops.spec import DEFERRED, FOLDED, ConvSpec, conv_size, decode, empty_image
+from ..ops.spec import DEFERRED, FOLDED, ConvSpec, check_values, conv_size, decode, empty_image
 from . import convolution as layer_kernels
+from .checks import check_dtype, check_input, check_pixels
 from .convolution import Filter
 from .cuda import stem as cuda_stem
-from .layer import Layer, precision
-from .packing import check_dtype, scale_shift
+from .layer import Layer, layer_of, precision
+from .packing import scale_shift
 from .tune import LIBRARY, Choice
-
-MOST_PIXELS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,20 @@ class Step:
 
 def steps(x: Tensor, filters: Sequence[Tensor], specs: Sequence[ConvSpec]) -> list[Step]:
     """A chain for inputs like ``x``, checked, with the choice for each of its layers."""
-    if x.dim() != 4:
-        raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
-    check_dtype("x", x)
+    check_input("x", x)
     if len(specs) != len(filters) or not filters:
         raise RuntimeError(f"layers has {len(specs)} convolutions, want one for each of {len(filters)} filters")
     for packed in filters:
         if packed.device != x.device or packed.dtype != torch.float32:
             raise RuntimeError(f"filters has one on {packed.device} in {packed.dtype}, want {x.device} and float32")
+    check_values("layers", specs)
     last_use = {v: i for i, spec in enumerate(specs) for v in (spec.source, spec.residual)}
     shapes = {0: tuple(x.shape)}
     found = []
     for i, (spec, packed) in enumerate(zip(specs, filters, strict=True)):
         source, added, flags, k, kernel, stride, padding = spec
-        if source not in shapes or (added >= 0 and added not in shapes):
-            raise RuntimeError(f"layers has a layer {i} that reads a value {source} or {added} that is not there")
         folded = bool(flags & FOLDED)
-        layer = layer_kernels.layer_of(
+        layer = layer_of(
             *(shapes[source], (k, *kernel), stride, padding, x.dtype),
             residual=added >= 0,
             relu=spec.relu,
@@ -64,7 +60,7 @@ def steps(x: Tensor, filters: Sequence[Tensor], specs: Sequence[ConvSpec]) -> li
         shape = (x.shape[0], k, layer.out_height, layer.out_width)
         if added >= 0 and shapes[added] != shape:
             raise RuntimeError(f"residual of layer {i} has shape {shapes[added]}, want {shape}")
-        check_pixels(layer)
+        check_pixels("conv_bn_relu", layer.pixels)
         weight, scale, shift, bias = cuda_unpack(packed, (k, *kernel, layer.channels), x.dtype)
         filter_ = Filter(weight, scale, shift, bias if folded else None)
         choice = layer_kernels.choose(layer, x.device) if layer.pixels > 0 else LIBRARY
@@ -72,11 +68,6 @@ def steps(x: Tensor, filters: Sequence[Tensor], specs: Sequence[ConvSpec]) -> li
         found.append(Step(layer, choice, filter_, source, added, last))
         shapes[i + 1] = shape
     return found
-
-
-def check_pixels(layer: Layer) -> None:
-    if layer.pixels > MOST_PIXELS:
-        raise RuntimeError(f"x gives {layer.pixels} output pixels, more than the {MOST_PIXELS} that one launch covers")
 
 
 def run_steps(x: Tensor, found: Sequence[Step]) -> Tensor:
@@ -137,8 +128,8 @@ def _conv(
     filters = weight.permute(0, 2, 3, 1).contiguous()
     k, _, *taps = weight.shape
     has_residual = residual is not None
-    layer = layer_kernels.layer_of(x.shape, (k, *taps), stride, padding, x.dtype, residual=has_residual, relu=relu)
-    check_pixels(layer)
+    layer = layer_of(x.shape, (k, *taps), stride, padding, x.dtype, residual=has_residual, relu=relu)
+    check_pixels("conv_bn_relu", layer.pixels)
     if layer.pixels == 0 or y.numel() == 0:
         return y
     x = x.contiguous(memory_format=torch.channels_last)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.arguments import DTYPES, VECTORS
+from ..ops.arguments import VECTORS
 from ..ops.chain import cuda_packed_size
+from .checks import check_dtype
 
-__all__ = ["check_dtype", "pack_conv_bn", "packed", "scale_shift"]
+__all__ = ["pack_conv_bn", "packed", "scale_shift"]
 
 _ALIGN = 4  # floats: 16 bytes
 
@@ -76,8 +77,3 @@ def packed(weight: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, 
     out[2 * at :].view(dtype)[:channels] = shift
     out[3 * at :].view(dtype)[: filters.numel()] = filters.permute(0, 2, 3, 1).reshape(-1)
     return out
-
-
-def check_dtype(name: str, t: Tensor) -> None:
-    if t.dtype not in DTYPES["cuda"]:
-        raise RuntimeError(f"{name} has dtype {t.dtype}, want float16, bfloat16 or float32")

@@ -17,7 +17,7 @@ from ... import backends
 from ...ops.arguments import DTYPES, check_tensor, raised, shapeless
 from ...ops.differentiation import Registry
 from ...ops.register import without_gradient
-from ...ops.spec import INTEGERS, conv_size, decode, empty_image
+from ...ops.spec import INTEGERS, check_values, conv_size, decode, empty_image
 from ...ops.training import statistics_rows
 from .layers import TENSORS, Layer, SavedTensors, dense, layers_of, unpacked
 from .passes import Passes
@@ -84,14 +84,13 @@ def _check(op: str, images: dict[str, list[Tensor]], tensors: list[Tensor], *set
         if t.dim() != 4 or t.numel() == 0 or t.dtype != x.dtype:
             raise RuntimeError(f"{op}: {name} is {list(t.shape)} of {t.dtype}, want an image in the dtype of x")
     spread = _spread(tensors, present)
-    for i, spec in enumerate(decode(fields)):
-        source, residual, relu = spec.source, spec.residual, spec.relu
-        if not (0 <= source <= i and -1 <= residual <= i):
-            raise RuntimeError(f"{op}: fields has layer {i} read values {source} and {residual}, want at most {i}")
+    specs = decode(fields)
+    check_values(f"{op}: fields", specs)
+    for i, spec in enumerate(specs):
         weight, *vectors = spread[TENSORS * i : TENSORS * (i + 1)]
         if weight is None or (vectors[3] is None) != (vectors[4] is None) or (vectors[3] is not None and batch[i]):
             raise RuntimeError(f"{op}: present and batch want a weight in layer {i}, and statistics or the batch's own")
-        if vectors[3] is None and not batch[i] and (residual >= 0 or relu):
+        if vectors[3] is None and not batch[i] and (spec.residual >= 0 or spec.relu):
             raise RuntimeError(f"{op}: batch has False for layer {i}, which has a ReLU or a sum, but no statistics")
         for t in (weight, *(v for v in vectors if v is not None)):
             check_tensor(f"{op}: tensors", t, ("x", x))
