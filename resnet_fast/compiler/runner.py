@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import backends
-from ..chain.executor import Chain, autocast_dtype
+from ..chain.executor import autocast_dtype
+from ..chain.inference import Chain
 from ..chain.layout import any_channels_last, laid_out
 from ..fusion.execution_plan import LayerPaths, Segment
 from .lift import LiftedLayer
