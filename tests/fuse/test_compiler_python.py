@@ -26,7 +26,7 @@ class Layers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # Without a bias, whose gradient before a batch norm is nothing but rounding.
+        # No bias: before a batch norm its gradient is nothing but rounding.
         self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.flags, self.seen = {"skip": True}, []
         self.register_buffer("calls", torch.zeros(1))
@@ -176,7 +176,7 @@ def test_python_around_the_layers(kind, training):
                 assert (a.double() - b.double()).norm() <= (0.05 if rough else 1e-4) * b.double().norm() + 1e-6
     fused, layers, _ = counts(seen)
     assert layers > 0
-    # What is written in between, or switched, stays in its place.
+    # Writes and switched contexts between the layers keep their place.
     assert fused == (0 if kind in (Writes, AcrossContexts) else layers)
     assert backends.fallbacks() == {}
 
@@ -196,7 +196,7 @@ def test_what_the_executor_cannot_run_runs_as_the_graph_had_it():
 
 
 def test_the_draws_of_a_seed_stay():
-    """Making modules for the executor draws nothing."""
+    """Making modules for the executor draws no random numbers."""
     eager = block()
     fast = compiled(eager, fullgraph=True)
     torch.manual_seed(3)

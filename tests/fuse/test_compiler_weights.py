@@ -29,7 +29,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_frozen_batch_norms(training, autocast):
-    """Under autocast their products with float32 are float32: unfused."""
+    """Under autocast their float32 buffers make the result float32: unfused."""
     eager = reference.CifarResNet(1)
     for m in list(eager.modules()):
         for name, child in list(m.named_children()):
@@ -89,7 +89,7 @@ def process_group(tmp_path):
 
 
 def test_distributed_data_parallel_splits_the_graph(process_group, monkeypatch):
-    """At its buckets of gradients: parts of stages are chains of their own then."""
+    """At its buckets of gradients: each part of a stage becomes a chain of its own."""
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 20000)
     torch.manual_seed(0)
     net = randomize_(reference.CifarResNet(1)).train()
@@ -101,7 +101,7 @@ def test_distributed_data_parallel_splits_the_graph(process_group, monkeypatch):
         for m in (fast, eager):
             m(x).square().mean().backward()
     assert len(seen) > 1
-    # A bucket ends between a block and its projection, which is a 1x1 convolution alone then.
+    # A bucket ends between a block and its projection, and leaves the projection, a 1x1 convolution, alone.
     assert counts(seen)[:2] == (8, 9)
     assert [reason for g in seen for _, reason in g.reasons] == [ALONE]
     for (name, p), q in zip(net.named_parameters(), eager.parameters(), strict=True):
@@ -124,7 +124,7 @@ def test_refresh_packs_what_changed_unseen():
 
 
 def test_a_graph_serves_modules_of_a_class():
-    """Blocks that are compiled one by one share a graph; each has its own weights packed, once."""
+    """Blocks that are compiled one by one share a graph; each packs its own weights once."""
     blocks = [randomize_(reference.BasicBlock(4, 4), seed).eval() for seed in range(3)]
     exact = copy.deepcopy(blocks)
     for m in blocks:
@@ -187,7 +187,7 @@ def test_weights_that_a_caller_passes_are_no_layers():
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 def test_a_batch_norm_that_is_called_twice(training, counted):
-    """The second call starts from what the first one left, though what follows the first comes after the second."""
+    """The second call updates the statistics that the first one left, though the first call's layer ends after it."""
 
     class Twice(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Batch norm that a class writes out in its own ``forward``, an activation behind it: fused by what it computes."""
+"""Batch norm that a class computes by ``F.batch_norm`` in its own ``forward``: fused by what the code computes."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from resnet_fast.chain.layout import is_channels_last
 
 
 class NormAct(nn.BatchNorm2d):
-    """Like those of networks that keep their weights while activations move into the norm."""
+    """As in networks that move the activation into the norm and keep the names of their weights."""
 
     def __init__(self, channels, act=None, **kwargs):
         super().__init__(channels, **kwargs)
@@ -198,7 +198,7 @@ def test_changes_afterwards(name):
 
 
 class Buffers(nn.Module):
-    """Code that changes a buffer, or asks for its value, cannot be read from one run."""
+    """One trace cannot stand for code that changes a buffer or reads its value."""
 
     def __init__(self, ask):
         super().__init__()
@@ -229,7 +229,7 @@ def test_buffers_that_the_code_uses(ask):
 
 
 def test_memory_formats_of_sizes_that_are_one():
-    """What a convolution gives for strides that fit both formats."""
+    """The format of a convolution's result where the strides fit both formats."""
     for shape in itertools.product((1, 2), (1, 5), (1, 2, 4), (1, 4)):
         wide = torch.randn([2 * s for s in shape])
         for whole in (wide, wide.to(memory_format=torch.channels_last)):

@@ -1,4 +1,4 @@
-"""What ``fuse`` changes in a network and what not, and that it comes through copies, pickles and checkpoints."""
+"""What ``fuse`` changes in a network and what not; fused networks survive copies, pickles and checkpoints."""
 
 import copy
 import io
@@ -171,7 +171,7 @@ def test_public_cifar_checkpoints():
             return self.linear(F.avg_pool2d(out, out.size()[3]).view(out.size(0), -1))
 
     class PublishedBlock(nn.Module):
-        """With zeros in the place of channels that the shortcut lacks."""
+        """Zeros stand for channels that the shortcut lacks."""
 
         def __init__(self, inner, out, stride):
             super().__init__()
@@ -210,7 +210,7 @@ print(time.process_time() - begin, (peak() - before) / sum(t.nbytes for t in net
 
 
 def test_resnet50_takes_little_time_and_memory():
-    """In a process of its own, where the peak of memory is not another test's."""
+    """In a process of its own: the peak of memory must not be another test's."""
     result = subprocess.run([sys.executable, "-c", FUSES_RESNET50], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     seconds, memory = map(float, result.stdout.split())

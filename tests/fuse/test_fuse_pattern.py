@@ -106,7 +106,7 @@ class Pool(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Pre-activation; asks whether it was given one map or several."""
+    """Pre-activation; takes one feature map or a list of them."""
 
     def __init__(self, channels):
         super().__init__()
@@ -183,7 +183,7 @@ def test_another_activation_stays_outside(activation):
 
 
 def test_a_sum_without_relu():
-    """In training mode the layers are fused and the sum is not: what is called fused must run fused."""
+    """In training mode the layers are fused and the sum is not. What the report calls fused must run fused."""
     net = prepared(Net(lambda m, x: body(m, x) + x))
     fused = resnet_fast.fuse(net)
     x = torch.randn(3, 8, 7, 6)

@@ -50,7 +50,7 @@ def test_forward(name, training, monkeypatch, capsys, caplog):
 
 
 def test_the_changes_matter():
-    """Of the cases with a change, that it changes what the plain network gives: else nothing would be tested."""
+    """Each change alters the result of the plain network: else nothing would be tested."""
     for name, (kind, _, change) in CASES.items():
         if change is not None:
             with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +69,7 @@ def test_the_table_of_the_documents():
 
 
 def networks_of(path):
-    """Name, fused convolutions and all of them, as the file's NETWORKS has them."""
+    """Fused convolutions and all of them, by network, from the file's NETWORKS."""
     tree = ast.parse((TESTS / path).read_text())
     table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "NETWORKS")
     if isinstance(table, ast.Dict):

@@ -15,7 +15,7 @@ from resnet_fast import backends
 
 
 def test_values_are_let_go_once_nobody_reads_them():
-    """As in the original code, and not at the end of the forward."""
+    """As in the original code, not at the end of the forward."""
     alive = []
 
     def dataflow(m, x):
@@ -94,7 +94,7 @@ def changes_input(m, x):
 
 @pytest.mark.parametrize(("dataflow", "chains"), [(kept, 2), (changes_input, 1)])
 def test_values_that_others_see(dataflow, chains):
-    """What is read elsewhere, by the code or by the caller, must be there."""
+    """Values that other code or the caller reads must be there."""
     net = prepared(Net(dataflow))
     fused = resnet_fast.fuse(net)
     assert len(fused._resnet_fast.plans[False].segments) == chains
@@ -113,7 +113,7 @@ class Dropping(nn.Module):
 
 
 def test_parts_in_another_mode():
-    """The dropout is a function, which goes by the flag of the module around it."""
+    """The dropout is a function that takes the mode of the module around it."""
     net = prepared(Net(lambda m, x: m.bn2(m.conv2(m.drop(m.bn1(m.conv1(x))))), drop=Dropping()))
     fused, x = resnet_fast.fuse(net), torch.randn(2, 8, 6, 6)
     check_inference(net, fused, x, factor=3)
