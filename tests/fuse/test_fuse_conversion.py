@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -148,6 +149,34 @@ def test_copies(copied):
     ] == chains
     if copied == "replica":
         assert not torch.equal(block[0].conv1.weight, other.layer1[0].conv1.weight)
+
+
+@torch.no_grad()
+def test_pickles_of_earlier_versions():
+    """Their classes and attributes have other names."""
+    earlier = {
+        "fusion.convert\nFusionState\n": "convert\nFusion\n",
+        "fusion.converted_module\n_rebuild\n": "convert\n_again\n",
+        "fusion.module_guard\nModuleGuard\n": "plan\nOpened\n",
+        "fusion.execution_plan\nExecutionPlan\n": "plan\nPlan\n",
+        "fusion.execution_plan\n": "plan\n",
+    }
+    attributes = {"guards": "opened", "noops": "through", "slots": "count"}
+    fused, net = pair()
+    data = pickle.dumps(fused, protocol=2)  # which has all names as text
+    texts = {f"cresnet_fast.{now}".encode(): f"cresnet_fast.{then}".encode() for now, then in earlier.items()}
+    texts |= {_pickled(now): _pickled(then) for now, then in attributes.items()}
+    for now, then in texts.items():
+        assert now in data, now
+        data = data.replace(now, then)
+    assert b"resnet_fast.fusion" not in data
+    other = pickle.loads(data)
+    assert fused_names(other) == fused_names(fused)
+    assert_fused(other, net)
+
+
+def _pickled(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
 
 
 @torch.no_grad()
