@@ -204,7 +204,7 @@ class Case:
     def group(self) -> str:
         return f"{self.model}, {'x'.join(map(str, self.shape))}, {self.what}"
 
-    def builder(self) -> Twin:
+    def build(self) -> Twin:
         """The module in eval mode, the same in every run; statistics and affine weights as training leaves them."""
         torch.manual_seed(0)
         module = self.make()

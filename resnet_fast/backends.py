@@ -17,24 +17,21 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch.autograd import forward_ad
 
-from . import clone, launch
+from . import launch
+from .native import missing as _missing
 
 __all__ = ["cpu", "cuda", "fallbacks", "isa", "status", "training", "use"]
 
 Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 
-native: Any  # the extension
-_missing: str | None
-native, _missing = clone.load_extension()
 if _missing is not None:
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
-clone.find_triton_kernels()
 
 # Asked once: the compiler cannot look into the operator.
 _isa: Final = ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa() if _missing is None else 0]

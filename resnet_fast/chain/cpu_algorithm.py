@@ -143,8 +143,8 @@ def algorithms(specs: Sequence[ConvSpec], shape: torch.Size, dtype: torch.dtype)
     cheapest = bf16_algorithm if dtype == torch.bfloat16 and backends.bf16_products() else algorithm
     sizes = shapes(specs, image)
     return [
-        cheapest(sizes[spec.source][0], spec.out_channels, spec.kernel, spec.stride, batch, size)
-        for spec, (_, *size) in zip(specs, sizes[1:], strict=True)
+        cheapest(sizes[spec.source][0], spec.out_channels, spec.kernel, spec.stride, batch, (height, width))
+        for spec, (_, height, width) in zip(specs, sizes[1:], strict=True)
     ]
 
 

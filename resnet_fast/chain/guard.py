@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..backends import native
+from ..native import extension
 from . import patches
 
 __all__ = ["DROPOUTS", "HOOKS", "StalenessGuard", "attributes", "hooks_reason", "refresh", "touched"]
@@ -44,7 +44,7 @@ patches.register_layers(*_LAYERS)
 patches.register(nn.Sequential, nn.AvgPool2d, nn.MaxPool2d)
 
 # What is found out about a module, and kept in it.
-_FOUND = ("_chain", "_program", "_eval_program", "_whole", "_network", "_onlookers", "_resnet_fast")
+_FOUND = ("_chain", "_program", "_eval_program", "_whole", "_network", "_observers", "_resnet_fast")
 # What every module has; ``training`` is asked for where it matters.
 _OF_ALL_MODULES = {*vars(nn.Module()), *_FOUND, "_is_full_backward_hook"}
 
@@ -247,7 +247,7 @@ class StalenessGuard:
         self._add_tensors(was, tensors, contents, kinds, outside)
         was.count(read := [place for place in places if place is not None])
         for place in read:
-            was.words.extend((*place, native.fingerprint(place)))
+            was.words.extend((*place, extension.fingerprint(place)))
         self.modules = frozenset(map(id, modules))
         self._held = was.held
         self._snapshot: bytes | None = was.words.tobytes()
@@ -333,7 +333,7 @@ class StalenessGuard:
 
     def is_valid(self) -> bool:
         """In C: this is asked before every fused call."""
-        return self._snapshot is not None and native.unchanged(self._snapshot)
+        return self._snapshot is not None and extension.unchanged(self._snapshot)
 
     def end(self) -> None:
         """From now on nothing is as it was."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.spec import ConvSpec
 from .guard import HOOKS, StalenessGuard
 
-__all__ = ["Onlookers", "any_channels_last", "is_channels_last", "laid_out", "stays_contiguous"]
+__all__ = ["Observers", "any_channels_last", "is_channels_last", "laid_out", "stays_contiguous"]
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -52,7 +52,7 @@ def laid_out(y: Tensor, x: Tensor) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-class Onlookers:
+class Observers:
     """Who sees the maps between the layers of a network, beside its own code: found once, until something changes.
 
     These are hooks, dropouts at work, and modules of others, which may ask for ``view``.
@@ -61,7 +61,7 @@ class Onlookers:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._guard = StalenessGuard(modules, contents=False, kinds=False)
-        self.there = any(map(_looks, modules[1:]))  # the model's own hooks see the images and the scores
+        self.there = any(map(_observes, modules[1:]))  # the model's own hooks see the images and the scores
         self.convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
 
     def is_valid(self) -> bool:
@@ -71,7 +71,7 @@ class Onlookers:
 _RANDOM: Any = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
-def _looks(module: nn.Module) -> bool:
+def _observes(module: nn.Module) -> bool:
     kind = getattr(type(module), "fused_from", type(module))
     if kind.__module__.partition(".")[0] not in ("torch", "resnet_fast") or "forward" in vars(module):
         return True

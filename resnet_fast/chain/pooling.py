@@ -19,7 +19,7 @@ from . import devices, patches
 from .guard import hooks_reason
 from .layout import laid_out
 from .plain import as_plain
-from .training.driver import dense
+from .training.layers import dense
 
 __all__ = ["MaxPool2d", "flat_average", "pair", "pooling_window"]
 

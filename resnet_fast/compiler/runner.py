@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import backends
-from ..chain.executor import Chain as Packed
 from ..chain.executor import autocast_dtype
+from ..chain.inference import Chain as Packed
 from ..chain.layout import any_channels_last, laid_out
 from ..fusion.plan import LayerPaths, Segment
 from .lift import Layer

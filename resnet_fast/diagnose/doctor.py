@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import backends
+from ..native import extension
 from . import system
 
 __all__ = ["diagnosis"]
@@ -32,9 +33,9 @@ def _extension() -> str:
     """Its build may be older or newer than the torch that it was loaded into, and that of another folder."""
     if not backends.loaded():
         return "not loaded: see backend cpu"
-    major, minor = divmod(backends.native.target, 256)
-    built = f"built with torch {backends.native.built_with}, for torch {major}.{minor} and later"
-    folder = Path(backends.native.__file__).parent
+    major, minor = divmod(extension.target, 256)
+    built = f"built with torch {extension.built_with}, for torch {major}.{minor} and later"
+    folder = Path(extension.__file__).parent
     return (
         built if folder.samefile(Path(__file__).parents[1]) else f"{built}; that of the package installed in {folder}"
     )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..chain.cpu_algorithm import BF16_DIRECT, BF16_WINOGRAD, NAMES
-from ..chain.executor import Chain, ChainExecutor, FusedModule, autocast_dtype
+from ..chain.executor import ChainExecutor, FusedModule, autocast_dtype
+from ..chain.inference import Chain
 from ..chain.pooling import pair, pooling_window
 from ..chain.record import ChainRecorder
 from ..fusion.convert import ConvertedModule, FusionState

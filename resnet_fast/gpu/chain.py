@@ -17,7 +17,11 @@ from torch import Tensor
 
 from .. import backends
 from ..ops.spec import FOLDED, ConvSpec, encode
-from . import plan, residual_network
+from . import plan, residual_network, tune
+from .cuda import stem as cuda_stem
+from .layer import precision
+from .operators import residual_stage, run_steps, steps
+from .packing import packed, scale_shift
 from .tape import Tapes
 
 __all__ = ["GpuChain"]
@@ -61,14 +65,11 @@ class GpuChain:
 
     def run_layers(self, x: Tensor) -> Tensor:
         """A launch a convolution. What ``residual_stage`` finds out of its integers at each call is kept here."""
-        from .operators import run_steps, steps
-        from .tune import capturing
-
         key = self._key(x)
         found = self._steps.get(key)
         if found is None:
             found = steps(x, *self.packed(x))
-            if not capturing():
+            if not tune.capturing():
                 self._steps[key] = found
         return run_steps(x, found)
 
@@ -89,8 +90,6 @@ class GpuChain:
         return residual_network.residual_network(x, packed, self.layers, classes)
 
     def _run_pooled(self, x: Tensor, pool: Sequence[int]) -> Tensor:
-        from .operators import residual_stage
-
         filters = [self._filter(i, x.dtype, False) for i in range(len(self.sources))]
         return residual_stage(x, filters, self.layers, pool)
 
@@ -103,9 +102,10 @@ class GpuChain:
             return None
         if x.shape[0] == 0 or not backends.has_kernel("residual_stage", "cuda"):
             return found
-        from .tune import LAYERS, STAGES
-
-        forms = {STAGES: lambda: self.run_stages(x, found), LAYERS: lambda: self.run_layers(x)}
+        forms: dict[str, Callable[[], object]] = {
+            tune.STAGES: lambda: self.run_stages(x, found),
+            tune.LAYERS: lambda: self.run_layers(x),
+        }
         return found if self._first_is_fastest(x, "chain", forms) else None
 
     def stages_with_head(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
@@ -117,10 +117,6 @@ class GpuChain:
         """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
         if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
             return False
-        from .convolution import precision
-        from .cuda import stem as cuda_stem
-        from .tune import LAYERS, POOLED
-
         arithmetic = precision(x.dtype)
         if cuda_stem.pooled_layer(tuple(self.specs), x.shape, x.dtype, arithmetic, tuple(pool)) is None:
             return False
@@ -131,16 +127,14 @@ class GpuChain:
         def apart() -> Tensor:
             return F.max_pool2d(self.run_layers(x), list(pool[:2]), list(pool[2:4]), list(pool[4:]))
 
-        forms = {POOLED: lambda: self._run_pooled(x, pool), LAYERS: apart}
+        forms: dict[str, Callable[[], object]] = {tune.POOLED: lambda: self._run_pooled(x, pool), tune.LAYERS: apart}
         return self._first_is_fastest(x, f"{arithmetic} stem and pool {pool[0]}x{pool[1]}", forms)
 
-    def _first_is_fastest(self, x: Tensor, kind: str, forms: dict[str, Callable[[], Tensor]]) -> bool:
+    def _first_is_fastest(self, x: Tensor, kind: str, forms: dict[str, Callable[[], object]]) -> bool:
         """Measured once on the GPU of ``x``."""
-        from .tune import tuner
-
         name = f"{kind} {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
         backend = "cuda" if backends.selected() == "cuda" else "auto"
-        return tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
+        return tune.tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
 
     @cached_property
     def _digest(self) -> str:
@@ -149,14 +143,12 @@ class GpuChain:
 
     def packed(self, x: Tensor) -> tuple[list[Tensor], list[ConvSpec]]:
         """Filters for inputs like ``x``, packed as what runs the layers wants them, and what the layers are then."""
-        from .tune import capturing
-
         key = self._key(x)
         found = self._filters.get(key)
         if found is None:
             with torch.no_grad():
                 # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
-                captured = capturing()
+                captured = tune.capturing()
                 folds = [False] * len(self.sources) if captured else self._folds(x.dtype)
                 specs = plan.planned(self.specs, x, folds)
                 found = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(specs)], specs
@@ -164,17 +156,8 @@ class GpuChain:
                 self._filters[key] = found
         return found
 
-    @cached_property
-    def _arithmetic(self) -> tuple[Callable[[torch.dtype], str], Callable[[], Any]]:
-        """What else decides how a layer runs: looked up once, for it is asked at every call."""
-        from .convolution import precision
-        from .tune import forced
-
-        return precision, forced
-
     def _key(self, x: Tensor) -> Key:
-        precision, forced = self._arithmetic
-        return x.shape, x.dtype, backends.selected(), precision(x.dtype), forced()
+        return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced()
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
         """Of each layer, whether its filters may hold batch norm's scale."""
@@ -184,8 +167,6 @@ class GpuChain:
 
     def _filter(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
         """Without its shift where that is added later, with the shift of another where it is added here."""
-        from .operators import packed
-
         key = (layer, folded, dtype)
         if key not in self._packed:
             later = plan.deferred(self.specs)
@@ -202,15 +183,12 @@ class GpuChain:
 
     def _plain(self, layer: int, dtype: torch.dtype) -> Tensor:
         """The layer's filter by itself."""
-        from .operators import pack_conv_bn
-
         weight, *vectors = self.sources[layer]
         assert weight is not None
-        return pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer])
+        scale, shift = scale_shift(weight.to(dtype), vectors, self.eps[layer])
+        return packed(weight, scale, shift, dtype, folded=False)
 
     def _scale_shift(self, layer: int) -> tuple[Tensor, Tensor]:
-        from .operators import scale_shift
-
         weight, *vectors = self.sources[layer]
         assert weight is not None
-        return scale_shift(weight, *vectors, self.eps[layer])
+        return scale_shift(weight, vectors, self.eps[layer])

@@ -21,40 +21,13 @@ from .candidates.hopper import HopperConfig
 from .candidates.triton import Config
 from .cuda import conv as cuda_conv
 from .cuda import hopper as hopper_conv
-from .layer import Layer
+from .layer import Layer, layer_of, precision
 from .tune import LIBRARY, Choice, tuner
 
 __all__ = ["Filter", "choose", "layer_of", "precision", "prepare", "run", "trials", "wants_folded"]
 
 # So many layers' filters take turns in a measurement, as a network's do.
 _TRIALS = 8
-
-
-def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-def layer_of(
-    shape: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    residual: bool,
-    relu: bool,
-    folded: bool = False,
-    shifted: bool = True,
-) -> Layer:
-    """shape: of the input. kernel: ``[K, R, S]``."""
-    batch, channels, height, width = shape
-    k, r, s = kernel
-    return Layer(
-        *(batch, height, width, channels, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
-        *(dtype, precision(dtype), residual, relu),
-        folded=folded,
-        shifted=shifted,
-    )
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .. import launch
 
-__all__ = ["A100", "Gpu", "Layer", "gpu_of"]
+__all__ = ["A100", "Gpu", "Layer", "gpu_of", "layer_of", "precision"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,28 @@ def gpu_of(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
     return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count, shared)
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def layer_of(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    residual: bool,
+    relu: bool,
+    role: str = "conv_bn_relu",
+    folded: bool = False,
+    shifted: bool = True,
+) -> Layer:
+    """shape: of the input. kernel: ``[K, R, S]``."""
+    batch, channels, height, width = shape
+    k, r, s = kernel
+    sizes = ((r, s), (stride[0], stride[1]), (padding[0], padding[1]))
+    arithmetic = precision(dtype)
+    return Layer(*(batch, height, width, channels, k), *sizes, dtype, arithmetic, residual, relu, role, folded, shifted)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from ..ops.spec import DEFERRED, FOLDED, RELU, ConvSpec, shapes
+from . import convolution as kernels
+from .library import folds
+from .packing import scale_shift
 
 __all__ = ["deferred", "foldable", "planned"]
 
@@ -31,13 +34,10 @@ def deferred(specs: Sequence[ConvSpec]) -> dict[int, int]:
 
 def foldable(sources: Sequence[Sequence[Tensor | None]], eps: Sequence[float], dtype: torch.dtype) -> list[bool]:
     """Of each layer, given by the sources of its pack, whether its filters may hold its scale. Waits for the device."""
-    from .library import folds
-    from .operators import scale_shift
-
     kept = []
     for (weight, *vectors), epsilon in zip(sources, eps, strict=True):
         assert weight is not None
-        kept.append(folds(weight, scale_shift(weight, *vectors, epsilon)[0], dtype))
+        kept.append(folds(weight, scale_shift(weight, vectors, epsilon)[0], dtype))
     return torch.stack(kept).tolist()
 
 
@@ -46,8 +46,6 @@ def planned(specs: Sequence[ConvSpec], x: Tensor, folds: Sequence[bool]) -> list
 
     folds: of each layer, whether its filters may be.
     """
-    from . import convolution as kernels
-
     later = deferred(specs)
     sizes = shapes(specs, x.shape[1:])
     found = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, launch
-from ..backends import native
+from ..native import extension
 from .recorder import Launch, LaunchRecorder
 
 __all__ = ["Tape", "Tapes", "record"]
@@ -33,8 +33,8 @@ class Tape:
         self._error: BaseException | None = None
         self._replay = launch.device().replay
         launcher = self._launcher() if callable(self._replay) else self._replay
-        self.number = native.tape(array("q", words).tobytes(), launcher)
-        weakref.finalize(self, native.drop_tape, self.number)
+        self.number = extension.tape(array("q", words).tobytes(), launcher)
+        weakref.finalize(self, extension.drop_tape, self.number)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """What was recorded, of these inputs; nothing where they are not like those of the recording: in number, shape,

@@ -22,67 +22,17 @@ from ..ops.conv_autograd import fake_conv
 from ..ops.conv_gradient import convolution_backward
 from ..ops.training import statistics_rows
 from .candidates.triton import Config
-from .layer import Layer
-from .operators import MOST_PIXELS, check_dtype, precision
+from .checks import check_algorithm, check_dtype, check_image, check_pixels, check_rows, check_sums, fail
+from .layer import Layer, layer_of
 from .tune import LIBRARY, Choice, tuner
-
-
-def _fail(op: str, message: str) -> None:
-    raise RuntimeError(f"{op}: {message}")
-
-
-def _check_image(op: str, name: str, t: Tensor, like: tuple[str, Tensor] | None = None) -> None:
-    if t.dim() != 4:
-        _fail(op, f"{name} has {t.dim()} dimensions, want 4: [batch, channels, height, width]")
-    check_dtype(f"{op}: {name}", t)
-    if t.numel() > 0 and not t.is_contiguous(memory_format=torch.channels_last):
-        _fail(op, f"{name} of shape {tuple(t.shape)} is not contiguous in channels_last")
-    if like is None:
-        return
-    other, u = like
-    if t.shape != u.shape:
-        _fail(op, f"{name} has shape {tuple(t.shape)}, want {tuple(u.shape)} as {other} has")
-    if t.dtype != u.dtype:
-        _fail(op, f"{name} has dtype {t.dtype}, want {u.dtype} as {other} has")
-    if t.device != u.device:
-        _fail(op, f"{name} is on {t.device}, want {u.device} as {other} is")
-
-
-def _check_rows(op: str, name: str, t: Tensor | None, rows: int, like: Tensor) -> None:
-    shape = (rows, like.shape[1])
-    if t is None:
-        return
-    if tuple(t.shape) != shape or t.dtype != torch.float32 or not t.is_contiguous() or t.device != like.device:
-        _fail(
-            op,
-            f"{name} has shape {tuple(t.shape)} and dtype {t.dtype} on {t.device}, want a contiguous {shape} of "
-            f"float32 on {like.device}",
-        )
-
-
-def _check_sums(op: str, like: tuple[str, Tensor], ys: list[Tensor], means: list[Tensor]) -> None:
-    if len(ys) != len(means) or len(ys) > 2:
-        _fail(op, f"there are {len(ys)} ys and {len(means)} means, want as many of both, at most 2")
-    for y, mean in zip(ys, means, strict=True):
-        _check_image(op, "ys", y, like)
-        _check_rows(op, "means", mean, 2, like[1])
-
-
-def _check_algorithm(op: str, algorithm: int) -> None:
-    if algorithm != 0:
-        _fail(op, f"algorithm is {algorithm}, want 0 on CUDA devices")
 
 
 def _layer(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], added: bool, relu: bool, role: str
 ) -> Layer:
-    k, c, r, s = weight.shape
-    layer = Layer(
-        *(x.shape[0], *x.shape[2:], c, k, (r, s), (stride[0], stride[1]), (padding[0], padding[1])),
-        *(x.dtype, precision(x.dtype), added, relu, role),
-    )
-    if max(layer.pixels, x.shape[0] * x.shape[2] * x.shape[3]) > MOST_PIXELS:
-        _fail(role, f"x has or gives more than the {MOST_PIXELS} pixels that one launch covers")
+    k, _, *kernel = weight.shape
+    layer = layer_of(x.shape, (k, *kernel), stride, padding, x.dtype, residual=added, relu=relu, role=role)
+    check_pixels(role, max(layer.pixels, x.shape[0] * x.shape[2] * x.shape[3]))
     return layer
 
 
@@ -102,17 +52,17 @@ def convolve(
     filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
     """
     op = "conv_moments"
-    _check_image(op, "x", x)
+    check_image(op, "x", x)
     check_dtype(f"{op}: weight", weight)
     shaped = weight.to(x.dtype) if filters is None else filters
     y = fake_conv(x, shaped, bias, None, None, None, None, 0.0, stride, padding)
     if bias is not None and bias.shape != (weight.shape[0],):
-        _fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
-    _check_rows(op, "scale_shift", scale_shift, 2, x)
+        fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
+    check_rows(op, "scale_shift", scale_shift, 2, x)
     if moments and x.shape[0] == 0:
-        _fail(op, "x has no images, want at least one for mean and variance")
+        fail(op, "x has no images, want at least one for mean and variance")
     if min(*x.shape[2:], *y.shape[2:]) < 1:
-        _fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
+        fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
     if y.numel() == 0:
         return y, None
     layer = _layer(x, weight, stride, padding, False, relu, op)
@@ -138,7 +88,7 @@ def conv_moments(
     algorithm: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_algorithm("conv_moments", algorithm)
+    check_algorithm("conv_moments", algorithm)
     y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, moments)
     return y, statistics_rows(x, 2, weight.shape[0] if moments else 0) if found is None else stats(found)[0]
 
@@ -147,11 +97,11 @@ def bn_apply(
     y: Tensor, scale_shift: Tensor | None, residual: Tensor | None, residual_scale_shift: Tensor | None, relu: bool
 ) -> Tensor:
     op = "bn_apply"
-    _check_image(op, "y", y)
-    _check_rows(op, "scale_shift", scale_shift, 2, y)
+    check_image(op, "y", y)
+    check_rows(op, "scale_shift", scale_shift, 2, y)
     if residual is not None:
-        _check_image(op, "residual", residual, ("y", y))
-    _check_rows(op, "residual_scale_shift", residual_scale_shift, 2, y)
+        check_image(op, "residual", residual, ("y", y))
+    check_rows(op, "residual_scale_shift", residual_scale_shift, 2, y)
     out = torch.empty_like(y)
     if y.numel() > 0:
         added = None if residual is None else as_rows(residual)
@@ -164,11 +114,11 @@ def sums(
 ) -> tuple[Tensor, Tensor]:
     """``grad`` where the ReLU let it pass, and its parts' sums: at least one pixel."""
     op = "bn_backward_sums"
-    _check_image(op, "grad", grad)
+    check_image(op, "grad", grad)
     if positive is not None:
-        _check_image(op, "positive", positive, ("grad", grad))
-    _check_rows(op, "scale_shift", scale_shift, 2, grad)
-    _check_sums(op, ("grad", grad), ys, means)
+        check_image(op, "positive", positive, ("grad", grad))
+    check_rows(op, "scale_shift", scale_shift, 2, grad)
+    check_sums(op, ("grad", grad), ys, means)
     out = torch.empty_like(grad)
     if grad.numel() == 0:
         return out, torch.empty(0, 1 + len(ys), grad.shape[1], dtype=torch.float32, device=grad.device)
@@ -183,7 +133,7 @@ def bn_backward_sums(
 
 
 def channel_sums(grad: Tensor) -> Tensor:
-    _check_image("channel_sums", "grad", grad)
+    check_image("channel_sums", "grad", grad)
     return as_rows(grad).sum(0, dtype=torch.float32)
 
 
@@ -225,23 +175,23 @@ def gradients(
     filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
     """
     op = "conv_backward"
-    _check_image(op, "grad", grad)
-    _check_image(op, "x", x)
+    check_image(op, "grad", grad)
+    check_image(op, "x", x)
     check_dtype(f"{op}: weight", weight)
     shaped = weight.to(x.dtype) if filters is None else filters
     result = fake_conv(x, shaped, None, None, None, None, None, 0.0, stride, padding)
-    _check_image(op, "grad", grad, ("the convolution's output", result))
+    check_image(op, "grad", grad, ("the convolution's output", result))
     if (y is None) != (coefficients is None):
-        _fail(op, "y and coefficients come together")
+        fail(op, "y and coefficients come together")
     if y is not None:
-        _check_image(op, "y", y, ("grad", grad))
-    _check_rows(op, "coefficients", coefficients, 4, grad)
-    _check_rows(op, "scale_shift", scale_shift, 2, x)
+        check_image(op, "y", y, ("grad", grad))
+    check_rows(op, "coefficients", coefficients, 4, grad)
+    check_rows(op, "scale_shift", scale_shift, 2, x)
     if residual is not None:
-        _check_image(op, "residual", residual, ("x", x))
-    _check_sums(op, ("x", x), ys, means)
+        check_image(op, "residual", residual, ("x", x))
+    check_sums(op, ("x", x), ys, means)
     if finish and not need_x:
-        _fail(op, "finish without need_x")
+        fail(op, "finish without need_x")
     if min(x.numel(), grad.numel()) == 0:
         nothing = torch.zeros(0, 1 + len(ys), x.shape[1], dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if residual is None else residual.clone()
@@ -250,7 +200,7 @@ def gradients(
     own = packed(weight, x.dtype) if filters is None else filters
 
     def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
-        return convolution_backward(gradient, image, own, None, stride, padding, mask)
+        return convolution_backward(gradient, image, own, None, [*stride], [*padding], mask)
 
     def written() -> Tensor:
         if y is None or coefficients is None:
@@ -289,8 +239,10 @@ def gradients(
     data_choice = choose(data_layer, lambda: [data]) if need_x else None
     weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
     dy = written() if LIBRARY in (data_choice, weight_choice) else None
-    dx, partial = (None, None) if data_choice is None else data(data_choice, dy)
-    return dx, None if weight_choice is None else of_weight(weight_choice, dy), partial
+    found: tuple[Tensor | None, Tensor | None] = (None, None)
+    if data_choice is not None:
+        found = data(data_choice, dy)
+    return found[0], None if weight_choice is None else of_weight(weight_choice, dy), found[1]
 
 
 def conv_backward(
@@ -311,7 +263,7 @@ def conv_backward(
     ys: list[Tensor],
     means: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_algorithm("conv_backward", algorithm)
+    check_algorithm("conv_backward", algorithm)
     operands = (grad, y, coefficients, x, scale_shift, relu, weight, None, stride, padding)
     dx, dw, partial = gradients(*operands, need_x, need_weight, residual, finish, ys, means)
     return (

@@ -17,6 +17,7 @@ __all__ = [
     "INTEGERS",
     "RELU",
     "ConvSpec",
+    "check_values",
     "conv_size",
     "decode",
     "empty_image",
@@ -68,12 +69,27 @@ def decode(integers: Sequence[int]) -> list[ConvSpec]:
     if len(integers) % INTEGERS:
         raise RuntimeError(f"layers has {len(integers)} integers, want {INTEGERS} for each convolution")
     rows = (integers[i : i + INTEGERS] for i in range(0, len(integers), INTEGERS))
-    return [ConvSpec(*row[:4], (row[4], row[5]), (row[6], row[7]), (row[8], row[9])) for row in rows]
+    return [
+        ConvSpec(source, residual, flags, k, (r, s), (stride_h, stride_w), (pad_h, pad_w))
+        for source, residual, flags, k, r, s, stride_h, stride_w, pad_h, pad_w in rows
+    ]
 
 
 def encode(specs: Iterable[ConvSpec]) -> list[int]:
     """The integers by which the operators take a chain, ``kernels/csrc/ops.cpp``."""
     return [n for spec in specs for n in (*spec[:4], *spec.kernel, *spec.stride, *spec.padding)]
+
+
+def check_values(name: str, specs: Sequence[ConvSpec]) -> None:
+    """Whether each convolution reads values that are there before it.
+
+    Raises:
+        RuntimeError: one does not; ``name`` is that of the argument.
+    """
+    for i, spec in enumerate(specs):
+        if not (0 <= spec.source <= i and -1 <= spec.residual <= i):
+            read = f"values {spec.source} and {spec.residual}"
+            raise RuntimeError(f"{name} has layer {i} read {read}, want at most {i}")
 
 
 def shapes(specs: Iterable[ConvSpec], image: Sequence[Any]) -> list[tuple[Any, Any, Any]]:

@@ -296,7 +296,7 @@ def test_a_graph_serves_modules_of_a_class():
     for m in blocks:
         m.compile(backend=BACKEND)
     packed = []
-    original = resnet_fast.chain.executor.Chain._pack
+    original = resnet_fast.chain.inference.Chain._pack
 
     def counting(self, *args):
         packed.append(self)
@@ -304,7 +304,7 @@ def test_a_graph_serves_modules_of_a_class():
 
     x = torch.randn(2, 4, 9, 8)
     with graphs() as seen, torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet_fast.chain.executor.Chain, "_pack", counting)
+        patch.setattr(resnet_fast.chain.inference.Chain, "_pack", counting)
         for _ in range(3):
             for fast, eager in zip(blocks, exact, strict=True):
                 assert_same_model(fast, eager, x)

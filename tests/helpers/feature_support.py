@@ -16,7 +16,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, models, reference
-from resnet_fast.chain import executor as chain
+from resnet_fast.chain import inference
 from resnet_fast.chain.training import frozen
 from resnet_fast.chain.training import function as training
 
@@ -78,7 +78,7 @@ def note_graph(graph_module):
 @contextmanager
 def counted():
     """Counts the calls of fused chains."""
-    kinds = (chain.Chain, training.Program, frozen.FrozenProgram)
+    kinds = (inference.Chain, training.Program, frozen.FrozenProgram)
     runs, originals = [], [kind.run for kind in kinds]
 
     def counting(original):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import cifar_resnet20
-from resnet_fast.program import data, loop, options, sync_batch_norm, team
+from resnet_fast.program import data, distributed, loop, options, sync_batch_norm
 
 LR = 0.05
 
@@ -89,12 +89,12 @@ def strategies_agree(folder, group):
     """Sharded and replicated weights, and gradients sent once or with every pass, come to the same."""
     ddp = trained(folder, group, "ddp", "--accumulate", "2")
     fsdp = trained(folder, group, "fsdp", "--accumulate", "2", "--strategy", "fsdp")
-    every_pass = team.Team.pass_without_sync
-    team.Team.pass_without_sync = staticmethod(lambda network, last: every_pass(network, True))
+    every_pass = distributed.Processes.pass_without_sync
+    distributed.Processes.pass_without_sync = staticmethod(lambda network, last: every_pass(network, True))
     try:
         chatty = trained(folder, group, "every pass", "--accumulate", "2")
     finally:
-        team.Team.pass_without_sync = staticmethod(every_pass)
+        distributed.Processes.pass_without_sync = staticmethod(every_pass)
     assert ddp["step"] == fsdp["step"] == chatty["step"] == 80 // (8 * 2 * group.world)
     for name, value in ddp["model"].items():
         # Two steps from the same weights in float32; other orders of sums.
@@ -107,10 +107,10 @@ def no_sync_sends_nothing(rank, world):
     network = nn.Linear(3, 2)
     joined = DistributedDataParallel(network)
     x = torch.full((1, 3), float(rank + 1))
-    with team.Team.pass_without_sync(joined, last=False):
+    with distributed.Processes.pass_without_sync(joined, last=False):
         joined(x).sum().backward()
     assert network.weight.grad.equal(x.expand(2, 3)), "the first pass was sent"
-    with team.Team.pass_without_sync(joined, last=True):
+    with distributed.Processes.pass_without_sync(joined, last=True):
         joined(x).sum().backward()
     mean = sum(2.0 * (r + 1) for r in range(world)) / world
     assert network.weight.grad.equal(torch.full((2, 3), mean)), "the passes together were not sent"
@@ -118,7 +118,7 @@ def no_sync_sends_nothing(rank, world):
 
 def main():
     folder = Path(sys.argv[1])
-    group = team.Team(options.Options("none", device="cpu"))
+    group = distributed.Processes(options.Options("none", device="cpu"))
     rank, world = group.rank, group.world
     torch.manual_seed(0)  # all draw the same images
     batch_norm_like_one_process(rank, world)

@@ -30,11 +30,11 @@ def network(dtype=torch.float32):
 
 
 def by_stages(model, x):
-    model.few_images = 0
+    model.small_batch = 0
     try:
         return model(x)
     finally:
-        del model.few_images
+        del model.small_batch
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_changes_are_seen():
     assert torch.equal(changed, by_stages(model, x))
     model.layer3[0].bn1.running_mean = torch.ones(64)
     assert torch.equal(model(x), by_stages(model, x))
-    model.few_images = 0
+    model.small_batch = 0
     assert not torch.equal(model(x), changed)
 
 

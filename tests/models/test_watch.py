@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast import backends
 from resnet_fast.chain.guard import StalenessGuard, refresh
+from resnet_fast.native import extension
 
 
 class Owner(nn.Module):
@@ -126,12 +126,12 @@ def test_errors_come_through():
         owner.bn.running_mean = torch.zeros(3)
     assert not seen.is_valid()
     with pytest.raises(TypeError, match="bytes"):
-        backends.native.unchanged([])
+        extension.unchanged([])
     for wrong in ([], (1,)):
         with pytest.raises(TypeError, match="place is no pair, want"):
-            backends.native.fingerprint(wrong)
+            extension.fingerprint(wrong)
     with pytest.raises(OverflowError):
-        backends.native.fingerprint((1, -1))
+        extension.fingerprint((1, -1))
 
 
 def test_without_kinds_only_what_there_is():
@@ -165,7 +165,7 @@ def test_hooks_and_forwards_that_stay():
 
 
 def hash_of(t):
-    return backends.native.fingerprint((t.data_ptr(), t.numel() * t.element_size()))
+    return extension.fingerprint((t.data_ptr(), t.numel() * t.element_size()))
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 63, 64, 65, 127, 448, 511, 512])

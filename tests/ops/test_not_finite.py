@@ -10,8 +10,9 @@ from torch import nn
 import resnet_fast
 from resnet_fast import backends, models, reference
 from resnet_fast.chain import cpu_algorithm as choose
-from resnet_fast.chain import executor as chain
+from resnet_fast.chain import inference
 from resnet_fast.chain.cpu_algorithm import COMPACT_WINOGRAD, WINOGRAD
+from resnet_fast.native import extension
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
 
@@ -44,7 +45,7 @@ def assert_spreads_as_eager(fast, eager, x, method="__call__", tolerance=1e-3):
 @pytest.fixture(params=[WINOGRAD, COMPACT_WINOGRAD], ids=["stored", "compact"])
 def winograd(request, monkeypatch):
     """Winograd in every convolution of 3 x 3, whatever it costs."""
-    monkeypatch.setattr(chain, "algorithms", lambda layers, *_: [request.param] * (len(layers) // 10))
+    monkeypatch.setattr(inference, "algorithms", lambda specs, *_: [request.param] * len(specs))
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -84,13 +85,13 @@ def test_the_stem_of_a_network_and_its_pooling():
 def runs(monkeypatch):
     """For each set of filters that was asked for, whether it was without Winograd."""
     found = []
-    filters = chain.Chain.filters
+    filters = inference.Chain.filters
 
     def noting(self, x, direct=False):
         found.append(direct)
         return filters(self, x, direct)
 
-    monkeypatch.setattr(chain.Chain, "filters", noting)
+    monkeypatch.setattr(inference.Chain, "filters", noting)
     return found
 
 
@@ -105,7 +106,7 @@ def test_images_are_computed_again_where_it_matters_alone(runs, winograd, monkey
     assert runs == [False, False, True]
     fast(torch.full_like(x, 1e38))  # too large for sums, too
     assert runs[-1]
-    monkeypatch.setattr(chain, "algorithms", choose.algorithms)
+    monkeypatch.setattr(inference, "algorithms", choose.algorithms)
     monkeypatch.setattr(backends.cpu, "allow_winograd", False)
     direct = fast(x)
     assert torch.equal(spread.isnan(), direct.isnan())
@@ -124,9 +125,9 @@ def test_what_another_call_met_does_not_count(runs, winograd):
     runs.clear()
     fast(x)
     assert runs == [False]
-    assert not backends.native.take_spread()
+    assert not extension.take_spread()
     torch.ops.resnet_fast.residual_stage(bad, own.filters(x), own.layers)
-    assert [backends.native.take_spread() for _ in range(2)] == [True, False]
+    assert [extension.take_spread() for _ in range(2)] == [True, False]
 
 
 def test_bfloat16():

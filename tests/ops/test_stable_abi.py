@@ -12,6 +12,7 @@ import torch
 
 from resnet_fast import backends
 from resnet_fast.diagnose import doctor
+from resnet_fast.native import extension
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,15 +26,15 @@ def floor():
 
 
 def test_the_build_says_what_it_is_for():
-    assert divmod(backends.native.target, 256) == floor() <= version(torch.__version__)
-    assert version(backends.native.built_with) >= floor()
+    assert divmod(extension.target, 256) == floor() <= version(torch.__version__)
+    assert version(extension.built_with) >= floor()
 
 
 def test_doctor_names_both_releases():
     found = doctor.diagnosis()
     assert found["torch"].startswith(torch.__version__)
     oldest = ".".join(map(str, floor()))
-    assert found["extension"] == f"built with torch {backends.native.built_with}, for torch {oldest} and later"
+    assert found["extension"] == f"built with torch {extension.built_with}, for torch {oldest} and later"
 
 
 def test_doctor_without_the_extension(monkeypatch):
@@ -46,7 +47,7 @@ def test_doctor_without_the_extension(monkeypatch):
 def test_this_torch_has_all_that_is_asked_of_it():
     """Functions are bound when they are first called: a missing one would be found by a user."""
     wanted = subprocess.run(
-        ["nm", "-D", "--undefined-only", backends.native.__file__], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", extension.__file__], capture_output=True, text=True, check=True
     ).stdout
     names = re.findall(r"\bU ((?:aoti_)?torch_\w+)$", wanted, re.MULTILINE)
     assert len(names) > 20

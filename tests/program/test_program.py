@@ -14,7 +14,7 @@ from PIL import Image
 from test_program_data import photographs
 
 from resnet_fast import models, predict, reference
-from resnet_fast.program import archives, data, loop, recipes, report, team
+from resnet_fast.program import archives, data, distributed, loop, recipes, report
 from resnet_fast.program.options import Options, ProgramError, parse
 
 
@@ -153,7 +153,7 @@ def test_curves_of_several_runs(tmp_path, capfd):
 
 def trainer_for(tmp_path, *given):
     options = parse([*small_cifar(tmp_path), "--out", str(tmp_path / "run"), *given])
-    return loop.Trainer(options, data.load(options), team.Team(options))
+    return loop.Trainer(options, data.load(options), distributed.Processes(options))
 
 
 def test_average_of_the_weights(tmp_path):

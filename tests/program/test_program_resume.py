@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.program_support import checkpoint, differences, run, small_cifar, start
 
-from resnet_fast.program import data, loop, team
+from resnet_fast.program import data, distributed, loop
 from resnet_fast.program.options import parse
 
 OPTIONS = ["--epochs", "2", "--save-every", "3", "--keep", "20", "--ema", "0.9", "--lr", "0.05"]
@@ -75,7 +75,7 @@ def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
     given = [*small_cifar(tmp_path), "--epochs", "1"]
     assert run(*given, "--out", tmp_path / "whole") == 0
     options = parse([*given, "--out", str(tmp_path / "stopped")])
-    trainer = loop.Trainer(options, data.load(options), team.Team(options))
+    trainer = loop.Trainer(options, data.load(options), distributed.Processes(options))
     trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
     trainer.save(best=False)
     assert run(*given, "--out", tmp_path / "stopped", "--resume") == 0
@@ -85,7 +85,7 @@ def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
 
 def test_random_numbers_go_on(tmp_path):
     options = parse([*small_cifar(tmp_path), "--out", str(tmp_path / "run"), "--epochs", "1"])
-    group = team.Team(options)
+    group = distributed.Processes(options)
     trainer = loop.Trainer(options, data.load(options), group)
     torch.rand(5)
     trainer.save(best=False)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast import backends, clone
+from resnet_fast import clone
+from resnet_fast.native import extension
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,20 +124,20 @@ def test_a_clone_takes_the_installed_extension_or_says_why_not(tmp_path):
         shutil.copytree(ROOT / name, ours / name, ignore=no_build)
     shutil.copy(ROOT / "setup.py", ours)
     shutil.copytree(ROOT / "resnet_fast", theirs, ignore=no_build)
-    library = Path(backends.native.__file__)
+    library = Path(extension.__file__)
     (theirs / library.name).symlink_to(library)
     (theirs / clone.DIGEST).write_text(clone.digest(ROOT))
-    package, triton, extension, status, warned = reported(tmp_path)
+    package, triton, said, status, warned = reported(tmp_path)
     assert Path(package).parent == ours / "resnet_fast"
     assert Path(triton).parent == ours / "kernels/triton_ops"
-    assert extension.endswith(f"; that of the package installed in {theirs}")
+    assert said.endswith(f"; that of the package installed in {theirs}")
     assert status.startswith("loaded, ")
     assert warned == ""
 
     with (ours / "kernels/csrc/ops.cpp").open("a") as file:
         file.write("// changed\n")
-    _, _, extension, status, warned = reported(tmp_path)
-    assert extension.startswith("not loaded")
+    _, _, said, status, warned = reported(tmp_path)
+    assert said.startswith("not loaded")
     assert status in warned
     for part in (
         f"not in {ours / 'resnet_fast'},",

@@ -16,94 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...ops.spec import ConvSpec, conv_size
 from .kernels import Kernels
+from .layers import TENSORS, Layer, SavedTensors, Value, counts, dense
 
-__all__ = [
-    "KEPT",
-    "TENSORS",
-    "Backward",
-    "Kept",
-    "Layer",
-    "Value",
-    "counts",
-    "dense",
-    "forward",
-    "layers_of",
-    "unpacked",
-]
-
-# Of each layer: weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given.
-TENSORS = 6
-
-
-class Layer(NamedTuple):
-    """A convolution with its batch norm, and what the forward and the backward must know of them beside tensors."""
-
-    source: int
-    residual: int
-    relu: bool
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-    eps: float
-    normalized: bool
-    batch_statistics: bool
-
-
-class Kept(NamedTuple):
-    """What the backward pass needs of the forward pass, a list over the layers each."""
-
-    ys: list[Tensor | None]  # None for a last one without batch norm: nothing reads it
-    sums: list[Tensor | None]  # values that are no batch norm of a y: residual sums
-    scales: list[Tensor | None]  # [scale; shift]
-    moments: list[Tensor]  # [mean; variance]
-    filters: list[Tensor | None]  # as kernels read them; None for those that they make anew
-
-
-KEPT = len(Kept._fields)
-
-
-class Value(NamedTuple):
-    """A chain's input or a layer's result: a tensor, or a convolution's output that is normalised where it is read."""
-
-    tensor: Tensor
-    scale_shift: Tensor | None = None
-    relu: bool = False
-
-
-def layers_of(specs: Sequence[ConvSpec], eps: list[float], normalized: list[bool], batch: list[bool]) -> list[Layer]:
-    """The convolutions of a chain with what training wants to know of their batch norms."""
-    return [
-        Layer(
-            *(spec.source, spec.residual, spec.relu, list(spec.kernel), list(spec.stride), list(spec.padding)),
-            *rest,
-        )
-        for spec, *rest in zip(specs, eps, normalized, batch, strict=True)
-    ]
-
-
-def counts(layers: list[Layer], shape: torch.Size) -> list[int]:
-    """Values per channel of each layer's output, for an input of ``shape``."""
-    maps = [tuple(shape[2:])]
-    for layer in layers:
-        sizes = zip(maps[layer.source], layer.padding, layer.kernel, layer.stride, strict=True)
-        maps.append(tuple(conv_size(*size) for size in sizes))
-    return [shape[0] * h * w for h, w in maps[1:]]
-
-
-def dense(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def unpacked(t: Tensor | None) -> Any:
-    """A saved tensor as it was when it was saved: hooks of saved tensors may give it back in another layout."""
-    return t if t is None else dense(t) if t.dim() == 4 else t.contiguous()
+__all__ = ["ChainBackward", "forward"]
 
 
 def forward(
@@ -113,11 +33,12 @@ def forward(
     tensors: list[Tensor | None],
     recompute: bool,
     running: Sequence[Any] = (),
-) -> tuple[Tensor, Kept]:
-    """The result of a chain, and what :class:`Backward` wants; with ``recompute`` that forms the residual sums again.
-    ``x``: channels_last. ``tensors``: TENSORS a layer. ``running``: of each layer what ``kernels`` are to update."""
+) -> tuple[Tensor, SavedTensors]:
+    """The result of a chain, and what :class:`ChainBackward` wants; with ``recompute`` that forms the residual sums
+    again. ``x``: channels_last. ``tensors``: TENSORS a layer. ``running``: of each layer what ``kernels`` are to
+    update."""
     values: dict[int, Value] = {0: Value(x)}
-    kept = Kept([], [], [], [], [])
+    saved = SavedTensors([], [], [], [], [])
     last_reader = {value: i for i, layer in enumerate(layers) for value in (layer.source, layer.residual)}
     for i, layer in enumerate(layers):
         own = tensors[TENSORS * i : TENSORS * (i + 1)]
@@ -135,13 +56,13 @@ def forward(
         total = None if value.scale_shift is not None else value.tensor
         if unread or (recompute and layer.residual >= 0):
             total = None
-        kept.ys.append(None if unread else y)
-        kept.sums.append(total)
-        kept.scales.append(value.scale_shift)
-        kept.moments.append(moments)
-        kept.filters.append(filters)
+        saved.ys.append(None if unread else y)
+        saved.sums.append(total)
+        saved.scales.append(value.scale_shift)
+        saved.moments.append(moments)
+        saved.filters.append(filters)
     last = values[len(layers)]
-    return (last.tensor if last.scale_shift is None else kernels.apply(last)), kept
+    return (last.tensor if last.scale_shift is None else kernels.apply(last)), saved
 
 
 def _addable(kernels: Kernels, value: Value) -> Value:
@@ -149,7 +70,7 @@ def _addable(kernels: Kernels, value: Value) -> Value:
     return Value(kernels.apply(value)) if value.scale_shift is not None and value.relu else value
 
 
-class Backward:
+class ChainBackward:
     """One backward of a chain. Values are numbered as in the chain; ``value - 1`` is the layer that gives it."""
 
     def __init__(
@@ -157,14 +78,14 @@ class Backward:
         kernels: Kernels,
         layers: list[Layer],
         x: Tensor,
-        kept: Kept,
+        saved: SavedTensors,
         tensors: list[Tensor | None],
         needs: Sequence[bool],
     ) -> None:
-        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``kept``, of which
+        """``needs``: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``saved``, of which
         scales and filters need not be there."""
         self.kernels, self.layers, self.x, self.tensors, self.needs = kernels, layers, x, tensors, needs
-        self.ys, self.sums, self.scales, self.moments, self.filters = kept
+        self.ys, self.sums, self.scales, self.moments, self.filters = saved
         self.pending: dict[int, Tensor] = {}
         self.finished: dict[int, tuple[Tensor, Any]] = {}
         self.readers: dict[int, list[int]] = {}

@@ -24,8 +24,8 @@ from ...ops.differentiation import first_order, gradients_again, wanted
 from ..cpu_algorithm import DIRECT, training_algorithm
 from ..layout import laid_out
 from ..record import sources_of
-from .driver import TENSORS, Layer, dense, unpacked
 from .function import Program, _Again
+from .layers import TENSORS, Layer, dense, unpacked
 
 __all__ = ["FrozenProgram", "frozen"]
 
@@ -108,7 +108,7 @@ class _Needs:
         return any(self.layer(i)[0] for i in self.readers.get(value, ()))
 
 
-class _Kept(NamedTuple):
+class _SavedTensors(NamedTuple):
     """By layer: ``y`` before batch norm, and the result where it was written, None where the backward reads neither;
     and their shape."""
 
@@ -119,11 +119,11 @@ class _Kept(NamedTuple):
 
 def _forward(
     layers: list[Layer], x: Tensor, tensors: tuple[Tensor | None, ...], norms: _Norms, needs: _Needs, direct: bool
-) -> tuple[Tensor, _Kept, bool]:
+) -> tuple[Tensor, _SavedTensors, bool]:
     """The result, what is kept, and whether an algorithm was used that spreads NaN; ``direct``: none such."""
     convolve = torch.ops.resnet_fast.conv_moments.default
     values: dict[int, _Value] = {0: _Value(x)}
-    kept, spreads = _Kept([], [], []), False
+    saved, spreads = _SavedTensors([], [], []), False
     last_reader = {value: i for i, layer in enumerate(layers) for value in (layer.source, layer.residual)}
     added = {layer.residual for layer in layers}
     for i, layer in enumerate(layers):
@@ -142,20 +142,20 @@ def _forward(
         for read in {layer.source, layer.residual} - {-1}:
             if last_reader[read] == i:
                 del values[read]
-        _keep(kept, i, layer, y, value, needs)
-    return values[len(layers)].tensor, kept, spreads
+        _keep(saved, i, layer, y, value, needs)
+    return values[len(layers)].tensor, saved, spreads
 
 
-def _keep(kept: _Kept, i: int, layer: Layer, y: Tensor, value: _Value, needs: _Needs) -> None:
+def _keep(saved: _SavedTensors, i: int, layer: Layer, y: Tensor, value: _Value, needs: _Needs) -> None:
     """``y`` is what the convolution gave, ``value`` the layer's result."""
     masks = layer.relu and needs.values[i + 1]
     read = masks or needs.operand(i + 1)
     written = value.tensor is not y or value.affine is None
     wants_y = needs.layer(i)[2] or (read and not written)
     # What was written for the forward pass alone is formed again of y as it is read.
-    kept.results.append(value.tensor if written and read and (not wants_y or layer.residual >= 0) else None)
-    kept.ys.append(y if wants_y else None)
-    kept.shapes.append(y.shape)
+    saved.results.append(value.tensor if written and read and (not wants_y or layer.residual >= 0) else None)
+    saved.ys.append(y if wants_y else None)
+    saved.shapes.append(y.shape)
 
 
 def _apply(value: _Value, residual: _Value | None = None) -> Tensor:
@@ -167,10 +167,16 @@ class _Backward:
     """One backward of a chain. Values are numbered as in the chain; ``value - 1`` is the layer that gives it."""
 
     def __init__(
-        self, layers: list[Layer], x: Tensor, tensors: list[Tensor | None], norms: _Norms, kept: _Kept, needs: _Needs
+        self,
+        layers: list[Layer],
+        x: Tensor,
+        tensors: list[Tensor | None],
+        norms: _Norms,
+        saved: _SavedTensors,
+        needs: _Needs,
     ) -> None:
-        """Empties ``kept``. ``tensors`` are the arguments of the chain."""
-        self.layers, self.x, self.tensors, self.norms, self.kept, self.needs = layers, x, tensors, norms, kept, needs
+        """Empties ``saved``. ``tensors`` are the arguments of the chain."""
+        self.layers, self.x, self.tensors, self.norms, self.saved, self.needs = layers, x, tensors, norms, saved, needs
         self.pending: dict[int, Tensor] = {}  # gradients of values, as far as known
         self.finished: dict[int, tuple[Tensor, Tensor]] = {}  # behind their ReLU, and its sums
         self.found: list[Tensor | None] = [None] * len(needs.of)
@@ -181,7 +187,7 @@ class _Backward:
         for i in reversed(range(len(self.layers))):
             if self.needs.values[i + 1]:
                 self._layer(i)
-            self.kept.ys[i] = self.kept.results[i] = None
+            self.saved.ys[i] = self.saved.results[i] = None
         self.found[0] = self.pending.get(0)
         return self.found
 
@@ -226,8 +232,8 @@ class _Backward:
         """What is greater than zero where the ReLU of layer ``i`` lets a gradient through."""
         if not self.layers[i].relu:
             return None, None
-        result = self.kept.results[i]
-        return (self.kept.ys[i], self.norms.affine[i]) if result is None else (result, None)
+        result = self.saved.results[i]
+        return (self.saved.ys[i], self.norms.affine[i]) if result is None else (result, None)
 
     def _sum_inputs(self, value: int) -> tuple[list[Tensor], list[Tensor]]:
         """The ys whose products with a value's gradient are wanted, and their means."""
@@ -235,7 +241,7 @@ class _Backward:
         projection = self._projection(i)
         read = [j for j in (i, projection) if j is not None and self.needs.layer(j)[2]]
         means = [torch.stack(self.tensors[TENSORS * j + 4 : TENSORS * j + 6]).to(self._wide()) for j in read]  # type: ignore[arg-type]
-        return [y for j in read if (y := self.kept.ys[j]) is not None], means
+        return [y for j in read if (y := self.saved.ys[j]) is not None], means
 
     def _wide(self) -> torch.dtype:
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
@@ -296,12 +302,12 @@ class _Backward:
         """What a convolution read, as it was given to it; where no gradient is made of it, something of that shape."""
         if value == 0:
             return _Value(self.x)
-        result, y, layer = self.kept.results[value - 1], self.kept.ys[value - 1], self.layers[value - 1]
+        result, y, layer = self.saved.results[value - 1], self.saved.ys[value - 1], self.layers[value - 1]
         if result is not None:
             return _Value(result)
         if y is not None:
             return _Value(y, self.norms.affine[value - 1], layer.relu)
-        shape, strides = self.kept.shapes[value - 1], torch.channels_last
+        shape, strides = self.saved.shapes[value - 1], torch.channels_last
         return _Value(torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=strides))
 
 
@@ -318,29 +324,28 @@ class _Frozen(torch.autograd.Function):
         norms, needs = _Norms(layers, tensors, wide), _Needs(layers, list(ctx.needs_input_grad[1:]))
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
-            out, kept, spreads = _forward(layers, image, tensors, norms, needs, False)
+            out, saved, spreads = _forward(layers, image, tensors, norms, needs, False)
             # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
             if spreads and not math.isfinite(out.sum(dtype=wide).item()):
-                out, kept, _ = _forward(layers, image, tensors, norms, needs, True)
-        ctx.layers, ctx.norms, ctx.shapes = layers, norms, kept.shapes
+                out, saved, _ = _forward(layers, image, tensors, norms, needs, True)
+        ctx.layers, ctx.norms, ctx.shapes = layers, norms, saved.shapes
         ctx.tensors = [False, *(t is not None for t in (x, *tensors))]
-        ctx.save_for_backward(x, *kept.ys, *kept.results, *tensors)
+        ctx.save_for_backward(x, *saved.ys, *saved.results, *tensors)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         layers, count = ctx.layers, len(ctx.layers)
-        x, *saved = ctx.saved_tensors
-        tensors, needs = saved[2 * count :], wanted(ctx)[1:]
+        x, *rest = ctx.saved_tensors
+        tensors, needs = rest[2 * count :], wanted(ctx)[1:]
         if not first_order(grad):
             return None, *gradients_again(_Again(layers), [x, *tensors], needs, grad)
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
-        ys, results = ([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(2))
-        kept = _Kept(ys, results, ctx.shapes)
-        del saved, ys, results
+        ys, results = ([unpacked(t) for t in rest[i * count : (i + 1) * count]] for i in range(2))
+        saved = _SavedTensors(ys, results, ctx.shapes)
+        del rest, ys, results
         with torch._C._AutoDispatchBelowAutograd():
-            grad_x, *grads = _Backward(layers, dense(x), tensors, ctx.norms, kept, _Needs(layers, needs)).gradients(
-                grad
-            )
+            run = _Backward(layers, dense(x), tensors, ctx.norms, saved, _Needs(layers, needs))
+            grad_x, *grads = run.gradients(grad)
             return None, None if grad_x is None else laid_out(grad_x, x), *grads

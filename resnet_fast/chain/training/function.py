@@ -19,7 +19,7 @@ from ...ops.differentiation import first_order, gradients_again, wanted
 from ...ops.spec import ConvSpec, encode
 from ..guard import StalenessGuard
 from . import operator as train_stage  # noqa: F401  (registers the operator)
-from .driver import KEPT, TENSORS, Kept, Layer, counts, dense, layers_of, unpacked
+from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
 from .passes import Passes
 from .running_statistics import Running, RunningStatistics, held, kept_memory
 
@@ -96,10 +96,10 @@ class Program:
     def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         present = [t is not None for t in tensors]
         given = [t for t in tensors if t is not None]
-        kept = torch.ops.resnet_fast.train_stage(
+        results = torch.ops.resnet_fast.train_stage(
             x, given, present, self.fields, self.eps, self.batch, backends.training.recompute_outputs
         )
-        return kept[0], kept[1 : 1 + len(self.layers)]
+        return results[0], results[1 : 1 + len(self.layers)]
 
 
 class _Train(torch.autograd.Function):
@@ -125,30 +125,30 @@ class _Train(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # Their autograd keys only say that the operators have no gradient of their own.
         with torch._C._AutoDispatchBelowAutograd():
-            out, kept = passes.forward(x, list(tensors), recompute, running)
-        track(kept.moments)
+            out, saved = passes.forward(x, list(tensors), recompute, running)
+        track(saved.moments)
         ctx.passes = passes
         ctx.tensors = [False] * 4 + [t is not None for t in (original, x, *tensors)]
-        ctx.save_for_backward(original, x, *(t for each in kept for t in each), *tensors)
-        ctx.mark_non_differentiable(*kept.moments)
-        return out, *kept.moments
+        ctx.save_for_backward(original, x, *(t for each in saved for t in each), *tensors)
+        ctx.mark_non_differentiable(*saved.moments)
+        return out, *saved.moments
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         layers = ctx.passes.layers
         count = len(layers)
         if not first_order(grad):
-            _, x, *saved = ctx.saved_tensors
-            tensors = [x, *saved[KEPT * count :]]
+            _, x, *rest = ctx.saved_tensors
+            tensors = [x, *rest[SAVED * count :]]
             return None, None, None, None, None, *gradients_again(_Again(layers), tensors, wanted(ctx)[5:], grad)
-        _, x, *saved = ctx.saved_tensors
+        _, x, *rest = ctx.saved_tensors
         # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
         ctx.maybe_clear_saved_tensors()
-        kept = Kept(*([unpacked(t) for t in saved[i * count : (i + 1) * count]] for i in range(KEPT)))
-        x, tensors = dense(x), saved[KEPT * count :]
-        del saved
+        saved = SavedTensors(*([unpacked(t) for t in rest[i * count : (i + 1) * count]] for i in range(SAVED)))
+        x, tensors = dense(x), rest[SAVED * count :]
+        del rest
         with torch._C._AutoDispatchBelowAutograd():
-            found = ctx.passes.backward(x, kept, tensors, wanted(ctx)[5:], grad)
+            found = ctx.passes.backward(x, saved, tensors, wanted(ctx)[5:], grad)
             return None, None, None, None, None, *found
 
 

@@ -7,15 +7,13 @@ form of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cpu_algorithm import training_algorithm
-
-if TYPE_CHECKING:
-    from .driver import Layer, Value
+from .layers import Layer, Value
 
 __all__ = ["Gradients", "Kernels"]
 

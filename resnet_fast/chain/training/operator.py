@@ -17,9 +17,9 @@ from ... import backends
 from ...ops.arguments import DTYPES, check_tensor, raised, shapeless
 from ...ops.differentiation import Registry
 from ...ops.register import without_gradient
-from ...ops.spec import INTEGERS, conv_size, decode, empty_image
+from ...ops.spec import INTEGERS, check_values, conv_size, decode, empty_image
 from ...ops.training import statistics_rows
-from .driver import TENSORS, Kept, Layer, dense, layers_of, unpacked
+from .layers import TENSORS, Layer, SavedTensors, dense, layers_of, unpacked
 from .passes import Passes
 
 
@@ -53,14 +53,14 @@ def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
 
 
 def train_stage_backward(
-    grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any
+    grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any
 ) -> list[Tensor]:
-    """Gradients of x and of ``tensors``, those that ``needs`` marks. ``kept``: the results of ``train_stage`` but the
+    """Gradients of x and of ``tensors``, those that ``needs`` marks. ``saved``: the results of ``train_stage`` but the
     first, and the first, too, where it is a residual sum that is not formed again."""
     try:
-        return _gradients(grad, x, tensors, kept, *rest)
+        return _gradients(grad, x, tensors, saved, *rest)
     except Exception:
-        wrong = raised(_check_backward, grad, x, tensors, kept, *rest)
+        wrong = raised(_check_backward, grad, x, tensors, saved, *rest)
         if wrong is not None:
             raise wrong from None
         raise
@@ -84,14 +84,13 @@ def _check(op: str, images: dict[str, list[Tensor]], tensors: list[Tensor], *set
         if t.dim() != 4 or t.numel() == 0 or t.dtype != x.dtype:
             raise RuntimeError(f"{op}: {name} is {list(t.shape)} of {t.dtype}, want an image in the dtype of x")
     spread = _spread(tensors, present)
-    for i, spec in enumerate(decode(fields)):
-        source, residual, relu = spec.source, spec.residual, spec.relu
-        if not (0 <= source <= i and -1 <= residual <= i):
-            raise RuntimeError(f"{op}: fields has layer {i} read values {source} and {residual}, want at most {i}")
+    specs = decode(fields)
+    check_values(f"{op}: fields", specs)
+    for i, spec in enumerate(specs):
         weight, *vectors = spread[TENSORS * i : TENSORS * (i + 1)]
         if weight is None or (vectors[3] is None) != (vectors[4] is None) or (vectors[3] is not None and batch[i]):
             raise RuntimeError(f"{op}: present and batch want a weight in layer {i}, and statistics or the batch's own")
-        if vectors[3] is None and not batch[i] and (residual >= 0 or relu):
+        if vectors[3] is None and not batch[i] and (spec.residual >= 0 or spec.relu):
             raise RuntimeError(f"{op}: batch has False for layer {i}, which has a ReLU or a sum, but no statistics")
         for t in (weight, *(v for v in vectors if v is not None)):
             check_tensor(f"{op}: tensors", t, ("x", x))
@@ -102,17 +101,17 @@ def _check(op: str, images: dict[str, list[Tensor]], tensors: list[Tensor], *set
                 )
 
 
-def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> None:
+def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any) -> None:
     op, (*settings, needs) = "train_stage_backward", rest
     count = len(settings[2])
-    _check(op, {"x": [x], "grad": [grad], "kept": kept[count:]}, tensors, *settings)
+    _check(op, {"x": [x], "grad": [grad], "saved": saved[count:]}, tensors, *settings)
     if len(needs) != 1 + len(tensors):
         raise RuntimeError(f"{op}: needs has {len(needs)} items, want {1 + len(tensors)}: of x and of tensors")
     layers, weights = _layers(*settings), _spread(tensors, settings[0])[::TENSORS]
-    if len(kept) < 2 * count - (not layers[-1].normalized):
-        raise RuntimeError(f"{op}: kept has {len(kept)} items, fewer than train_stage gives for {count} layers")
+    if len(saved) < 2 * count - (not layers[-1].normalized):
+        raise RuntimeError(f"{op}: kept has {len(saved)} items, fewer than train_stage gives for {count} layers")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for layer, weight, moments in zip(layers, weights, kept, strict=False):
+    for layer, weight, moments in zip(layers, weights, saved, strict=False):
         check_tensor(f"{op}: kept", moments, ("x", x))
         channels = weight.shape[0] if layer.normalized and weight is not None else 0
         if moments.shape != (2, channels) or moments.dtype != dtype:
@@ -131,16 +130,16 @@ def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[T
 
 def _forward(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, recompute = rest
-    out, kept = _passes(*map(tuple, settings)).forward(dense(x), _spread(tensors, settings[0]), recompute, ())
-    inner = [s for s, y in zip(kept.sums[:-1], kept.ys, strict=False) if s is not None and s is not y]
-    return [out, *kept.moments, *(y for y in kept.ys if y is not None), *inner]
+    out, saved = _passes(*map(tuple, settings)).forward(dense(x), _spread(tensors, settings[0]), recompute, ())
+    inner = [s for s, y in zip(saved.sums[:-1], saved.ys, strict=False) if s is not None and s is not y]
+    return [out, *saved.moments, *(y for y in saved.ys if y is not None), *inner]
 
 
-def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> list[Tensor]:
+def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, needs = rest
     passes, spread = _passes(*map(tuple, settings)), _spread(tensors, settings[0])
     layers, count = passes.layers, len(passes.layers)
-    moments, images = list(map(unpacked, kept[:count])), map(unpacked, kept[count:])
+    moments, images = list(map(unpacked, saved[:count])), map(unpacked, saved[count:])
     ys = [next(images) if i < count - 1 or layer.normalized else None for i, layer in enumerate(layers)]
     sums: list[Tensor | None] = []
     for i, layer in enumerate(layers):
@@ -149,7 +148,7 @@ def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor
     nothing: list[Tensor | None] = [None] * count
     wanted = iter(needs[1:])
     needed = [needs[0], *(there and next(wanted) for there in settings[0])]
-    whole = Kept(ys, sums, nothing.copy(), moments, nothing)
+    whole = SavedTensors(ys, sums, nothing.copy(), moments, nothing)
     found = passes.backward(dense(x), whole, spread, needed, grad)
     return [g for g, need in zip(found, needed, strict=True) if need and g is not None]
 
@@ -168,7 +167,7 @@ def _fake(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     return [torch.empty_like(t) for t in (images[-1], *moments, *ys, *sums)]
 
 
-def _fake_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Tensor], *rest: Any) -> list[Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any) -> list[Tensor]:
     *_, needs = rest
     image = [empty_image(x, *x.shape[1:])] if needs[0] else []
     return image + [torch.empty_like(t) for t, need in zip(tensors, needs[1:], strict=True) if need]
@@ -177,24 +176,24 @@ def _fake_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], kept: list[Te
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, tensors, *settings, recompute = inputs
     layers = _layers(*settings)
-    out, *kept = output
+    out, *saved = output
     ctx.settings, ctx.count = settings, len(tensors)
     last = [out] if layers[-1].residual >= 0 and not recompute else []
-    ctx.save_for_backward(x, *tensors, *kept, *last)
-    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, *tensors, *saved, *last)
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, *saved = ctx.saved_tensors
-    tensors, kept = saved[: ctx.count], saved[ctx.count :]
+    tensors, saved = saved[: ctx.count], saved[ctx.count :]
     # As in eager PyTorch, given statistics have no gradient.
     parameters = [i % TENSORS < 4 for i, there in enumerate(ctx.settings[0]) if there]
     own = zip(ctx.needs_input_grad[1], parameters, strict=True)
     needs = [ctx.needs_input_grad[0], *(need and parameter for need, parameter in own)]
     found: Any = iter([])
     if grads[0] is not None:
-        found = iter(torch.ops.resnet_fast.train_stage_backward(grads[0], x, tensors, kept, *ctx.settings, needs))
+        found = iter(torch.ops.resnet_fast.train_stage_backward(grads[0], x, tensors, saved, *ctx.settings, needs))
     grad_x, *others = (next(found, None) if need else None for need in needs)
     return grad_x, others, None, None, None, None, None
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ... import backends
 from .. import devices
-from .driver import Backward, Kept, Layer, forward
+from .driver import ChainBackward, forward
 from .kernels import Kernels
+from .layers import Layer, SavedTensors
 
 __all__ = ["Passes"]
 
@@ -38,18 +39,18 @@ class Passes:
 
     def forward(
         self, x: Tensor, tensors: list[Tensor | None], recompute: bool, running: Sequence[Any]
-    ) -> tuple[Tensor, Kept]:
-        """As :func:`.fission.forward`."""
+    ) -> tuple[Tensor, SavedTensors]:
+        """As :func:`.driver.forward`."""
         replayed = self._on_gpu(x)
         if replayed is not None:
             return replayed.forward(x, tensors, recompute, running)
         return forward(_OPERATORS, self.layers, x, tensors, recompute)
 
     def backward(
-        self, x: Tensor, kept: Kept, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
+        self, x: Tensor, saved: SavedTensors, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
     ) -> list[Tensor | None]:
-        """As :class:`.fission.Backward`. Empties ``kept``, so that each map may go once the pass has gone by."""
+        """As :class:`.driver.ChainBackward`. Empties ``saved``, so that each map may go once the pass has gone by."""
         replayed = self._on_gpu(x)
         if replayed is not None:
-            return replayed.backward(x, kept, tensors, needs, grad)
-        return Backward(_OPERATORS, self.layers, x, kept, tensors, needs).gradients(grad)
+            return replayed.backward(x, saved, tensors, needs, grad)
+        return ChainBackward(_OPERATORS, self.layers, x, saved, tensors, needs).gradients(grad)

@@ -45,11 +45,11 @@ class RunningStatistics:
         if torch.is_inference_mode_enabled():
             return True
         own = (bn for bn, batch in zip(self.norms, self.batch, strict=True) if bn is not None and batch)
-        kept = [held(bn, name) for bn in own for name in _BUFFERS]
-        if len(kept) != len(self._writable) or not all(map(is_, kept, self._writable)):
-            if any(t is not None and t.is_inference() for t in kept):
+        saved = [held(bn, name) for bn in own for name in _BUFFERS]
+        if len(saved) != len(self._writable) or not all(map(is_, saved, self._writable)):
+            if any(t is not None and t.is_inference() for t in saved):
                 return False
-            self._writable = kept
+            self._writable = saved
         return True
 
     def for_kernels(self, device: torch.device) -> list[Running | None]:

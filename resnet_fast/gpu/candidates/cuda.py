@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,14 @@ class Plan:
     counters: int
     args: tuple[int, ...]
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Plan | None:
+        """What the extension says of a launch; None where it says nothing."""
+        if not numbers:
+            return None
+        blocks, threads, shared, partial_floats, counters, *args = numbers
+        return cls(blocks, threads, shared, partial_floats, counters, tuple(args))
+
 
 # Where each field of ConvArgs lies that is asked for here.
 _PARTS = 18
@@ -88,11 +96,11 @@ def plan(layer: Layer, config: CudaConfig, aligned: bool = True, vectors: bool =
         *(int(layer.relu), int(vectors), 0, config.tile_pixels, 0, 0, config.splits),
     ]
     numbers = torch.ops.resnet_fast.conv_bn_relu_plan(config.tile, args, layer.dtype.itemsize, aligned)
-    return Plan(*numbers[:5], tuple(numbers[5:])) if numbers else None
+    return Plan.of(numbers)
 
 
 def estimate(layer: Layer, config: CudaConfig, gpu: Gpu) -> float:
-    """Clocks of the busiest multiprocessor, by the rule of :func:`.configs.estimate`; good for ranking alone."""
+    """Clocks of the busiest multiprocessor, by the rule of :func:`.triton.estimate`; good for ranking alone."""
     made, tile = plan(layer, config), tiles()[config.tile]
     assert made is not None
     load = made.blocks * config.splits / gpu.multiprocessors

@@ -72,7 +72,7 @@ def plan(layer: Layer, config: HopperConfig) -> Plan | None:
     sizes = (layer.batch, layer.height, layer.width, layer.channels, layer.out_channels, layer.stride[0])
     args = [*sizes, int(layer.relu), *([0] * 9), config.splits, 0, 0]
     numbers = torch.ops.resnet_fast.conv_halo_plan(config.halo, args)
-    return Plan(*numbers[:5], tuple(numbers[5:])) if numbers else None
+    return Plan.of(numbers)
 
 
 def instance(layer: Layer, config: HopperConfig) -> int:

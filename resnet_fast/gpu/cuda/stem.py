@@ -22,7 +22,7 @@ _ALIGN = 16
 _CHANNELS = 3
 _FILTERS = 64  # output channels of a block
 # Window, stride and padding of the pooling that a kernel has, by whether its windows overlap.
-_POOLS = {(2, 2, 2, 2, 0, 0): 0, (3, 3, 2, 2, 1, 1): 1}
+_POOLS: dict[tuple[int, ...], int] = {(2, 2, 2, 2, 0, 0): 0, (3, 3, 2, 2, 1, 1): 1}
 _STRUCT = "4q20i"
 
 
@@ -104,7 +104,10 @@ def plan(
     numbers = torch.ops.resnet_fast.conv_bn_relu_pool_plan(
         kernel, args, layer.dtype.itemsize, aligned, gpu.multiprocessors, gpu.shared
     )
-    return StemPlan(*numbers[:3], tuple(numbers[3:])) if numbers else None
+    if not numbers:
+        return None
+    blocks, threads, shared, *told = numbers
+    return StemPlan(blocks, threads, shared, tuple(told))
 
 
 def conv_bn_relu_pool(

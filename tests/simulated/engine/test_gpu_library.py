@@ -11,10 +11,10 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, blocks, reference
-from resnet_fast.chain.executor import Chain
+from resnet_fast.chain.inference import Chain
 from resnet_fast.chain.record import ChainRecorder, sources_of
 from resnet_fast.gpu import convolution as layers
-from resnet_fast.gpu import library, operators, plan, tune
+from resnet_fast.gpu import library, packing, plan, tune
 from resnet_fast.gpu.layer import Layer
 from resnet_fast.ops.chain import cuda_unpack
 from resnet_fast.ops.spec import RELU
@@ -109,9 +109,10 @@ def test_folded_layers_keep_the_error_rule(dtype, kernel, channels):
         pair = randomize_(nn.Sequential(conv, bn).eval()).to(dtype)
         x = torch.randn(2, channels, 12, 11).relu().to(dtype)
         exact = copy.deepcopy(pair).double()(x.double())
-        scale, shift = operators.scale_shift(*sources_of(conv, bn), bn.eps)
+        weight, *vectors = sources_of(conv, bn)
+        scale, shift = packing.scale_shift(weight, vectors, bn.eps)
         assert library.folds(conv.weight, scale, dtype)
-        packed = operators.packed(conv.weight.detach(), scale, shift, dtype, folded=True)
+        packed = packing.packed(conv.weight.detach(), scale, shift, dtype, folded=True)
         weight, ones, _, bias = cuda_unpack(packed, (32, kernel, kernel, channels), dtype)
         assert torch.equal(ones, torch.ones(32))
         out = F.conv2d(x.double(), weight.permute(0, 3, 1, 2).double(), bias.double(), padding=kernel // 2).to(dtype)

@@ -63,13 +63,13 @@ def test_opcheck():
 def stems(monkeypatch):
     """The windows with which stems were run."""
     windows = []
-    original = resnet_fast.chain.executor.Chain.run
+    original = resnet_fast.chain.inference.Chain.run
 
     def noting(self, x, pool=()):
         windows.append(list(pool))
         return original(self, x, pool)
 
-    monkeypatch.setattr(resnet_fast.chain.executor.Chain, "run", noting)
+    monkeypatch.setattr(resnet_fast.chain.inference.Chain, "run", noting)
     return windows
 
 

@@ -20,6 +20,7 @@ from resnet_fast import backends, blocks, launch
 from resnet_fast.gpu import recorder
 from resnet_fast.gpu.recorder import LaunchRecorder
 from resnet_fast.gpu.tape import Tape, record
+from resnet_fast.native import extension
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_stage_in_triton(simulated_device, dtype, layout):
 def test_what_the_driver_is_given(bias):
     """Of a kernel as Triton compiled it: its parameters, in number and order as its code has them."""
     from resnet_fast._triton import conv_bn_relu as kernels
-    from resnet_fast.gpu.convolution import layer_of
+    from resnet_fast.gpu.layer import layer_of
 
     y = torch.zeros(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     sums, vector = torch.zeros(2, 16, 16), torch.zeros(16)
@@ -338,7 +339,7 @@ def test_a_constant_in_a_closed_recording():
 def test_words_that_are_no_tape_are_refused(cut):
     words = torch.arange(40, dtype=torch.int64).numpy().tobytes()
     with pytest.raises(RuntimeError, match="tape: "):
-        backends.native.tape(words[: 8 * cut] if cut >= 0 else words, False)
+        extension.tape(words[: 8 * cut] if cut >= 0 else words, False)
 
 
 def test_scratch_memory_is_shared_by_those_that_never_meet():

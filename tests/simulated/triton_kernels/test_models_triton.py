@@ -29,7 +29,7 @@ def used_statistics(model):
     return model.eval()
 
 
-def last_map(model, x):
+def last_feature_map(model, x):
     return model.features(x)
 
 

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .options import Options, ProgramError
 
-__all__ = ["Team"]
+__all__ = ["Processes"]
 
 
-class Team:
+class Processes:
     """One process's view of all. Its methods are collective: every process calls them, in the same order."""
 
     def __init__(self, options: Options) -> None:
