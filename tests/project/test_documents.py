@@ -152,3 +152,16 @@ def test_import_floors():
     for front in ("__init__", "__main__"):  # the package's face sees everything
         found.pop(front)
     assert {room: more for room, rooms in found.items() if (more := rooms - allowed.get(room, set()))} == {}
+
+
+def test_functions_on_the_way():
+    """Those that docs/architecture.md names with their file are there."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| \d+ \| `([\w.]+)` \| `([\w/]+\.py)` \|", text, re.M)
+    assert len(rows) > 10
+    for name, file in rows:
+        scope = ast.parse((ROOT / "resnet_fast" / file).read_text())
+        for part in name.split("."):
+            found = [node for node in scope.body if getattr(node, "name", None) == part]
+            assert found, f"no {name} in {file}"
+            scope = found[0]
