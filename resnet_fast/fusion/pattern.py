@@ -25,8 +25,8 @@ from .trace import IN_PLACE
 
 __all__ = ["ALONE", "Match", "MatchedChain", "MatchedLayer", "describe", "is_context", "match"]
 
-# Forward and backward took 0.99 to 1.9 of PyTorch's time (benchmarks/NOTES.md): no neighbouring convolution is spared a
-# pass over memory, and a 1x1 kernel has no Winograd algorithm.
+# Forward and backward took 0.99 to 1.9 of PyTorch's time (docs/measurements/compiler-and-fuse.md): no neighbouring
+# convolution is spared a pass over memory, and a 1x1 kernel has no Winograd algorithm.
 ALONE = "a 1x1 convolution alone does not pay in training mode"
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
