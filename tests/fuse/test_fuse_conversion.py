@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers.fuse_checks import prepared
 from helpers.fuse_support import X, assert_fused, fused_names, pair
+from helpers.support import assert_same_model
 from torch import nn
 
 import resnet_fast
@@ -173,6 +174,23 @@ def test_pickles_of_earlier_versions():
     other = pickle.loads(data)
     assert fused_names(other) == fused_names(fused)
     assert_fused(other, net)
+
+
+@torch.no_grad()
+def test_a_slice_of_a_fused_sequential():
+    """Its class makes it, so it has no plan until it is fused itself."""
+    net = prepared(nn.Sequential(*(reference.BasicBlock(3, 3) for _ in range(3))))
+    fused, x = resnet_fast.fuse(net), torch.randn(X)
+    part = fused[:2]
+    assert type(part) is type(fused)
+    assert fused_names(part) == ["", "0", "1"]
+    assert_same_model(part, net[:2], x)
+    assert backends.fallbacks(clear=True) == {"FusedSequential: made since by its class: fuse it": 1}
+    assert_same_model(part.train().eval(), net[:2], x)
+    assert [(row.status, row.layers) for row in resnet_fast.report(part).rows] == [("could be fused", 4)]
+    backends.fallbacks(clear=True)
+    assert_fused(resnet_fast.fuse(part), net[:2], x)
+    assert backends.fallbacks() == {}
 
 
 def _pickled(text):
