@@ -9,7 +9,6 @@ from resnet_fast import backends as _backends
 from resnet_fast import residual_network as _network
 
 from . import cuda_avg_pool as _cuda_avg_pool
-from . import cuda_batch_norm as _cuda_batch_norm
 from . import cuda_conv as _cuda_conv
 from . import cuda_stem as _cuda_stem
 from . import hopper_conv as _hopper_conv
@@ -20,7 +19,6 @@ if _backends.has_cuda_convolution():
     _cuda_conv.register()
     _cuda_stem.register()
     _cuda_avg_pool.register()
-    _cuda_batch_norm.register()
     _hopper_conv.register()
 
 # By the operator's name: what resnet_fast.ops registers for CUDA devices.
