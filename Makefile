@@ -19,7 +19,7 @@ PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 TRITON_VERSIONS ?= 3.6.0 3.8.0
 # What GPU kernels compute; not what a compiler makes of them, which is pinned.
 TRITON_TESTS := tests/ptxsim/test_triton.py tests/test_zero_trips_triton.py tests/test_add_relu_triton.py \
-  tests/test_bn_relu_triton.py tests/test_conv_bn_relu_triton.py tests/test_training_triton.py tests/test_tape.py
+  tests/test_batch_norm_triton.py tests/test_conv_bn_relu_triton.py tests/test_training_triton.py tests/test_tape.py
 # Operators, models and simulated GPUs; not the programs, their benchmarks, and what depends on the pinned compiler.
 FLOOR_TESTS := tests --ignore-glob='*/test_program*' --ignore-glob='*/test_*benchmarks*' --ignore-glob='*/test_*gate*' \
   --ignore=tests/test_packaging.py --ignore=tests/test_readme.py --ignore=tests/test_triton_versions.py

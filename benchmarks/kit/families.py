@@ -154,22 +154,6 @@ def pooled_stems(device: str, small: bool) -> None:
                     )
 
 
-def batch_norm(device: str, small: bool) -> None:
-    from resnet_fast._triton import bn_add_relu, bn_relu
-
-    for dtype in DTYPES[:1] if small else DTYPES:
-        for shape in ((3, 24, 5, 5),) if small else ((4, 64, 16, 17), (3, 24, 5, 5), (2, 19, 5, 7)):
-            x, residual, dy = (_last(torch.randn(shape, device=device).to(dtype)) for _ in range(3))
-            gamma, beta = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
-            z = F.batch_norm(x.float(), None, None, gamma, beta, training=True, eps=1e-5)
-            y, mean, _, invstd = bn_relu.bn_relu_fwd(x, gamma, beta)
-            _close(y, F.relu(z), f"bn_relu {shape} {dtype}")
-            bn_relu.bn_relu_bwd(dy, x, mean, invstd, gamma, beta)
-            y, mean, _, invstd, mask = bn_add_relu.bn_add_relu_fwd(x, residual, gamma, beta)
-            _close(y, F.relu(z + residual.float()), f"bn_add_relu {shape} {dtype}")
-            bn_add_relu.bn_add_relu_bwd(dy, x, mask, mean, invstd, gamma)
-
-
 def training(device: str, small: bool) -> None:
     """Forward and backward of blocks: statistics, both gradients, 1x1 projections with stride 2, all tiles' default and
     the library's convolutions between our kernels."""
@@ -228,7 +212,7 @@ FAMILIES: dict[str, Callable[[str, bool], None]] = {
         for kind in ("triton", "cuda", "library")
         for dtype in DTYPES
     },
-    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, batch_norm, training, steps)},
+    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, training, steps)},
 }
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from resnet_fast import launch
 
 from . import batch_norm
-from .bn_backward import relu_keeps
 from .configs import Config, Layer
 from .filters import filter_offsets, is_wide, strides
 from .rounding import to_operand
@@ -42,8 +41,8 @@ def _data_gradient_kernel(
     scale_shift,
     y1,
     y2,
-    moments1,
-    moments2,
+    stats1,
+    stats2,
     dx,
     partial,
     batch,
@@ -59,8 +58,8 @@ def _data_gradient_kernel(
     STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
-    FINISH: tl.constexpr,
-    POSITIVE: tl.constexpr,
+    BN_SUMS: tl.constexpr,
+    RELU: tl.constexpr,
     SAME: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -134,14 +133,14 @@ def _data_gradient_kernel(
     kept = valid[:, None] & (n < C)[None, :]
     if residual is not None:
         acc += tl.load(residual + here, mask=kept, other=0.0).to(tl.float32)
-    if FINISH:
-        if POSITIVE or SAME:
+    if BN_SUMS:
+        if RELU or SAME:
             v = tl.load(x + here, mask=kept, other=0.0)
-        if POSITIVE:
-            acc = tl.where(relu_keeps(batch_norm.affine(v, scale_shift, n, C)), acc, 0.0)
+        if RELU:
+            acc = tl.where(batch_norm.relu_passes(batch_norm.affine(v, scale_shift, n, C)), acc, 0.0)
     out = acc.to(dx.dtype.element_ty)
     tl.store(dx + here, out, mask=kept)
-    if FINISH:
+    if BN_SUMS:
         # Sums of the gradient as it was stored.
         g = tl.where(kept, out.to(tl.float32), 0.0)
         parts = tl.num_programs(0) // columns
@@ -149,11 +148,11 @@ def _data_gradient_kernel(
         tl.store(to, tl.sum(g, 0), mask=n < C)
         if y1 is not None:
             u = v if SAME else tl.load(y1 + here, mask=kept, other=0.0)
-            u = u.to(tl.float32) - tl.load(moments1 + n, mask=n < C, other=0.0)[None, :]
+            u = u.to(tl.float32) - tl.load(stats1 + n, mask=n < C, other=0.0)[None, :]
             tl.store(to + C, tl.sum(tl.where(kept, g * u, 0.0), 0), mask=n < C)
         if y2 is not None:
             u = tl.load(y2 + here, mask=kept, other=0.0).to(tl.float32)
-            u -= tl.load(moments2 + n, mask=n < C, other=0.0)[None, :]
+            u -= tl.load(stats2 + n, mask=n < C, other=0.0)[None, :]
             tl.store(to + 2 * C, tl.sum(tl.where(kept, g * u, 0.0), 0), mask=n < C)
 
 
@@ -218,7 +217,7 @@ def _weight_gradient_kernel(
         if scale_shift is not None or RELU:
             z = batch_norm.affine(a, scale_shift, n, C)
             if RELU:
-                z = tl.where(relu_keeps(z), z, 0.0)
+                z = tl.where(batch_norm.relu_passes(z), z, 0.0)
             a = tl.where(inside, z, 0.0).to(a.dtype)
         acc = tl.dot(tl.trans(to_operand(g, PRECISION)), to_operand(a, PRECISION), acc, input_precision=PRECISION)
     here = (m.to(tl.int64)[:, None] * (R * S) + tap) * C + n[None, :]
@@ -227,7 +226,7 @@ def _weight_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=range(2, 11))
-def _add_parts_kernel(
+def _reduce_split_k_kernel(
     partial,
     out,
     elements,
@@ -277,12 +276,12 @@ def data_gradient(
     residual: Tensor | None,
     x: Tensor,
     scale_shift: Tensor | None,
-    finish: bool,
+    bn_sums: bool,
     ys: list[Tensor],
-    means: list[Tensor],
+    stats_of_ys: list[Tensor],
     dx: Tensor,
 ) -> Tensor | None:
-    """Writes dx; with ``finish`` behind the ReLU of ``scale * x + shift``, and returns its parts' sums, float32
+    """Writes dx; with ``bn_sums`` behind the ReLU of ``scale * x + shift``, and returns its parts' sums, float32
     ``[parts, 1 + ys, C]``.
 
     Images are ``[N, C, H, W]`` in channels_last, ``weight`` is ``[K, R, S, C]``, contiguous; ``layer.relu``: whether x
@@ -293,32 +292,32 @@ def data_gradient(
     blocks, phases = triton.cdiv(most, config.block_m), stride_h * stride_w
     rows = 1 + len(ys)
     partial = None
-    if finish:
+    if bn_sums:
         partial = torch.empty(blocks * phases, rows, layer.channels, dtype=torch.float32, device=x.device)
-    positive = layer.relu or scale_shift is None
+    relu_source = layer.relu or scale_shift is None
     y1, y2 = [*ys, None, None][:2]
-    moments1, moments2 = [*means, None, None][:2]
+    stats1, stats2 = [*stats_of_ys, None, None][:2]
     launch.launch(
         _data_gradient_kernel,
         (blocks * triton.cdiv(layer.channels, config.block_n), phases),
         (
             *(grad, y, coefficients, weight, residual),
             *(
-                x if finish else None,
-                scale_shift if finish and positive else None,
+                x if bn_sums else None,
+                scale_shift if bn_sums and relu_source else None,
                 y1,
                 y2,
-                moments1,
-                moments2,
+                stats1,
+                stats2,
                 dx,
                 partial,
             ),
             *(layer.batch, layer.height, layer.width, layer.out_height, layer.out_width),
         ),
         **_sizes(layer),
-        FINISH=finish,
-        POSITIVE=finish and positive,
-        SAME=finish and y1 is not None and y1.data_ptr() == x.data_ptr(),
+        BN_SUMS=bn_sums,
+        RELU=bn_sums and relu_source,
+        SAME=bn_sums and y1 is not None and y1.data_ptr() == x.data_ptr(),
         ROWS=rows,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -363,7 +362,7 @@ def weight_gradient(
     )
     elements, block = dw.numel(), 1024
     launch.launch(
-        _add_parts_kernel,
+        _reduce_split_k_kernel,
         (triton.cdiv(elements, block),),
         (partial, dw, elements, parts, *strides(dw)),
         WIDE=is_wide(dw),

@@ -26,7 +26,7 @@ from .configs import Config, Layer
 from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside
 
-__all__ = ["conv_bn_relu", "conv_grid", "finish", "library"]
+__all__ = ["aten", "conv_bn_relu", "conv_grid", "epilogue"]
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _conv_bn_relu_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=("pixels",))
-def _finish_kernel(
+def _epilogue_kernel(
     partial,
     scale,
     shift,
@@ -191,7 +191,7 @@ def conv_grid(layer: Layer, config: Config) -> tuple[int, int]:
     return config.blocks(layer) // config.split_k, config.split_k
 
 
-def finish(
+def epilogue(
     sums: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, y: Tensor, relu: bool, splits: int
 ) -> None:
     """``y = [relu](sum of the slices of sums * scale + shift [+ residual])``, NHWC; ``y`` may be ``sums``."""
@@ -201,7 +201,7 @@ def finish(
     block_m = max(1, 2048 // block_n)
     grid = (triton.cdiv(pixels, block_m) * triton.cdiv(channels, block_n),)
     launch.launch(
-        _finish_kernel,
+        _epilogue_kernel,
         grid,
         (sums, scale, shift, residual, y, pixels),
         K=channels,
@@ -269,12 +269,12 @@ def conv_bn_relu(
         num_stages=config.num_stages,
     )
     if sums is not None:
-        finish(sums, scale, shift, residual, y, layer.relu, split)
+        epilogue(sums, scale, shift, residual, y, layer.relu, split)
 
 
-def library(layer: Layer, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+def aten(layer: Layer, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
     """The same by PyTorch's convolution and one pass over its result."""
     y = F.conv2d(x, weight.permute(0, 3, 1, 2), stride=layer.stride, padding=layer.padding)
     y = y.contiguous(memory_format=torch.channels_last)
-    finish(y, scale, shift, residual, y, layer.relu, 1)
+    epilogue(y, scale, shift, residual, y, layer.relu, 1)
     return y

@@ -82,7 +82,7 @@ def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tens
         start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)
         return y
     if choice == LIBRARY:
-        return kernels.library(layer, x, filters.weight, filters.scale, filters.shift, residual)
+        return kernels.aten(layer, x, filters.weight, filters.scale, filters.shift, residual)
     if filters.bias is None:
         raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
     return library.run(choice, layer, x, filters.weight, filters.bias if layer.shifted else None, residual)

@@ -31,13 +31,13 @@ def vector_hint(channels: int) -> int:
     return math.gcd(channels, 16)
 
 
-def channel_block(channels: int, itemsize: int, widest: int, narrowest: int = 1) -> int:
+def channel_block(channels: int, itemsize: int, widest: int) -> int:
     """Channels a block spans: all of a small count, else as wide as wastes at most an eighth of the lanes.
 
     Never below 64 bytes, two sectors, unless there are fewer channels: two blocks would touch each sector.
     """
-    block = max(narrowest, min(power_of_2(channels), widest))
-    while block * itemsize > 64 and block > narrowest and cdiv(channels, block) * block * 8 > channels * 9:
+    block = min(power_of_2(channels), widest)
+    while block * itemsize > 64 and cdiv(channels, block) * block * 8 > channels * 9:
         block //= 2
     return block
 
@@ -53,12 +53,12 @@ class Reduction:
     grid: tuple[int, int]
 
 
-def reduction(m: int, channels: int, itemsize: int, narrowest: int = 1) -> Reduction:
+def reduction(m: int, channels: int, itemsize: int) -> Reduction:
     """For m >= 1 rows. 64 channels a block, whole 128-byte lines of fp16: wider blocks would leave few rows a tile.
 
     A part has two tiles at least, so that its partial sums are a small share of the traffic.
     """
-    block_c = channel_block(channels, itemsize, 64, narrowest)
+    block_c = channel_block(channels, itemsize, 64)
     block_m = max(1, min(TILE // block_c, power_of_2(m)))
     blocks = cdiv(channels, block_c)
     parts = max(1, min(cdiv(m, 2 * block_m), MOST_PARTS // blocks))
@@ -84,12 +84,12 @@ class Tiling:
     grid: tuple[int, int]
 
 
-def tiling(m: int, channels: int, itemsize: int, narrowest: int = 1) -> Tiling:
-    """For m >= 1 rows. Up to 256 channels a block: a bit mask of those is a whole sector a row.
+def tiling(m: int, channels: int, itemsize: int) -> Tiling:
+    """For m >= 1 rows. Up to 256 channels a block.
 
     Small tensors take smaller tiles, to a fourth, one vector of fp16 a thread, until the machine has enough blocks.
     """
-    block_c = channel_block(channels, itemsize, 256, narrowest)
+    block_c = channel_block(channels, itemsize, 256)
     block_m, blocks = max(1, TILE // block_c), cdiv(channels, block_c)
     while block_m * block_c > TILE // 4 and block_m > 1 and cdiv(m, block_m) * blocks < ENOUGH_BLOCKS:
         block_m //= 2

@@ -16,13 +16,12 @@ from resnet_fast.conv_gradient import convolution_backward
 
 from . import batch_norm
 from . import conv_backward as backward
-from . import conv_moments as forward
-from .arguments import as_rows
+from . import conv_bn_stats as forward
+from .batch_norm import as_rows
 from .configs import Config, Layer
 from .filters import like, packed
-from .finalize import Stats, stats
+from .finalize import PartialStats, finalize_stats, finalize_sums
 from .operators import MOST_PIXELS, check_dtype, precision
-from .sums import finish_sums
 from .tune import LIBRARY, Choice, tuner
 
 
@@ -95,7 +94,7 @@ def convolve(
     stride: Sequence[int],
     padding: Sequence[int],
     moments: bool,
-) -> tuple[Tensor, Stats | None]:
+) -> tuple[Tensor, PartialStats | None]:
     """``y = conv2d([relu](scale * x + shift), weight) + bias``, with the first step of its statistics.
 
     filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
@@ -117,11 +116,11 @@ def convolve(
     layer = _layer(x, weight, stride, padding, False, relu, op)
     own = packed(weight, x.dtype) if filters is None else filters
 
-    def run(choice: Choice) -> tuple[Tensor, Stats | None]:
+    def run(choice: Choice) -> tuple[Tensor, PartialStats | None]:
         if isinstance(choice, Config):
             rows = own.permute(0, 2, 3, 1)
-            return y, forward.conv_moments(layer, choice, x, scale_shift, rows, bias, y, moments)
-        return forward.library(layer, x, scale_shift, own, bias, moments)
+            return y, forward.conv_bn_stats(layer, choice, x, scale_shift, rows, bias, y, moments)
+        return forward.aten(layer, x, scale_shift, own, bias, moments)
 
     return run(tuner(x.device).choose(layer, lambda: [run]))
 
@@ -139,7 +138,9 @@ def conv_moments(
 ) -> tuple[Tensor, Tensor]:
     _check_algorithm("conv_moments", algorithm)
     y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, moments)
-    return y, ops.statistics_rows(x, 2, weight.shape[0] if moments else 0) if found is None else stats(found)[0]
+    if found is None:
+        return y, ops.statistics_rows(x, 2, weight.shape[0] if moments else 0)
+    return y, finalize_stats(found)[0]
 
 
 def bn_apply(
@@ -178,7 +179,7 @@ def bn_backward_sums(
     grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     out, partial = sums(grad, positive, scale_shift, ys, means)
-    return out, finish_sums(partial)
+    return out, finalize_sums(partial)
 
 
 def channel_sums(grad: Tensor) -> Tensor:
@@ -316,5 +317,5 @@ def conv_backward(
     return (
         x.new_empty((0, *x.shape[1:])) if dx is None else dx,
         torch.empty_like(weight) if dw is None else dw,
-        ops.statistics_rows(x, 0, x.shape[1]) if partial is None else finish_sums(partial),
+        ops.statistics_rows(x, 0, x.shape[1]) if partial is None else finalize_sums(partial),
     )

@@ -19,21 +19,19 @@ from torch import Tensor
 from resnet_fast import launch
 
 from . import batch_norm
-from .arguments import as_rows
-from .batch_stats import partial_stats
-from .bn_backward import relu_keeps
+from .batch_stats import batch_stats
 from .configs import Config, Layer
-from .finalize import Stats
+from .finalize import PartialStats
 from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside
 
-__all__ = ["conv_moments", "library"]
+__all__ = ["aten", "conv_bn_stats"]
 
 _SIZES = ("pixels", "height", "width", "out_height", "out_width")
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _conv_moments_kernel(
+def _conv_bn_stats_kernel(
     x,
     scale_shift,
     weight,
@@ -54,7 +52,7 @@ def _conv_moments_kernel(
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     RELU: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    STATS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -95,7 +93,7 @@ def _conv_moments_kernel(
             if scale_shift is not None or RELU:
                 z = batch_norm.affine(a, scale_shift, c + k, C)
                 if RELU:
-                    z = tl.where(relu_keeps(z), z, 0.0)
+                    z = tl.where(batch_norm.relu_passes(z), z, 0.0)
                 a = tl.where(inside, z, 0.0).to(a.dtype)
             if K % BLOCK_N == 0:
                 b = tl.load(w_rows + (tap * C + c))
@@ -122,7 +120,7 @@ def _conv_moments_kernel(
             if scale_shift is not None or RELU:
                 z = batch_norm.affine(a, scale_shift, at % C, C)
                 if RELU:
-                    z = tl.where(relu_keeps(z), z, 0.0)
+                    z = tl.where(batch_norm.relu_passes(z), z, 0.0)
                 a = tl.where(inside, z, 0.0).to(a.dtype)
             b = tl.load(filters[:, None] + at[None, :], mask=(n < K)[:, None] & (at < total)[None, :], other=0.0)
             acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
@@ -133,7 +131,7 @@ def _conv_moments_kernel(
         acc += tl.load(bias + n, mask=n < K, other=0.0)[None, :]
     z = acc.to(y.dtype.element_ty)
     tl.store(y + here, z, mask=kept)
-    if MOMENTS:
+    if STATS:
         # Of the values as they were stored, which is what the next kernel normalises.
         v = z.to(tl.float32)
         count = tl.minimum(pixels - (block // columns) * BLOCK_M, BLOCK_M).to(tl.float32)
@@ -144,7 +142,7 @@ def _conv_moments_kernel(
         tl.store(to + K, tl.sum(v * v, 0), mask=n < K)
 
 
-def conv_moments(
+def conv_bn_stats(
     layer: Layer,
     config: Config,
     x: Tensor,
@@ -152,8 +150,8 @@ def conv_moments(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    moments: bool,
-) -> Stats | None:
+    stats: bool,
+) -> PartialStats | None:
     """Writes y; returns the first step of mean and variance where they are asked for.
 
     Args:
@@ -162,9 +160,9 @@ def conv_moments(
         scale_shift: ``[2, C]``, ``bias``: ``[K]``, float32, or None.
     """
     blocks = triton.cdiv(layer.pixels, config.block_m)
-    partial = torch.empty(blocks, 2, layer.out_channels, dtype=torch.float32, device=x.device) if moments else None
+    partial = torch.empty(blocks, 2, layer.out_channels, dtype=torch.float32, device=x.device) if stats else None
     launch.launch(
-        _conv_moments_kernel,
+        _conv_bn_stats_kernel,
         (blocks * triton.cdiv(layer.out_channels, config.block_n),),
         (
             x,
@@ -188,7 +186,7 @@ def conv_moments(
         PAD_H=layer.padding[0],
         PAD_W=layer.padding[1],
         RELU=layer.relu,
-        MOMENTS=moments,
+        STATS=stats,
         PRECISION=layer.precision,
         WIDE=layer.is_wide,
         BLOCK_M=config.block_m,
@@ -197,7 +195,7 @@ def conv_moments(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return None if partial is None else Stats(partial, layer.pixels, config.block_m, None)
+    return None if partial is None else PartialStats(partial, layer.pixels, config.block_m, None)
 
 
 def activation(x: Tensor, scale_shift: Tensor | None, relu: bool) -> Tensor:
@@ -205,21 +203,19 @@ def activation(x: Tensor, scale_shift: Tensor | None, relu: bool) -> Tensor:
     if scale_shift is None and not relu:
         return x
     out = torch.empty_like(x)
-    batch_norm.bn_apply(as_rows(x), scale_shift, None, None, as_rows(out), relu)
+    batch_norm.bn_apply(batch_norm.as_rows(x), scale_shift, None, None, batch_norm.as_rows(out), relu)
     return out
 
 
-def library(
-    layer: Layer, x: Tensor, scale_shift: Tensor | None, weight: Tensor, bias: Tensor | None, moments: bool
-) -> tuple[Tensor, Stats | None]:
+def aten(
+    layer: Layer, x: Tensor, scale_shift: Tensor | None, weight: Tensor, bias: Tensor | None, stats: bool
+) -> tuple[Tensor, PartialStats | None]:
     """The same by PyTorch's convolution, between a pass that normalises and one over its result. ``weight``:
     ``[K, C, R, S]``."""
     own_bias = None if bias is None else bias.to(x.dtype)
     a = activation(x, scale_shift, layer.relu)
     y = F.conv2d(a, weight, own_bias, layer.stride, layer.padding)
     y = y.contiguous(memory_format=torch.channels_last)
-    if not moments:
+    if not stats:
         return y, None
-    rows = as_rows(y)
-    partial, plan = partial_stats(rows)
-    return y, Stats(partial, rows.shape[0], plan.rows, rows)
+    return y, batch_stats(batch_norm.as_rows(y))
