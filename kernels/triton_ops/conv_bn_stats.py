@@ -1,9 +1,8 @@
 """``y = conv2d([relu](scale * x + shift), weight) + bias`` on NVIDIA GPUs, with mean and variance of y, NHWC.
 
-The implicit matrix product of :mod:`.conv_bn_relu`, with batch norm at both ends. Where an operand is loaded it is
-normalised, so that the activation between two convolutions is never in memory; pixels of the padding stay zero. A block
-then sums its tile of y, as it stores it: the mean over its pixels and the squared deviations from that mean, so that
-nothing cancels. A second kernel, of :mod:`.finalize`, joins the blocks in fixed order.
+An implicit GEMM with batch norm at both ends. The prologue normalises x as it is loaded. The epilogue takes statistics
+of the block's tile of y: the mean over its pixels and the squared deviations from that mean, so that nothing cancels.
+:func:`.finalize.finalize_stats` joins the blocks in fixed order.
 
 Source: Jung et al. 2018, "Restructuring Batch Normalization to Accelerate CNN Training".
 """
@@ -18,19 +17,16 @@ from torch import Tensor
 
 from resnet_fast import launch
 
-from . import batch_norm
+from .batch_norm import as_rows, bn_apply
 from .batch_stats import batch_stats
 from .configs import Config, Layer
 from .finalize import PartialStats
-from .rounding import to_operand
-from .taps import tap_bits, tap_is_inside
+from .implicit_gemm import SIZES, constants, mainloop, sizes
 
-__all__ = ["aten", "conv_bn_stats"]
-
-_SIZES = ("pixels", "height", "width", "out_height", "out_width")
+__all__ = ["activation", "aten", "conv_bn_stats"]
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _conv_bn_stats_kernel(
     x,
     scale_shift,
@@ -60,83 +56,26 @@ def _conv_bn_stats_kernel(
     BLOCK_K: tl.constexpr,
 ):
     columns: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
     block = tl.program_id(0)
     m = (block // columns) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (block % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-
-    image = m // (out_height * out_width)
-    within = m % (out_height * out_width)
-    top = within // out_width * STRIDE_H - PAD_H
-    left = within % out_width * STRIDE_W - PAD_W
-    # Rows past the end read nothing.
-    below = tl.where(m < pixels, height, 0)
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32
-    corner = ((image.to(index) * height + top) * width + left) * C
-    filters = weight + n.to(tl.int64) * (R * S * C)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-
-    if C % BLOCK_K == 0:
-        # A step is one tap of BLOCK_K channels.
-        rows = tap_bits(top, below, R)
-        cols = tap_bits(left, width, S)
-        x_offsets = corner[:, None] + k[None, :]
-        w_rows = filters[:, None] + k[None, :]
-        for step in tl.range(0, C // BLOCK_K * (R * S)):
-            tap = step % (R * S)
-            r = tap // S
-            s = tap % S
-            c = step // (R * S) * BLOCK_K
-            inside = tap_is_inside(rows, cols, r, s, top, left, below, width, R, S)[:, None]
-            at = (r.to(index) * width + s) * C + c
-            a = tl.load(x + (x_offsets + at), mask=inside, other=0.0, cache_modifier=".ca")
-            if scale_shift is not None or RELU:
-                z = batch_norm.affine(a, scale_shift, c + k, C)
-                if RELU:
-                    z = tl.where(batch_norm.relu_passes(z), z, 0.0)
-                a = tl.where(inside, z, 0.0).to(a.dtype)
-            if K % BLOCK_N == 0:
-                b = tl.load(w_rows + (tap * C + c))
-            else:
-                b = tl.load(w_rows + (tap * C + c), mask=n[:, None] < K, other=0.0)
-            acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
-    else:
-        # Few or odd channels: a step is BLOCK_K of the R * S * C products in a row, taps and channels mixed.
-        total: tl.constexpr = R * S * C
-        for step in tl.range(0, (total + BLOCK_K - 1) // BLOCK_K):
-            at = step * BLOCK_K + k
-            tap = at // C
-            r = tap // S
-            s = tap % S
-            ih = top[:, None] + r[None, :]
-            iw = left[:, None] + s[None, :]
-            inside = (ih >= 0) & (ih < below[:, None]) & (iw >= 0) & (iw < width) & (at < total)[None, :]
-            a = tl.load(
-                x + (corner[:, None] + ((r.to(index) * width + s) * C + at % C)[None, :]),
-                mask=inside,
-                other=0.0,
-                cache_modifier=".ca",
-            )
-            if scale_shift is not None or RELU:
-                z = batch_norm.affine(a, scale_shift, at % C, C)
-                if RELU:
-                    z = tl.where(batch_norm.relu_passes(z), z, 0.0)
-                a = tl.where(inside, z, 0.0).to(a.dtype)
-            b = tl.load(filters[:, None] + at[None, :], mask=(n < K)[:, None] & (at < total)[None, :], other=0.0)
-            acc = tl.dot(to_operand(a, PRECISION), tl.trans(to_operand(b, PRECISION)), acc, input_precision=PRECISION)
-
-    here = m.to(index)[:, None] * K + n[None, :]
-    kept = (m < pixels)[:, None] & (n < K)[None, :]
+    acc = mainloop(
+        *(x, scale_shift, weight, m, n, pixels, height, width, out_height, out_width, 0),
+        *(C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, RELU, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_K, 1),
+    )
+    offsets = m.to(index)[:, None] * K + n[None, :]
+    inside = (m < pixels)[:, None] & (n < K)[None, :]
     if bias is not None:
         acc += tl.load(bias + n, mask=n < K, other=0.0)[None, :]
     z = acc.to(y.dtype.element_ty)
-    tl.store(y + here, z, mask=kept)
+    tl.store(y + offsets, z, mask=inside)
     if STATS:
         # Of the values as they were stored, which is what the next kernel normalises.
         v = z.to(tl.float32)
         count = tl.minimum(pixels - (block // columns) * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean = tl.sum(tl.where(kept, v, 0.0), 0) / count
-        v = tl.where(kept, v - mean[None, :], 0.0)
+        mean = tl.sum(tl.where(inside, v, 0.0), 0) / count
+        v = tl.where(inside, v - mean[None, :], 0.0)
         to = partial + (block // columns).to(tl.int64) * (2 * K) + n
         tl.store(to, mean, mask=n < K)
         tl.store(to + K, tl.sum(v * v, 0), mask=n < K)
@@ -152,7 +91,7 @@ def conv_bn_stats(
     y: Tensor,
     stats: bool,
 ) -> PartialStats | None:
-    """Writes y; returns the first step of mean and variance where they are asked for.
+    """Writes y; with ``stats`` returns its partial statistics.
 
     Args:
         layer: sizes, those of the tensors; ``layer.relu`` is of the input.
@@ -164,46 +103,20 @@ def conv_bn_stats(
     launch.launch(
         _conv_bn_stats_kernel,
         (blocks * triton.cdiv(layer.out_channels, config.block_n),),
-        (
-            x,
-            scale_shift,
-            weight,
-            bias,
-            y,
-            partial,
-            layer.pixels,
-            layer.height,
-            layer.width,
-            layer.out_height,
-            layer.out_width,
-        ),
-        C=layer.channels,
-        K=layer.out_channels,
-        R=layer.kernel[0],
-        S=layer.kernel[1],
-        STRIDE_H=layer.stride[0],
-        STRIDE_W=layer.stride[1],
-        PAD_H=layer.padding[0],
-        PAD_W=layer.padding[1],
+        (x, scale_shift, weight, bias, y, partial, *sizes(layer)),
+        **constants(layer, config),
         RELU=layer.relu,
         STATS=stats,
-        PRECISION=layer.precision,
-        WIDE=layer.is_wide,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return None if partial is None else PartialStats(partial, layer.pixels, config.block_m, None)
 
 
 def activation(x: Tensor, scale_shift: Tensor | None, relu: bool) -> Tensor:
-    """``[relu](scale * x + shift)`` written out; x itself where nothing is to be done."""
+    """``[relu](scale * x + shift)`` in memory; x itself where that is x."""
     if scale_shift is None and not relu:
         return x
     out = torch.empty_like(x)
-    batch_norm.bn_apply(batch_norm.as_rows(x), scale_shift, None, None, batch_norm.as_rows(out), relu)
+    bn_apply(as_rows(x), scale_shift, None, None, as_rows(out), relu)
     return out
 
 
@@ -216,6 +129,4 @@ def aten(
     a = activation(x, scale_shift, layer.relu)
     y = F.conv2d(a, weight, own_bias, layer.stride, layer.padding)
     y = y.contiguous(memory_format=torch.channels_last)
-    if not stats:
-        return y, None
-    return y, batch_stats(batch_norm.as_rows(y))
+    return y, batch_stats(as_rows(y)) if stats else None
