@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
 
 from .batch_norm import affine, relu_passes
-from .configs import Config, Layer
 from .filters import filter_offsets, is_wide, strides
 from .implicit_gemm import (
     SIZES,

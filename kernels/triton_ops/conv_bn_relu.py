@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
 
-from .configs import Config, Layer
 from .implicit_gemm import SIZES, constants, mainloop, sizes
 
 __all__ = ["aten", "conv_bn_relu", "conv_grid", "epilogue"]

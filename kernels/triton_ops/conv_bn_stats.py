@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
 
 from .batch_norm import as_rows, bn_apply
 from .batch_stats import batch_stats
-from .configs import Config, Layer
 from .finalize import PartialStats
 from .implicit_gemm import SIZES, constants, mainloop, sizes
 

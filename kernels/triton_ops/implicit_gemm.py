@@ -17,8 +17,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
+
 from .batch_norm import affine, input_gradient, relu_passes
-from .configs import Config, Layer
 from .rounding import to_operand
 
 # Sizes change from input to input, and no alignment follows from them: one binary serves all.
