@@ -39,7 +39,7 @@ __all__ = ["data_gradient", "weight_gradient"]
 
 
 @triton.jit
-def _store_sum_of_products(to, g, y, stats, inside, n, C):
+def _store_centred_sum(to, g, y, stats, inside, n, C):
     """Stores the sum of g * (y - mean) over the pixels of a tile."""
     u = y.to(tl.float32) - tl.load(stats + n, mask=n < C, other=0.0)[None, :]
     tl.store(to, tl.sum(tl.where(inside, g * u, 0.0), 0), mask=n < C)
@@ -156,10 +156,10 @@ def _data_gradient_kernel(
         tl.store(to, tl.sum(g, 0), mask=n < C)
         if y1 is not None:
             u = v if SAME else tl.load(y1 + offsets, mask=inside, other=0.0)
-            _store_sum_of_products(to + C, g, u, stats1, inside, n, C)
+            _store_centred_sum(to + C, g, u, stats1, inside, n, C)
         if y2 is not None:
             u = tl.load(y2 + offsets, mask=inside, other=0.0)
-            _store_sum_of_products(to + 2 * C, g, u, stats2, inside, n, C)
+            _store_centred_sum(to + 2 * C, g, u, stats2, inside, n, C)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from resnet_fast import launch
 
-from .tiles import FINAL_C, FINAL_P, WARPS, final_grid
+from .tiles import WARPS, cdiv
 
 __all__ = ["PartialStats", "finalize_affine", "finalize_gradients", "finalize_stats", "finalize_sums"]
+
+# Channels and parts of a tile: 16 floats are two sectors, and 64 parts keep four warps busy with whole vectors.
+BLOCK_C = 16
+BLOCK_P = 64
 
 
 class PartialStats(NamedTuple):
@@ -196,6 +200,10 @@ def _finalize_sums_kernel(partial, sums, C, parts, ROWS: tl.constexpr, BLOCK_P: 
         tl.store(sums + row * C + c, tl.sum(acc, 0).to(tl.float32), c < C)
 
 
+def _grid(channels: int) -> tuple[int]:
+    return (cdiv(channels, BLOCK_C),)
+
+
 def _rows(count: int, like: Tensor, channels: int) -> Tensor:
     return torch.empty(count, channels, dtype=torch.float32, device=like.device)
 
@@ -218,13 +226,13 @@ def finalize_stats(
     unbiased = pixels / (pixels - 1) if running is not None else 1.0
     launch.launch(
         _finalize_stats_kernel,
-        final_grid(channels),
+        _grid(channels),
         (
             *(partial, origin, gamma, beta, stats, affine, *(running or (None,) * 4)),
             *(pixels, channels, rows, parts, eps or 0.0, unbiased),
         ),
-        BLOCK_P=FINAL_P,
-        BLOCK_C=FINAL_C,
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=BLOCK_C,
         num_warps=WARPS,
     )
     return stats, affine
@@ -238,9 +246,9 @@ def finalize_affine(
     stats, affine = _rows(2, mean, channels), _rows(2, mean, channels)
     launch.launch(
         _finalize_affine_kernel,
-        final_grid(channels),
+        _grid(channels),
         (mean, var, gamma, beta, stats, affine, channels, eps),
-        BLOCK_C=FINAL_C,
+        BLOCK_C=BLOCK_C,
         num_warps=1,
     )
     return stats, affine
@@ -266,13 +274,13 @@ def finalize_gradients(
     coefficients = _rows(4, partial, channels)
     launch.launch(
         _finalize_gradients_kernel,
-        final_grid(channels),
+        _grid(channels),
         (partial, stats, gamma, coefficients, *into, pixels, channels, parts, eps),
         ROWS=rows,
         ROW=row,
         BATCH=batch,
-        BLOCK_P=FINAL_P,
-        BLOCK_C=FINAL_C,
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=BLOCK_C,
         num_warps=WARPS,
     )
     return coefficients
@@ -284,11 +292,11 @@ def finalize_sums(partial: Tensor) -> Tensor:
     sums = _rows(3, partial, channels)
     launch.launch(
         _finalize_sums_kernel,
-        final_grid(channels),
+        _grid(channels),
         (partial, sums, channels, parts),
         ROWS=rows,
-        BLOCK_P=FINAL_P,
-        BLOCK_C=FINAL_C,
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=BLOCK_C,
         num_warps=WARPS,
     )
     return sums
