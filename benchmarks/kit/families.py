@@ -156,26 +156,6 @@ def pooled_stems(device: str, small: bool) -> None:
                     )
 
 
-def batch_norm(device: str, small: bool) -> None:
-    from resnet_fast._triton import bn_add_relu, bn_relu, cuda_batch_norm
-
-    modules: list[tuple[object, object]] = [(bn_relu, bn_add_relu)]
-    if backends.has_cuda_convolution() and not small:
-        modules.append((cuda_batch_norm, cuda_batch_norm))
-    for plain, add in modules:
-        for dtype in DTYPES[:1] if small else DTYPES:
-            for shape in ((3, 24, 5, 5),) if small else ((4, 64, 16, 17), (3, 24, 5, 5), (2, 19, 5, 7)):
-                x, residual, dy = (_last(torch.randn(shape, device=device).to(dtype)) for _ in range(3))
-                gamma, beta = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
-                z = F.batch_norm(x.float(), None, None, gamma, beta, training=True, eps=1e-5)
-                y, mean, _, invstd = plain.bn_relu_fwd(x, gamma, beta)  # type: ignore[attr-defined]
-                _close(y, F.relu(z), f"bn_relu {shape} {dtype}")
-                plain.bn_relu_bwd(dy, x, mean, invstd, gamma, beta)  # type: ignore[attr-defined]
-                y, mean, _, invstd, mask = add.bn_add_relu_fwd(x, residual, gamma, beta)  # type: ignore[attr-defined]
-                _close(y, F.relu(z + residual.float()), f"bn_add_relu {shape} {dtype}")
-                add.bn_add_relu_bwd(dy, x, mask, mean, invstd, gamma)  # type: ignore[attr-defined]
-
-
 def training(device: str, small: bool) -> None:
     """Forward and backward of blocks: statistics, both gradients, 1x1 projections with stride 2, all tiles' default and
     the library's convolutions between our kernels."""
@@ -234,7 +214,7 @@ FAMILIES: dict[str, Callable[[str, bool], None]] = {
         for kind in ("triton", "cuda", "library")
         for dtype in DTYPES
     },
-    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, batch_norm, training, steps)},
+    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, training, steps)},
 }
 
 

@@ -114,11 +114,6 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // y = flatten(avg_pool2d(x, kernel, stride), 1) on CUDA devices, of x in channels_last.
   m.def("avg_pool_flatten_launch(Tensor x, Tensor(a!) y, int[2] kernel, int[2] stride) -> ()");
 
-  // Batch norm on CUDA devices: the geometry for an image of rows x channels (cuda/batch_norm_plan.h), and the
-  // launches.
-  m.def("batch_norm_plan(int rows, int channels) -> int[]");
-  m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
-
   // The tape `number` (chain/tape.h) for these inputs, in their order; no tensors where they are not like those which
   // it was recorded with.
   m.def("run_tape(Tensor[] inputs, int number) -> Tensor[]");

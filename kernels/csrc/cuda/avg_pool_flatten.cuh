@@ -16,7 +16,6 @@ constexpr int kAvgThreads = 256, kAvgPacks = 8;  // threads of a block, and thos
 struct AvgPoolArgs {
   int32_t channels, height, width, kernel_h, kernel_w, stride_h, stride_w, out_height, out_width, chunks;
 };
-constexpr int kAvgArgs = sizeof(AvgPoolArgs) / 4;
 
 // Channels of a block.
 constexpr int avg_channels(int element_size) { return kAvgPacks * 16 / element_size; }

@@ -37,7 +37,7 @@ struct StageShape {
 
   // The input of a strided block: even and odd columns in planes of their own, so that a stride of two pixels is a
   // stride of one cell. Zeros above and on the left; no tap reaches the other sides.
-  static constexpr int kInChannels = kC / 2, kInPlanes = kPlanes / 2, kInSteps = kInPlanes / 2;
+  static constexpr int kInPlanes = kPlanes / 2, kInSteps = kInPlanes / 2;
   static constexpr int kInCells = (2 * kS + 1) * kPitch;
   static constexpr int kInPlaneBytes = 16 * plane_cells(kInCells);
   static constexpr int kInPairBytes = 16 * pair_cells(kInCells, 2 * kInPlanes);

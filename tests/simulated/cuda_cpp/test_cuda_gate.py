@@ -84,29 +84,6 @@ def test_other_architectures_hold_no_wgmma(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_batch_norm(arch):
-    found = [k for k in gate.kernels() if k.stem.startswith("bn_") and k.arch == arch and k.values]
-    assert {(k.stem, k.dtype, k.values[0]) for k in found} == {
-        (stem, dtype, vector)
-        for stem in (
-            "bn_stats_partial_kernel",
-            "bn_apply_kernel",
-            "bn_backward_sums_kernel",
-            "bn_backward_apply_kernel",
-        )
-        for dtype in ("float16", "bfloat16", "float32")
-        for vector in (0, 1)
-    }
-    for k in found:
-        what = f"sm_{k.arch} {k.stem}<{k.dtype}, {k.values}>: {k.registers} registers, {k.opcodes.most_common(6)}"
-        assert k.registers <= 96, what  # two blocks of 256 threads on a multiprocessor, and more
-        # Images go in whole pieces of 16 bytes, if they can.
-        assert (k.count("LDG.128") > 0) is (k.values[0] == 1), what
-        if "apply" in k.stem:
-            assert (k.count("STG.128") > 0) is (k.values[0] == 1), what
-
-
-@pytest.mark.parametrize("arch", ARCHS)
 def test_pooled_stems(arch):
     """Three blocks fit a multiprocessor, two where products are plain; filters stay in registers over the loops."""
     found = [k for k in gate.kernels() if k.stem == "conv_bn_relu_pool_fwd_kernel" and k.arch == arch]
