@@ -11,11 +11,11 @@ import torch
 from ptxsim import Kernel
 from ptxsim.compilers import compile_cuda
 
-SOURCES = Path(__file__).parent.parent / "kernels/csrc/cuda"
+SOURCES = Path(__file__).parent.parent / "kernels/csrc"
 FLAGS = (f"-I{SOURCES}", "-std=c++20", "--expt-relaxed-constexpr", "-arch=sm_90a")
 TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _PLANS = """
-#include "hopper/halo_plan.h"
+#include "cuda/hopper/conv_halo_plan.h"
 using namespace resnet_fast::cuda;
 extern "C" {
 int tiles() { return kHaloTileCount; }
@@ -85,7 +85,7 @@ def plan(tile: int, batch, height, width, channels, out_channels, relu=True, spl
 
 def source(dtype, tile: int, chunk: int, stride: int = 1) -> str:
     t = TYPES[dtype]
-    return f"""#include "hopper/conv_halo.cuh"
+    return f"""#include "cuda/hopper/conv_halo.cuh"
     template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}, {stride}>(
         const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
         const __grid_constant__ resnet_fast::cuda::HaloArgs);"""

@@ -10,8 +10,8 @@ from torch import nn
 from resnet_fast import blocks, reference, residual_network
 from resnet_fast.chain import Fused
 
-INCLUDE = (f"-I{Path(__file__).parent.parent / 'kernels/csrc/cuda'}", "-std=c++20", "--expt-relaxed-constexpr")
-SOURCE = '#include "residual_stage_kernels.cuh"\n'
+INCLUDE = (f"-I{Path(__file__).parent.parent / 'kernels/csrc'}", "-std=c++20", "--expt-relaxed-constexpr")
+SOURCE = '#include "cuda/stage/residual_stage_kernels.cuh"\n'
 DTYPES = residual_network.DTYPES
 
 

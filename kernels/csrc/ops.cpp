@@ -80,7 +80,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "train_stage_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] kept, bool[] present, int[] fields, "
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
 
-  // Convolution on CUDA devices: the tiles that there are (cuda/conv_plan.h), the geometry of a launch as [blocks,
+  // Convolution on CUDA devices: the tiles that there are (cuda/conv/conv_plan.h), the geometry of a launch as [blocks,
   // threads, shared bytes, floats and integers of workspace, completed args], and the launch itself, which takes
   // integers of zero and leaves them at zero.
   m.def("conv_bn_relu_tiles() -> int[]");
@@ -89,8 +89,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
-  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/halo_plan.h); of a tile its columns, warpgroups and
-  // stages.
+  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/conv_halo_plan.h); of a tile its columns,
+  // warpgroups and stages.
   m.def("conv_halo_tiles() -> int[]");
   m.def("conv_halo_plan(int tile, int[] args) -> int[]");
   m.def(
@@ -101,8 +101,8 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def("current_capture(Tensor x) -> int[]");
 
   // A convolution of an image and the max pooling behind it on CUDA devices: the kernels that there are
-  // (cuda/conv_bn_relu_pool_plan.h) as filter, overlapping windows or not, and plain products or not; the geometry of a
-  // launch as [blocks, threads, shared bytes, completed args]; and the launch itself.
+  // (cuda/stem/conv_bn_relu_pool_plan.h) as filter, overlapping windows or not, and plain products or not; the geometry
+  // of a launch as [blocks, threads, shared bytes, completed args]; and the launch itself.
   m.def("conv_bn_relu_pool_kernels() -> int[]");
   m.def(
       "conv_bn_relu_pool_plan(int kernel, int[] args, int element_size, bool aligned, int multiprocessors, int shared) "

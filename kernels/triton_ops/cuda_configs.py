@@ -1,6 +1,6 @@
 """Which tiles of the CUDA C++ convolution may run a layer, and which of them a model of its cost expects to be best.
 
-The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/conv_plan.h``, asked for through the
+The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/conv/conv_plan.h``, asked for through the
 extension: there is one copy of them. The model needs no GPU.
 """
 

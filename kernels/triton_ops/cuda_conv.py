@@ -1,4 +1,4 @@
-"""``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by the CUDA C++ kernels of ``kernels/csrc/cuda``."""
+"""``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by the CUDA C++ kernels of ``kernels/csrc/cuda/conv``."""
 
 from __future__ import annotations
 

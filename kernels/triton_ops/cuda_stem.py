@@ -1,5 +1,6 @@
 """``max_pool2d([relu](conv2d(x, weight) * scale + shift))`` by the CUDA C++ kernel of
-``kernels/csrc/cuda/conv_bn_relu_pool.cuh``: the stem of a residual network and the pooling behind it in one launch."""
+``kernels/csrc/cuda/stem/conv_bn_relu_pool.cuh``: the stem of a residual network and the pooling behind it in one
+launch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which tiles of the 3x3 convolution for Hopper, with wgmma, may run a layer, and which a model of its cost prefers.
 
-The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/hopper/halo_plan.h``, asked for through
-the extension. They have run in a simulator alone: they are candidates of a measurement, never a default.
+The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/hopper/conv_halo_plan.h``, asked for
+through the extension. They have run in a simulator alone: they are candidates of a measurement, never a default.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // Tapes: read from Python once, kept by number, replayed by the operator run_tape.
 #define PY_SSIZE_T_CLEAN  // sizes behind "#" are Py_ssize_t
-#include "tape.h"
+#include "chain/tape.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,7 +14,7 @@
 #include <mutex>
 #include <optional>
 
-#include "../checks.h"
+#include "checks.h"
 
 namespace resnet_fast {
 namespace {

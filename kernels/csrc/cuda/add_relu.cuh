@@ -1,7 +1,7 @@
 // y = relu(a + b) over n elements, 16 bytes a thread and access.
 #pragma once
 
-#include "elements.cuh"
+#include "cuda/elements.cuh"
 
 namespace resnet_fast::cuda {
 

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "avg_pool_flatten.cuh"
-#include "launch.h"
+#include "cuda/avg_pool_flatten.cuh"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace {

@@ -6,7 +6,7 @@
 // few cells, several threads share a window. Sums are float32 and meet in shared memory, in a fixed order.
 #pragma once
 
-#include "elements.cuh"
+#include "cuda/elements.cuh"
 
 namespace resnet_fast::cuda {
 

@@ -1,5 +1,5 @@
 // The current stream, asked of whatever PyTorch the module was loaded into.
-#include "launch.h"
+#include "cuda/launch.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>

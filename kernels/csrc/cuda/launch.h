@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../checks.h"
+#include "checks.h"
 
 namespace resnet_fast {
 

@@ -5,9 +5,9 @@
 #include <map>
 #include <string>
 
-#include "../chain/tape.h"
-#include "kernel_names.h"
-#include "launch.h"
+#include "chain/tape.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace {

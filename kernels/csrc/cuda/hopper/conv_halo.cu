@@ -7,9 +7,9 @@
 #include <optional>
 #include <vector>
 
-#include "../kernel_names.h"
-#include "../launch.h"
-#include "halo_plan.h"
+#include "cuda/hopper/conv_halo_plan.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace cuda {

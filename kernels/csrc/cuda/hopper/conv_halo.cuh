@@ -1,14 +1,15 @@
 // y = [relu](conv2d(x, weight, stride, padding=1) * scale + shift [+ residual]), 3x3, NHWC, 16 bits, for sm_90a.
 //
-// Output channels are the rows of the products, positions of a tile (halo_plan.h) their columns. The input of a tile
-// lies in shared memory as planes of 8 channels, 16 bytes a position: 8 positions in a run are what wgmma takes for 8
-// columns, wherever they begin, so that all nine taps read the same planes at nine addresses. Filters come tap by tap.
+// Output channels are the rows of the products, positions of a tile (conv_halo_plan.h) their columns. The input of a
+// tile lies in shared memory as planes of 8 channels, 16 bytes a position: 8 positions in a run are what wgmma takes
+// for 8 columns, wherever they begin, so that all nine taps read the same planes at nine addresses. Filters come tap by
+// tap.
 #pragma once
 
-#include "../elements.cuh"
-#include "../ptx.cuh"
-#include "../ptx_wgmma.cuh"
-#include "halo_plan.h"
+#include "cuda/elements.cuh"
+#include "cuda/hopper/conv_halo_plan.h"
+#include "cuda/ptx.cuh"
+#include "cuda/ptx_wgmma.cuh"
 
 namespace resnet_fast::cuda {
 

@@ -4,7 +4,7 @@
 #include <array>
 #include <utility>
 
-#include "conv_halo.cuh"
+#include "cuda/hopper/conv_halo.cuh"
 
 namespace resnet_fast::cuda {
 

@@ -1,8 +1,8 @@
 // Maps of the stage kernel between global memory (NHWC, or an image of three channels) and shared memory (planes).
 #pragma once
 
-#include "ptx.cuh"
-#include "residual_stage_shape.h"
+#include "cuda/ptx.cuh"
+#include "cuda/stage/residual_stage_shape.h"
 
 namespace resnet_fast::cuda::stage {
 

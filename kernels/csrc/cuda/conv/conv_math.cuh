@@ -4,7 +4,7 @@
 // and channel 8 j + 2 (lane % 4) + e of the warp's part.
 #pragma once
 
-#include "conv_load.cuh"
+#include "cuda/conv/conv_load.cuh"
 
 namespace resnet_fast::cuda {
 

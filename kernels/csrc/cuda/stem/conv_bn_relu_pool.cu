@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "conv_bn_relu_pool.cuh"
-#include "kernel_names.h"
-#include "launch.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
+#include "cuda/stem/conv_bn_relu_pool.cuh"
 
 namespace resnet_fast {
 namespace {

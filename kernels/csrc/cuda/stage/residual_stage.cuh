@@ -10,9 +10,9 @@
 // registers.
 #pragma once
 
-#include "residual_stage_conv.cuh"
-#include "residual_stage_head.cuh"
-#include "residual_stage_maps.cuh"
+#include "cuda/stage/residual_stage_conv.cuh"
+#include "cuda/stage/residual_stage_head.cuh"
+#include "cuda/stage/residual_stage_maps.cuh"
 
 namespace resnet_fast::cuda {
 namespace stage {

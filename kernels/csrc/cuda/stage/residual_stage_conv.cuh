@@ -5,9 +5,9 @@
 // for the three output rows that it touches: nine taps cost (kRows + 2) / kRows x 3 reads instead of 9.
 #pragma once
 
-#include "elements.cuh"
-#include "ptx.cuh"
-#include "residual_stage_maps.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/stage/residual_stage_maps.cuh"
 
 namespace resnet_fast::cuda::stage {
 

@@ -5,9 +5,9 @@
 // of input pixels is never written down: pixels overlap in it as they do in the image.
 #pragma once
 
-#include "conv_bn_relu_pool_plan.h"
-#include "elements.cuh"
-#include "ptx.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/stem/conv_bn_relu_pool_plan.h"
 
 namespace resnet_fast::cuda::stem {
 

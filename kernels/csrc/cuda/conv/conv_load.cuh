@@ -4,9 +4,9 @@
 // pixels, rows of the filters output channels; what lies outside of either becomes zero.
 #pragma once
 
-#include "conv_plan.h"
-#include "elements.cuh"
-#include "ptx.cuh"
+#include "cuda/conv/conv_plan.h"
+#include "cuda/elements.cuh"
+#include "cuda/ptx.cuh"
 
 namespace resnet_fast::cuda {
 

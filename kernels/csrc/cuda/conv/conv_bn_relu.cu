@@ -7,9 +7,9 @@
 #include <optional>
 #include <vector>
 
-#include "conv_plan.h"
-#include "kernel_names.h"
-#include "launch.h"
+#include "cuda/conv/conv_plan.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace cuda {

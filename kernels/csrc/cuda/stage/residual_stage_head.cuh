@@ -1,8 +1,8 @@
 // Average pooling and the linear layer, on the last map in shared memory.
 #pragma once
 
-#include "elements.cuh"
-#include "residual_stage_maps.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/stage/residual_stage_maps.cuh"
 
 namespace resnet_fast::cuda::stage {
 

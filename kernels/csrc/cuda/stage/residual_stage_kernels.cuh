@@ -1,7 +1,7 @@
 // The stage kernels that exist, by name: residual_stage_<entry>_<channels>x<size>x<size>_<images a block>_<type>.
 #pragma once
 
-#include "residual_stage.cuh"
+#include "cuda/stage/residual_stage.cuh"
 
 namespace resnet_fast::cuda {
 

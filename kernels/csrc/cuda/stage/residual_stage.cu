@@ -3,9 +3,9 @@
 
 #include <vector>
 
-#include "kernel_names.h"
-#include "launch.h"
-#include "residual_stage_kernels.cuh"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
+#include "cuda/stage/residual_stage_kernels.cuh"
 
 namespace resnet_fast {
 namespace {

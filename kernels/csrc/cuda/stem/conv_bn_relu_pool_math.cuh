@@ -11,7 +11,7 @@
 // rows and pairs leaves over: the last pair of each row, and the bottom row. Two slots make a step.
 #pragma once
 
-#include "conv_bn_relu_pool_load.cuh"
+#include "cuda/stem/conv_bn_relu_pool_load.cuh"
 
 namespace resnet_fast::cuda::stem {
 

@@ -5,7 +5,7 @@
 #include <array>
 #include <utility>
 
-#include "conv_bn_relu.cuh"
+#include "cuda/conv/conv_bn_relu.cuh"
 
 namespace resnet_fast::cuda {
 

@@ -8,8 +8,8 @@
 // Source: implicit GEMM as in Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", section 3.
 #pragma once
 
-#include "conv_epilogue.cuh"
-#include "conv_math.cuh"
+#include "cuda/conv/conv_epilogue.cuh"
+#include "cuda/conv/conv_math.cuh"
 
 namespace resnet_fast::cuda {
 

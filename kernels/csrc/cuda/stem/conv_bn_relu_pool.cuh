@@ -17,8 +17,8 @@
 
 #include <type_traits>
 
-#include "conv_bn_relu_pool_math.cuh"
-#include "conv_epilogue.cuh"
+#include "cuda/conv/conv_epilogue.cuh"
+#include "cuda/stem/conv_bn_relu_pool_math.cuh"
 
 namespace resnet_fast::cuda {
 namespace stem {

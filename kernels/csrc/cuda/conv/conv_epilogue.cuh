@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "conv_load.cuh"
+#include "cuda/conv/conv_load.cuh"
 
 namespace resnet_fast::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "conv_plan.h"
+#include "cuda/conv/conv_plan.h"
 
 namespace resnet_fast::cuda {
 
