@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, compiling, patches, reference
+from . import backends, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
-from .chain import Fused
-from .flow import Build
+from .chain import compiling, patches
+from .chain.executor import FusedModule
+from .chain.layout import Onlookers, any_channels_last, is_channels_last, laid_out
+from .chain.pooling import MaxPool2d, flat_average
+from .chain.record import GraphBuilder
+from .chain.whole import Whole
 from .gpu.network import Replayed
-from .layout import Onlookers, any_channels_last, is_channels_last, laid_out
-from .pooling import MaxPool2d, flat_average
-from .whole import Whole
 
 __all__ = [
     "CifarResNet",
@@ -53,7 +54,7 @@ def _have_others(kinds: Sequence[type], methods: Sequence[str]) -> bool:
     return False
 
 
-class _Network(Fused):
+class _Network(FusedModule):
     """What the families share: maps stay in channels_last between the stages of a network, unless somebody sees it.
 
     A network of contiguous weights, given contiguous images, hands out contiguous maps, as PyTorch does. Inside of it
@@ -104,7 +105,7 @@ class _Network(Fused):
         return y
 
     def _known_onlookers(self) -> Onlookers:
-        if self._onlookers is None or not self._onlookers.fresh():
+        if self._onlookers is None or not self._onlookers.is_valid():
             self._onlookers = Onlookers(self)
         return self._onlookers
 
@@ -131,8 +132,8 @@ class ResNet32(Replayed, _Network, reference.ResNet32):
     def parts(self) -> list[nn.Module]:
         return [m for m in (self, self.conv1) if m is not None]
 
-    def flow(self, build: Build, x: Any) -> Any:
-        return build.conv(self.conv1, None, x)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        return builder.conv(self.conv1, None, x)
 
     def last_map(self, x: Tensor) -> Tensor:
         y = self.fused(x, self.maxpooling, channels_last=True)
@@ -165,9 +166,9 @@ class _ConvBnReluStem(_Network):
     def parts(self) -> list[nn.Module]:
         return [m for m in (self, self.conv1, self.bn1, self.relu) if m is not None]
 
-    def flow(self, build: Build, x: Any) -> Any:
-        build.needs(self.bn1, self.relu)
-        return build.conv(self.conv1, self.bn1, x, relu=self.relu)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        builder.needs(self.bn1, self.relu)
+        return builder.conv(self.conv1, self.bn1, x, relu=self.relu)
 
 
 class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..fission import KEPT, Backward, Kept, Layer, Value, dense, forward
-from ..training_kernels import Gradients, Kernels
+from ..chain.training.driver import KEPT, Backward, Kept, Layer, Value, dense, forward
+from ..chain.training.kernels import Gradients, Kernels
 from .tape import Tapes
 
 __all__ = ["GPU", "ReplayedPasses"]
@@ -35,7 +35,8 @@ class _GpuKernels(Kernels):
     def convolve(
         self, layer: Layer, source: Value, tensors: Sequence[Tensor | None], running: Any = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        from .._triton import filters, finalize, training
+        from .._triton import filters, finalize
+        from . import training_operators as training
 
         weight, *vectors = tensors
         assert weight is not None
@@ -59,20 +60,20 @@ class _GpuKernels(Kernels):
         return finalize.affine(moments[0], moments[1], _dense(gamma), _dense(beta), layer.eps)[1]
 
     def apply(self, value: Value, residual: Value | None = None) -> Tensor:
-        from .._triton import training
+        from . import training_operators as training
 
         added, affine = (None, None) if residual is None else residual[:2]
         return training.bn_apply(value.tensor, value.scale_shift, added, affine, value.relu)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        from .._triton import training
+        from . import training_operators as training
 
         return training.bn_apply(a, None, b, None, False)
 
     def sums(
         self, grad: Tensor, positive: Tensor | None, affine: Tensor | None, ys: list[Tensor], moments: list[Tensor]
     ) -> tuple[Tensor, Any]:
-        from .._triton import training
+        from . import training_operators as training
 
         out, partial = training.sums(grad, positive, affine, ys, moments)
         return out, _Sums(partial)
@@ -103,7 +104,7 @@ class _GpuKernels(Kernels):
         ys: list[Tensor],
         moments: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
-        from .._triton import training
+        from . import training_operators as training
 
         dx, dw, partial = training.gradients(
             *(grad, y, coefficients, *source, weight, filters, layer.stride, layer.padding),
@@ -184,8 +185,8 @@ class ReplayedPasses:
         self, inputs: Sequence[Tensor | None], kind: tuple[Any, ...], run: Callable[[], list[Tensor | None]]
     ) -> list[Tensor | None]:
         """``run()``, of whose tensors some may be the same, and some None."""
-        from .._triton.layers import precision
-        from .._triton.tune import forced
+        from .convolution import precision
+        from .tune import forced
 
         given = [t for t in inputs if t is not None]
         present = tuple(map(is_not, inputs, repeat(None)))
