@@ -21,10 +21,10 @@ extern "C" {
 int tiles() { return kHaloTileCount; }
 void tile(int i, int* out) {
   const HaloTile t = kHaloTiles[i];
-  out[0] = t.columns, out[1] = t.warpgroups, out[2] = t.stages;
+  out[0] = t.positions, out[1] = t.warpgroups, out[2] = t.stages;
 }
 int plan(int i, HaloArgs a, HaloArgs* args, long* blocks, int* threads, int* shared, long* partial, long* counters) {
-  if (!suits(kHaloTiles[i], a)) return 0;
+  if (!supports(kHaloTiles[i], a)) return 0;
   const HaloPlan p = plan_halo(kHaloTiles[i], a);
   *args = p.args, *blocks = p.blocks, *threads = p.threads, *shared = p.shared;
   *partial = p.partial_floats, *counters = p.counters;
@@ -38,7 +38,7 @@ class Args(ctypes.Structure):
     """HaloArgs."""
 
     _names = "batch height width channels out_channels stride relu out_height out_width "
-    _names += "pitch lines images tiles chunk chunks columns splits"
+    _names += "pitch lines images tiles chunk chunks channel_blocks splits"
     _fields_ = [(n, ctypes.c_int32) for n in _names.split()]
     _fields_ += [(n, ctypes.c_uint32) for n in ("pitch_inverse", "height_inverse")]
 
@@ -67,7 +67,7 @@ def _library():
 
 @functools.cache
 def tiles() -> list[tuple[int, int, int]]:
-    """Columns, warpgroups and stages of each."""
+    """Positions, warpgroups and stages of each."""
     out, found = (ctypes.c_int * 3)(), []
     for i in range(_library().tiles()):
         _library().tile(i, out)

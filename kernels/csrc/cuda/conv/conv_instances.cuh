@@ -1,5 +1,4 @@
-// The kernels of one element type by the index of their tile; a source file for each type, so that they compile side by
-// side.
+// The kernels of one element type by tile. Each type is a source file of its own, so that they compile in parallel.
 #pragma once
 
 #include <array>
@@ -9,7 +8,7 @@
 
 namespace resnet_fast::cuda {
 
-// Null where the type has no such kernel: exact float32 is for float32 alone.
+// Null if the tile is not compiled for the type.
 template <typename T>
 const void* conv_kernel(int tile);
 

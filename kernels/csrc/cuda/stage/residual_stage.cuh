@@ -2,29 +2,29 @@
 //
 //   for each block: x = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))
 //
-// with convolutions of 3x3, the first of stride 1, or of stride 2 with a projection (1x1 and batch norm) as its
-// shortcut; before it the network's stem where the stage is the first, behind it average pooling and the linear layer
-// where it is the last. A block of threads carries its images through all of it: maps stay in shared memory in the
-// type of the images, products of float32 are TF32's, sums in float32 in registers, filters stream through two slots,
-// the next slice on its way while one is used. One barrier a slice orders all: maps are written between barriers, from
-// registers.
+// with 3x3 convolutions. The first block has stride 1, or stride 2 with a projection (1x1 and batch norm) as its
+// shortcut. The first stage begins with the network's stem; the last ends with average pooling and the linear layer. A
+// thread block carries its images through all of it. Activations stay in shared memory in the images' type; float32 is
+// multiplied as TF32; accumulators are float32 in registers. Filters stream through two slots: one slice is in use
+// while the next arrives. One barrier per slice orders everything: activations are stored from registers between
+// barriers.
 #pragma once
 
+#include "cuda/stage/residual_stage_activations.cuh"
 #include "cuda/stage/residual_stage_conv.cuh"
 #include "cuda/stage/residual_stage_head.cuh"
-#include "cuda/stage/residual_stage_maps.cuh"
 
 namespace resnet_fast::cuda {
 namespace stage {
 
 extern __shared__ __align__(128) char shared[];
 
-// The filters of all layers, slice after slice, through two slots.
+// Streams the filters of all layers through two slots, slice by slice.
 template <class S>
-class Filters {
+class FilterStream {
  public:
-  // Starts the copy of the first slice.
-  __device__ Filters(const void* from, int slices) : from_(static_cast<const char*>(from)), slices_(slices) {
+  // Starts copying the first slice.
+  __device__ FilterStream(const void* from, int slices) : from_(static_cast<const char*>(from)), slices_(slices) {
     if (S::kFirstBytes > 0) {
       copy<S::kFirstBytes>();
       from_ += S::kFirstBytes;
@@ -32,40 +32,40 @@ class Filters {
     } else {
       request();
     }
-    ptx::copy_async_commit();
+    ptx::cp_async_commit();
   }
 
-  // The next slice, once all warps are done with the one before and what they wrote to the maps is visible.
+  // Waits for the next slice, and for all warps: they are done with the slice before, and their stores are visible.
   __device__ const char* next() {
     static_assert(kStageSlots == 2, "one slice in use, one on its way");
-    ptx::copy_async_wait<0>();
+    ptx::cp_async_wait<0>();
     __syncthreads();
     const char* slice = slot(slot_ ^ 1);
     if (requested_ < slices_) request();
-    ptx::copy_async_commit();
+    ptx::cp_async_commit();
     return slice;
   }
 
-  // What lies behind the last slice, once all are requested.
+  // What follows the last slice; call it after all slices are requested.
   __device__ const char* end() const { return from_; }
 
  private:
-  __device__ static char* slot(int i) { return shared + S::kSlots + (i & 1) * S::kSlotBytes; }
+  __device__ static char* slot(int i) { return shared + S::kSlotsOffset + (i & 1) * S::kSlotBytes; }
 
   template <int kBytes>
   __device__ void copy() {
     constexpr int kAtOnce = 16 * S::kThreads;
-    const uint32_t to = ptx::shared_address(slot(slot_)) + 16 * threadIdx.x;
+    const uint32_t to = ptx::smem_address(slot(slot_)) + 16 * threadIdx.x;
     const char* from = from_ + 16 * threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kBytes; i += kAtOnce)
-      if (i + kAtOnce <= kBytes || i + 16 * static_cast<int>(threadIdx.x) < kBytes) ptx::copy_async(to + i, from + i);
+      if (i + kAtOnce <= kBytes || i + 16 * static_cast<int>(threadIdx.x) < kBytes) ptx::cp_async(to + i, from + i);
   }
 
-  // Always with the bytes where scale and shift may lie: what is there else belongs to the next slice.
+  // Copies a slice and the bytes behind it, which are scale and shift or the beginning of the next slice.
   __device__ void request() {
     copy<S::kSlotBytes>();
-    from_ += S::kSliceBytes + (S::ends_layer(requested_) ? S::kVectorBytes : 0);
+    from_ += S::kSliceBytes + (S::ends_layer(requested_) ? S::kScaleShiftBytes : 0);
     ++requested_;
     ++slot_;
   }
@@ -74,123 +74,124 @@ class Filters {
   int slices_, requested_ = 0, slot_ = 0;
 };
 
-// A convolution of the stage's own shape. Returns its scale and shift.
+// One convolution of the stage's shape into acc. Returns its scale and shift.
 template <class S, typename T>
-__device__ const float* convolve(Sums<S>& sums, const char* map, Filters<S>& filters, const Part<S>& part) {
-  clear<S>(sums);
-  uint32_t mine = ptx::shared_address(map) + lane_offset<S>(part);
+__device__ const float* convolve(Acc<S>& acc, const char* activation, FilterStream<S>& filters,
+                                 const WarpTile<S>& warp) {
+  zero_acc<S>(acc);
+  uint32_t lane_address = ptx::smem_address(activation) + lane_offset<S>(warp);
   const char* slice = nullptr;
 #pragma unroll 1
   for (int step = 0; step < S::kSteps; ++step) {
     slice = filters.next();
-    multiply_slice<S, T, 1>(sums, mine, slice, part);
-    mine += S::kPairBytes;
+    mma_slice<S, T, 1>(acc, lane_address, slice, warp);
+    lane_address += S::kPairBytes;
   }
   return reinterpret_cast<const float*>(slice + S::kSliceBytes);
 }
 
-// The strided block's projection into x, and its first convolution into middle, where their input lies.
+// The strided block's projection into x and first convolution into middle, which holds the input of both.
 template <class S, typename T>
-__device__ void enter_strided(char* x, char* middle, Filters<S>& filters, const Part<S>& part) {
-  Sums<S> sums;
-  const uint32_t mine = ptx::shared_address(middle) + strided_lane_offset<S>(part);
-  clear<S>(sums);
+__device__ void enter_strided(char* x, char* middle, FilterStream<S>& filters, const WarpTile<S>& warp) {
+  Acc<S> acc;
+  const uint32_t lane_address = ptx::smem_address(middle) + strided_lane_offset<S>(warp);
+  zero_acc<S>(acc);
   const char* slice = filters.next();
 #pragma unroll
   for (int step = 0; step < S::kInSteps; ++step)
-    multiply_projection<S, T>(sums, mine + step * S::kInPairBytes, slice, step, part);
-  write_sums<S, T, false, false>(sums, x, reinterpret_cast<const float*>(slice + S::kProjectionBytes), part);
+    mma_projection<S, T>(acc, lane_address + step * S::kInPairBytes, slice, step, warp);
+  finalize<S, T, false, false>(acc, x, reinterpret_cast<const float*>(slice + S::kProjectionBytes), warp);
 
-  clear<S>(sums);
+  zero_acc<S>(acc);
 #pragma unroll 1
   for (int step = 0; step < S::kInSteps; ++step) {
     slice = filters.next();
-    multiply_slice<S, T, 2>(sums, mine + step * S::kInPairBytes, slice, part);
+    mma_slice<S, T, 2>(acc, lane_address + step * S::kInPairBytes, slice, warp);
   }
-  __syncthreads();  // nobody reads the input any more
-  write_sums<S, T, false, true>(sums, middle, reinterpret_cast<const float*>(slice + S::kSliceBytes), part);
+  __syncthreads();  // no warp still reads the input
+  finalize<S, T, false, true>(acc, middle, reinterpret_cast<const float*>(slice + S::kSliceBytes), warp);
 }
 
 // The stem, from the image in middle into x.
 template <class S, typename T>
-__device__ void enter_stem(char* x, const char* middle, Filters<S>& filters, const Part<S>& part) {
-  Sums<S> sums;
-  clear<S>(sums);
+__device__ void enter_stem(char* x, const char* middle, FilterStream<S>& filters, const WarpTile<S>& warp) {
+  Acc<S> acc;
+  zero_acc<S>(acc);
   const char* slice = filters.next();
-  multiply_stem<S, T>(sums, middle, slice, part);
-  write_sums<S, T, false, true>(sums, x, reinterpret_cast<const float*>(slice + S::kStemBytes), part);
-  __syncthreads();  // nobody reads the image any more
+  mma_stem<S, T>(acc, middle, slice, warp);
+  finalize<S, T, false, true>(acc, x, reinterpret_cast<const float*>(slice + S::kStemBytes), warp);
+  __syncthreads();  // no warp still reads the image
 }
 
 }  // namespace stage
 
-// x: [images, kSize, kSize, kChannels], or [images, 2 kSize, 2 kSize, kChannels / 2], or images of three channels,
-// dense, by pixel or (channels_last) by channel. filters: the slices, then the linear layer's weight and bias. y: the
-// stage's map, or where classes > 0 the logits, [images, classes]. All of them aligned to 16 bytes.
+// x: by entry, [images, kSize, kSize, kChannels], [images, 2 kSize, 2 kSize, kChannels / 2], or images of three
+// channels, NCHW or channels_last. filters: the slices, then the linear layer's weight and bias. y: the stage's output
+// or, if classes > 0, the logits, [images, classes]. All are dense and aligned to 16 bytes.
 template <typename T, class S>
 __device__ void residual_stage(const T* __restrict__ x, const void* __restrict__ filters, T* __restrict__ y,
                                int64_t images, int blocks, int classes, bool channels_last) {
   using namespace stage;
-  constexpr int64_t kMap = int64_t{S::kSize} * S::kSize * S::kChannels;
+  constexpr int64_t kActivation = int64_t{S::kSize} * S::kSize * S::kChannels;
   constexpr int64_t kInput = S::kEntry == Entry::kStem      ? int64_t{3} * S::kSize * S::kSize
-                             : S::kEntry == Entry::kStrided ? 2 * kMap
-                                                            : kMap;
+                             : S::kEntry == Entry::kStrided ? 2 * kActivation
+                                                            : kActivation;
   const int64_t first = int64_t{blockIdx.x} * S::kImages;
-  char* const maps = shared;
-  char* const middles = shared + S::kMiddle;
+  char* const activations = shared;
+  char* const middles = shared + S::kMiddleOffset;
 
 #pragma unroll 1
   for (int i = 0; i < S::kImages; ++i) {
     const bool present = first + i < images;
     const T* from = x + (present ? first + i : 0) * kInput;
-    char *map = maps + i * S::kMapBytes, *middle = middles + i * S::kMiddleBytes;
+    char *activation = activations + i * S::kActivationBytes, *middle = middles + i * S::kMiddleBytes;
     if constexpr (S::kEntry == Entry::kStem) {
-      copy_image<S>(middle, from, present);
+      load_image<S>(middle, from, present);
       zero_image<S>(middle);
     }
-    if constexpr (S::kEntry == Entry::kStrided) copy_strided_map<S>(middle, from, present);
-    if constexpr (S::kEntry == Entry::kMap) copy_map<S>(map, from, present);
-    zero_border<S>(map);
+    if constexpr (S::kEntry == Entry::kStrided) load_strided_activation<S>(middle, from, present);
+    if constexpr (S::kEntry == Entry::kMap) load_activation<S>(activation, from, present);
+    zero_border<S>(activation);
     if constexpr (S::kEntry == Entry::kMap) zero_border<S>(middle);
     if constexpr (S::kEntry == Entry::kStrided) zero_strided_border<S>(middle);
   }
-  Filters<S> stream(filters, S::slices(blocks));
+  FilterStream<S> stream(filters, S::slices(blocks));
 
-  const Part<S> part;
-  char* const map = maps + part.image * S::kMapBytes;
-  char* const middle = middles + part.image * S::kMiddleBytes;
+  const WarpTile<S> warp;
+  char* const activation = activations + warp.image * S::kActivationBytes;
+  char* const middle = middles + warp.image * S::kMiddleBytes;
   if constexpr (S::kEntry == Entry::kStem) {
-    ptx::copy_async_wait<0>();
+    ptx::cp_async_wait<0>();
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < S::kImages; ++i) spread_image<S>(middles + i * S::kMiddleBytes, channels_last);
-    enter_stem<S, T>(map, middle, stream, part);
+    for (int i = 0; i < S::kImages; ++i) unpack_image<S>(middles + i * S::kMiddleBytes, channels_last);
+    enter_stem<S, T>(activation, middle, stream, warp);
   }
-  if constexpr (S::kEntry == Entry::kStrided) enter_strided<S, T>(map, middle, stream, part);
+  if constexpr (S::kEntry == Entry::kStrided) enter_strided<S, T>(activation, middle, stream, warp);
   if constexpr (S::kEntry != Entry::kMap) {
-    // The input lay where zeros belong.
+    // The input overwrote the padding.
 #pragma unroll 1
     for (int i = 0; i < S::kImages; ++i) zero_border<S>(middles + i * S::kMiddleBytes);
   }
 
-  Sums<S> sums;
+  Acc<S> acc;
 #pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
     if (S::kEntry != Entry::kStrided || block > 0) {
-      const float* vectors = convolve<S, T>(sums, map, stream, part);
-      write_sums<S, T, false, true>(sums, middle, vectors, part);
+      const float* scale_shift = convolve<S, T>(acc, activation, stream, warp);
+      finalize<S, T, false, true>(acc, middle, scale_shift, warp);
     }
-    const float* vectors = convolve<S, T>(sums, middle, stream, part);
-    write_sums<S, T, true, true>(sums, map, vectors, part);
+    const float* scale_shift = convolve<S, T>(acc, middle, stream, warp);
+    finalize<S, T, true, true>(acc, activation, scale_shift, warp);
   }
   __syncthreads();
 
 #pragma unroll 1
   for (int i = 0; i < S::kImages; ++i) {
     if (first + i >= images) break;
-    const char* result = maps + i * S::kMapBytes;
+    const char* result = activations + i * S::kActivationBytes;
     if (classes == 0) {
-      store_map<S>(y + (first + i) * kMap, result);
+      store_activation<S>(y + (first + i) * kActivation, result);
     } else if constexpr (S::kSize == 8) {
       float* means = reinterpret_cast<float*>(middles);
       average<S, T>(means, means + S::kChannels, result);

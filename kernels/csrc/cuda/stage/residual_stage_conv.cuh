@@ -1,45 +1,45 @@
-// Convolutions of the stage kernel: operands and results in shared memory, sums in registers.
+// Convolutions of the stage kernel: operands and results in shared memory, accumulators in registers.
 //
-// A warp owns 16 output channels and kRows tiles of 16 pixels, one below the other. For each of the three columns of
-// taps it reads the input rows from the top down, once each, and multiplies a row with the three taps above one another
-// for the three output rows that it touches: nine taps cost (kRows + 2) / kRows x 3 reads instead of 9.
+// A warp computes 16 output channels and kRows tiles of 16 pixels, one below the other. For each of the three columns
+// of taps it loads every input row once, from the top down, and multiplies it with the three taps of the column, for
+// the three output rows that they contribute to. Nine taps cost 3 (kRows + 2) / kRows loads instead of 9.
 #pragma once
 
 #include "cuda/elements.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/stage/residual_stage_maps.cuh"
+#include "cuda/stage/residual_stage_activations.cuh"
 
 namespace resnet_fast::cuda::stage {
 
-// Which part of a layer a warp computes.
+// The part of a layer that a warp computes.
 template <class S>
-struct Part {
+struct WarpTile {
   int image, column, strip, row;  // the first row of its tiles
-  __device__ Part() {
+  __device__ WarpTile() {
     int warp = threadIdx.x / 32;
     column = warp % S::kColumns, warp /= S::kColumns;
     row = warp % S::kRowGroups * S::kRows, warp /= S::kRowGroups;
     strip = warp % S::kStrips, image = warp / S::kStrips;
   }
-  // Pixels of a tile come in two runs of 8: neighbours, or, where rows have 8 pixels, half a map apart.
+  // A tile is two runs of 8 pixels: adjacent or, if rows have 8 pixels, half an image apart.
   __device__ int y(int run) const { return S::kSize >= 16 ? row : row + run * S::kStripRows; }
   __device__ int x(int run) const { return S::kSize >= 16 ? strip * 16 + run * 8 : 0; }
 };
 
-// Sums of a warp: by tile, 8 output channels, and as mma has them.
+// Accumulators of a warp: [tile][8 output channels][as mma leaves them].
 template <class S>
-using Sums = float[S::kRows][2][4];
+using Acc = float[S::kRows][2][4];
 
 template <class S>
-__device__ void clear(Sums<S>& sums) {
+__device__ void zero_acc(Acc<S>& acc) {
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i)
 #pragma unroll
-    for (int j = 0; j < 8; ++j) sums[i][j / 4][j % 4] = 0;
+    for (int j = 0; j < 8; ++j) acc[i][j / 4][j % 4] = 0;
 }
 
-// A row of pixels as ldmatrix finds it. float32 is kept in full in the maps and rounded to TF32 here; filters are when
-// they are packed.
+// Loads a fragment of 16 pixels. Activations stay float32 in shared memory and are rounded to TF32 here; filters are
+// rounded when packed.
 template <typename T>
 __device__ void read_pixels(uint32_t (&pixels)[4], uint32_t address) {
   ptx::ldmatrix_x4(pixels, address);
@@ -49,94 +49,94 @@ __device__ void read_pixels(uint32_t (&pixels)[4], uint32_t address) {
   }
 }
 
-// Fragments of filters for a pair of planes of input and 16 output channels, `tap` of a slice.
+// The filter fragment of `tap` of a slice, for the 16 output channels of the warp.
 template <class S>
-__device__ uint4 filters_of(const char* slice, int tap, const Part<S>& part) {
-  return reinterpret_cast<const uint4*>(slice)[(tap * S::kColumns + part.column) * 32 + threadIdx.x % 32];
+__device__ uint4 filters_of(const char* slice, int tap, const WarpTile<S>& warp) {
+  return reinterpret_cast<const uint4*>(slice)[(tap * S::kColumns + warp.column) * 32 + threadIdx.x % 32];
 }
 
 template <class S, typename T>
-__device__ void multiply(Sums<S>& sums, int tile, const uint32_t (&pixels)[4], const uint4& filters) {
+__device__ void mma(Acc<S>& acc, int tile, const uint32_t (&pixels)[4], const uint4& filters) {
   if constexpr (sizeof(T) == 2) {
-    ptx::mma_m16n8k16(sums[tile][0], pixels, filters.x, filters.y, T());
-    ptx::mma_m16n8k16(sums[tile][1], pixels, filters.z, filters.w, T());
+    ptx::mma_m16n8k16(acc[tile][0], pixels, filters.x, filters.y, T());
+    ptx::mma_m16n8k16(acc[tile][1], pixels, filters.z, filters.w, T());
   } else {
-    ptx::mma_m16n8k8_tf32(sums[tile][0], pixels, filters.x, filters.y);
-    ptx::mma_m16n8k8_tf32(sums[tile][1], pixels, filters.z, filters.w);
+    ptx::mma_m16n8k8_tf32(acc[tile][0], pixels, filters.x, filters.y);
+    ptx::mma_m16n8k8_tf32(acc[tile][1], pixels, filters.z, filters.w);
   }
 }
 
-// Where the lane finds its row of ldmatrix: the cell above and to the left of its pixel in a map of the stage's shape,
-// in the first or second plane of a step.
+// Offset of the row of 16 bytes that this lane passes to ldmatrix: the cell above and left of its pixel, in the first
+// or second plane of a pair.
 template <class S>
-__device__ uint32_t lane_offset(const Part<S>& part) {
+__device__ uint32_t lane_offset(const WarpTile<S>& warp) {
   const int lane = threadIdx.x % 32, run = lane / 8 % 2;
-  return lane / 16 * S::kPlaneBytes + 16 * (part.y(run) * S::kPitch + part.x(run) + lane % 8);
+  return lane / 16 * S::kPlaneBytes + 16 * (warp.y(run) * S::kPitch + warp.x(run) + lane % 8);
 }
 
 template <class S>
-__device__ uint32_t strided_lane_offset(const Part<S>& part) {
+__device__ uint32_t strided_lane_offset(const WarpTile<S>& warp) {
   const int lane = threadIdx.x % 32, run = lane / 8 % 2;
-  return lane / 16 * S::kInPlaneBytes + 16 * (2 * part.y(run) * S::kPitch + part.x(run) + lane % 8);
+  return lane / 16 * S::kInPlaneBytes + 16 * (2 * warp.y(run) * S::kPitch + warp.x(run) + lane % 8);
 }
 
-// One slice of a 3x3 convolution. `map` is the lane's address in the step's planes.
+// One slice of a 3x3 convolution. activation: the lane's address in the slice's pair of planes.
 template <class S, typename T, int kStride>
-__device__ void multiply_slice(Sums<S>& sums, uint32_t map, const char* slice, const Part<S>& part) {
+__device__ void mma_slice(Acc<S>& acc, uint32_t activation, const char* slice, const WarpTile<S>& warp) {
   constexpr int kInputRows = (S::kRows - 1) * kStride + 3, kRowBytes = 16 * S::kPitch;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     uint4 filters[3];
 #pragma unroll
-    for (int r = 0; r < 3; ++r) filters[r] = filters_of<S>(slice, 3 * s + r, part);
-    // Left, middle, right: with stride 2 an odd column, the even one, the next odd one.
+    for (int r = 0; r < 3; ++r) filters[r] = filters_of<S>(slice, 3 * s + r, warp);
+    // Taps left, middle, right. With stride 2 these read an odd column, the even one, the next odd one.
     constexpr int kOdd = S::kInSteps * S::kInPairBytes;
     const int shift = kStride == 1 ? 16 * s : s == 0 ? kOdd : s == 1 ? 16 : kOdd + 16;
 #pragma unroll
     for (int row = 0; row < kInputRows; ++row) {
       uint32_t pixels[4];
-      read_pixels<T>(pixels, map + (row * kRowBytes + shift));
+      read_pixels<T>(pixels, activation + (row * kRowBytes + shift));
 #pragma unroll
       for (int r = 2; r >= 0; --r) {
         const int tile = (row - r) / kStride;
-        if (row >= r && tile * kStride == row - r && tile < S::kRows) multiply<S, T>(sums, tile, pixels, filters[r]);
+        if (row >= r && tile * kStride == row - r && tile < S::kRows) mma<S, T>(acc, tile, pixels, filters[r]);
       }
     }
   }
 }
 
-// One step of the 1x1 convolution with stride 2, which reads the pixels under the middle tap of a 3x3 one.
+// One pair of planes of the 1x1 projection with stride 2, which reads the pixels under the middle tap of a 3x3.
 template <class S, typename T>
-__device__ void multiply_projection(Sums<S>& sums, uint32_t map, const char* slice, int step, const Part<S>& part) {
-  const uint4 filters = filters_of<S>(slice, step, part);
+__device__ void mma_projection(Acc<S>& acc, uint32_t activation, const char* slice, int step, const WarpTile<S>& warp) {
+  const uint4 filters = filters_of<S>(slice, step, warp);
 #pragma unroll
   for (int tile = 0; tile < S::kRows; ++tile) {
     uint32_t pixels[4];
-    read_pixels<T>(pixels, map + 16 * ((2 * tile + 1) * S::kPitch + 1));
-    multiply<S, T>(sums, tile, pixels, filters);
+    read_pixels<T>(pixels, activation + 16 * ((2 * tile + 1) * S::kPitch + 1));
+    mma<S, T>(acc, tile, pixels, filters);
   }
 }
 
-// The stem. In a step of 16 products lane 4g + t gives two channels of rows t / 2 and t / 2 + 2 of the taps' four; in
-// float32, with two steps of 8, channel t of rows 0 and 1, then 2 and 3. The fourth row does not exist: zeros in its
-// place, for a zero filter does not undo an infinity below.
+// The stem. K runs over four rows of taps x four channels. With 16 bits lane 4g + t supplies two channels of rows t / 2
+// and t / 2 + 2; in float32, in two mma of 8, channel t of rows 0 and 1, then of rows 2 and 3. The fourth row does not
+// exist: its pixels are zeroed, because a zero filter times an infinity is NaN.
 template <class S, typename T>
-__device__ void multiply_stem(Sums<S>& sums, const char* cells, const char* slice, const Part<S>& part) {
+__device__ void mma_stem(Acc<S>& acc, const char* cells, const char* slice, const WarpTile<S>& warp) {
   constexpr int kCell = S::kStemCellBytes, kHalves = sizeof(T) / 2;
   const int lane = threadIdx.x % 32, t = lane % 4, low = kHalves == 1 ? t / 2 : 0;
-  const char* mine =
-      cells + kCell * ((part.y(0) + low) * S::kStemPitch + part.x(0) + lane / 4 + 1) + (kHalves == 1 ? t % 2 : t) * 4;
+  const char* lane_address =
+      cells + kCell * ((warp.y(0) + low) * S::kStemPitch + warp.x(0) + lane / 4 + 1) + (kHalves == 1 ? t % 2 : t) * 4;
   const uint32_t third = t < 2 ? 0xffffffff : 0;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      const uint4 filters = filters_of<S>(slice, kHalves * s + half, part);
+      const uint4 filters = filters_of<S>(slice, kHalves * s + half, warp);
 #pragma unroll
       for (int tile = 0; tile < S::kRows; ++tile) {
         const auto word = [&](int row, int run) {
           const uint32_t v =
-              *reinterpret_cast<const uint32_t*>(mine + kCell * ((tile + row) * S::kStemPitch + s + 8 * run));
+              *reinterpret_cast<const uint32_t*>(lane_address + kCell * ((tile + row) * S::kStemPitch + s + 8 * run));
           return kHalves == 1 ? v : ptx::to_tf32(v);
         };
         uint32_t pixels[4] = {word(2 * half, 0), word(2 * half, 1), 0, 0};
@@ -145,34 +145,34 @@ __device__ void multiply_stem(Sums<S>& sums, const char* cells, const char* slic
         } else if (half == 0) {
           pixels[2] = word(1, 0), pixels[3] = word(1, 1);
         }
-        multiply<S, T>(sums, tile, pixels, filters);
+        mma<S, T>(acc, tile, pixels, filters);
       }
     }
   }
 }
 
-// map = [relu](sums * scale + shift [+ map]); a thread reads only what it writes itself.
+// activation = [relu](acc * scale + shift [+ activation]). A thread reads only the elements that it writes.
 template <class S, typename T, bool kAdd, bool kRelu>
-__device__ void write_sums(const Sums<S>& sums, char* map, const float* vectors, const Part<S>& part) {
+__device__ void finalize(const Acc<S>& acc, char* activation, const float* scale_shift, const WarpTile<S>& warp) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const int channel = 16 * part.column + 8 * n + lane % 4 * 2, byte = channel * static_cast<int>(sizeof(T));
-    const float2 scale = *reinterpret_cast<const float2*>(vectors + channel);
-    const float2 shift = *reinterpret_cast<const float2*>(vectors + S::kChannels + channel);
+    const int channel = 16 * warp.column + 8 * n + lane % 4 * 2, byte = channel * static_cast<int>(sizeof(T));
+    const float2 scale = *reinterpret_cast<const float2*>(scale_shift + channel);
+    const float2 shift = *reinterpret_cast<const float2*>(scale_shift + S::kChannels + channel);
 #pragma unroll
     for (int run = 0; run < 2; ++run) {
-      char* mine =
-          plane_of<S>(map, byte / 16) + byte % 16 + 16 * ((part.y(run) + 1) * S::kPitch + part.x(run) + lane / 4 + 1);
+      char* lane_address = plane_of<S>(activation, byte / 16) + byte % 16 +
+                           16 * ((warp.y(run) + 1) * S::kPitch + warp.x(run) + lane / 4 + 1);
 #pragma unroll
       for (int tile = 0; tile < S::kRows; ++tile) {
-        auto* pair = reinterpret_cast<pair_of<T>*>(mine + tile * 16 * S::kPitch);
-        float2 v = {sums[tile][n][2 * run] * scale.x + shift.x, sums[tile][n][2 * run + 1] * scale.y + shift.y};
+        auto* pair = reinterpret_cast<vec2_of<T>*>(lane_address + tile * 16 * S::kPitch);
+        float2 v = {acc[tile][n][2 * run] * scale.x + shift.x, acc[tile][n][2 * run + 1] * scale.y + shift.y};
         if (kAdd) {
           const float2 before = widen2(*pair);
           v.x += before.x, v.y += before.y;
         }
-        const pair_of<T> rounded = round2(v, T());
+        const vec2_of<T> rounded = round2(v, T());
         *pair = kRelu ? relu2(rounded) : rounded;
       }
     }
