@@ -52,8 +52,8 @@ def kernel_of(layer: Layer, pool: Sequence[int]) -> int | None:
         or layer.residual
     ):
         return None
-    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
-    return _kernels().get((filter_rows, overlap, int(plain)))
+    simt = layer.dtype == torch.float32 and layer.precision == "ieee"
+    return _kernels().get((filter_rows, overlap, int(simt)))
 
 
 def pooled_layer(
@@ -150,6 +150,6 @@ def _launcher(kernel: int) -> Any:
 def register() -> None:
     """Tells the launch seam of the kernels that the extension holds."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for (_, _, plain), kernel in _kernels().items():
-            if not plain or dtype == torch.float32:
+        for (_, _, simt), kernel in _kernels().items():
+            if not simt or dtype == torch.float32:
                 launch.gpu.register(kernel_name(dtype, kernel), _launcher(kernel))
