@@ -94,12 +94,12 @@ def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> No
 def _cuda_choices(layer: Any, shared: int) -> list[Any]:
     from resnet_fast.gpu.candidates import cuda as cuda_configs
 
-    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
+    simt = layer.dtype == torch.float32 and layer.precision == "ieee"
     found = []
     for i, tile in enumerate(cuda_configs.tiles()):
         for splits in (1, 3):
             config = cuda_configs.CudaConfig(i, min(tile.pixels, 64), splits)
-            made = cuda_configs.plan(layer, config) if tile.plain == plain else None
+            made = cuda_configs.plan(layer, config) if tile.simt == simt else None
             if made is not None and made.shared <= shared:
                 found.append(config)
     return found

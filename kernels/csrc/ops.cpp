@@ -80,29 +80,29 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "train_stage_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] kept, bool[] present, int[] fields, "
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
 
-  // Convolution on CUDA devices: the tiles that there are (cuda/conv_plan.h), the geometry of a launch as [blocks,
-  // threads, shared bytes, floats and integers of workspace, completed args], and the launch itself, which takes
-  // integers of zero and leaves them at zero.
+  // conv_bn_relu on CUDA devices: the tiles (cuda/conv/conv_plan.h); the geometry of a launch as [blocks, threads,
+  // shared bytes, floats and counters of the split-K workspace, completed args]; the launch, whose counters are zero
+  // before and after.
   m.def("conv_bn_relu_tiles() -> int[]");
   m.def("conv_bn_relu_plan(int tile, int[] args, int element_size, bool aligned) -> int[]");
   m.def(
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
-  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/halo_plan.h); of a tile its columns, warpgroups and
-  // stages.
+  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/conv_halo_plan.h); a tile is its positions,
+  // warpgroups and stages.
   m.def("conv_halo_tiles() -> int[]");
   m.def("conv_halo_plan(int tile, int[] args) -> int[]");
   m.def(
       "conv_halo_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
-  // The stream of launches on the device of x, and the capture of a CUDA graph that it takes part in, 0 where in none.
+  // PyTorch's current stream on the device of x, and the CUDA graph capture that it takes part in, 0 if none.
   m.def("current_capture(Tensor x) -> int[]");
 
-  // A convolution of an image and the max pooling behind it on CUDA devices: the kernels that there are
-  // (cuda/conv_bn_relu_pool_plan.h) as filter, overlapping windows or not, and plain products or not; the geometry of a
-  // launch as [blocks, threads, shared bytes, completed args]; and the launch itself.
+  // A stem's convolution and max pooling on CUDA devices: the kernels (cuda/stem/conv_bn_relu_pool_plan.h) as filter,
+  // whether windows overlap, whether it is SIMT; the geometry of a launch as [blocks, threads, shared bytes, completed
+  // args]; the launch.
   m.def("conv_bn_relu_pool_kernels() -> int[]");
   m.def(
       "conv_bn_relu_pool_plan(int kernel, int[] args, int element_size, bool aligned, int multiprocessors, int shared) "
@@ -114,11 +114,11 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // y = flatten(avg_pool2d(x, kernel, stride), 1) on CUDA devices, of x in channels_last.
   m.def("avg_pool_flatten_launch(Tensor x, Tensor(a!) y, int[2] kernel, int[2] stride) -> ()");
 
-  // The tape `number` (chain/tape.h) for these inputs, in their order; no tensors where they are not like those which
-  // it was recorded with.
+  // Replays tape `number` (chain/tape.h) for these inputs; returns no tensors if it was recorded with inputs of another
+  // kind.
   m.def("run_tape(Tensor[] inputs, int number) -> Tensor[]");
 
-  // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises where there is none.
+  // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises if there is no device.
   m.def("cuda_stream(int device) -> int");
 
   // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp); bytes that are kept, and bytes

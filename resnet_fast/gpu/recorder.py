@@ -2,8 +2,8 @@
 
 Buffers of a recording are its inputs, what operators return, what kernels write (memory of PyTorch's allocator: what is
 returned, and one piece for all that is not, in which buffers share room whose lifetimes do not overlap), and constants:
-everything else that a kernel reads, held by the tape. ``kernels/csrc/chain/tape.cpp`` reads the words in which that is
-written.
+everything else that a kernel reads, held by the tape. ``kernels/csrc/chain/tape_read.cpp`` reads the words in which
+that is written.
 """
 
 from __future__ import annotations

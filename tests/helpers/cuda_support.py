@@ -8,7 +8,7 @@ from ptxsim.device import simulated
 
 from resnet_fast import backends
 
-SOURCES = Path(__file__).parents[2] / "kernels/csrc/cuda"
+SOURCES = Path(__file__).parents[2] / "kernels/csrc"
 FLAGS = (f"-I{SOURCES}", "-std=c++20", "--expt-relaxed-constexpr")
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
@@ -21,26 +21,26 @@ def find_cuda(name):
     stem, dtype, number = found.groups()
     t = TYPES[dtype]
     if stem == "conv_bn_relu_fwd_kernel":
-        source = f"""#include "conv_bn_relu.cuh"
+        source = f"""#include "cuda/conv/conv_bn_relu.cuh"
         template __global__ void resnet_fast::cuda::conv_bn_relu_fwd_kernel<{t}, {number}>(
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::ConvArgs);"""
         return source, FLAGS, stem
     if stem == "conv_halo_fwd_kernel":
         tile, stride, chunk = int(number) // 6, 1 + int(number) % 6 // 3, 64 >> int(number) % 3
-        source = f"""#include "hopper/conv_halo.cuh"
+        source = f"""#include "cuda/hopper/conv_halo.cuh"
         template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}, {stride}>(
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::HaloArgs);"""
         return source, (*FLAGS, "-arch=sm_90a"), stem
     if stem == "conv_bn_relu_pool_fwd_kernel":
-        source = f"""#include "conv_bn_relu_pool.cuh"
+        source = f"""#include "cuda/stem/conv_bn_relu_pool.cuh"
         template __global__ void resnet_fast::cuda::conv_bn_relu_pool_fwd_kernel<{t}, {number}>(
             const {t}*, const {t}*, const float*, const float*, {t}*,
             const __grid_constant__ resnet_fast::cuda::StemArgs);"""
         return source, FLAGS, stem
     if stem == "avg_pool_flatten_fwd_kernel":
-        source = f"""#include "avg_pool_flatten.cuh"
+        source = f"""#include "cuda/avg_pool_flatten.cuh"
         template __global__ void resnet_fast::cuda::avg_pool_flatten_fwd_kernel<{t}>(
             const {t}*, {t}*, const __grid_constant__ resnet_fast::cuda::AvgPoolArgs);"""
         return source, FLAGS, stem

@@ -1,11 +1,11 @@
-// Launchers of the stage kernels, and what there is to choose from.
+// Launcher of the stage kernels, and their list for Python.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
 
-#include "kernel_names.h"
-#include "launch.h"
-#include "residual_stage_kernels.cuh"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
+#include "cuda/stage/residual_stage_kernels.cuh"
 
 namespace resnet_fast {
 namespace {
@@ -15,7 +15,7 @@ using cuda::Entry;
 struct Kernel {
   Entry entry;
   int element_size, channels, size, images, threads, shared;
-  const void *first, *bfloat16;  // the first of float16, or of float32
+  const void *first, *bfloat16;  // first: float16 or float32
 };
 
 template <typename F>
@@ -60,7 +60,7 @@ void check_operand(const char* name, const Tensor& t, const Tensor& x, int64_t b
                     t.numel() * t.element_size(), " bytes, want ", bytes);
 }
 
-// As the kernel has it (residual_stage.cuh); x and y are dense in the kernel's order of elements.
+// Launches `kernel` on tensors as residual_stage.cuh describes them; x and y are dense in its order of elements.
 void residual_stage_launch(int64_t kernel, const Tensor& x, const Tensor& filters, const Tensor& y, int64_t blocks,
                            int64_t classes, bool channels_last) {
   constexpr int64_t kCount = sizeof(kKernels) / sizeof(Kernel);
@@ -77,10 +77,11 @@ void residual_stage_launch(int64_t kernel, const Tensor& x, const Tensor& filter
   RESNET_FAST_CHECK(blocks > 0, "residual_stage_launch: blocks is ", blocks, ", want at least 1");
   RESNET_FAST_CHECK(classes >= 0 && (classes == 0 || k.size == 8), "residual_stage_launch: classes is ", classes,
                     " behind a stage of ", k.size, " x ", k.size, " pixels, which has no linear layer");
-  const int64_t images = x.size(0), map = int64_t{k.channels} * k.size * k.size;
-  const int64_t input = k.entry == Entry::kStem ? int64_t{3} * k.size * k.size : (k.entry == Entry::kMap ? 1 : 2) * map;
+  const int64_t images = x.size(0), activation = int64_t{k.channels} * k.size * k.size;
+  const int64_t input =
+      k.entry == Entry::kStem ? int64_t{3} * k.size * k.size : (k.entry == Entry::kMap ? 1 : 2) * activation;
   check_operand("x", x, x, k.element_size * images * input);
-  check_operand("y", y, x, k.element_size * images * (classes > 0 ? classes : map));
+  check_operand("y", y, x, k.element_size * images * (classes > 0 ? classes : activation));
   const int64_t steps = k.channels * k.element_size / 32,
                 slices = 2 * blocks * steps - (k.entry == Entry::kStrided ? steps / 2 : 0);
   check_operand("filters", filters, x, slices * 288 * k.channels + classes * (k.element_size * k.channels + 4));
@@ -89,19 +90,14 @@ void residual_stage_launch(int64_t kernel, const Tensor& x, const Tensor& filter
   if (grid == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  // The default limit is 48 KB.
-  const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, k.shared);
-  RESNET_FAST_CHECK(error == cudaSuccess, "residual_stage_launch: ", k.shared,
-                    " bytes of shared memory a block: ", cudaGetErrorString(error));
-  const void *from = x.data_ptr(), *stream = filters.data_ptr();
-  void* to = y.data_ptr();
+  const void *px = x.data_ptr(), *pfilters = filters.data_ptr();
+  void* py = y.data_ptr();
   int64_t batch = images;
-  int count = static_cast<int>(blocks), outputs = static_cast<int>(classes);
-  bool by_channel = channels_last;
-  void* arguments[] = {&from, &stream, &to, &batch, &count, &outputs, &by_channel};
-  cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid)), dim3(k.threads), arguments, k.shared,
-                   current_stream(x));
-  check_launch("residual_stage_launch");
+  int block_count = static_cast<int>(blocks), class_count = static_cast<int>(classes);
+  bool by_pixel = channels_last;
+  void* parameters[] = {&px, &pfilters, &py, &batch, &block_count, &class_count, &by_pixel};
+  launch_kernel("residual_stage_launch", function, dim3(static_cast<unsigned>(grid)), k.threads, parameters, k.shared,
+                current_stream(x));
 }
 
 const bool named = [] {

@@ -1,4 +1,4 @@
-// Launcher of the convolution on CUDA devices, and its geometry for those who choose tiles.
+// Launcher of conv_bn_relu on CUDA devices; its tiles and geometry for the tuner.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
@@ -7,9 +7,9 @@
 #include <optional>
 #include <vector>
 
-#include "conv_plan.h"
-#include "kernel_names.h"
-#include "launch.h"
+#include "cuda/conv/conv_plan.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace cuda {
@@ -43,19 +43,19 @@ const ConvTile& tile_of(int64_t tile) {
   return cuda::kConvTiles[tile];
 }
 
-// One row for each tile: load, math, the most pixels and the least that it computes for, channels, threads, bytes of a
-// row of products, and the warps along pixels, channels and products.
+// One row per tile: load, math, most and fewest pixels that a block computes, channels, threads, bytes of a k step, and
+// warps along pixels, channels and k.
 std::vector<int64_t> conv_bn_relu_tiles() {
   std::vector<int64_t> rows;
   for (const ConvTile& t : cuda::kConvTiles) {
-    for (const int64_t field : {static_cast<int>(t.load), static_cast<int>(t.math), t.m(), 16 * t.always * t.warps_m,
+    for (const int64_t field : {static_cast<int>(t.load), static_cast<int>(t.math), t.m(), 16 * t.min_mt * t.warps_m,
                                 t.n(), t.threads(), t.row_bytes, t.warps_m, t.warps_n, t.warps_k})
       rows.push_back(field);
   }
   return rows;
 }
 
-// blocks, threads, shared, partial_floats, counters, and the completed args; nothing where the tile cannot.
+// [blocks, threads, shared, partial_floats, counters, completed args]; empty if the tile cannot compute it.
 std::vector<int64_t> conv_bn_relu_plan(int64_t tile, const std::vector<int64_t>& args, int64_t element_size,
                                        bool aligned) {
   RESNET_FAST_CHECK(element_size == 2 || element_size == 4, "conv_bn_relu: element_size is ", element_size,
@@ -66,10 +66,10 @@ std::vector<int64_t> conv_bn_relu_plan(int64_t tile, const std::vector<int64_t>&
                     ", want 1 to ", t.m());
   RESNET_FAST_CHECK(a.splits >= 1, "conv_bn_relu: splits is ", a.splits, ", want at least 1");
   if (!cuda::has_instance(t, static_cast<int>(element_size)) ||
-      !cuda::suits(t, a, static_cast<int>(element_size), aligned))
+      !cuda::supports(t, a, static_cast<int>(element_size), aligned))
     return {};
   const cuda::ConvPlan plan = cuda::plan_conv(t, a, static_cast<int>(element_size));
-  if ((a.splits > 1 && plan.args.parts < a.splits) || plan.blocks > INT32_MAX) return {};
+  if ((a.splits > 1 && plan.args.k_blocks < a.splits) || plan.blocks > INT32_MAX) return {};
   std::vector<int64_t> out = {plan.blocks, plan.threads, plan.shared, plan.partial_floats, plan.counters};
   int32_t fields[kConvArgs];
   std::memcpy(fields, &plan.args, sizeof fields);
@@ -77,7 +77,7 @@ std::vector<int64_t> conv_bn_relu_plan(int64_t tile, const std::vector<int64_t>&
   return out;
 }
 
-// Launches tile `tile` by a plan of the above on checked tensors.
+// Launches `tile` by a plan of the above.
 void conv_bn_relu_launch(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                          const std::optional<Tensor>& residual, Tensor y, const std::optional<Tensor>& partial,
                          const std::optional<Tensor>& counters, int64_t tile, const std::vector<int64_t>& args) {
@@ -99,7 +99,8 @@ void conv_bn_relu_launch(const Tensor& x, const Tensor& weight, const Tensor& sc
   holds("y", y, int64_t{a.pixels} * a.out_channels);
   if (residual) holds("residual", *residual, int64_t{a.pixels} * a.out_channels);
   if (a.splits > 1) {
-    RESNET_FAST_CHECK(partial && counters, "conv_bn_relu: partial and counters are wanted for split sums");
+    RESNET_FAST_CHECK(partial && counters,
+                      "conv_bn_relu: partial and counters are None, want the workspace of split-K");
     holds("partial", *partial, plan.partial_floats);
     holds("counters", *counters, plan.counters);
   }
@@ -120,14 +121,8 @@ void conv_bn_relu_launch(const Tensor& x, const Tensor& weight, const Tensor& sc
   void *py = y.data_ptr(), *ppartial = partial ? partial->data_ptr() : nullptr;
   void* pcounters = counters ? counters->data_ptr() : nullptr;
   void* parameters[] = {&px, &pw, &pscale, &pshift, &presidual, &py, &ppartial, &pcounters, const_cast<ConvArgs*>(&a)};
-  // More than 48 KB of shared memory a block must be asked for.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.splits)),
-                             dim3(static_cast<unsigned>(plan.threads)), parameters, static_cast<size_t>(plan.shared),
-                             current_stream(x));
-  RESNET_FAST_CHECK(error == cudaSuccess, "conv_bn_relu: launch failed: ", cudaGetErrorString(error));
-  check_launch("conv_bn_relu");
+  launch_kernel("conv_bn_relu", kernel, dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.splits)),
+                plan.threads, parameters, plan.shared, current_stream(x));
 }
 
 template <typename T>
@@ -142,30 +137,11 @@ const bool named =
 
 }  // namespace
 
-namespace {
-
-// The stream that launches on the device of x take, and which capture of a CUDA graph it takes part in, 0 where in
-// none.
-std::vector<int64_t> current_capture(const Tensor& x) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const cudaStream_t stream = current_stream(x);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
-  RESNET_FAST_CHECK(error == cudaSuccess, "current_capture: ", cudaGetErrorString(error));
-  return {reinterpret_cast<int64_t>(stream), status == cudaStreamCaptureStatusNone ? 0 : static_cast<int64_t>(id) + 1};
-}
-
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("conv_bn_relu_tiles", TORCH_BOX(&conv_bn_relu_tiles));
   m.impl("conv_bn_relu_plan", TORCH_BOX(&conv_bn_relu_plan));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) {
-  m.impl("conv_bn_relu_launch", TORCH_BOX(&conv_bn_relu_launch));
-  m.impl("current_capture", TORCH_BOX(&current_capture));
-}
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CUDA, m) { m.impl("conv_bn_relu_launch", TORCH_BOX(&conv_bn_relu_launch)); }
 
 }  // namespace resnet_fast

@@ -1,12 +1,12 @@
-// The stage kernels that exist, by name: residual_stage_<entry>_<channels>x<size>x<size>_<images a block>_<type>.
+// The compiled stage kernels: residual_stage_<entry>_<channels>x<size>x<size>_<images a block>_<type>.
 #pragma once
 
-#include "residual_stage.cuh"
+#include "cuda/stage/residual_stage.cuh"
 
 namespace resnet_fast::cuda {
 
-// f(entry's name, entry, bytes of a channel, channels, size, images a block, warps). The CIFAR networks' stages, and
-// those of twice the width; several images a block spare reads of the same filters where there are images enough.
+// f(entry's name, entry, bytes of a channel, channels, size, images a block, warps): the stages of the CIFAR networks
+// and of networks twice as wide. In large batches several images a block share the loads of filters.
 // clang-format off
 #define RESNET_FAST_STAGES(f)                   \
   f(stem, Entry::kStem, 2, 16, 32, 1, 8)        \
@@ -25,7 +25,7 @@ namespace resnet_fast::cuda {
   f(strided, Entry::kStrided, 2, 128, 8, 1, 16) \
   f(map, Entry::kMap, 2, 128, 8, 1, 16)
 
-// The same of float32 maps, multiplied as TF32.
+// The same for float32, multiplied as TF32.
 #define RESNET_FAST_TF32_STAGES(f)              \
   f(stem, Entry::kStem, 4, 16, 32, 1, 8)        \
   f(map, Entry::kMap, 4, 16, 32, 1, 8)          \
@@ -40,7 +40,7 @@ namespace resnet_fast::cuda {
   residual_stage_##name##_##channels##x##size##x##size##_##images##_##suffix
 // clang-format on
 
-// Registers: so few that a multiprocessor of sm_80 holds as many blocks as its shared memory does.
+// Blocks per multiprocessor: registers must allow as many as the shared memory of sm_80 does.
 template <class S>
 constexpr int kStageBlocks = 164 * 1024 / (S::kSharedBytes + 1024);
 

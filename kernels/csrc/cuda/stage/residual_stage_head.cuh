@@ -1,24 +1,24 @@
-// Average pooling and the linear layer, on the last map in shared memory.
+// Average pooling and the linear layer, on the last activation in shared memory.
 #pragma once
 
-#include "elements.cuh"
-#include "residual_stage_maps.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/stage/residual_stage_activations.cuh"
 
 namespace resnet_fast::cuda::stage {
 
-// means[c] of one image's map, in the order of rows and, within a row, of columns. `rows` holds kSize sums a channel.
-// Barriers inside: all threads call it.
+// means[c] of an image's activation, added by rows and, within a row, by columns: a fixed order. rows: kSize row sums a
+// channel. Contains barriers: all threads call it.
 template <class S, typename T>
-__device__ void average(float* means, float* rows, const char* map) {
+__device__ void average(float* means, float* rows, const char* activation) {
   constexpr int kPairs = S::kChannels / 2;
   for (int i = threadIdx.x; i < S::kSize * kPairs; i += S::kThreads) {
     const int pair = i % kPairs, y = i / kPairs;
     const int byte = 2 * pair * static_cast<int>(sizeof(T));
-    const char* mine = plane_of<S>(map, byte / 16) + byte % 16 + 16 * ((y + 1) * S::kPitch + 1);
+    const char* lane_address = plane_of<S>(activation, byte / 16) + byte % 16 + 16 * ((y + 1) * S::kPitch + 1);
     float2 sum = {0, 0};
 #pragma unroll
     for (int x = 0; x < S::kSize; ++x) {
-      const float2 v = widen2(*reinterpret_cast<const pair_of<T>*>(mine + 16 * x));
+      const float2 v = widen2(*reinterpret_cast<const vec2_of<T>*>(lane_address + 16 * x));
       sum.x += v.x, sum.y += v.y;
     }
     *reinterpret_cast<float2*>(rows + 2 * i) = sum;
@@ -32,8 +32,8 @@ __device__ void average(float* means, float* rows, const char* map) {
   __syncthreads();
 }
 
-// y[k] = bias[k] + weight[k] . means; a warp a class, the products added as a tree. `weight` is [classes][kChannels],
-// then come the biases in float32.
+// y[k] = bias[k] + weight[k] . means, one warp per class, reduced as a tree. weight: [classes][kChannels]; bias:
+// float32.
 template <class S, typename T>
 __device__ void classify(T* y, const float* means, const T* weight, const float* bias, int classes) {
   const int lane = threadIdx.x % 32;
@@ -41,7 +41,7 @@ __device__ void classify(T* y, const float* means, const T* weight, const float*
     float sum = 0;
 #pragma unroll
     for (int c = 2 * lane; c < S::kChannels; c += 64) {
-      const float2 w = widen2(*reinterpret_cast<const pair_of<T>*>(weight + k * S::kChannels + c));
+      const float2 w = widen2(*reinterpret_cast<const vec2_of<T>*>(weight + k * S::kChannels + c));
       sum += w.x * means[c] + w.y * means[c + 1];
     }
 #pragma unroll

@@ -1,4 +1,4 @@
-#include "conv_instances.cuh"
+#include "cuda/conv/conv_instances.cuh"
 
 namespace resnet_fast::cuda {
 RESNET_FAST_CONV_KERNELS(__half)

@@ -1,17 +1,16 @@
-// The stem's products. A warp computes eight pooled pixels of a row: the 2x2 pixels of the convolution that pooled
-// pixel p takes all lie in the lanes 4p to 4p + 3, so that pooling needs no other lane, or, where windows overlap, its
-// left neighbour alone.
+// The stem's implicit GEMM. A warp computes eight pooled pixels of a row. Lanes 4p to 4p + 3 hold the 2x2 convolution
+// pixels of pooled pixel p, so pooling needs no other lane or, where windows overlap, the left neighbour's alone.
 //
-// acc[dy][j][2 dx + e] is the pixel dx to the right and dy down of the 2x2, and channel 8 j + 2 (lane % 4) + e of the
-// warp's: as mma leaves it where the rows 0 to 7 of its matrix are the left pixels and the rows 8 to 15 the right ones.
+// acc[dy][j][2 dx + e] is the pixel dx right and dy down of the 2x2, channel 8 j + 2 (lane % 4) + e of the warp, as mma
+// leaves it: rows 0 to 7 of its matrix are the left pixels, rows 8 to 15 the right ones.
 //
-// The sum over a filter's elements may come in any order that both operands share. Elements are taken in pairs, and a
-// "slot" is what the four lanes of a row of mma's matrix load at once, a pair each. Slots are chosen so that lanes read
-// from different banks (pixels are 12 elements apart): squares of 2x2 pairs, of two filter rows; what an odd number of
-// rows and pairs leaves over: the last pair of each row, and the bottom row. Two slots make a step.
+// K may run over a filter's elements in any order that both operands share. Elements are taken in pairs; a "slot" is
+// one pair for each of the four lanes of a row of mma's matrix. Slots are chosen so that lanes read different banks
+// (pixels are 12 elements apart): squares of 2x2 pairs over two filter rows, then what odd counts leave over, the last
+// pair of each row and the bottom row. Two slots make a step.
 #pragma once
 
-#include "conv_bn_relu_pool_load.cuh"
+#include "cuda/stem/conv_bn_relu_pool_load.cuh"
 
 namespace resnet_fast::cuda::stem {
 
@@ -20,22 +19,22 @@ struct Slots {
   static constexpr int kPairs = stem_pairs(kFilter);
   static_assert(kFilter % 2 == 1 && kPairs % 2 == 1 && kPairs >= 5, "the order below");
   static constexpr int kColumns = kPairs / 2, kRows = kFilter / 2;  // of squares
-  // First two squares side by side a step, so that the row of pixels above and the row below share what is loaded.
+  // Steps of two adjacent squares come first: the pixel rows above and below share what they load.
   static constexpr int kTwins = kColumns / 2 * kRows * 2;
   static constexpr int kSingles = kColumns % 2 * kRows;
-  static constexpr int kEnds = (kFilter + 3) / 4;  // the last pairs of four rows each
-  static constexpr int kBottoms = (kPairs + 2) / 4;  // four pairs of the bottom row each, but its last
+  static constexpr int kEnds = (kFilter + 3) / 4;  // slots of the last pairs of four rows
+  static constexpr int kBottoms = (kPairs + 2) / 4;  // slots of four pairs of the bottom row, without its last
   static constexpr int kRest = kSingles + kEnds + kBottoms, kCount = kTwins + kRest;
   static_assert(kCount % 2 == 0, "slots come in twos");
 
-  // Where a group of four begins: the last one overlaps the one before, and its lanes that do so take no part.
+  // Where a group of four begins. The last group overlaps the one before; its overlapping lanes are not valid.
   static constexpr int end_row(int i) { return kFilter < 4 ? 0 : 4 * i < kFilter - 4 ? 4 * i : kFilter - 4; }
   static constexpr int bottom_pair(int i) { return 4 * i < kPairs - 5 ? 4 * i : kPairs - 5; }
 
-  // Filter row and pair of a slot in a lane, and whether the lane takes part.
+  // Filter row and pair of a lane in a slot, and whether the lane contributes.
   struct Tap {
     int row, pair;
-    bool there;
+    bool valid;
   };
   __device__ static Tap square(int column, int row, int quad) {
     return {2 * row + quad / 2, 2 * column + quad % 2, true};
@@ -57,7 +56,7 @@ struct Slots {
   }
 };
 
-// Two elements in sequence, as the registers of mma want them.
+// Two adjacent elements as registers of mma.
 template <typename T>
 struct PairBits {
   static constexpr int kWords = sizeof(T) / 2;
@@ -83,7 +82,7 @@ struct PairBits {
     }
     return v;
   }
-  // All bits of the elements that are wanted.
+  // All bits of the selected elements.
   __device__ static PairBits mask(bool first, bool second) {
     PairBits v;
     if constexpr (kWords == 1)
@@ -103,28 +102,27 @@ struct PairBits {
   }
 };
 
-// Products on tensor cores, from filters that stay in registers, but those of the last step: without them the compiler
-// has registers to spare.
+// Tensor cores. Filters stay in registers, except those of the last step: that leaves the compiler spare registers.
 template <typename T, int kFilter>
-class TensorStem {
+class TensorStemMma {
   using S = Slots<kFilter>;
   using Pair = PairBits<T>;
   static constexpr int kPairBytes = 2 * sizeof(T), kPixel = 6 * sizeof(T), kHeld = S::kCount - 2;
-  struct alignas(2 * sizeof(Pair)) Last {
+  struct alignas(2 * sizeof(Pair)) LastStep {
     Pair pair[2];
   };
 
  public:
   static constexpr int kTiles = stem_warp_filters(Math::kTensor, sizeof(T)) / 8;
-  static constexpr bool kResident = false;  // filters leave shared memory
-  static constexpr int kLastBytes = kTiles * 32 * sizeof(Last);
+  static constexpr bool kResident = false;  // filters do not stay in shared memory
+  static constexpr int kLastStepBytes = kTiles * 32 * sizeof(LastStep);
 
-  // filters: those of this warp, [filter][row][element]; last: where those of the last step are to lie.
-  __device__ TensorStem(const char* filters, char* last, const StemArgs& a)
-      : last_(reinterpret_cast<Last*>(last)), pitch_(a.pitch) {
+  // filters: this warp's, [filter][row][element], in shared memory; last: where to keep those of the last step.
+  __device__ TensorStemMma(const char* filters, char* last, const StemArgs& a)
+      : last_step_(reinterpret_cast<LastStep*>(last)), pitch_(a.pitch) {
     constexpr int kRow = kStemChannels * kFilter;
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    const T* mine = reinterpret_cast<const T*>(filters) + lane / 4 * kFilter * kRow;
+    const T* lane_filters = reinterpret_cast<const T*>(filters) + lane / 4 * kFilter * kRow;
     T zero;
     narrow(0.f, zero);
 #pragma unroll
@@ -132,21 +130,21 @@ class TensorStem {
       const auto tap = S::tap(s, quad);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        // A row's first pair begins with an element of a neighbour.
-        const T* pair = mine + (8 * j * kFilter + tap.row) * kRow + 2 * tap.pair - 1;
-        Pair both = Pair::of(tap.there && tap.pair > 0 ? pair[0] : zero, tap.there ? pair[1] : zero);
+        // A row's first pair begins with a neighbour's element.
+        const T* pair = lane_filters + (8 * j * kFilter + tap.row) * kRow + 2 * tap.pair - 1;
+        Pair both = Pair::of(tap.valid && tap.pair > 0 ? pair[0] : zero, tap.valid ? pair[1] : zero);
         both.round();
         if (s < kHeld)
           filters_[s][j] = both;
         else
-          last_[j * 32 + lane].pair[s - kHeld] = both;
+          last_step_[j * 32 + lane].pair[s - kHeld] = both;
       }
     }
   }
 
-  // acc = the sums of the rows dy = kFrom and 1. at: what the lane's left upper pixel reads first.
+  // Computes acc[dy] for dy from kFrom to 1. at: first input element of the lane's upper left pixel.
   template <int kFrom>
-  __device__ void multiply(float (&acc)[2][kTiles][4], const char* at) const {
+  __device__ void accumulate(float (&acc)[2][kTiles][4], const char* at) const {
     const Lane lane(at, pitch_);
 #pragma unroll
     for (int dy = kFrom; dy < 2; ++dy)
@@ -156,15 +154,15 @@ class TensorStem {
         for (int e = 0; e < 4; ++e) acc[dy][j][e] = 0;
 #pragma unroll
     for (int c = 0; c < S::kColumns / 2; ++c) {
-      // Pixels of the row dy = 1 lie two rows of the input, a row of squares, below.
+      // Row dy = 1 lies two input rows, one row of squares, below.
 #pragma unroll
       for (int r = kFrom; r <= S::kRows; ++r) {
         Step step;
         square(step.pair[0], lane, 2 * c, r);
         square(step.pair[1], lane, 2 * c + 1, r);
         const int slot = 2 * (c * S::kRows + r);
-        if (kFrom == 0 && r < S::kRows) product(acc[0], step, slot, lane.thread);
-        if (r > 0) product(acc[1], step, slot - 2, lane.thread);
+        if (kFrom == 0 && r < S::kRows) mma_step(acc[0], step, slot, lane.thread);
+        if (r > 0) mma_step(acc[1], step, slot - 2, lane.thread);
       }
     }
 #pragma unroll
@@ -174,22 +172,22 @@ class TensorStem {
         Step step;
         rest(step.pair[0], lane, i, dy);
         rest(step.pair[1], lane, i + 1, dy);
-        product(acc[dy], step, S::kTwins + i, lane.thread);
+        mma_step(acc[dy], step, S::kTwins + i, lane.thread);
       }
     }
   }
 
  private:
-  // Two slots, each for a lane's left and right pixel.
+  // pair[slot][dx]: two slots for a lane's left and right pixel.
   struct Step {
     Pair pair[2][2];
   };
 
-  // Where a lane reads its pairs of each kind of slots. A neighbour's element counts for nothing, infinite or not a
-  // number as it may be: masks tell what is wanted of the first pairs of a filter row.
+  // Where a lane reads its pairs of each kind of slot. Masks drop the neighbour's element from the first pair of a
+  // filter row: times zero, infinities and NaN would still count.
   struct Lane {
     const char *square, *end, *bottom;
-    int thread, quad;  // of the warp, and of the four that share a pixel
+    int thread, quad;  // lane of the warp, and of the four that share a pixel
     Pair first_square, first_bottom;
 
     __device__ Lane(const char* at, int pitch) : thread(ptx::opaque(threadIdx.x % 32)), quad(thread % 4) {
@@ -201,44 +199,44 @@ class TensorStem {
     }
   };
 
-  // there: whether this lane takes part.
-  __device__ static void load(Pair (&pairs)[2], const char* from, bool masked, const Pair& mask, bool there = true) {
+  // valid: whether this lane contributes.
+  __device__ static void load(Pair (&pairs)[2], const char* from, bool masked, const Pair& mask, bool valid = true) {
 #pragma unroll
     for (int dx = 0; dx < 2; ++dx) {
       pairs[dx] = Pair::load(from + dx * kPixel);
       if (masked) pairs[dx] &= mask;
       pairs[dx].round();
 #pragma unroll
-      for (uint32_t& word : pairs[dx].word) word = there ? word : 0;
+      for (uint32_t& word : pairs[dx].word) word = valid ? word : 0;
     }
   }
   __device__ void square(Pair (&pairs)[2], const Lane& lane, int column, int row) const {
     load(pairs, lane.square + 2 * row * pitch_ + 2 * column * kPairBytes, column == 0, lane.first_square);
   }
-  // The i-th slot behind the twins.
+  // The i-th slot after the twins.
   __device__ void rest(Pair (&pairs)[2], const Lane& lane, int i, int dy) const {
     if (i < S::kSingles) return square(pairs, lane, S::kColumns - 1, i + dy);
     const int below = 2 * dy * pitch_;
     i -= S::kSingles;
     if (i < S::kEnds) {
       const char* from = lane.end + below + S::end_row(i) * pitch_;
-      return load(pairs, from, false, lane.first_square, S::end(i, lane.quad).there);
+      return load(pairs, from, false, lane.first_square, S::end(i, lane.quad).valid);
     }
     i -= S::kEnds;
     const char* from = lane.bottom + below + S::bottom_pair(i) * kPairBytes;
-    load(pairs, from, i == 0, lane.first_bottom, S::bottom(i, lane.quad).there);
+    load(pairs, from, i == 0, lane.first_bottom, S::bottom(i, lane.quad).valid);
   }
 
-  // 16 bits: both slots in one product. TF32: one after the other.
-  __device__ void product(float (&acc)[kTiles][4], const Step& step, int slot, int thread) const {
+  // 16 bits: one mma for both slots. TF32: one each.
+  __device__ void mma_step(float (&acc)[kTiles][4], const Step& step, int slot, int thread) const {
     const Pair(&pair)[2][2] = step.pair;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      Last filters;
+      LastStep filters;
       if (slot < kHeld)
         filters = {filters_[slot][j], filters_[slot + 1][j]};
       else
-        filters = last_[j * 32 + thread];
+        filters = last_step_[j * 32 + thread];
       if constexpr (sizeof(T) == 2) {
         const uint32_t a[4] = {pair[0][0].word[0], pair[0][1].word[0], pair[1][0].word[0], pair[1][1].word[0]};
         ptx::mma_m16n8k16(acc[j], a, filters.pair[0].word[0], filters.pair[1].word[0], T{});
@@ -253,24 +251,23 @@ class TensorStem {
   }
 
   Pair filters_[kHeld][kTiles];
-  Last* last_;
+  LastStep* last_step_;
   int pitch_;
 };
 
-// The same in exact float32, from filters in shared memory.
+// The same in exact float32, filters in shared memory.
 template <int kFilter>
-class PlainStem {
+class SimtStemMma {
  public:
   static constexpr int kTiles = kStemFilters / 8;
   static constexpr bool kResident = true;
+  static constexpr int kLastStepBytes = 0;
 
-  static constexpr int kLastBytes = 0;
-
-  __device__ PlainStem(const char* filters, char*, const StemArgs& a)
+  __device__ SimtStemMma(const char* filters, char*, const StemArgs& a)
       : filters_(reinterpret_cast<const float*>(filters) + threadIdx.x % 4 * 2), pitch_(a.pitch) {}
 
   template <int kFrom>
-  __device__ void multiply(float (&acc)[2][kTiles][4], const char* at) const {
+  __device__ void accumulate(float (&acc)[2][kTiles][4], const char* at) const {
 #pragma unroll
     for (int dy = kFrom; dy < 2; ++dy)
 #pragma unroll
@@ -293,12 +290,12 @@ class PlainStem {
             const float v = pixels[2 * dy * (pitch_ / 4) + 6 * dx];
 #pragma unroll
             for (int j = 0; j < kTiles; ++j) {
-              float (&sums)[4] = acc[dy][j];
-              sums[2 * dx] = fmaf(v, f[j].x, sums[2 * dx]);
-              sums[2 * dx + 1] = fmaf(v, f[j].y, sums[2 * dx + 1]);
+              float (&pixel_acc)[4] = acc[dy][j];
+              pixel_acc[2 * dx] = fmaf(v, f[j].x, pixel_acc[2 * dx]);
+              pixel_acc[2 * dx + 1] = fmaf(v, f[j].y, pixel_acc[2 * dx + 1]);
             }
           }
-        ++pixels, filter += kStemPlainPitch;
+        ++pixels, filter += kStemSimtPitch;
       }
     }
   }

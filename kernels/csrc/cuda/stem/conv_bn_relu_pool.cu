@@ -1,12 +1,12 @@
-// Launcher of the stem on CUDA devices, and its geometry.
+// Launcher of conv_bn_relu_pool on CUDA devices; its kernels and geometry for Python.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
 #include <vector>
 
-#include "conv_bn_relu_pool.cuh"
-#include "kernel_names.h"
-#include "launch.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
+#include "cuda/stem/conv_bn_relu_pool.cuh"
 
 namespace resnet_fast {
 namespace {
@@ -67,7 +67,7 @@ void check_args(int64_t kernel, const StemArgs& a) {
   RESNET_FAST_CHECK(a.height + 2 * a.pad_h >= filter && a.width + 2 * a.pad_w >= filter, kName, ": x has ", a.height,
                     " x ", a.width, " pixels and padding ", a.pad_h, " x ", a.pad_w, ", less than a filter of ", filter,
                     " x ", filter);
-  // Elements of a row, and of what its patches begin with, are counted in 32 bits.
+  // Elements of a row and the first elements of its patches fit 32 bits.
   RESNET_FAST_CHECK(a.height <= 1 << 28 && a.width <= 1 << 28 && a.pad_h <= 1 << 16 && a.pad_w <= 1 << 16, kName,
                     ": x has ", a.height, " x ", a.width, " pixels and padding ", a.pad_h, " x ", a.pad_w,
                     ", more than 32 bits count");
@@ -77,16 +77,16 @@ void check_args(int64_t kernel, const StemArgs& a) {
                     ", want at most 64");
 }
 
-// Filter, whether windows overlap, and whether products are plain, for each kernel.
+// One row per kernel: filter, whether windows overlap, whether it is SIMT.
 std::vector<int64_t> conv_bn_relu_pool_kernels() {
   std::vector<int64_t> rows;
   for (const cuda::StemKernel& k : cuda::kStemKernels)
-    for (const int field : {k.filter, static_cast<int>(k.overlap), static_cast<int>(k.math == cuda::Math::kPlain)})
+    for (const int field : {k.filter, static_cast<int>(k.overlap), static_cast<int>(k.math == cuda::Math::kSimt)})
       rows.push_back(field);
   return rows;
 }
 
-// blocks, threads, shared and the completed args; nothing where no choice fits `shared` bytes a block.
+// [blocks, threads, shared, completed args]; empty if nothing fits `shared` bytes a block.
 std::vector<int64_t> conv_bn_relu_pool_plan(int64_t kernel, const std::vector<int64_t>& args, int64_t element_size,
                                             bool aligned, int64_t multiprocessors, int64_t shared) {
   check_kernel(kernel);
@@ -97,7 +97,7 @@ std::vector<int64_t> conv_bn_relu_pool_plan(int64_t kernel, const std::vector<in
   check_args(kernel, given);
   const StemPlan plan = cuda::plan_stem(cuda::kStemKernels[kernel], given, static_cast<int>(element_size), aligned,
                                         static_cast<int>(multiprocessors), static_cast<int>(shared));
-  if (plan.shared == 0 || plan.units > INT32_MAX) return {};
+  if (plan.shared == 0 || plan.patches > INT32_MAX) return {};
   std::vector<int64_t> out = {plan.blocks, cuda::kStemThreads, plan.shared};
   const StemArgs& a = plan.args;
   for (const int64_t stride : {a.image_stride, a.channel_stride, a.row_stride, a.column_stride}) out.push_back(stride);
@@ -107,7 +107,7 @@ std::vector<int64_t> conv_bn_relu_pool_plan(int64_t kernel, const std::vector<in
   return out;
 }
 
-// Launches `kernel` by a plan of the above, whose completed args are computed again.
+// Launches `kernel` by a plan of the above; completes its args again.
 void conv_bn_relu_pool_launch(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift, Tensor y,
                               int64_t kernel, int64_t blocks, const std::vector<int64_t>& args) {
   check_kernel(kernel);
@@ -148,8 +148,8 @@ void conv_bn_relu_pool_launch(const Tensor& x, const Tensor& weight, const Tenso
   const void* function = instance(kernel, x.scalar_type());
   RESNET_FAST_CHECK(function != nullptr, kName, ": x has dtype ", dtype_name(x.scalar_type()), ", which kernel ",
                     kernel, " does not compute");
-  RESNET_FAST_CHECK(plan.units <= INT32_MAX, kName, ": x has ", plan.units, " patches, more than a launch covers");
-  if (plan.units == 0 || a.out_channels == 0) return;
+  RESNET_FAST_CHECK(plan.patches <= INT32_MAX, kName, ": x has ", plan.patches, " patches, more than a launch covers");
+  if (plan.patches == 0 || a.out_channels == 0) return;
   RESNET_FAST_CHECK(blocks >= 1 && blocks <= INT32_MAX, kName, ": blocks is ", blocks, ", want 1 to 2147483647");
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -158,13 +158,7 @@ void conv_bn_relu_pool_launch(const Tensor& x, const Tensor& weight, const Tenso
   void* parameters[] = {&px, &pweight, &pscale, &pshift, &py, &a};
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(cuda::ceil_div(a.out_channels, cuda::kStemFilters)));
-  // More than 48 KB of shared memory a block must be asked for.
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(function, grid, dim3(cuda::kStemThreads), parameters, static_cast<size_t>(plan.shared),
-                             current_stream(x));
-  RESNET_FAST_CHECK(error == cudaSuccess, kName, ": launch failed: ", cudaGetErrorString(error));
-  check_launch(kName);
+  launch_kernel(kName, function, grid, cuda::kStemThreads, parameters, plan.shared, current_stream(x));
 }
 
 const bool named = [] {

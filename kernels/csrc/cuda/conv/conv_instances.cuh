@@ -1,15 +1,14 @@
-// The kernels of one element type by the index of their tile; a source file for each type, so that they compile side by
-// side.
+// The kernels of one element type by tile. Each type is a source file of its own, so that they compile in parallel.
 #pragma once
 
 #include <array>
 #include <utility>
 
-#include "conv_bn_relu.cuh"
+#include "cuda/conv/conv_bn_relu.cuh"
 
 namespace resnet_fast::cuda {
 
-// Null where the type has no such kernel: exact float32 is for float32 alone.
+// Null if the tile is not compiled for the type.
 template <typename T>
 const void* conv_kernel(int tile);
 

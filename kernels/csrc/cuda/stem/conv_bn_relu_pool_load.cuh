@@ -1,36 +1,36 @@
-// The stem's operands on their way from global into shared memory.
+// Loads the stem's operands from global into shared memory.
 //
-// A row of the patch is a row of the input with its channels side by side, as channels_last has it: element 3 x + c is
-// channel c of column x. So what a filter row takes for one pixel is 3 * kFilter elements in sequence, and the matrix
-// of input pixels is never written down: pixels overlap in it as they do in the image.
+// A row of the patch is an input row in channels_last order: element 3 x + c is channel c of column x. A filter row
+// then covers 3 * kFilter contiguous elements, and the im2col matrix is never materialised: its rows overlap in the
+// patch as they do in the image.
 #pragma once
 
-#include "conv_bn_relu_pool_plan.h"
-#include "elements.cuh"
-#include "ptx.cuh"
+#include "cuda/elements.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/stem/conv_bn_relu_pool_plan.h"
 
 namespace resnet_fast::cuda::stem {
 
-// What a block works on: pooled rows from `row` on and pooled pixels from `pixel` on, of one image; the input row and
-// the element of it that its patch begins with.
+// A block's share of an image: pooled rows from `row` on, pooled pixels from `pixel` on; its input patch begins at
+// element `element` of input row `top`.
 struct Patch {
   int image, row, pixel, top, element;
 };
 
 template <typename T>
-__device__ Patch patch_of(const StemArgs& a, int unit, bool overlap, int workers) {
+__device__ Patch patch_of(const StemArgs& a, int patch_index, bool overlap, int workers) {
   constexpr int kGroup = kStemChannels * Pack<T>::kSize;
   Patch p;
-  const int across = unit % a.across;
-  p.image = unit / a.across / a.strips;
-  p.row = unit / a.across % a.strips * workers * a.rows;
+  const int across = patch_index % a.across;
+  p.image = patch_index / a.across / a.strips;
+  p.row = patch_index / a.across % a.strips * workers * a.rows;
   p.pixel = static_cast<int>(stem_first_pixel(overlap, a.tiles, across));
   p.top = 2 * (2 * p.row - (overlap ? 1 : 0)) - a.pad_h;
   p.element = static_cast<int>(floor_to(kStemChannels * (4 * p.pixel - a.pad_w) - 1 + stem_shift(a), kGroup));
   return p;
 }
 
-// One by one, from any strides.
+// Element by element: any strides.
 template <typename T>
 __device__ void load_elements(char* patch, const T* image, const StemArgs& a, const Patch& p) {
   const int row_elements = a.packs * kStemChannels * Pack<T>::kSize;
@@ -39,10 +39,10 @@ __device__ void load_elements(char* patch, const T* image, const StemArgs& a, co
 #pragma unroll 2
   for (int i = threadIdx.x; i < a.patch_rows * row_elements; i += kStemThreads) {
     const int row = i / row_elements, at = i % row_elements, y = p.top + row, e = p.element + at - stem_shift(a);
-    const bool there = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
+    const bool valid = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
     const int x = e / kStemChannels, c = e % kStemChannels;
     reinterpret_cast<T*>(patch + row * a.pitch)[at] =
-        there ? image[y * a.row_stride + x * a.column_stride + c * a.channel_stride] : zero;
+        valid ? image[y * a.row_stride + x * a.column_stride + c * a.channel_stride] : zero;
   }
 }
 
@@ -51,25 +51,25 @@ __device__ inline int patch_row(const StemArgs& a, int i) {
   return static_cast<int>(__umulhi(2 * static_cast<uint32_t>(i), static_cast<uint32_t>(a.packs_inverse)));
 }
 
-// Whole packs of pixels, as they are.
+// channels_last: packs of pixels are copied as they are.
 template <typename T>
 __device__ void load_pixels(char* patch, const T* image, const StemArgs& a, const Patch& p) {
   constexpr int kPack = Pack<T>::kSize;
   const int row_packs = a.packs * kStemChannels;
-  const uint32_t to = ptx::shared_address(patch);
+  const uint32_t to = ptx::smem_address(patch);
 #pragma unroll 2
   for (int i = threadIdx.x; i < a.patch_rows * row_packs; i += kStemThreads) {
     const int row = patch_row(a, i / kStemChannels), at = i - row * row_packs, y = p.top + row,
               e = p.element + at * kPack;
-    const bool there = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
-    ptx::copy_async(to + row * a.pitch + at * 16, image + (there ? y * a.row_stride + e : 0), there ? 16 : 0);
+    const bool valid = y >= 0 && y < a.height && e >= 0 && e < kStemChannels * a.width;
+    ptx::cp_async(to + row * a.pitch + at * 16, image + (valid ? y * a.row_stride + e : 0), valid ? 16 : 0);
   }
 }
 
-// A pack of each of the three planes at a time, which become three packs of pixels.
+// NCHW: one pack of each of the three planes becomes three packs of pixels.
 template <typename T>
 __device__ void load_planes(char* patch, const T* image, const StemArgs& a, const Patch& p) {
-  constexpr int kPack = Pack<T>::kSize, kBatch = 2;  // under way at a time
+  constexpr int kPack = Pack<T>::kSize, kBatch = 2;  // loads in flight
   const int count = a.patch_rows * a.packs, first = p.element / kStemChannels;
   for (int i = threadIdx.x; i < count; i += kBatch * kStemThreads) {
     uint4 planes[kBatch][kStemChannels];
@@ -77,10 +77,10 @@ __device__ void load_planes(char* patch, const T* image, const StemArgs& a, cons
     for (int b = 0; b < kBatch; ++b) {
       const int item = i + b * kStemThreads, row = patch_row(a, item), y = p.top + row,
                 x = first + (item - row * a.packs) * kPack;
-      const bool there = item < count && y >= 0 && y < a.height && x >= 0 && x < a.width;
-      const T* from = image + (there ? y * a.row_stride + x : 0);
+      const bool valid = item < count && y >= 0 && y < a.height && x >= 0 && x < a.width;
+      const T* from = image + (valid ? y * a.row_stride + x : 0);
 #pragma unroll
-      for (int c = 0; c < kStemChannels; ++c) planes[b][c] = ptx::load_if(there, from + c * a.channel_stride);
+      for (int c = 0; c < kStemChannels; ++c) planes[b][c] = ptx::load_predicated(valid, from + c * a.channel_stride);
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -100,7 +100,7 @@ __device__ void load_planes(char* patch, const T* image, const StemArgs& a, cons
   }
 }
 
-// The patch, zeros where it leaves the image; on its way until copy_async_wait and a barrier.
+// Loads the patch, zeros outside the image. Complete after cp_async_wait and a barrier.
 template <typename T>
 __device__ void load_patch(char* patch, const T* x, const StemArgs& a, const Patch& p) {
   const T* image = x + p.image * a.image_stride;
@@ -112,27 +112,27 @@ __device__ void load_patch(char* patch, const T* x, const StemArgs& a, const Pat
     load_elements(patch, image, a, p);
 }
 
-// Filters for tensor cores, as they are; on their way until copy_async_wait and a barrier.
+// Loads filters for tensor cores as they are. Complete after cp_async_wait and a barrier.
 template <typename T, int kFilter>
 __device__ void load_filters(char* to, const T* weight, const StemArgs& a, int first) {
   constexpr int kPack = Pack<T>::kSize, kElements = kFilter * kFilter * kStemChannels;
-  static_assert(16 * kElements % kPack == 0, "filters come in sixteens, and they in packs");
+  static_assert(16 * kElements % kPack == 0, "16 filters are whole packs");
   const int count = min(a.out_channels - first, kStemFilters) * kElements;
-  const uint32_t to_address = ptx::shared_address(to);
+  const uint32_t to_address = ptx::smem_address(to);
 #pragma unroll
   for (int i = threadIdx.x * kPack; i < kStemFilters * kElements; i += kStemThreads * kPack)
-    ptx::copy_async(to_address + i * static_cast<int>(sizeof(T)), weight + (i < count ? first * kElements + i : 0),
-                    i < count ? 16 : 0);
+    ptx::cp_async(to_address + i * static_cast<int>(sizeof(T)), weight + (i < count ? first * kElements + i : 0),
+                  i < count ? 16 : 0);
 }
 
-// Filters for plain products: [element][filter].
+// Loads filters for SIMT, transposed to [element][filter].
 template <int kFilter>
 __device__ void load_filters(float* to, const float* weight, const StemArgs& a, int first) {
   constexpr int kElements = kFilter * kFilter * kStemChannels;
 #pragma unroll 8
   for (int i = threadIdx.x; i < kStemFilters * kElements; i += kStemThreads) {
     const int filter = i / kElements, at = i % kElements;
-    to[at * kStemPlainPitch + filter] = first + filter < a.out_channels ? weight[(first + filter) * kElements + at] : 0;
+    to[at * kStemSimtPitch + filter] = first + filter < a.out_channels ? weight[(first + filter) * kElements + at] : 0;
   }
 }
 
