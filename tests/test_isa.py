@@ -17,10 +17,11 @@ from support import rms
 from resnet_fast import backends
 
 TESTS = Path(__file__).parent
-CPU = TESTS.parent / "kernels/csrc/cpu"
+CSRC = TESTS.parent / "kernels/csrc"
+KERNELS = CSRC / "cpu/kernels"
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 # As setup.py builds; -Wno-psabi: vectors that AVX2 passes in two halves stay inside of one file.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CPU}"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CSRC}"]
 SUITES = ["test_conv_bn_relu.py", "test_residual_stage.py", "test_add_relu.py", "test_bf16.py", "test_training_ops.py"]
 
 
@@ -55,7 +56,7 @@ def test_other_values_leave_the_best(capability):
 
 SHIM = r"""
 #define RESNET_FAST_VECTOR_BYTES 64
-#include "kernel_table.h"
+#include "cpu/kernels/kernel_table.h"
 using namespace resnet_fast;
 
 template <typename T>
@@ -249,12 +250,12 @@ def test_add_relu_of_16_lanes(wide, n):
     assert out[n] == 7
 
 
-@pytest.fixture(scope="module", params=[("kernels_avx512.cpp", "zmm"), ("kernels_avx2.cpp", "ymm")], ids=lambda p: p[1])
+@pytest.fixture(scope="module", params=[("avx512.cpp", "zmm"), ("avx2.cpp", "ymm")], ids=lambda p: p[1])
 def assembly(request, tmp_path_factory):
     assert CXX, "the tests need the compiler that built the extension"
     source, register = request.param
     out = tmp_path_factory.mktemp("assembly") / "kernels.s"
-    subprocess.run([CXX, *FLAGS, "-S", CPU / source, "-o", out], check=True)
+    subprocess.run([CXX, *FLAGS, "-S", KERNELS / source, "-o", out], check=True)
     return out.read_text().splitlines(), register
 
 
@@ -308,7 +309,7 @@ def test_inner_loops_of_bf16_keep_their_sums_in_registers(tmp_path):
     """12 x 2 and 14 x 2 sums: two loads of the filter and a broadcast a row beside as many products of pairs."""
     assert CXX, "the tests need the compiler that built the extension"
     out = tmp_path / "kernels.s"
-    subprocess.run([CXX, *FLAGS, "-S", CPU / "kernels_avx512_bf16.cpp", "-o", out], check=True)
+    subprocess.run([CXX, *FLAGS, "-S", KERNELS / "bf16/avx512_bf16.cpp", "-o", out], check=True)
     found = set()
     for body in innermost_loops(out.read_text().splitlines()):
         products, broadcasts = (sum(word in line for line in body) for word in ("vdpbf16ps", "vpbroadcastd"))

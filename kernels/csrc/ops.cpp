@@ -5,7 +5,7 @@
 #include <torch/headeronly/version.h>
 
 #include "chain/tape.h"
-#include "cpu/stage.h"
+#include "cpu/conv/chain.h"
 #include "watch.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   m.def(
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
-  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
+  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/conv/chain.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers, int[] pool=[]) -> Tensor");
 
   // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py

@@ -2,9 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
-#include "filters.h"
-#include "maps.h"
+#include "checks.h"
+#include "cpu/conv/filters.h"
+#include "cpu/conv/padded_layout.h"
 
 namespace resnet_fast {
 namespace {

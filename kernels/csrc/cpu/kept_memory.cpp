@@ -2,7 +2,7 @@
 // in a training step, whose maps all go before the next step makes the same again, that is a tenth to a quarter of the
 // time. Blocks are kept here instead, so that together with those in use they never take much more than was in use at
 // once, and those that nobody took for long are given back.
-#include "kept_memory.h"
+#include "cpu/kept_memory.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "huge_pages.h"
+#include "cpu/huge_pages.h"
 
 namespace resnet_fast {
 namespace {

@@ -5,8 +5,8 @@
 #include <limits>
 #include <utility>
 
-#include "geometry.h"
-#include "training.h"
+#include "cpu/conv/chain_layout.h"
+#include "cpu/training/training.h"
 
 namespace resnet_fast {
 namespace {

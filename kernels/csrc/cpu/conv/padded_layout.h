@@ -1,0 +1,165 @@
+// Feature maps as the kernels see them: channels last, in the type of the arithmetic, with a halo of zeros; and the
+// copies between them and tensors of any layout and type.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <type_traits>
+
+#include "cpu/kernels/bf16/kernels.h"
+
+namespace resnet_fast {
+
+inline float widen(BFloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+
+template <typename S, typename T>
+inline S narrow_to(T v) {
+  return static_cast<S>(v);
+}
+// Round to nearest even; NaN stays NaN (it could round to infinity otherwise).
+template <>
+inline BFloat16 narrow_to<BFloat16, float>(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  if (v != v) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline BFloat16 narrow_to<BFloat16, double>(double v) {
+  return narrow_to<BFloat16>(static_cast<float>(v));
+}
+
+template <typename T, typename S>
+inline T convert(S v) {
+  if constexpr (std::is_same_v<S, T>) {
+    return v;
+  } else {
+    return narrow_to<T>(widen(v));
+  }
+}
+
+// Calls body with a value of the C++ type that holds `type`.
+template <typename Body>
+void visit(torch::headeronly::ScalarType type, const Body& body) {
+  using torch::headeronly::ScalarType;
+  if (type == ScalarType::Float) {
+    body(float{});
+  } else if (type == ScalarType::Double) {
+    body(double{});
+  } else if (type == ScalarType::BFloat16) {
+    body(BFloat16{});
+  } else {
+    throw std::runtime_error("resnet_fast: unchecked dtype");
+  }
+}
+
+// Channel 0 of pixel (h, w) of image n is at origin[n * image + h * row + w * pixel]; channels follow each other.
+template <typename T>
+struct Map {
+  T* origin = nullptr;
+  int64_t image = 0, row = 0, pixel = 0;
+
+  T* at(int64_t n, int64_t h, int64_t w) const { return origin + n * image + h * row + w * pixel; }
+};
+
+// Zeros around a map: the padding, and what the last Winograd tiles read beyond it.
+struct Halo {
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+
+  bool operator==(const Halo&) const = default;
+  bool empty() const { return top == 0 && bottom == 0 && left == 0 && right == 0; }
+  void cover(const Halo& o) {
+    top = std::max(top, o.top), bottom = std::max(bottom, o.bottom);
+    left = std::max(left, o.left), right = std::max(right, o.right);
+  }
+};
+
+// A slot of scratch memory for maps of one shape. `pixel` may exceed the channels, to whole vectors.
+struct MapShape {
+  int64_t channels, height, width, pixel;
+  Halo halo;
+
+  bool operator==(const MapShape&) const = default;
+  int64_t row() const { return (halo.left + width + halo.right) * pixel; }
+  int64_t image() const { return (halo.top + height + halo.bottom) * row(); }
+
+  template <typename T>
+  Map<T> map(T* data) const {
+    return {data + halo.top * row() + halo.left * pixel, image(), row(), pixel};
+  }
+
+  template <typename T>
+  void clear_halo(T* data, int64_t images) const {
+    for (int64_t n = 0; n < images; ++n, data += image()) {
+      std::fill_n(data, halo.top * row(), T{});
+      std::fill_n(data + (halo.top + height) * row(), halo.bottom * row(), T{});
+      for (int64_t h = halo.top; h < halo.top + height; ++h) {
+        std::fill_n(data + h * row(), halo.left * pixel, T{});
+        std::fill_n(data + h * row() + (halo.left + width) * pixel, halo.right * pixel, T{});
+      }
+    }
+  }
+};
+
+// Rows [row_begin, row_end) of images x height, from a tensor [N, C, H, W] of any strides.
+template <typename T>
+void copy_in(const torch::stable::Tensor& from, int64_t first_image, const Map<T>& to, const MapShape& shape,
+             int64_t row_begin, int64_t row_end) {
+  const int64_t sn = from.stride(0), sc = from.stride(1), sh = from.stride(2), sw = from.stride(3);
+  visit(from.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    const S* data = static_cast<const S*>(from.data_ptr());
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      const int64_t n = i / shape.height, h = i % shape.height;
+      const S* row = data + (first_image + n) * sn + h * sh;
+      if (sc == 1 && sw == shape.channels && to.pixel == shape.channels) {
+        T* out = to.at(n, h, 0);
+        for (int64_t j = 0; j < shape.width * shape.channels; ++j) out[j] = convert<T>(row[j]);
+        continue;
+      }
+      if (sc == 1) {
+        for (int64_t w = 0; w < shape.width; ++w) {
+          T* pixel = to.at(n, h, w);
+          for (int64_t c = 0; c < shape.channels; ++c) pixel[c] = convert<T>(row[w * sw + c]);
+        }
+      } else {
+        for (int64_t c = 0; c < shape.channels; ++c) {
+          T* pixel = to.at(n, h, 0) + c;
+          for (int64_t w = 0; w < shape.width; ++w) pixel[w * to.pixel] = convert<T>(row[c * sc + w * sw]);
+        }
+      }
+      for (int64_t w = 0; w < shape.width; ++w) {
+        std::fill_n(to.at(n, h, w) + shape.channels, to.pixel - shape.channels, T{});
+      }
+    }
+  });
+}
+
+// The way back, into a channels_last tensor.
+template <typename T>
+void copy_out(const Map<T>& from, const MapShape& shape, const torch::stable::Tensor& to, int64_t first_image,
+              int64_t row_begin, int64_t row_end) {
+  visit(to.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    S* out = static_cast<S*>(to.data_ptr()) + (first_image * shape.height + row_begin) * shape.width * shape.channels;
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      for (int64_t w = 0; w < shape.width; ++w, out += shape.channels) {
+        const T* pixel = from.at(i / shape.height, i % shape.height, w);
+        for (int64_t c = 0; c < shape.channels; ++c) out[c] = convert<S>(pixel[c]);
+      }
+    }
+  });
+}
+
+}  // namespace resnet_fast
