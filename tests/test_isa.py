@@ -95,7 +95,7 @@ void winograd_float(const float* input, const float* residual, float* output, co
   call.residual_pixel = call.output_pixel = s[5];
   call.height = s[6], call.width = s[7], call.tile_end = s[8];
   call.filter = filter, call.bias = bias, call.channels = s[9], call.panel_end = s[10], call.panel_group = s[11];
-  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.mixed = s[15];
+  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.edge_tiles = s[15];
   call.relu = true, call.scratch = scratch;
   kFloat.winograd(call);
 }
@@ -198,8 +198,8 @@ def winograd_matrix():
     ],
 )
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, mixed):
+@pytest.mark.parametrize("edge_tiles", [False, True])
+def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, edge_tiles):
     """Against a direct convolution in float64, to 1e-6 of the result; eager's own error is a third of that."""
     rng, lanes = np.random.default_rng(0), 16
     height, width = size
@@ -232,7 +232,7 @@ def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, m
         padded // lanes,
         (9 if compact else 36) * channels * 2 * lanes,
         compact,
-        mixed,
+        edge_tiles,
     ]
     wide.winograd_float(*map(pointer, (x, residual, out, filters, bias, scratch, np.array(sizes))))
     exact = reference(x[: height + 2, : width + 2, :channels], weight, bias[:k], residual[:, :, :k])

@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/conv/padded_layout.h"
+#include "cpu/dtype.h"
 
 namespace resnet_fast {
 namespace {
@@ -48,7 +48,7 @@ void pack_direct_panel(const Filter& filter, const FilterLayout<BFloat16>& layou
   }
 }
 
-// Channels in the order in which the kernel's transform leaves them.
+// Channels in the order of the kernel's input transform.
 template <typename S>
 void pack_winograd_panel(const Filter& filter, const FilterLayout<BFloat16>& layout, int64_t k0, BFloat16* to) {
   static constexpr double kTransform[kBf16TileIn][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
@@ -95,7 +95,7 @@ Tensor pack_bf16_filters(const Tensor& weight, const std::vector<double>& scale,
     std::memcpy(data + layout.bias_begin() + 2 * k, &bias, sizeof bias);
   }
   const Filter filter(weight, scale);
-  visit(weight.scalar_type(), [&](auto tag) {
+  dispatch_dtype(weight.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

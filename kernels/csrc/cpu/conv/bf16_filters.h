@@ -19,7 +19,7 @@ namespace resnet_fast {
 template <>
 struct FilterLayout<BFloat16> {
   int64_t out_channels;
-  int64_t channels;  // even: maps have a channel of zeros where there is an odd one
+  int64_t channels;  // even: an activation pads an odd number with a channel of zeros
   int64_t kernel_h, kernel_w;
   Algorithm algorithm = Algorithm::kBf16Direct;
   static constexpr int64_t lanes = kBf16Lanes, panel = 2 * kBf16Lanes;
@@ -29,7 +29,7 @@ struct FilterLayout<BFloat16> {
   int64_t panels() const { return ceil_div(out_channels, panel); }
   bool winograd() const { return algorithm == Algorithm::kBf16Winograd; }
   int64_t points() const { return winograd() ? kBf16Points : taps(); }
-  // Channels of a filter as it is stored: those of Winograd fill whole vectors, as the transformed input does.
+  // Channels of the packed filter: those of Winograd fill whole vectors, as the transformed input does.
   int64_t depth() const { return winograd() ? round_up(channels, lanes) : channels; }
   int64_t panel_stride() const { return points() * depth() * panel; }
   static constexpr int64_t line = 32;

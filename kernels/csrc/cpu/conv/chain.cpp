@@ -1,8 +1,8 @@
-// How a chain of convolutions is spread over memory and threads.
+// Schedules a chain of convolutions over memory and threads.
 //
-// Depth first, where filters are small: each thread carries a few images through the whole chain, so that the maps stay
-// in its own cache. Layer by layer, where filters are large, or images fewer than threads: a team takes a part of each
-// layer each, so that every filter is read once for many images. Both orders do the same arithmetic for each output, so
+// Depth first, where filters are small: each thread carries a few images through the whole chain, and their activations
+// stay in its own cache. Layer by layer, where filters are large or images fewer than threads: the threads of a team
+// share each layer, and every filter is read once for many images. Both orders do the same arithmetic for each output:
 // results do not depend on the number of threads.
 #include "cpu/conv/chain.h"
 
@@ -12,10 +12,9 @@
 #include <utility>
 
 #include "checks.h"
-#include "cpu/conv/bf16_convolution.h"
 #include "cpu/conv/chain_layout.h"
-#include "cpu/conv/convolution.h"
 #include "cpu/conv/pool_output.h"
+#include "cpu/conv/run_convolution.h"
 #include "cpu/kept_memory.h"
 #include "cpu/thread_team.h"
 
@@ -24,63 +23,63 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Pixels that a thread should have at hand in a layer, lest it wait for filters: enough images are carried together.
+// Pixels of a layer that keep a thread from waiting for filters: enough images are carried together.
 constexpr int64_t kMinPixels = 192;
-// Filters of a chain that may be read again for each group of images: they stay in the last-level cache.
+// Filters of a chain that may be read again for each batch of images: they stay in the last-level cache.
 constexpr int64_t kCarriedFilterBytes = 8 << 20;
-// Maps of the images that a team has at hand: they should stay in the last-level cache, too.
-constexpr int64_t kTeamMapBytes = 16 << 20;
+// Activations of the images that a team works on at a time: they should stay in the last-level cache, too.
+constexpr int64_t kTeamActivationBytes = 16 << 20;
 
-// The chain on `images` images from `first` on. `maps` and `work` are scratch memory: the maps of all images, and room
-// for each member's transforms.
+// The chain on `images` images from `first` on. Scratch memory: `activations` of all images, and `work` for the
+// transforms of this thread.
 template <typename T>
 class Chain {
  public:
   const std::vector<Tensor>& inputs;
   const std::vector<Tensor>& filters;
   const std::vector<Layer>& layers;
-  const Geometry& geometry;
+  const ChainLayout& layout;
   const Tensor& output;
   const Pool* pool;
-  const Value& result;  // what the output holds of an image
+  const Value& result;  // the shape of an image of the output
   std::atomic<bool>& spread;  // see Convolution
 
-  // Each member of a team calls this.
-  void run(int64_t first, int64_t images, T* maps, T* work, int64_t rank, Team& team) const {
+  // Every thread of the team calls this.
+  void run(int64_t first, int64_t images, T* activations, T* work, int64_t rank, ThreadTeam& team) const {
     const int64_t size = team.size();
     const auto rows_of = [&](int64_t height, const auto& body) {
       const int64_t rows = images * height;
       body(rows * rank / size, rows * (rank + 1) / size);
     };
-    for (size_t s = static_cast<size_t>(rank); s < geometry.slots.size(); s += static_cast<size_t>(size)) {
-      geometry.slots[s].clear_halo(maps + geometry.slot_begin[s] * images, images);
+    for (size_t s = static_cast<size_t>(rank); s < layout.slots.size(); s += static_cast<size_t>(size)) {
+      layout.slots[s].clear_halo(activations + layout.slot_begin[s] * images, images);
     }
     for (size_t i = 0; i < inputs.size(); ++i) {
-      if (geometry.values[i].slot < 0) continue;
-      const MapShape& shape = slot_of(geometry.values[i]);
+      if (layout.values[i].slot < 0) continue;
+      const PaddedLayout& shape = slot_of(layout.values[i]);
       rows_of(shape.height, [&](int64_t begin, int64_t end) {
-        copy_in(inputs[i], first, map(i, first, images, maps), shape, begin, end);
+        copy_in(inputs[i], first, view(i, first, images, activations), shape, begin, end);
       });
     }
     team.wait();
     for (size_t i = 0; i < layers.size(); ++i) {
-      const Convolution<T> conv = convolution(i, first, images, maps);
+      const Convolution<T> conv = convolution(i, first, images, activations);
       run_part(conv, part_of(conv, rank, size), work);
       team.wait();
     }
-    const Value& last = geometry.values.back();
+    const Value& last = layout.values.back();
     if (last.slot < 0) return;
     rows_of(result.height, [&](int64_t begin, int64_t end) {
-      const Map<T> from = map(geometry.values.size() - 1, first, images, maps);
+      const ActivationView<T> from = view(layout.values.size() - 1, first, images, activations);
       if (pool) {
-        pool_out(from, slot_of(last), *pool, result, output, first, begin, end);
+        pool_output(from, slot_of(last), *pool, result, output, first, begin, end);
       } else {
         copy_out(from, slot_of(last), output, first, begin, end);
       }
     });
   }
 
-  // Elements of `work` that each member needs.
+  // Elements of `work` for each thread.
   int64_t work_numel(int64_t images) const {
     int64_t most = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -91,11 +90,11 @@ class Chain {
   }
 
  private:
-  const MapShape& slot_of(const Value& v) const { return geometry.slots[static_cast<size_t>(v.slot)]; }
+  const PaddedLayout& slot_of(const Value& v) const { return layout.slots[static_cast<size_t>(v.slot)]; }
 
-  Map<T> map(size_t value, int64_t first, int64_t images, T* maps) const {
-    const Value& v = geometry.values[value];
-    if (v.slot >= 0) return slot_of(v).map(maps + geometry.slot_begin[static_cast<size_t>(v.slot)] * images);
+  ActivationView<T> view(size_t value, int64_t first, int64_t images, T* activations) const {
+    const Value& v = layout.values[value];
+    if (v.slot >= 0) return slot_of(v).view(activations + layout.slot_begin[static_cast<size_t>(v.slot)] * images);
     if (value < inputs.size()) {
       const Tensor& x = inputs[value];
       return {static_cast<T*>(x.data_ptr()) + first * x.stride(0), x.stride(0), x.stride(2), x.stride(3)};
@@ -104,20 +103,20 @@ class Chain {
     return {static_cast<T*>(output.data_ptr()) + first * image, image, row, v.channels};
   }
 
-  Convolution<T> convolution(size_t i, int64_t first, int64_t images, T* maps) const {
+  Convolution<T> convolution(size_t i, int64_t first, int64_t images, T* activations) const {
     const Layer& l = layers[i];
-    const Value& in = geometry.values[static_cast<size_t>(l.input)];
-    const Value& out = geometry.values[inputs.size() + i];
-    const Map<T> none{};
+    const Value& in = layout.values[static_cast<size_t>(l.input)];
+    const Value& out = layout.values[inputs.size() + i];
+    const ActivationView<T> none{};
     return {l,
             read_layout<T>("residual_stage", i, l, in.channels, filters[i]),
             static_cast<const T*>(filters[i].data_ptr()),
             images,
             out.height,
             out.width,
-            map(static_cast<size_t>(l.input), first, images, maps),
-            l.residual >= 0 ? map(static_cast<size_t>(l.residual), first, images, maps) : none,
-            map(inputs.size() + i, first, images, maps),
+            view(static_cast<size_t>(l.input), first, images, activations),
+            l.residual >= 0 ? view(static_cast<size_t>(l.residual), first, images, activations) : none,
+            view(inputs.size() + i, first, images, activations),
             false,
             {},
             &spread};
@@ -133,48 +132,49 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
 
   const Tensor& x = inputs[0];
   const int64_t images = x.size(0);
-  const Value result = pool ? pooled(op, values.back(), *pool) : values.back();
+  const Value result = pool ? pooled_shape(op, values.back(), *pool) : values.back();
   Tensor output = empty_tensor({images, result.channels, result.height, result.width}, x.scalar_type());
   if (images == 0) return output;
 
-  const bool same_type = x.scalar_type() == kTypeOf<T>;
+  const bool same_type = x.scalar_type() == kScalarType<T>;
   int64_t min_pixels = values.back().height * values.back().width;
   for (const Value& v : values) min_pixels = std::min(min_pixels, v.height * v.width);
-  const Geometry geometry =
-      place<T>(inputs, std::move(values), !pool && same_type && result.channels % kernels_in_use<T>().lanes == 0);
+  const ChainLayout layout = assign_slots<T>(inputs, std::move(values),
+                                             !pool && same_type && result.channels % kernels_in_use<T>().lanes == 0);
 
   std::atomic<bool> spread{false};
-  const Chain<T> chain{inputs, filters, layers, geometry, output, pool, result, spread};
+  const Chain<T> chain{inputs, filters, layers, layout, output, pool, result, spread};
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t map_numel = geometry.image_numel, each = images / threads;
+  const int64_t image_numel = layout.image_numel, each = images / threads;
   int64_t filter_bytes = 0;
   for (const Tensor& filter : filters) filter_bytes += filter.numel() * static_cast<int64_t>(sizeof(T));
 
   const int64_t carried = filter_bytes <= kCarriedFilterBytes ? each * threads : 0;
-  const int64_t group = std::clamp<int64_t>(ceil_div(kMinPixels, min_pixels), 1, std::max<int64_t>(each, 1));
-  const int64_t group_work = carried > 0 ? chain.work_numel(group) : 0;
-  const int64_t team_fit = std::max<int64_t>(kTeamMapBytes / (map_numel * static_cast<int64_t>(sizeof(T)) + 1), 1);
+  const int64_t batch = std::clamp<int64_t>(ceil_div(kMinPixels, min_pixels), 1, std::max<int64_t>(each, 1));
+  const int64_t batch_work = carried > 0 ? chain.work_numel(batch) : 0;
+  const int64_t team_fit =
+      std::max<int64_t>(kTeamActivationBytes / (image_numel * static_cast<int64_t>(sizeof(T)) + 1), 1);
   const int64_t team_images = std::min(images - carried, team_fit);
   const int64_t team_work = team_images > 0 ? chain.work_numel(team_images) : 0;
-  Tensor scratch = empty_tensor({std::max(carried > 0 ? threads * (group * map_numel + group_work) : 0,
-                                          team_images * map_numel + threads * team_work)},
+  Tensor scratch = empty_tensor({std::max(carried > 0 ? threads * (batch * image_numel + batch_work) : 0,
+                                          team_images * image_numel + threads * team_work)},
                                 filters[0].scalar_type());
   T* data = static_cast<T*>(scratch.data_ptr());
 
   if (carried > 0) {
-    // Whoever is free takes the next group: cores need not be equally fast.
+    // A free thread takes the next batch: cores need not be equally fast.
     std::atomic<int64_t> next{0};
     parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-      T* maps = data + begin * (group * map_numel + group_work);
-      Team alone;
-      for (int64_t first; (first = next.fetch_add(group)) < carried;) {
-        chain.run(first, std::min(group, carried - first), maps, maps + group * map_numel, 0, alone);
+      T* activations = data + begin * (batch * image_numel + batch_work);
+      ThreadTeam alone;
+      for (int64_t first; (first = next.fetch_add(batch)) < carried;) {
+        chain.run(first, std::min(batch, carried - first), activations, activations + batch * image_numel, 0, alone);
       }
     });
   }
   if (carried < images) {
-    Team::run(threads, [&](int64_t rank, Team& team) {
-      T* work = data + team_images * map_numel + rank * team_work;
+    ThreadTeam::run(threads, [&](int64_t rank, ThreadTeam& team) {
+      T* work = data + team_images * image_numel + rank * team_work;
       for (int64_t first = carried; first < images; first += team_images) {
         chain.run(first, std::min(team_images, images - first), data, work, rank, team);
         team.wait();
@@ -189,7 +189,7 @@ Tensor run(const char* op, const std::vector<Tensor>& inputs, const std::vector<
 
 bool take_spread() { return std::exchange(last_run_spread, false); }
 
-Tensor run_stage(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
+Tensor run_chain(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& filters,
                  const std::vector<Layer>& layers, const Pool* pool) {
   const Tensor& x = inputs[0];
   check_rank(op, "x", x, 4, "[batch, channels, height, width]");

@@ -1,4 +1,4 @@
-// The shapes in a chain of convolutions, and the scratch memory its maps live in.
+// The shapes of the activations of a chain, and their slots of scratch memory.
 #pragma once
 
 #include <vector>
@@ -16,38 +16,27 @@ struct Value {
   Halo halo;
   bool is_residual = false;
   int64_t last_use = 0;  // index of the layer that reads it last
-  int64_t slot = -1;  // or -1: the value lives in a tensor
+  int64_t slot = -1;  // of scratch memory, or -1: the value is a tensor
 };
 
-struct Geometry {
+struct ChainLayout {
   std::vector<Value> values;
-  std::vector<MapShape> slots;
+  std::vector<PaddedLayout> slots;
   std::vector<int64_t> slot_begin;  // in elements, for one image
   int64_t image_numel = 0;
 };
 
-template <typename T>
-constexpr ScalarType kTypeOf = ScalarType::Float;
-template <>
-inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
-template <>
-inline constexpr ScalarType kTypeOf<BFloat16> = ScalarType::BFloat16;
-
-inline int64_t output_size(int64_t size, int64_t pad, int64_t kernel, int64_t stride) {
-  return (size + 2 * pad - kernel) / stride + 1;
-}
-
-// What a layer reads beyond its input. Tiles of Winograd that are cut off at the far edges are computed whole.
-inline Halo halo_of(const Layer& l, const Value& x, const Value& y, Algorithm algorithm) {
+// The halo that a layer reads.
+inline Halo input_halo(const Layer& l, const Value& x, const Value& y, Algorithm algorithm) {
   if (algorithm == Algorithm::kDirect || algorithm == Algorithm::kBf16Direct) {
     return {l.pad_h, l.pad_h, l.pad_w, l.pad_w};
   }
   const int64_t tile = algorithm == Algorithm::kBf16Winograd ? kBf16TileOut : kTileOut;
-  const int64_t rows = round_up(y.height, tile) + 2 - l.pad_h, columns = round_up(y.width, tile) + 2 - l.pad_w;
-  return {l.pad_h, std::max<int64_t>(rows - x.height, 0), l.pad_w, std::max<int64_t>(columns - x.width, 0)};
+  return {l.pad_h, far_halo(x.height, y.height, l.pad_h, l.kernel_h, l.stride_h, tile), l.pad_w,
+          far_halo(x.width, y.width, l.pad_w, l.kernel_w, l.stride_w, tile)};
 }
 
-// The layout of a layer's filter, which says itself what algorithm it is packed for.
+// The layout of a layer's packed filter, whose first element is its algorithm.
 template <typename T>
 FilterLayout<T> read_layout(const char* op, size_t index, const Layer& l, int64_t channels, const Tensor& filter) {
   const ScalarType type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
@@ -108,7 +97,7 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
             output_size(x.height, l.pad_h, l.kernel_h, l.stride_h),
             output_size(x.width, l.pad_w, l.kernel_w, l.stride_w),
             {}};
-    x.halo.cover(halo_of(l, x, y, read_layout<T>(op, i, l, x.channels, filters[i]).algorithm));
+    x.halo.cover(input_halo(l, x, y, read_layout<T>(op, i, l, x.channels, filters[i]).algorithm));
     if (l.residual >= 0) {
       Value& r = values[static_cast<size_t>(l.residual)];
       RESNET_FAST_CHECK(r.channels == y.channels && r.height == y.height && r.width == y.width, op, ": residual is [",
@@ -123,42 +112,42 @@ std::vector<Value> infer_values(const char* op, const std::vector<Tensor>& input
   return values;
 }
 
-// Pixels that lie a multiple of this apart fall into the same set of L1, which then holds fewer of them than a tile
-// has.
+// Pixels a multiple of this apart map to one set of L1, which holds fewer of them than a tile has.
 constexpr int64_t kSetBytes = 4096;
 
-// Channels of a pixel that are read at once.
+// Channels of a pixel that one load takes.
 template <typename T>
-constexpr int64_t kTogether = std::is_same_v<T, BFloat16> ? 2 : 1;
+constexpr int64_t kChannelsPerLoad = std::is_same_v<T, BFloat16> ? 2 : 1;
 
-// Can the kernels read this tensor where it is? Dense channels, the right type, no halo, whole vectors if it is added.
+// Whether the kernels can read this tensor in place: dense channels, the right type, no halo, whole vectors if it is
+// a residual.
 template <typename T>
 bool readable_in_place(const Tensor& x, const Value& v, int64_t lanes) {
   const bool apart = x.stride(3) * static_cast<int64_t>(sizeof(T)) % kSetBytes != 0;
-  return x.scalar_type() == kTypeOf<T> && apart && x.stride(1) == 1 && v.halo.empty() &&
-         v.channels % kTogether<T> == 0 && (!v.is_residual || v.channels % lanes == 0);
+  return x.scalar_type() == kScalarType<T> && apart && x.stride(1) == 1 && v.halo.empty() &&
+         v.channels % kChannelsPerLoad<T> == 0 && (!v.is_residual || v.channels % lanes == 0);
 }
 
-// From one pixel of a map in scratch memory to the next. An input keeps its pixels close together unless whole vectors
-// of it are added: filter rows become single runs.
+// The stride of pixels in scratch memory. Pixels of an input are dense, so that filter rows become single runs, unless
+// it is a residual, which is read in whole vectors.
 template <typename T>
 int64_t pixel_step(const Value& v, bool input, int64_t lanes) {
-  const int64_t dense = round_up(v.channels, input && !v.is_residual ? kTogether<T> : lanes);
+  const int64_t dense = round_up(v.channels, input && !v.is_residual ? kChannelsPerLoad<T> : lanes);
   const bool apart = dense * static_cast<int64_t>(sizeof(T)) % (kSetBytes / 2) != 0;
   return apart ? dense : dense + 64 / static_cast<int64_t>(sizeof(T));
 }
 
-// Gives each value a slot of scratch memory; a slot is used again once its value is dead.
+// Assigns each value a slot of scratch memory; a slot is used again once its value is dead.
 template <typename T>
-Geometry place(const std::vector<Tensor>& inputs, std::vector<Value> values, bool direct_output) {
+ChainLayout assign_slots(const std::vector<Tensor>& inputs, std::vector<Value> values, bool direct_output) {
   const int64_t lanes = kernels_in_use<T>().lanes;
-  Geometry g;
+  ChainLayout g;
   std::vector<int64_t> free_after;  // last use of the value in each slot
   for (size_t i = 0; i < values.size(); ++i) {
     Value& v = values[i];
     const bool input = i < inputs.size();
     if (input ? readable_in_place<T>(inputs[i], v, lanes) : direct_output && i + 1 == values.size()) continue;
-    const MapShape shape{v.channels, v.height, v.width, pixel_step<T>(v, input, lanes), v.halo};
+    const PaddedLayout shape{v.channels, v.height, v.width, pixel_step<T>(v, input, lanes), v.halo};
     const int64_t born = static_cast<int64_t>(i) - static_cast<int64_t>(inputs.size());
     size_t slot = 0;
     while (slot < g.slots.size() && !(g.slots[slot] == shape && free_after[slot] < born)) ++slot;
@@ -166,7 +155,7 @@ Geometry place(const std::vector<Tensor>& inputs, std::vector<Value> values, boo
       g.slots.push_back(shape);
       g.slot_begin.push_back(g.image_numel);
       free_after.push_back(0);
-      // Whole vectors at the end of the last pixel may reach past it.
+      // A vector at the end of the last pixel may reach past it.
       g.image_numel += round_up(shape.image(), 64) + 64;
     }
     free_after[slot] = v.last_use;

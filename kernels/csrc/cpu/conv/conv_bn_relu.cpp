@@ -1,4 +1,4 @@
-// conv_bn, conv_bn_relu and conv_bn_add_relu: a stage of one convolution, its filter packed on the spot.
+// conv_bn, conv_bn_relu and conv_bn_add_relu: a chain of one convolution, whose filter is packed by the call.
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
@@ -31,7 +31,7 @@ Tensor fused_conv(const char* op, const std::vector<Tensor>& inputs, bool relu, 
                     stride[1],
                     padding[0],
                     padding[1]};
-  return run_stage(op, inputs, {pack_filters(weight, bias, bn, Algorithm::kDirect)}, {layer});
+  return run_chain(op, inputs, {pack_filters(weight, bias, bn, Algorithm::kDirect)}, {layer});
 }
 
 Tensor conv_bn(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,

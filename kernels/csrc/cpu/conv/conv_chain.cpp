@@ -1,4 +1,4 @@
-// residual_stage: a chain of convolutions with their filters packed beforehand, and max pooling behind it.
+// The operator residual_stage: a chain of convolutions with packed filters, and max pooling of its output.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -9,8 +9,8 @@
 namespace resnet_fast {
 namespace {
 
-Tensor residual_stage(const Tensor& x, const std::vector<Tensor>& filters, const std::vector<int64_t>& layers,
-                      const std::vector<int64_t>& pool) {
+Tensor conv_chain(const Tensor& x, const std::vector<Tensor>& filters, const std::vector<int64_t>& layers,
+                  const std::vector<int64_t>& pool) {
   RESNET_FAST_CHECK(layers.size() % kLayerFields == 0, "residual_stage: layers has ", layers.size(), " integers, want ",
                     kLayerFields, " for each layer");
   std::vector<Layer> parsed(layers.size() / kLayerFields);
@@ -19,11 +19,11 @@ Tensor residual_stage(const Tensor& x, const std::vector<Tensor>& filters, const
                     " integers, want none or ", kPoolFields, ": window, stride and padding");
   Pool window{};
   if (!pool.empty()) std::memcpy(&window, pool.data(), sizeof window);
-  return run_stage("residual_stage", {x}, filters, parsed, pool.empty() ? nullptr : &window);
+  return run_chain("residual_stage", {x}, filters, parsed, pool.empty() ? nullptr : &window);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("residual_stage", TORCH_BOX(&residual_stage)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("residual_stage", TORCH_BOX(&conv_chain)); }
 
 }  // namespace resnet_fast

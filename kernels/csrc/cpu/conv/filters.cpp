@@ -8,7 +8,7 @@
 
 #include "checks.h"
 #include "cpu/conv/bf16_filters.h"
-#include "cpu/conv/padded_layout.h"
+#include "cpu/dtype.h"
 #include "cpu/huge_pages.h"
 
 namespace resnet_fast {
@@ -17,7 +17,7 @@ namespace {
 std::vector<double> to_doubles(const Tensor& t) {
   std::vector<double> values(static_cast<size_t>(t.numel()));
   const int64_t stride = t.stride(0);
-  visit(t.scalar_type(), [&](auto tag) {
+  dispatch_dtype(t.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     const S* data = static_cast<const S*>(t.data_ptr());
     for (int64_t i = 0; i < t.numel(); ++i)
@@ -151,7 +151,7 @@ Tensor pack(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& b
   }
   const int64_t used = layout.points() * layout.channels * layout.padded_out();
   std::fill(panels + used, data + layout.numel(), T(0));  // the same bits at every call
-  visit(weight.scalar_type(), [&](auto tag) {
+  dispatch_dtype(weight.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     torch::stable::parallel_for(0, layout.panels(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

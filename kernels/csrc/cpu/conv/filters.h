@@ -4,7 +4,7 @@
 //
 //   panel of a direct convolution:  [block of channels][tap row][tap column][channel of the block][output channel]
 //   panel of Winograd:              [point of the transformed filter][channel][output channel]
-//   panel of compact Winograd:      [channel][tap][output channel], transformed when it is used
+//   panel of compact Winograd:      [channel][tap][output channel], transformed at run time
 //
 // A panel is two vectors of output channels, the last one possibly a single vector; missing channels are zero.
 #pragma once
@@ -16,11 +16,9 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/round.h"
 
 namespace resnet_fast {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The last two compute in bfloat16: bf16_filters.h.
 enum class Algorithm { kDirect, kWinograd, kCompactWinograd, kBf16Direct, kBf16Winograd };
@@ -36,17 +34,17 @@ struct FilterLayout {
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t padded_out() const { return round_up(out_channels, lanes); }
   int64_t panels() const { return ceil_div(out_channels, panel); }
-  // Filter elements for each pair of channels.
+  // Filter elements for each input and output channel.
   int64_t points() const { return algorithm == Algorithm::kWinograd ? kTilePoints : taps(); }
   int64_t panel_stride() const { return points() * channels * panel; }
   bool winograd() const { return algorithm != Algorithm::kDirect; }
-  // The algorithm and the bias take whole cache lines, so that panels start on one. The sizes are the same for every
-  // instruction set (the contents are not), so that a traced or exported program has the right shapes everywhere.
+  // The algorithm and the bias take whole cache lines: panels start on one. The sizes (not the contents) are the same
+  // for every instruction set: a traced or exported program has the right shapes everywhere.
   static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t bias_begin() const { return line; }
   int64_t panels_begin() const { return line + round_up(out_channels, line); }
   int64_t numel() const { return line + round_up(out_channels, line) * (1 + points() * channels); }
-  // Channels of a block: equal blocks, as many as fit the part of L1 that filters get.
+  // Channels of a block: equal blocks that fit kFilterBlockBytes.
   int64_t block() const {
     const int64_t fit = std::max<int64_t>(kFilterBlockBytes / (taps() * panel * static_cast<int64_t>(sizeof(T))), 1);
     const int64_t even = ceil_div(channels, ceil_div(channels, fit));

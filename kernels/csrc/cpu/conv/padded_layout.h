@@ -1,79 +1,39 @@
-// Feature maps as the kernels see them: channels last, in the type of the arithmetic, with a halo of zeros; and the
-// copies between them and tensors of any layout and type.
+// Activations as the kernels read them: channels last, in the type of the kernels, with a halo of zeros; and the copies
+// between them and tensors of any layout and type.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <stdexcept>
-#include <type_traits>
 
-#include "cpu/kernels/bf16/kernels.h"
+#include "cpu/dtype.h"
+#include "cpu/round.h"
 
 namespace resnet_fast {
 
-inline float widen(BFloat16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-
-template <typename S, typename T>
-inline S narrow_to(T v) {
-  return static_cast<S>(v);
-}
-// Round to nearest even; NaN stays NaN (it could round to infinity otherwise).
-template <>
-inline BFloat16 narrow_to<BFloat16, float>(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  if (v != v) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
-}
-template <>
-inline BFloat16 narrow_to<BFloat16, double>(double v) {
-  return narrow_to<BFloat16>(static_cast<float>(v));
+inline int64_t output_size(int64_t size, int64_t pad, int64_t kernel, int64_t stride) {
+  return (size + 2 * pad - kernel) / stride + 1;
 }
 
-template <typename T, typename S>
-inline T convert(S v) {
-  if constexpr (std::is_same_v<S, T>) {
-    return v;
-  } else {
-    return narrow_to<T>(widen(v));
-  }
+// Zeros that a convolution of `output` pixels along one side reads beyond an input of `size`. winograd_tile: outputs of
+// a tile of Winograd, whose last tiles are computed whole, or 0.
+inline int64_t far_halo(int64_t size, int64_t output, int64_t pad, int64_t kernel, int64_t stride,
+                        int64_t winograd_tile) {
+  const int64_t last = winograd_tile > 0 ? round_up(output, winograd_tile) + 2 : (output - 1) * stride + kernel;
+  return std::max<int64_t>(last - pad - size, 0);
 }
 
-// Calls body with a value of the C++ type that holds `type`.
-template <typename Body>
-void visit(torch::headeronly::ScalarType type, const Body& body) {
-  using torch::headeronly::ScalarType;
-  if (type == ScalarType::Float) {
-    body(float{});
-  } else if (type == ScalarType::Double) {
-    body(double{});
-  } else if (type == ScalarType::BFloat16) {
-    body(BFloat16{});
-  } else {
-    throw std::runtime_error("resnet_fast: unchecked dtype");
-  }
-}
-
-// Channel 0 of pixel (h, w) of image n is at origin[n * image + h * row + w * pixel]; channels follow each other.
+// Channel 0 of pixel (h, w) of image n is at origin[n * image + h * row + w * pixel]; channels are dense.
 template <typename T>
-struct Map {
+struct ActivationView {
   T* origin = nullptr;
   int64_t image = 0, row = 0, pixel = 0;
 
   T* at(int64_t n, int64_t h, int64_t w) const { return origin + n * image + h * row + w * pixel; }
 };
 
-// Zeros around a map: the padding, and what the last Winograd tiles read beyond it.
+// Zeros around an activation: the padding, and what the last Winograd tiles read beyond it.
 struct Halo {
   int64_t top = 0, bottom = 0, left = 0, right = 0;
 
@@ -85,17 +45,18 @@ struct Halo {
   }
 };
 
-// A slot of scratch memory for maps of one shape. `pixel` may exceed the channels, to whole vectors.
-struct MapShape {
+// The layout of an activation in scratch memory. `pixel`, the stride of pixels, may exceed the channels, to whole
+// vectors.
+struct PaddedLayout {
   int64_t channels, height, width, pixel;
   Halo halo;
 
-  bool operator==(const MapShape&) const = default;
+  bool operator==(const PaddedLayout&) const = default;
   int64_t row() const { return (halo.left + width + halo.right) * pixel; }
   int64_t image() const { return (halo.top + height + halo.bottom) * row(); }
 
   template <typename T>
-  Map<T> map(T* data) const {
+  ActivationView<T> view(T* data) const {
     return {data + halo.top * row() + halo.left * pixel, image(), row(), pixel};
   }
 
@@ -114,10 +75,10 @@ struct MapShape {
 
 // Rows [row_begin, row_end) of images x height, from a tensor [N, C, H, W] of any strides.
 template <typename T>
-void copy_in(const torch::stable::Tensor& from, int64_t first_image, const Map<T>& to, const MapShape& shape,
-             int64_t row_begin, int64_t row_end) {
+void copy_in(const torch::stable::Tensor& from, int64_t first_image, const ActivationView<T>& to,
+             const PaddedLayout& shape, int64_t row_begin, int64_t row_end) {
   const int64_t sn = from.stride(0), sc = from.stride(1), sh = from.stride(2), sw = from.stride(3);
-  visit(from.scalar_type(), [&](auto tag) {
+  dispatch_dtype(from.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     const S* data = static_cast<const S*>(from.data_ptr());
     for (int64_t i = row_begin; i < row_end; ++i) {
@@ -146,11 +107,11 @@ void copy_in(const torch::stable::Tensor& from, int64_t first_image, const Map<T
   });
 }
 
-// The way back, into a channels_last tensor.
+// Rows [row_begin, row_end) of images x height, to a channels_last tensor.
 template <typename T>
-void copy_out(const Map<T>& from, const MapShape& shape, const torch::stable::Tensor& to, int64_t first_image,
-              int64_t row_begin, int64_t row_end) {
-  visit(to.scalar_type(), [&](auto tag) {
+void copy_out(const ActivationView<T>& from, const PaddedLayout& shape, const torch::stable::Tensor& to,
+              int64_t first_image, int64_t row_begin, int64_t row_end) {
+  dispatch_dtype(to.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     S* out = static_cast<S*>(to.data_ptr()) + (first_image * shape.height + row_begin) * shape.width * shape.channels;
     for (int64_t i = row_begin; i < row_end; ++i) {

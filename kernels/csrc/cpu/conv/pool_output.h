@@ -1,4 +1,4 @@
-// Max pooling of the last map of a chain, on its way out: the map itself never leaves the scratch memory.
+// Max pooling of the last activation of a chain, which itself never leaves the scratch memory.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@
 
 namespace resnet_fast {
 
-inline Value pooled(const char* op, const Value& v, const Pool& p) {
+inline Value pooled_shape(const char* op, const Value& v, const Pool& p) {
   const auto fits = [](int64_t v) { return v > 0 && v <= kMaxSize; };
   RESNET_FAST_CHECK(fits(p.kernel_h) && fits(p.kernel_w) && fits(p.stride_h) && fits(p.stride_w), op,
                     ": pool has a window of ", p.kernel_h, " x ", p.kernel_w, " and stride ", p.stride_h, " x ",
@@ -28,15 +28,15 @@ inline Value pooled(const char* op, const Value& v, const Pool& p) {
 
 // Rows [row_begin, row_end) of images x height of `to`, a channels_last tensor of the size of `out`.
 template <typename T>
-void pool_out(const Map<T>& from, const MapShape& shape, const Pool& p, const Value& out, const Tensor& to,
-              int64_t first_image, int64_t row_begin, int64_t row_end) {
-  // Maps of bfloat16 are widened, a window of rows at a time.
+void pool_output(const ActivationView<T>& from, const PaddedLayout& shape, const Pool& p, const Value& out,
+                 const Tensor& to, int64_t first_image, int64_t row_begin, int64_t row_end) {
+  // bfloat16 is widened, a window of rows at a time.
   constexpr bool widened = std::is_same_v<T, BFloat16>;
   typedef std::conditional_t<widened, float, T> Wide;
   const int64_t row = shape.width * from.pixel;
   std::vector<Wide> pixel(static_cast<size_t>(out.channels));
   std::vector<Wide> rows(widened ? static_cast<size_t>(p.kernel_h * row + kBf16Lanes) : 0);
-  visit(to.scalar_type(), [&](auto tag) {
+  dispatch_dtype(to.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     S* data = static_cast<S*>(to.data_ptr()) + (first_image * out.height + row_begin) * out.width * out.channels;
     for (int64_t i = row_begin; i < row_end; ++i) {

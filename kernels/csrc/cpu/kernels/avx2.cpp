@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
-// 16 registers: 6 pixels x 2 vectors of sums, 2 of the panel, 1 broadcast. FMA latency 4 x 2 ports needs 8 sums in
-// flight.
+// 16 registers: 6 pixels x 2 accumulators, 2 vectors of the panel, 1 broadcast. FMA latency 4 x 2 ports needs 8
+// accumulators in flight.
 #pragma GCC target("avx2,fma")
 #define RESNET_FAST_VECTOR_BYTES 32
 #include "cpu/kernels/kernel_table.h"

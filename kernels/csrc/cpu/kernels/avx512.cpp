@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
-// 32 registers: 12 pixels x 2 vectors of sums, 2 of the panel, broadcasts; 12 offsets still fit the integer registers.
+// 32 registers: 12 pixels x 2 accumulators, 2 vectors of the panel, broadcasts; 12 offsets still fit the integer
+// registers.
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
 #define RESNET_FAST_VECTOR_BYTES 64
 #include "cpu/kernels/kernel_table.h"

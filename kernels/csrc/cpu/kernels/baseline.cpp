@@ -1,4 +1,4 @@
-// Any x86-64 (SSE2) or other CPU: multiplies and adds apart, 4 x 2 sums in 16 registers.
+// Any x86-64 (SSE2) or other CPU: separate multiplies and adds, 4 x 2 accumulators in 16 registers.
 #define RESNET_FAST_VECTOR_BYTES 16
 #include "cpu/kernels/kernel_table.h"
 

@@ -1,6 +1,6 @@
-// Batch norm in training, one source for every instruction set: pixels in a row, their channels next to each other.
+// Batch norm in training on dense pixels of dense channels, one source for every instruction set.
 //
-// Sums go over one call in the type of the arithmetic; who calls adds the calls up in double.
+// A call accumulates in its own type; the caller adds the calls up in float64.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -8,8 +8,8 @@
 namespace resnet_fast {
 namespace {
 
-// N vectors of channels, or the channels that fill none, one by one (N = 0). What is the same for all pixels is read
-// once.
+// N vectors of channels, or a single channel (N = 0) of those that fill no vector. Constants of a channel are loaded
+// once for all pixels.
 template <typename T, int N>
 struct Lane {
   typedef typename Simd<T>::Vec V;
@@ -25,7 +25,7 @@ struct Lane<T, 0> {
   static RESNET_FAST_INLINE void store(T* p, V v) { *p = v; }
 };
 
-// Calls body(channel, lane) so that the lanes cover all channels, in groups of up to four vectors.
+// Calls body(channel, lane) until the lanes cover all channels, up to four vectors at a time.
 template <typename T, typename Body>
 RESNET_FAST_INLINE void over_channels(int channels, const Body& body) {
   constexpr int lanes = Simd<T>::lanes;
@@ -45,7 +45,7 @@ struct Row {
   }
 };
 
-// The sign of this decides what a ReLU let through, in the backward too: both must round alike, so both call it.
+// The sign of the result is ReLU's mask, in forward and backward: both must round alike, so both call this.
 template <typename V>
 RESNET_FAST_INLINE V affine(V x, V scale, V shift) {
   return x * scale + shift;
@@ -108,7 +108,7 @@ void input_gradient(const InputGradientCall<T>& call) {
   });
 }
 
-// Sums go in Ways of pixels at a time, as many as hide the latency of an addition.
+// Pixels accumulated side by side: enough to hide the latency of an addition.
 template <typename L>
 constexpr int kWays = L::vectors >= 4 ? 1 : 4 / L::vectors;
 
@@ -122,7 +122,7 @@ void masked_sums_as(const MaskedSumsCall<T>& call) {
     const int64_t step = call.channels;
     const Row<L, T> scale(call.scale, c), shift(call.shift, c);
     const Row<L, T> mean(Ys > 0 ? call.mean : nullptr, c), second_mean(Ys > 1 ? call.second_mean : nullptr, c);
-    const T *grad = call.grad + c, *positive = Masked ? call.positive + c : nullptr;
+    const T *grad = call.grad + c, *relu_source = Masked ? call.relu_source + c : nullptr;
     const T *y = Ys > 0 ? call.y + c : nullptr, *other = Ys > 1 ? call.second + c : nullptr;
     T* const out = call.out + c;
     V sum[ways * vectors] = {}, product[ways * vectors] = {}, second[ways * vectors] = {};
@@ -131,9 +131,9 @@ void masked_sums_as(const MaskedSumsCall<T>& call) {
       for (int i = 0; i < vectors; ++i) {
         V g = L::load(grad + at + i * lanes);
         if (Masked) {
-          V x = L::load(positive + at + i * lanes);
+          V x = L::load(relu_source + at + i * lanes);
           if (Scaled) x = affine<V>(x, scale.v[i], shift.v[i]);
-          g = x <= V{} ? V{} : g;  // a NaN lets gradients through, as in PyTorch
+          g = x <= V{} ? V{} : g;  // NaN passes the gradient on, as in PyTorch
         }
         L::store(out + at + i * lanes, g);
         const int k = way * vectors + i;
@@ -165,12 +165,12 @@ void masked_sums(const MaskedSumsCall<T>& call) {
       masked_sums_as<T, false, false, 0>, masked_sums_as<T, false, false, 1>, masked_sums_as<T, false, false, 2>,
       masked_sums_as<T, true, false, 0>,  masked_sums_as<T, true, false, 1>,  masked_sums_as<T, true, false, 2>,
       masked_sums_as<T, true, true, 0>,   masked_sums_as<T, true, true, 1>,   masked_sums_as<T, true, true, 2>};
-  all[(call.positive ? (call.scale ? 6 : 3) : 0) + (call.second ? 2 : call.y ? 1 : 0)](call);
+  all[(call.relu_source ? (call.scale ? 6 : 3) : 0) + (call.second ? 2 : call.y ? 1 : 0)](call);
 }
 
-// Two passes over pixels that are in L1: the variance does not cancel, however large the mean.
+// Two passes over pixels in L1: a large mean cancels nothing in the variance.
 template <typename T>
-void moments(const T* x, int64_t pixels, int channels, T* mean, T* square_sum) {
+void channel_stats(const T* x, int64_t pixels, int channels, T* mean, T* square_sum) {
   constexpr int lanes = Simd<T>::lanes;
   const T share = T(1) / static_cast<T>(pixels);
   over_channels<T>(channels, [&](int c, auto lane) __attribute__((always_inline)) {

@@ -1,7 +1,7 @@
 // Direct convolution, one source for every instruction set.
 //
-// The block of the filter panel stays in L1 while all pixels of the call pass by; where the channels need several
-// blocks, the sums of a panel wait in `partial`.
+// A block of the filter panel stays in L1 for all pixels of the call; where the channels need several blocks, `partial`
+// holds the accumulators of a panel between them.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -16,11 +16,11 @@ void run_tile(const ConvCall<T>& call, const T* filter, const T* bias, int first
   typedef typename MakeIndices<P * V>::type All;
   typedef typename MakeIndices<P>::type Pixels;
   typedef typename MakeIndices<V>::type Vectors;
-  Tile<T, P, V> tile;
-  tile.start(All());
+  RegisterTile<T, P, V> tile;
+  tile.zero(All());
   int64_t offset[P];
   for (int p = 0; p < P; ++p) offset[p] = call.input_offset[first_pixel + p];
-  // What is written at the end is asked for at the beginning: large maps come from memory.
+  // Prefetch the output tile: large outputs have left the cache by the time it is stored.
   constexpr int line = 64 / sizeof(T);
   for (int p = 0; last_block && p < P; ++p) {
     for (int i = 0; i < V * Simd<T>::lanes; i += line) {
@@ -32,27 +32,27 @@ void run_tile(const ConvCall<T>& call, const T* filter, const T* bias, int first
   for (int run = 0; run < call.runs; ++run) {
     const T* x = call.input + call.run_offset[run] + block_begin;
     for (const T* end = x + block_length; x != end; ++x) {
-      tile.step(x, offset, filter, Pixels(), Vectors());
+      tile.multiply_add(x, offset, filter, Pixels(), Vectors());
       filter += V * Simd<T>::lanes;
     }
   }
-  // Blocks are summed apart and then added, and the bias comes last: errors grow with the length of a block, not with
-  // all channels, and small products are not lost beside a large bias.
+  // Each block has accumulators of its own, added to the partial sums, and the bias comes last: the error grows with
+  // the length of a block, not with all channels, and small products are not lost beside a large bias.
   if (!first_block) tile.add(partial, V * Simd<T>::lanes, All());
   if (!last_block) {
-    tile.spill(partial, All());
+    tile.store_packed(partial, All());
     return;
   }
   tile.add(bias, 0, All());
   if (call.residual) tile.add_at(call.residual + out_channel, call.residual_offset + first_pixel, All());
-  if (call.relu) tile.rectify(All());
-  tile.finish(call.output + out_channel, call.output_offset + first_pixel, All());
+  if (call.relu) tile.relu(All());
+  tile.store_at(call.output + out_channel, call.output_offset + first_pixel, All());
 }
 
 template <typename T>
 using RunTile = void (*)(const ConvCall<T>&, const T*, const T*, int, int64_t, int, int, bool, bool, T*);
 
-// run_tile<T, 1..P, V>, for the pixels that remain after the full tiles.
+// run_tile<T, 1..P, V>: the last tile has fewer pixels.
 template <typename T, int V, int... P>
 inline RunTile<T> select_tile(int pixels, Indices<P...>) {
   static constexpr RunTile<T> tiles[] = {run_tile<T, P + 1, V>...};

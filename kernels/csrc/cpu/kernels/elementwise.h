@@ -28,7 +28,7 @@ void max_pool(const PoolCall<T>& call) {
     for (int r = 0; r < call.rows; ++r) {
       for (int s = 0; s < call.columns; ++s) {
         const Vec v = Simd<T>::load(call.input + r * call.row + s * call.pixel + c);
-        most = (v > most) | (v != v) ? v : most;  // whatever is compared with NaN, it stays
+        most = (v > most) | (v != v) ? v : most;  // NaN stays: comparisons with it are false
       }
     }
     if (c + Simd<T>::lanes <= call.channels) {

@@ -27,7 +27,7 @@ constexpr Kernels<T> kernel_table(const char* isa) {
           normalize<T>,
           input_gradient<T>,
           masked_sums<T>,
-          moments<T>,
+          channel_stats<T>,
           outer_products<T, P, PH>,
           winograd_input<T>,
           winograd_gradient<T>,

@@ -1,7 +1,7 @@
 // Vectors of the instruction set that the including file has selected, and the register tile that all kernels share.
 //
-// A file kernels_<isa>.cpp selects its instruction set, defines RESNET_FAST_VECTOR_BYTES and includes the kernels once.
-// Everything sits in an unnamed namespace, so that no code of one instruction set is linked into another's place.
+// A file <isa>.cpp selects its instruction set, defines RESNET_FAST_VECTOR_BYTES and includes the kernels once.
+// Everything sits in an unnamed namespace, or the linker could put code of one instruction set in another's place.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -43,72 +43,73 @@ RESNET_FAST_INLINE typename Simd<T>::Vec splat(T value, Indices<L...>) {
   return typename Simd<T>::Vec{((void)L, value)...};
 }
 
-// P rows (output pixels or tiles) x V vectors of output channels, held in registers. Each step loads V vectors of the
-// filter panel, and for each row broadcasts one input element and issues V fused multiply-adds: P * V FMAs against P +
-// V loads.
+// Accumulators of P rows (output pixels or tiles) x V vectors of output channels, in registers. Each step loads V
+// vectors of the filter panel, and for each row broadcasts one input element and issues V fused multiply-adds: P * V
+// FMAs against P + V loads.
 template <typename T, int P, int V>
-struct Tile {
+struct RegisterTile {
   typedef typename Simd<T>::Vec Vec;
   static constexpr int lanes = Simd<T>::lanes;
-  Vec sum[P * V];
+  Vec acc[P * V];
 
   template <int... I>
-  RESNET_FAST_INLINE void start(Indices<I...>) {
-    ((sum[I] = Vec{}), ...);
+  RESNET_FAST_INLINE void zero(Indices<I...>) {
+    ((acc[I] = Vec{}), ...);
   }
 
   template <int... I, int... F>
-  RESNET_FAST_INLINE void step(const T* x, const int64_t (&offset)[P], const T* filter, Indices<I...>, Indices<F...>) {
+  RESNET_FAST_INLINE void multiply_add(const T* x, const int64_t (&offset)[P], const T* filter, Indices<I...>,
+                                       Indices<F...>) {
     const Vec panel[V] = {Simd<T>::load(filter + F * lanes)...};
-    ((pixel<I>(splat(x[offset[I]], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
+    ((multiply_add_row<I>(splat(x[offset[I]], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
   }
 
-  // The same where the rows of x follow each other: one step of an outer product.
+  // The same where the rows of x are contiguous: one step of an outer product.
   template <int... I, int... F>
-  RESNET_FAST_INLINE void outer(const T* x, const T* columns, Indices<I...>, Indices<F...>) {
+  RESNET_FAST_INLINE void outer_product(const T* x, const T* columns, Indices<I...>, Indices<F...>) {
     const Vec panel[V] = {Simd<T>::load(columns + F * lanes)...};
-    ((pixel<I>(splat(x[I], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
+    ((multiply_add_row<I>(splat(x[I], typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
   }
 
   template <int I, int... F>
-  RESNET_FAST_INLINE void pixel(Vec x, const Vec (&panel)[V], Indices<F...>) {
-    ((sum[I * V + F] += x * panel[F]), ...);
+  RESNET_FAST_INLINE void multiply_add_row(Vec x, const Vec (&panel)[V], Indices<F...>) {
+    ((acc[I * V + F] += x * panel[F]), ...);
   }
 
-  // The same V vectors for every pixel (pixel_stride 0) or those of each.
+  // The same V vectors for every row (pixel_stride 0), or those of each.
   template <int... I>
   RESNET_FAST_INLINE void add(const T* from, int64_t pixel_stride, Indices<I...>) {
-    ((sum[I] += Simd<T>::load(from + (I / V) * pixel_stride + (I % V) * lanes)), ...);
+    ((acc[I] += Simd<T>::load(from + (I / V) * pixel_stride + (I % V) * lanes)), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void add(const Tile& other, Indices<I...>) {
-    ((sum[I] += other.sum[I]), ...);
+  RESNET_FAST_INLINE void add(const RegisterTile& other, Indices<I...>) {
+    ((acc[I] += other.acc[I]), ...);
   }
 
   template <int... I>
   RESNET_FAST_INLINE void add_at(const T* from, const int64_t* offset, Indices<I...>) {
-    ((sum[I] += Simd<T>::load(from + offset[I / V] + (I % V) * lanes)), ...);
+    ((acc[I] += Simd<T>::load(from + offset[I / V] + (I % V) * lanes)), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void rectify(Indices<I...>) {
-    ((sum[I] = relu<T>(sum[I])), ...);
+  RESNET_FAST_INLINE void relu(Indices<I...>) {
+    ((acc[I] = resnet_fast::relu<T>(acc[I])), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void finish(T* to, const int64_t* offset, Indices<I...>) const {
-    (Simd<T>::store(to + offset[I / V] + (I % V) * lanes, sum[I]), ...);
+  RESNET_FAST_INLINE void store_at(T* to, const int64_t* offset, Indices<I...>) const {
+    (Simd<T>::store(to + offset[I / V] + (I % V) * lanes, acc[I]), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void put(T* to, int64_t row, Indices<I...>) const {
-    (Simd<T>::store(to + (I / V) * row + (I % V) * lanes, sum[I]), ...);
+  RESNET_FAST_INLINE void store(T* to, int64_t row, Indices<I...>) const {
+    (Simd<T>::store(to + (I / V) * row + (I % V) * lanes, acc[I]), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void spill(T* to, Indices<I...>) const {
-    (Simd<T>::store(to + I * lanes, sum[I]), ...);
+  RESNET_FAST_INLINE void store_packed(T* to, Indices<I...>) const {
+    (Simd<T>::store(to + I * lanes, acc[I]), ...);
   }
 };
 

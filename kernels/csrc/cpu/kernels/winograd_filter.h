@@ -1,4 +1,4 @@
-// Filters that are transformed while they are used, in float32: whole, for training, or row of points by row of points.
+// The filter transform at run time, in the type of the kernels: a whole panel (training), or a row of points (compact).
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -6,7 +6,7 @@
 namespace resnet_fast {
 namespace {
 
-// What the filter's transform multiplies by, at point A and at point B: odd, even, even.
+// Factors of the filter transform at point A and at point B: odd, even, even.
 template <typename T>
 constexpr T kFactors[] = {T(kPointA / kDistanceA), T(1 / kDistanceA), T(kSquareA / kDistanceA),
                           T(kPointB / kDistanceB), T(1 / kDistanceB), T(kSquareB / kDistanceB)};
@@ -70,16 +70,16 @@ RESNET_FAST_INLINE typename Simd<T>::Vec transform_filter_row(const T* g, int64_
   return I % 2 == 1 ? even + odd : even - odd;
 }
 
-// Row I of the points of a filter: V vectors, out of panels of `width`, [channel][tap][width] -> [point][channel][V
-// vectors]. `ahead`, two taps of each channel, is read next: filters come from memory, in an order that no CPU
-// foresees.
+// Row I of the points of a filter: V vectors out of panels of `width`, [channel][tap][width] -> [point][channel][V
+// vectors]. Prefetches two taps of each channel of `next_filter`, which is read next: filters come from memory, in an
+// order that no hardware prefetcher follows.
 template <typename T, int V, int I>
-void expand_row(const T* filter, const T* ahead, int64_t width, int channels, int64_t point, T* out) {
+void expand_row(const T* filter, const T* next_filter, int64_t width, int channels, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
   constexpr int lanes = Simd<T>::lanes, line = 64 / sizeof(T);
-  for (int c = 0; c < channels; ++c, filter += 9 * width, ahead += 9 * width) {
-    __builtin_prefetch(ahead, 0, 2);
-    __builtin_prefetch(ahead + line, 0, 2);
+  for (int c = 0; c < channels; ++c, filter += 9 * width, next_filter += 9 * width) {
+    __builtin_prefetch(next_filter, 0, 2);
+    __builtin_prefetch(next_filter + line, 0, 2);
     for (int v = 0; v < V; ++v, out += lanes) {
       const T* from = filter + v * lanes;
       const Vec g[3] = {transform_filter_row<T, I>(from, 3 * width, kFactors<T>),

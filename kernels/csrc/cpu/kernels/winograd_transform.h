@@ -1,7 +1,7 @@
-// The transforms of Winograd's F(4x4, 3x3), of maps into points and of points into maps, at the points of kernels.h.
+// The input and output transforms of Winograd's F(4x4, 3x3), at the points of kernels.h.
 //
-// Smaller tiles, of 3 or 2 outputs, leave out points; the filter's values at those that stay are the same, so what the
-// products of distances differ by (see conv/filters.cpp) is on the side of the input.
+// Smaller tiles, of 3 or 2 outputs, leave out points. They share the transformed filter, so the input transform absorbs
+// the ratio of the products of distances (see conv/filters.cpp).
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -67,13 +67,13 @@ RESNET_FAST_INLINE void transform_output(const typename Simd<T>::Vec (&m)[kTileI
   }
 }
 
-// Has a tile of M outputs this point?
+// Whether a tile of M outputs has this point.
 template <int M>
 constexpr bool has_point(int point) {
   return M == 4 || (M == 3 ? point != 4 : point != 3 && point != 4);
 }
 
-// A number that is known when it is compiled; body(Outputs<M>()) for one that is not.
+// A compile-time number of outputs; with_outputs calls body(Outputs<M>()) for a run-time one.
 template <int M>
 struct Outputs {
   static constexpr int value = M;
@@ -89,7 +89,7 @@ RESNET_FAST_INLINE void with_outputs(int outputs, const Body& body) {
   }
 }
 
-// Where tile `index` lies: image, row and column of tiles.
+// The image, and the row and column of tiles, of tile `index`.
 struct TilePlace {
   int image, row, column;
 
@@ -123,8 +123,8 @@ void transform_rows(const T* input, int64_t row, int64_t pixel, int columns, T* 
   }
 }
 
-// The columns of one tile, M outputs wide, at a row of points: to point 3 at `third`, to point 4 at `fourth`, `point`
-// elements from one to the next as if all were in one list.
+// The columns of one tile, M outputs wide, at a row of points: point 3 goes to `third`, point 4 to `fourth`, with the
+// same stride `point` as the others.
 template <typename T, int V, int M>
 RESNET_FAST_INLINE void transform_columns(const T* strip, T* to, T* third, T* fourth, int64_t point) {
   typedef typename Simd<T>::Vec Vec;
@@ -145,9 +145,9 @@ RESNET_FAST_INLINE void transform_columns(const T* strip, T* to, T* third, T* fo
   }
 }
 
-// Tiles beside each other share columns: rows are transformed once for a whole strip of `tiles` tiles, then columns
-// tile by tile. V vectors of channels at a time, a cache line where there are as many. `outputs` high, the last tile
-// `last` wide; out[list] is where the first tile goes at the points of each list.
+// Adjacent tiles share columns: rows are transformed once for a strip of `tiles` tiles, then columns tile by tile, V
+// vectors of channels at a time (a cache line where there are as many). Tiles are `outputs` high, the last one `last`
+// wide. out[list]: the first tile at the points of each list.
 template <typename T, int V>
 void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, int outputs, int last, const Tiling& tiling,
                      T* strip, T* const (&out)[4], int64_t out_tile, int64_t out_point) {
@@ -175,13 +175,13 @@ void transform_strip(const T* input, int64_t row, int64_t pixel, int tiles, int 
   }
 }
 
-// To out[point][panel][place on its list][channel of the panel]: panels of `width` channels, `panel` elements from one
-// to the next. Gives the lengths of the lists.
+// Transforms the input to out[point][panel][index in the list][channel of the panel]: panels of `width` channels, with
+// the stride `panel`. Returns the lengths of the lists.
 template <typename T>
 TileCounts transform_inputs(const WinogradCall<T>& call, int width, int64_t panel, int64_t point, T* strip, T* out) {
   constexpr int lanes = Simd<T>::lanes;
   constexpr int line = 64 / sizeof(T) > lanes ? 64 / sizeof(T) / lanes : 1;  // vectors of a cache line
-  const Tiling tiling(call.height, call.width, call.mixed);
+  const Tiling tiling(call.height, call.width, call.edge_tiles);
   const int channels = (call.channels + lanes - 1) / lanes * lanes;
   TileCounts counts;
   for (int tile = call.tile_begin; tile < call.tile_end;) {
@@ -208,12 +208,12 @@ TileCounts transform_inputs(const WinogradCall<T>& call, int width, int64_t pane
   return counts;
 }
 
-// One tile of M x N outputs, one vector of channels: product[list] is where it lies at the points of each list, or
-// product[0] at all points.
+// One tile of M x N outputs, one vector of channels: acc[list] is the tile at the points of each list, acc[0] at all
+// points without Lists.
 template <typename T, int M, int N, bool Lists>
 __attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call, const Tiling& tiling,
-                                                     const TilePlace& place, const T* const (&product)[4],
-                                                     int64_t point, int64_t channel) {
+                                                     const TilePlace& place, const T* const (&acc)[4], int64_t point,
+                                                     int64_t channel) {
   typedef typename Simd<T>::Vec Vec;
   Vec half[kTileOut][kTileIn];
   const int64_t down = kTileIn * point;
@@ -221,18 +221,19 @@ __attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call
   for (int j = 0; j < kTileIn; ++j) {
     if (!has_point<N>(j)) continue;
     const int list = Lists ? tiling.columns.skips(j) : 0;
-    const T* from = product[list] + j * point;
+    const T* from = acc[list] + j * point;
     Vec m[kTileIn] = {Simd<T>::load(from), Simd<T>::load(from + down), Simd<T>::load(from + 2 * down)};
-    if constexpr (has_point<M>(3)) m[3] = Simd<T>::load(product[list + third] + j * point + 3 * down);
-    if constexpr (has_point<M>(4)) m[4] = Simd<T>::load(product[list + fourth] + j * point + 4 * down);
+    if constexpr (has_point<M>(3)) m[3] = Simd<T>::load(acc[list + third] + j * point + 3 * down);
+    if constexpr (has_point<M>(4)) m[4] = Simd<T>::load(acc[list + fourth] + j * point + 4 * down);
     m[5] = Simd<T>::load(from + 5 * down);
     Vec y[kTileOut];
     transform_output<T, M>(m, y);
     for (int i = 0; i < M; ++i) half[i][j] = y[i];
   }
   if (call.spread != nullptr && channel == 0) {
-    // A number that is not finite, at an inner row of a tile's input, is in all rows of its output: more than there are
-    // windows that meet it. So are columns; the first and the last of both stay what they are. It is in all channels.
+    // Inf or NaN in an inner row of a tile's input reaches all rows of its output, more than the windows that contain
+    // it; columns likewise. The first and the last row and column spread nothing. It reaches all channels: one
+    // vector suffices.
     const Vec rows = half[1][0] + half[1][1] + half[1][5], columns = half[0][1] + half[M - 1][1];
     Simd<T>::store(call.spread, Simd<T>::load(call.spread) + (rows + columns));
   }
@@ -264,20 +265,20 @@ __attribute__((noinline)) void transform_output_tile(const WinogradCall<T>& call
   }
 }
 
-// All tiles of a call, `vectors` of output channels from `channel` on: products[point][place on its list], `tile`
-// elements from one to the next, `vector` from one vector to the next.
+// All tiles of a call, `vectors` of output channels from `channel` on, from accumulators[point][index in the list] with
+// the strides tile_step and vector_step.
 template <typename T>
-void transform_outputs(const WinogradCall<T>& call, const Tiling& tiling, const T* products, int64_t point,
+void transform_outputs(const WinogradCall<T>& call, const Tiling& tiling, const T* accumulators, int64_t point,
                        int64_t tile_step, int64_t vector_step, int vectors, int64_t channel) {
   TileCounts counts;
   for (int tile = call.tile_begin; tile < call.tile_end; ++tile) {
     const TilePlace place(tile, tiling);
     const int high = tiling.rows.outputs(place.row), wide = tiling.columns.outputs(place.column);
     for (int v = 0; v < vectors; ++v) {
-      const T* const first = products + v * vector_step;
+      const T* const first = accumulators + v * vector_step;
       const T* const at[4] = {first + counts.of[0] * tile_step, first + counts.of[1] * tile_step,
                               first + counts.of[2] * tile_step, first + counts.of[3] * tile_step};
-      if (tiling.plain()) {
+      if (tiling.uniform()) {
         transform_output_tile<T, 4, 4, false>(call, tiling, place, at, point, channel + v * Simd<T>::lanes);
         continue;
       }

@@ -1,4 +1,4 @@
-// Gradients of filters, one source for every instruction set.
+// The weight gradient by Winograd, one source for every instruction set.
 //
 // Direct: outer_product.h. Winograd, the transpose of F(4x4, 3x3) in g:  dW = G^T [ sum over tiles of (A dy A^T)
 // . (B^T d B) ] G.
@@ -12,7 +12,7 @@ namespace {
 
 template <typename T>
 void winograd_input(const WinogradCall<T>& call, int64_t panel, int64_t point, T* strip, T* out) {
-  transform_inputs(call, product_panel<T>(Simd<T>::lanes), panel, point, strip, out);
+  transform_inputs(call, gemm_panel<T>(Simd<T>::lanes), panel, point, strip, out);
 }
 
 // A d: the transpose of transform_output.
@@ -33,11 +33,11 @@ RESNET_FAST_INLINE void transform_gradient(const typename Simd<T>::Vec (&d)[kTil
 }
 
 // Tiles [tile_begin, tile_end) of call.input, 4 x 4 pixels each, to out[point][panel][tile][channel of the panel].
-// The map goes on with zeros to the end of the last tiles.
+// The input is padded with zeros to the end of the last tiles.
 template <typename T>
 void winograd_gradient(const WinogradCall<T>& call, int64_t panel, int64_t point, T* out) {
   typedef typename Simd<T>::Vec Vec;
-  constexpr int width = product_panel<T>(Simd<T>::lanes);
+  constexpr int width = gemm_panel<T>(Simd<T>::lanes);
   const Tiling tiling(call.height, call.width, false);
   for (int tile = call.tile_begin; tile < call.tile_end; ++tile) {
     const TilePlace place(tile, tiling);
@@ -53,7 +53,7 @@ void winograd_gradient(const WinogradCall<T>& call, int64_t panel, int64_t point
         transform_gradient<T>(d, half[i]);
       }
       T* to = out + c / width * panel + (tile - call.tile_begin) * width + c % width;
-      // Where the next vector goes: 36 streams of stores would wait for each line.
+      // Prefetch where the next vector goes: 36 streams of stores would miss the cache at each line.
       const int n = c + Simd<T>::lanes;
       const T* next = n < call.channels ? out + n / width * panel + (tile - call.tile_begin) * width + n % width
                                         : out + (tile + 1 - call.tile_begin) * width;

@@ -1,126 +1,157 @@
-// conv_moments: a convolution whose input is normalised as it is read, and the mean and variance of what it gives.
+// The operator conv_moments: a convolution whose input is normalised as it is read, and the mean and variance of its
+// output. In bfloat16 these are those of the rounded output, as PyTorch has them under autocast.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/conv/chain_layout.h"
-#include "cpu/conv/convolution.h"
+#include "cpu/conv/run_convolution.h"
 #include "cpu/thread_team.h"
-#include "cpu/training/bf16_training.h"
-#include "cpu/training/filters.h"
-#include "cpu/training/training.h"
+#include "cpu/training/fill.h"
+#include "cpu/training/image_split.h"
+#include "cpu/training/pack_filter.h"
+#include "cpu/training/reductions.h"
 
 namespace resnet_fast {
 namespace {
 
 constexpr const char* kOp = "conv_moments";
 
+struct Arguments {
+  const Tensor& x;
+  const OptionalTensor& scale_shift;
+  bool relu;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  Layer layer;
+  Algorithm algorithm;
+  bool with_stats;
+};
+
+template <typename A>
+std::vector<A> read_bias(const OptionalTensor& bias, int64_t channels) {
+  std::vector<A> values(static_cast<size_t>(bias ? channels : 0));
+  if (!bias) return values;
+  dispatch_dtype(bias->scalar_type(), [&](auto tag) {
+    const auto* from = static_cast<const decltype(tag)*>(bias->data_ptr());
+    for (size_t k = 0; k < values.size(); ++k) {
+      values[k] = static_cast<A>(widen(from[static_cast<int64_t>(k) * bias->stride(0)]));
+    }
+  });
+  return values;
+}
+
+// S: elements of x and the output, T: those of the convolution.
 template <typename S, typename T>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Activation<T>& act, const Tensor& weight,
-                                   const OptionalTensor& bias, Layer layer, Algorithm algorithm, bool with_moments) {
-  const Image whole(x);
-  const bool by_rows = goes_by_rows(layer, whole.channels, sizeof(T));
-  const Image in = by_rows ? rows_of(whole) : whole;
-  const Image out(in.images, layer.out_channels, output_size(in.height, layer.pad_h, layer.kernel_h, layer.stride_h),
-                  output_size(in.width, layer.pad_w, layer.kernel_w, layer.stride_w));
-  const FilterLayout<T> layout{layer.out_channels, in.channels, layer.kernel_h, layer.kernel_w, algorithm};
-  std::vector<T> wide_bias(static_cast<size_t>(bias ? out.channels : 0));
-  if (bias) {
-    visit(bias->scalar_type(), [&](auto tag) {
-      const auto* from = static_cast<const decltype(tag)*>(bias->data_ptr());
-      for (size_t k = 0; k < wide_bias.size(); ++k) {
-        wide_bias[k] = static_cast<T>(widen(from[static_cast<int64_t>(k) * bias->stride(0)]));
-      }
-    });
-  }
-  const Tensor packed = pack_training_filter<T>(view_filter(weight), layout, bias ? wide_bias.data() : nullptr);
+std::tuple<Tensor, Tensor> forward(const Arguments& a) {
+  typedef typename AccumulatorOf<T>::type Acc;
+  const Layer& l = a.layer;
+  const NhwcShape whole(a.x);
+  const bool by_rows = !std::is_same_v<T, BFloat16> && goes_by_rows(l, whole.channels, sizeof(T));
+  const NhwcShape in = by_rows ? rows_of(whole) : whole;
+  const NhwcShape out(in.images, l.out_channels, output_size(in.height, l.pad_h, l.kernel_h, l.stride_h),
+                      output_size(in.width, l.pad_w, l.kernel_w, l.stride_w));
+  const ScaleShiftRelu<Acc> act(check_rows<Acc>(kOp, "scale_shift", a.scale_shift, 2, in.channels), in.channels,
+                                a.relu);
+  const FilterLayout<T> layout = filter_layout<T>(out.channels, in.channels, l.kernel_h, l.kernel_w, a.algorithm);
+  const std::vector<Acc> bias = read_bias<Acc>(a.bias, out.channels);
+  const Tensor packed =
+      pack_training_filter(view_filter(a.weight), layout, in.channels, a.bias ? bias.data() : nullptr);
 
-  Tensor y = empty_image(by_rows ? Image(whole.images, out.channels, whole.height, whole.width) : out, x);
-  Tensor statistics = empty_rows(2, with_moments ? out.channels : 0, x);
+  Tensor y = empty_nhwc(by_rows ? NhwcShape(whole.images, out.channels, whole.height, whole.width) : out, a.x);
+  Tensor stats = empty_rows(2, a.with_stats ? out.channels : 0, a.x);
+  // Whole vectors are stored: channels that do not fill them go through an activation of their own, and so does
+  // bfloat16 that is computed in float32.
   const bool in_place = sizeof(S) == sizeof(T) && out.channels % layout.lanes == 0;
-  const int64_t pad_h = layer.pad_h, pad_w = layer.pad_w;
-  const auto reach = [&](int64_t size, int64_t result, int64_t pad, int64_t kernel, int64_t stride) {
-    const int64_t last = layout.winograd() ? round_up(result, kTileOut) + 2 : (result - 1) * stride + kernel;
-    return std::max<int64_t>(last - pad - size, 0);
-  };
-  const MapShape in_shape{in.channels,
-                          in.height,
-                          in.width,
-                          in.channels,
-                          {pad_h, reach(in.height, out.height, pad_h, layer.kernel_h, layer.stride_h), pad_w,
-                           reach(in.width, out.width, pad_w, layer.kernel_w, layer.stride_w)}};
-  const MapShape out_shape{out.channels, out.height, out.width, round_up(out.channels, layout.lanes), {}};
-  const int64_t map_numel = round_up(in_shape.image(), 64), out_numel = in_place ? 0 : round_up(out_shape.image(), 64);
+  const int64_t tile = layout.winograd() ? kWinogradTile<T> : 0;
+  const PaddedLayout in_layout{in.channels,
+                               in.height,
+                               in.width,
+                               layout.channels,
+                               {l.pad_h, far_halo(in.height, out.height, l.pad_h, l.kernel_h, l.stride_h, tile),
+                                l.pad_w, far_halo(in.width, out.width, l.pad_w, l.kernel_w, l.stride_w, tile)}};
+  const PaddedLayout out_layout{out.channels, out.height, out.width, layout.padded_out(), {}};
+  const int64_t in_numel = round_up(in_layout.image(), 64), out_numel = in_place ? 0 : round_up(out_layout.image(), 64);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t bytes = (map_numel + out_numel) * static_cast<int64_t>(sizeof(T));
-  const ImageSplit split(in.images, bytes, units_of(layout, out.height, out.width), threads, true);
+  const ImageSplit split(in.images, (in_numel + out_numel) * static_cast<int64_t>(sizeof(T)),
+                         units_of(layout, out.height, out.width), threads, true);
 
-  S* result = static_cast<S*>(y.data_ptr());
-  const auto convolution = [&](int64_t first, int64_t images, T* maps) {
-    const Map<T> to =
-        in_place ? Map<T>{reinterpret_cast<T*>(result) + first * out.image(), out.image(), out.row(), out.channels}
-                 : out_shape.map(maps + map_numel * split.chunk + 64);
-    return Convolution<T>{
-        layer,    layout, static_cast<const T*>(packed.data_ptr()), images, out.height, out.width, in_shape.map(maps),
-        Map<T>{}, to};
+  const S* const x = static_cast<const S*>(a.x.data_ptr());
+  S* const result = static_cast<S*>(y.data_ptr());
+  // slot: the padded input of a chunk of images, then its output where that is not stored in place.
+  const auto convolution = [&](int64_t first, int64_t images, T* slot) {
+    const ActivationView<T> to = in_place ? ActivationView<T>{reinterpret_cast<T*>(result) + first * out.image(),
+                                                              out.image(), out.row(), out.channels}
+                                          : out_layout.view(slot + in_numel * split.chunk + 64);
+    return Convolution<T>{l,
+                          layout,
+                          static_cast<const T*>(packed.data_ptr()),
+                          images,
+                          out.height,
+                          out.width,
+                          in_layout.view(slot),
+                          ActivationView<T>{},
+                          to};
   };
   const int64_t work_numel =
       layout.winograd() ? round_up(winograd_scratch(convolution(0, split.chunk, nullptr)), 64) : 0;
-  const int64_t slot_numel = round_up((map_numel + out_numel) * split.chunk + 128, 64);
-  Tensor scratch = empty_rows(1, slot_numel * split.slots(threads) + threads * work_numel, x);
-  T* const slots = static_cast<T*>(scratch.data_ptr());
+  const int64_t slot_numel = round_up((in_numel + out_numel) * split.chunk + 128, 64), slots = split.slots(threads);
+  Tensor scratch = empty_tensor({slot_numel * slots + threads * work_numel}, kScalarType<T>);
+  T* const memory = static_cast<T*>(scratch.data_ptr());
 
-  std::vector<Moments> sums(static_cast<size_t>(threads), Moments(with_moments ? out.channels : 0));
-  Team::run(in.images > 0 ? threads : 1, [&](int64_t rank, Team& team) {
-    const Crew crew = split.apart ? Crew{0, 1, team} : Crew{rank, team.size(), team};
-    T* const maps = slots + (split.apart ? rank : 0) * slot_numel;
-    T* const work = slots + slot_numel * split.slots(threads) + rank * work_numel;
-    std::vector<T> mean(static_cast<size_t>(out.channels)), squares(mean.size());
-    std::vector<T> buffer(static_cast<size_t>(sizeof(S) == sizeof(T) ? 0 : kSumElements + 16 * out.channels));
-    for (int64_t n = crew.rank; n < split.chunk; n += crew.size) in_shape.clear_halo(maps + n * in_shape.image(), 1);
+  std::vector<ChannelStats> partial(static_cast<size_t>(threads), ChannelStats(a.with_stats ? out.channels : 0));
+  ThreadTeam::run(in.images > 0 ? threads : 1, [&](int64_t rank, ThreadTeam& team) {
+    const ThreadGroup group = split.group(rank, team);
+    T* const slot = memory + split.slot(rank) * slot_numel;
+    T* const work = memory + slot_numel * slots + rank * work_numel;
+    std::vector<Acc> mean(static_cast<size_t>(out.channels)), squares(mean.size());
+    std::vector<Acc> buffer(static_cast<size_t>(sizeof(S) == sizeof(Acc) ? 0 : block_numel(out.channels)));
+    for (int64_t n = group.rank; n < split.chunk; n += group.size) {
+      in_layout.clear_halo(slot + n * in_layout.image(), 1);
+    }
     split.for_chunks(rank, team.size(), [&](int64_t first, int64_t images) {
-      crew.share(images * in.height, [&](int64_t begin, int64_t end) {
-        fill_activation<S, T>(static_cast<const S*>(x.data_ptr()), in, act, first, in_shape.map(maps), begin, end);
+      group.share(images * in.height, [&](int64_t begin, int64_t end) {
+        fill_activation(x, in, act, first, in_layout.view(slot), begin, end);
       });
-      crew.wait();
-      Convolution<T> conv = convolution(first, images, maps);
-      conv.far_output = in_place;
-      ask_for(conv.ahead, static_cast<const S*>(x.data_ptr()), in, first + images, images, split.end(rank, team.size()),
-              crew);
-      run_part(conv, part_of(conv, crew.rank, crew.size), work);
-      crew.wait();
-      crew.share(images * out.height, [&](int64_t begin, int64_t end) {
-        if (!in_place) copy_out(conv.output, out_shape, y, first, begin, end);
-        if (!with_moments) return;
+      group.wait();
+      Convolution<T> conv = convolution(first, images, slot);
+      conv.output_uncached = in_place;
+      append_prefetch(conv.prefetch, x, in, first + images, images, split.end(rank, team.size()), group);
+      run_part(conv, part_of(conv, group.rank, group.size), work);
+      group.wait();
+      group.share(images * out.height, [&](int64_t begin, int64_t end) {
+        if (!in_place) copy_out(conv.output, out_layout, y, first, begin, end);
+        if (!a.with_stats) return;
         const S* pixels = result + first * out.image();
-        in_pieces(begin * out.width, end * out.width, out.channels, [&](int64_t pixel, int64_t count) {
-          const T* dense = as_arithmetic(pixels + pixel * out.channels, count * out.channels, buffer.data());
-          kernels_in_use<T>().moments(dense, count, static_cast<int>(out.channels), mean.data(), squares.data());
-          sums[static_cast<size_t>(rank)].add(static_cast<double>(count), mean.data(), squares.data());
+        for_pixel_blocks(begin * out.width, end * out.width, out.channels, [&](int64_t pixel, int64_t count) {
+          const Acc* dense = as_compute(pixels + pixel * out.channels, count * out.channels, buffer.data());
+          kernels_in_use<Acc>().channel_stats(dense, count, static_cast<int>(out.channels), mean.data(),
+                                              squares.data());
+          partial[static_cast<size_t>(rank)].add(static_cast<double>(count), mean.data(), squares.data());
         });
       });
     });
   });
 
-  if (with_moments) {
-    Moments total(out.channels);
-    for (const Moments& part : sums) total.add(part.count, part.mean.data(), part.squares.data());
-    T* const to = static_cast<T*>(statistics.data_ptr());
+  if (a.with_stats) {
+    ChannelStats total(out.channels);
+    for (const ChannelStats& part : partial) total.add(part.count, part.mean.data(), part.squares.data());
+    Acc* const to = static_cast<Acc*>(stats.data_ptr());
     for (int64_t k = 0; k < out.channels; ++k) {
-      to[k] = static_cast<T>(total.mean[static_cast<size_t>(k)]);
-      to[out.channels + k] = static_cast<T>(total.squares[static_cast<size_t>(k)] / total.count);
+      to[k] = static_cast<Acc>(total.mean[static_cast<size_t>(k)]);
+      to[out.channels + k] = static_cast<Acc>(total.squares[static_cast<size_t>(k)] / total.count);
     }
   }
-  return {y, statistics};
+  return {y, stats};
 }
 
-std::tuple<Tensor, Tensor> conv_moments(const Tensor& x, const OptionalTensor& scale_shift, bool relu,
-                                        const Tensor& weight, const OptionalTensor& bias,
-                                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                        int64_t algorithm, bool moments) {
-  check_image(kOp, "x", x);
+std::tuple<Tensor, Tensor> conv_bn_stats(const Tensor& x, const OptionalTensor& scale_shift, bool relu,
+                                         const Tensor& weight, const OptionalTensor& bias,
+                                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                         int64_t algorithm, bool with_stats) {
+  check_nhwc(kOp, "x", x);
   check_conv_bn(kOp, weight, bias, {});
   RESNET_FAST_CHECK(weight.is_cpu(), kOp, ": weight is not on the CPU, as x is");
-  RESNET_FAST_CHECK(arithmetic_type(weight) == arithmetic_type(x), kOp, ": weight has dtype ",
+  RESNET_FAST_CHECK(compute_type(weight) == compute_type(x), kOp, ": weight has dtype ",
                     dtype_name(weight.scalar_type()), ", x has ", dtype_name(x.scalar_type()));
   RESNET_FAST_CHECK(x.size(1) == weight.size(1), kOp, ": x has ", x.size(1), " channels, want ", weight.size(1),
                     ", the in_channels of weight ", shape(weight));
@@ -130,42 +161,22 @@ std::tuple<Tensor, Tensor> conv_moments(const Tensor& x, const OptionalTensor& s
   RESNET_FAST_CHECK(x.size(2) + 2 * layer.pad_h >= layer.kernel_h && x.size(3) + 2 * layer.pad_w >= layer.kernel_w &&
                         x.size(2) > 0 && x.size(3) > 0,
                     kOp, ": x is ", x.size(2), " x ", x.size(3), ", smaller than the filter");
-  RESNET_FAST_CHECK(!moments || x.size(0) > 0, kOp, ": x has no images, want at least one for mean and variance");
+  RESNET_FAST_CHECK(!with_stats || x.size(0) > 0, kOp, ": x has no images, want at least one for mean and variance");
   const bool winograd = layer.kernel_h == 3 && layer.kernel_w == 3 && stride[0] == 1 && stride[1] == 1;
   const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
   RESNET_FAST_CHECK((algorithm >= 0 && algorithm <= (winograd ? 2 : 0)) || (bf16 && algorithm == 3) ||
                         (bf16 && winograd && algorithm == 4),
                     kOp, ": algorithm is ", algorithm,
                     ", want 0, or for a 3x3 filter with stride 1 up to 2, or 3 and 4 likewise if x is bfloat16");
-  if (algorithm >= 3) {
-    const float* affine = check_rows<float>(kOp, "scale_shift", scale_shift, 2, x.size(1));
-    return bf16_conv_moments({x,
-                              {affine, affine ? affine + x.size(1) : nullptr, relu},
-                              weight,
-                              bias,
-                              layer,
-                              static_cast<Algorithm>(algorithm),
-                              moments});
-  }
+  const Arguments a{x, scale_shift, relu, weight, bias, layer, static_cast<Algorithm>(algorithm), with_stats};
+  if (in_bf16(a.algorithm)) return forward<BFloat16, BFloat16>(a);
   std::tuple<Tensor, Tensor> result{x, x};
-  const auto run = [&](auto storage, auto arithmetic) {
-    using T = decltype(arithmetic);
-    const T* affine = check_rows<T>(kOp, "scale_shift", scale_shift, 2, x.size(1));
-    const Activation<T> act{affine, affine ? affine + x.size(1) : nullptr, relu};
-    result = forward<decltype(storage), T>(x, act, weight, bias, layer, static_cast<Algorithm>(algorithm), moments);
-  };
-  if (x.scalar_type() == ScalarType::Double) {
-    run(double{}, double{});
-  } else if (x.scalar_type() == ScalarType::Float) {
-    run(float{}, float{});
-  } else {
-    run(BFloat16{}, float{});
-  }
+  dispatch_compute(x, [&](auto storage, auto compute) { result = forward<decltype(storage), decltype(compute)>(a); });
   return result;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("conv_moments", TORCH_BOX(&conv_moments)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("conv_moments", TORCH_BOX(&conv_bn_stats)); }
 
 }  // namespace resnet_fast

@@ -1,17 +1,17 @@
-// The gradient of a convolution's input, as convolutions of the output's gradient by the filter turned around: one for
-// each position modulo the stride.
+// The convolutions whose results make up the gradient of a convolution's input: the output's gradient by the transposed
+// filter, one for each position modulo the stride.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
-#include "cpu/training/bf16_training.h"
-#include "cpu/training/filters.h"
+#include "cpu/conv/chain.h"
+#include "cpu/nhwc.h"
+#include "cpu/training/pack_filter.h"
 
 namespace resnet_fast {
 
-// Pixels of the input that share their position modulo the stride: a convolution of their own, of stride 1, by every
+// Pixels of the input at the same position modulo the stride: a convolution of their own, of stride 1, by every
 // stride-th tap in reverse.
 template <typename T>
 struct Phase {
@@ -22,7 +22,7 @@ struct Phase {
   Tensor packed;
 };
 
-// The taps of a filter that meet a phase along one side, the last of them, and where the first lies.
+// Along one side: the taps of a filter that meet a phase, the last of them, the padding, and the pixels.
 struct Taps {
   int64_t count, last, pad, size;
 };
@@ -33,19 +33,9 @@ inline Taps taps_of(int64_t phase, int64_t size, int64_t kernel, int64_t stride,
   return {count, last, (last - phase - pad) / stride, (size - phase + stride - 1) / stride};
 }
 
+// `complete`: whether every pixel of the input belongs to a phase.
 template <typename T>
-FilterLayout<T> layout_of(int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
-                          Algorithm algorithm) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return bf16_layout(out_channels, channels, kernel_h, kernel_w, algorithm);
-  } else {
-    return {out_channels, channels, kernel_h, kernel_w, algorithm};
-  }
-}
-
-// `complete`: does every pixel of the input belong to one?
-template <typename T>
-std::vector<Phase<T>> phases_of(const Layer& l, const Image& in, int64_t out_channels, const Tensor& weight,
+std::vector<Phase<T>> phases_of(const Layer& l, const NhwcShape& in, int64_t out_channels, const Tensor& weight,
                                 Algorithm algorithm, bool& complete) {
   std::vector<Phase<T>> phases;
   complete = true;
@@ -58,16 +48,15 @@ std::vector<Phase<T>> phases_of(const Layer& l, const Image& in, int64_t out_cha
         complete = false;
         continue;
       }
-      const FilterLayout<T> layout = layout_of<T>(in.channels, out_channels, h.count, w.count, algorithm);
+      const FilterLayout<T> layout = filter_layout<T>(in.channels, out_channels, h.count, w.count, algorithm);
       const FilterView view = transposed(view_filter(weight), h.last, w.last, l.stride_h, l.stride_w);
-      Tensor packed;
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        packed = pack_bf16_training_filter(view, layout, out_channels, nullptr);
-      } else {
-        packed = pack_training_filter<T>(view, layout, nullptr);
-      }
-      phases.push_back(
-          {a, b, h.size, w.size, {0, -1, 0, in.channels, h.count, w.count, 1, 1, h.pad, w.pad}, layout, packed});
+      phases.push_back({a,
+                        b,
+                        h.size,
+                        w.size,
+                        {0, -1, 0, in.channels, h.count, w.count, 1, 1, h.pad, w.pad},
+                        layout,
+                        pack_training_filter(view, layout, out_channels, nullptr)});
     }
   }
   return phases;

@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-// 32 registers: 12 pixels or 14 tiles x 2 vectors of sums, 2 of the panel, broadcasts.
+// 32 registers: 12 pixels or 14 tiles x 2 accumulators, 2 vectors of the panel, broadcasts.
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")
 #define RESNET_FAST_VECTOR_BYTES 64
 #define RESNET_FAST_AVX512_BF16

@@ -1,4 +1,4 @@
-// Between float32 and bfloat16: rows of maps, and filters of a step of training on their way into panels.
+// Conversion between float32 and bfloat16: rows of activations, and filters that training packs.
 #pragma once
 
 #include "cpu/kernels/bf16/simd.h"
@@ -6,12 +6,12 @@
 namespace resnet_fast {
 namespace {
 
-constexpr int64_t kWidenAhead = 1024;
+constexpr int64_t kWidenPrefetch = 1024;
 
 inline void widen_bf16(const BFloat16* from, int64_t n, float* to) {
   int64_t i = 0;
   for (; i + kBf16Lanes <= n; i += kBf16Lanes) {
-    __builtin_prefetch(from + i + kWidenAhead);  // rows of several maps in turn: no stream to recognise
+    __builtin_prefetch(from + i + kWidenPrefetch);  // rows of several tensors in turn: no stream for the hardware
     store_floats(to + i, load_widened(from + i));
   }
   if (i == n) return;

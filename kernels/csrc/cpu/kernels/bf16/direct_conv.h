@@ -1,4 +1,4 @@
-// Direct convolution in bfloat16: ../direct_conv.h by pairs of channels, and a single rounding at the end.
+// Direct convolution in bfloat16: kernels/direct_conv.h by pairs of channels, with a single rounding at the end.
 #pragma once
 
 #include "cpu/kernels/bf16/simd.h"
@@ -8,32 +8,32 @@ namespace {
 
 typedef ConvCall<BFloat16> Bf16ConvCall;
 
-// One tile, one block of channels. `partial` holds the sums of blocks before.
+// One tile, one block of channels. `partial` holds the accumulators of the blocks before.
 template <int P, int V>
 void run_bf16_tile(const Bf16ConvCall& call, const BFloat16* filter, const float* bias, int first_pixel,
                    int64_t out_channel, int block_begin, int block_length, bool first_block, bool last_block,
                    float* partial) {
   typedef typename MakeIndices<P * V>::type All;
-  PairTile<P, V> tile;
-  tile.start(All());
+  PairRegisterTile<P, V> tile;
+  tile.zero(All());
   int64_t offset[P];
   for (int p = 0; p < P; ++p) offset[p] = call.input_offset[first_pixel + p];
   for (int run = 0; run < call.runs; ++run) {
     const BFloat16* x = call.input + call.run_offset[run] + block_begin;
     for (const BFloat16* end = x + block_length; x != end; x += 2) {
-      tile.step(x, offset, filter, typename MakeIndices<P>::type(), typename MakeIndices<V>::type());
+      tile.multiply_add(x, offset, filter, typename MakeIndices<P>::type(), typename MakeIndices<V>::type());
       filter += 2 * tile.width;
     }
   }
   if (!first_block) tile.add(partial, tile.width, All());
   if (!last_block) {
-    tile.spill(partial, All());
+    tile.store_packed(partial, All());
     return;
   }
   tile.add(bias, 0, All());
   if (call.residual) tile.add_at(call.residual + out_channel, call.residual_offset + first_pixel, All());
-  if (call.relu) tile.rectify(All());
-  tile.finish(call.output + out_channel, call.output_offset + first_pixel, All());
+  if (call.relu) tile.relu(All());
+  tile.store_at(call.output + out_channel, call.output_offset + first_pixel, All());
 }
 
 using RunBf16Tile = void (*)(const Bf16ConvCall&, const BFloat16*, const float*, int, int64_t, int, int, bool, bool,

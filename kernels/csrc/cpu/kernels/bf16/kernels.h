@@ -1,9 +1,9 @@
-// bfloat16: the interface between the scheduler of a stage and the kernels that multiply pairs of channels in bfloat16
-// and add up in float32. Plain structs only, as in kernels/kernels.h.
+// bfloat16: the interface between the drivers and the kernels that multiply pairs of channels in bfloat16 and
+// accumulate in float32. Plain structs only, as in kernels/kernels.h.
 //
-// Maps are bfloat16, their pixels hold an even number of channels. A filter holds the two channels of a pair beside
-// each other for every output channel: 32 bits of a map times 16 x 32 bits of a filter, two products for each of 16
-// sums.
+// Activations are bfloat16, with an even number of channels a pixel. A filter interleaves the two channels of a pair
+// for every output channel: 32 bits of an activation by 16 x 32 bits of a filter, two products for each of 16
+// accumulators.
 #pragma once
 
 #include "cpu/kernels/kernels.h"
@@ -14,12 +14,16 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The same element of two images: what a filter's gradient sums, two products at a time.
+// The same element of two images: the weight gradient accumulates both products at a time.
 struct Bf16Pair {
   BFloat16 first, second;
 };
 template <>
-struct SumOf<Bf16Pair> {
+struct AccumulatorOf<BFloat16> {
+  typedef float type;
+};
+template <>
+struct AccumulatorOf<Bf16Pair> {
   typedef float type;
 };
 
@@ -27,8 +31,8 @@ struct SumOf<Bf16Pair> {
 constexpr int kBf16Lanes = 16;  // output channels of a vector
 
 // Winograd's F(2x2, 3x3) at the points 0, +-1 and infinity: 16 multiplications a channel for 4 outputs. Its transforms
-// only add and subtract, so that rounding their results to bfloat16 costs a factor of 1.7 in the error of the products;
-// the larger tiles cost 3.5 and more, which no convolution in bfloat16 may err.
+// only add and subtract: rounding their results to bfloat16 raises the error of the products by a factor of 1.7. Larger
+// tiles raise it by 3.5 and more, beyond what a convolution in bfloat16 may err.
 constexpr int kBf16TileOut = 2;
 constexpr int kBf16TileIn = 4;
 constexpr int kBf16Points = kBf16TileIn * kBf16TileIn;
@@ -36,36 +40,37 @@ template <>
 struct GradientTile<Bf16Pair> {
   static constexpr int out = kBf16TileOut, in = kBf16TileIn, points = kBf16Points;
 };
-// Channels of a tile of the transformed input that lie together: a cache line, or half of one for the last 16 channels.
+// Channels of a tile of the transformed input that are contiguous: a cache line, or half of one for the last 16
+// channels.
 constexpr int kBf16Panel = 32;
 
-// Unnamed, so that every file has its own: see kernels/kernels.h.
+// Unnamed: every file has its own copy, see kernels/kernels.h.
 namespace {
-// Scratch memory of a call on so many tiles, in elements of bfloat16: the transformed input, and the products of one
-// panel of output channels in float32.
-struct Bf16Scratch {
+// Scratch memory of a call, in elements of bfloat16: the transformed input, and the accumulators of one panel of output
+// channels in float32.
+struct Bf16WinogradScratch {
   int tiles, channels;  // channels: of the transformed input, in whole vectors
-  int64_t input_point, product_point;  // from one point to the next; no multiple of a page, or lines evict each other
-  int64_t input, products;
+  int64_t input_point, acc_point;  // stride of points; no multiple of a page, or lines evict each other
+  int64_t input, accumulators;
 
-  Bf16Scratch(int channels, int tiles)
+  Bf16WinogradScratch(int channels, int tiles)
       : tiles(tiles), channels((channels + 15) / 16 * 16),
         input_point(static_cast<int64_t>(this->channels) * tiles + 32),
-        product_point(static_cast<int64_t>(tiles) * 2 * kBf16Lanes + 16), input(kBf16Points * input_point),
-        products(2 * kBf16Points * product_point) {}
-  int64_t numel() const { return input + products; }
+        acc_point(static_cast<int64_t>(tiles) * 2 * kBf16Lanes + 16), input(kBf16Points * input_point),
+        accumulators(2 * kBf16Points * acc_point) {}
+  int64_t numel() const { return input + accumulators; }
 };
 
-// Which channel of a full panel of the transformed input lies at a place in it: the even ones first, since the
-// transform takes pairs of channels apart into vectors of even and of odd ones.
+// The channel at a place of a full panel of the transformed input: the even ones come first, because the transform
+// splits pairs of channels into vectors of even and of odd ones.
 constexpr int bf16_channel_at(int place) { return place < 16 ? 2 * place : 2 * (place - 16) + 1; }
 }  // namespace
 
-// `bias`, and nothing else, is float32: a float* in the guise of the other pointers.
+// `bias` alone is float32: its pointer is a float* cast to the type of the others.
 template <>
 struct Kernels<BFloat16> {
   const char* isa;
-  bool native;  // has instructions for the products
+  bool native;  // the instruction set multiplies bfloat16
   int lanes;
   int panel_vectors;
   int tile_pixels;
@@ -77,12 +82,12 @@ struct Kernels<BFloat16> {
   void (*pack_winograd)(const float* from, int channels, int vectors, BFloat16* to);
 };
 
-// Gradients of filters, from maps of pairs of images.
+// The weight gradient, from activations of pairs of images.
 template <>
 struct Kernels<Bf16Pair> {
   int lanes;
   int tile_pixels;
-  // Rows of two images, rounded.
+  // Interleaves rows of two images, rounded.
   void (*pair)(const float* first, const float* second, int64_t n, Bf16Pair* to);
   void (*outer_products)(const OuterCall<Bf16Pair>&);
   // As those of float32; there is no strip.

@@ -1,5 +1,5 @@
-// Any CPU: programs that were exported where there are instructions for bfloat16 run elsewhere, too. Nothing else asks
-// for these kernels, so there is one set of them, and it is not fast.
+// Any CPU: a program exported on a CPU with bfloat16 instructions must run elsewhere, too. Nothing else uses these
+// kernels: there is one set of them, and it is slow.
 #define RESNET_FAST_VECTOR_BYTES 16
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed within this file only
 #include "cpu/kernels/bf16/convert.h"

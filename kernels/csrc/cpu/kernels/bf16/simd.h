@@ -1,8 +1,8 @@
-// Vectors of 16 sums and of 16 pairs of bfloat16; the register tile of products that all bfloat16 kernels share.
+// Vectors of 16 float32 and of 16 pairs of bfloat16; the register tile that all bfloat16 kernels share.
 //
-// A file that includes this has selected its instruction set, and defines RESNET_FAST_AVX512_BF16 if that has products
-// of bfloat16 (GCC 12 does not define its own macro after a pragma). Without them the same code widens each factor to
-// float32: right everywhere, and slower than the float32 kernels.
+// A file that includes this has selected its instruction set, and defines RESNET_FAST_AVX512_BF16 if that multiplies
+// bfloat16 (GCC 12 does not define its own macro after a pragma). Else the same code widens each factor to float32:
+// correct everywhere, slower than the float32 kernels.
 #pragma once
 
 #include "cpu/kernels/bf16/kernels.h"
@@ -60,7 +60,7 @@ RESNET_FAST_INLINE void store_rounded(BFloat16* p, Floats first, Floats second) 
 #endif
 }
 
-// Pairs of the two, rounded.
+// The two rounded and interleaved.
 RESNET_FAST_INLINE Pairs paired(Floats first, Floats second) {
 #ifdef RESNET_FAST_AVX512_BF16
   typedef int16_t Words __attribute__((vector_size(64)));
@@ -78,8 +78,8 @@ RESNET_FAST_INLINE Pairs paired(Floats first, Floats second) {
 }
 RESNET_FAST_INLINE void store_pairs(BFloat16* to, Pairs v) { *reinterpret_cast<PairsInMemory*>(to) = v; }
 
-// Keeps NaN and the sign of zero: the instruction gives its second operand for these.
-RESNET_FAST_INLINE Floats rectified(Floats v) {
+// Keeps NaN and the sign of zero: the instruction returns its second operand for these.
+RESNET_FAST_INLINE Floats relu(Floats v) {
 #ifdef RESNET_FAST_AVX512_BF16
   return _mm512_maskz_max_ps(0xFFFF, Floats{}, v);
 #else
@@ -87,12 +87,12 @@ RESNET_FAST_INLINE Floats rectified(Floats v) {
 #endif
 }
 
-// sum + both products of each pair.
-RESNET_FAST_INLINE Floats add_products(Floats sum, Pairs a, Pairs b) {
+// acc + both products of each pair.
+RESNET_FAST_INLINE Floats dot_accumulate(Floats acc, Pairs a, Pairs b) {
 #ifdef RESNET_FAST_AVX512_BF16
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 #else
-  return sum + even(a) * even(b) + odd(a) * odd(b);
+  return acc + even(a) * even(b) + odd(a) * odd(b);
 #endif
 }
 
@@ -102,66 +102,68 @@ RESNET_FAST_INLINE Pairs splat_pair(const BFloat16* p, Indices<L...>) {
   return Pairs{((void)L, pair)...};
 }
 
-// P rows (output pixels or tiles) x V vectors of output channels, as Tile in kernels/simd.h, by pairs of channels.
+// Accumulators of P rows (output pixels or tiles) x V vectors of output channels, as RegisterTile in kernels/simd.h, by
+// pairs of channels.
 template <int P, int V>
-struct PairTile {
+struct PairRegisterTile {
   static constexpr int lanes = kBf16Lanes, width = V * lanes;
-  static constexpr int kAhead = 16;  // steps: deep filters come from beyond L2
-  Floats sum[P * V];
+  static constexpr int kPrefetchSteps = 16;  // deep filters come from beyond L2
+  Floats acc[P * V];
 
   template <int... I>
-  RESNET_FAST_INLINE void start(Indices<I...>) {
-    ((sum[I] = Floats{}), ...);
+  RESNET_FAST_INLINE void zero(Indices<I...>) {
+    ((acc[I] = Floats{}), ...);
   }
 
   template <int... I, int... F>
-  RESNET_FAST_INLINE void step(const BFloat16* x, const int64_t (&offset)[P], const BFloat16* filter, Indices<I...>,
-                               Indices<F...>) {
-    for (int v = 0; v < V; ++v) __builtin_prefetch(filter + kAhead * 2 * width + 2 * v * kBf16Lanes);
+  RESNET_FAST_INLINE void multiply_add(const BFloat16* x, const int64_t (&offset)[P], const BFloat16* filter,
+                                       Indices<I...>, Indices<F...>) {
+    for (int v = 0; v < V; ++v) __builtin_prefetch(filter + kPrefetchSteps * 2 * width + 2 * v * kBf16Lanes);
     const Pairs panel[V] = {load_pairs(filter + 2 * F * kBf16Lanes)...};
-    ((row<I>(splat_pair(x + offset[I], typename MakeIndices<kBf16Lanes>::type()), panel, Indices<F...>())), ...);
+    ((multiply_add_row<I>(splat_pair(x + offset[I], typename MakeIndices<kBf16Lanes>::type()), panel, Indices<F...>())),
+     ...);
   }
 
-  // As Tile::outer, over a pair of images.
+  // As RegisterTile::outer_product, over a pair of images.
   template <int... I, int... F>
-  RESNET_FAST_INLINE void outer(const Bf16Pair* d, const Bf16Pair* columns, Indices<I...>, Indices<F...>) {
+  RESNET_FAST_INLINE void outer_product(const Bf16Pair* d, const Bf16Pair* columns, Indices<I...>, Indices<F...>) {
     const Pairs panel[V] = {load_pairs(&columns[F * lanes].first)...};
-    ((row<I>(splat_pair(&d[I].first, typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
+    ((multiply_add_row<I>(splat_pair(&d[I].first, typename MakeIndices<lanes>::type()), panel, Indices<F...>())), ...);
   }
 
   template <int I, int... F>
-  RESNET_FAST_INLINE void row(Pairs x, const Pairs (&panel)[V], Indices<F...>) {
-    ((sum[I * V + F] = add_products(sum[I * V + F], x, panel[F])), ...);
+  RESNET_FAST_INLINE void multiply_add_row(Pairs x, const Pairs (&panel)[V], Indices<F...>) {
+    ((acc[I * V + F] = dot_accumulate(acc[I * V + F], x, panel[F])), ...);
   }
 
   template <int... I>
   RESNET_FAST_INLINE void add(const float* from, int64_t row_stride, Indices<I...>) {
-    ((sum[I] += load_floats(from + (I / V) * row_stride + (I % V) * kBf16Lanes)), ...);
+    ((acc[I] += load_floats(from + (I / V) * row_stride + (I % V) * kBf16Lanes)), ...);
   }
 
   template <int... I>
   RESNET_FAST_INLINE void add_at(const BFloat16* from, const int64_t* offset, Indices<I...>) {
-    ((sum[I] += load_widened(from + offset[I / V] + (I % V) * kBf16Lanes)), ...);
+    ((acc[I] += load_widened(from + offset[I / V] + (I % V) * kBf16Lanes)), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void rectify(Indices<I...>) {
-    ((sum[I] = rectified(sum[I])), ...);
+  RESNET_FAST_INLINE void relu(Indices<I...>) {
+    ((acc[I] = resnet_fast::relu(acc[I])), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void finish(BFloat16* to, const int64_t* offset, Indices<I...>) const {
-    (store_rounded(to + offset[I / V] + (I % V) * kBf16Lanes, sum[I]), ...);
+  RESNET_FAST_INLINE void store_at(BFloat16* to, const int64_t* offset, Indices<I...>) const {
+    (store_rounded(to + offset[I / V] + (I % V) * kBf16Lanes, acc[I]), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void put(float* to, int64_t row, Indices<I...>) const {
-    (store_floats(to + (I / V) * row + (I % V) * lanes, sum[I]), ...);
+  RESNET_FAST_INLINE void store(float* to, int64_t row, Indices<I...>) const {
+    (store_floats(to + (I / V) * row + (I % V) * lanes, acc[I]), ...);
   }
 
   template <int... I>
-  RESNET_FAST_INLINE void spill(float* to, Indices<I...>) const {
-    (store_floats(to + I * kBf16Lanes, sum[I]), ...);
+  RESNET_FAST_INLINE void store_packed(float* to, Indices<I...>) const {
+    (store_floats(to + I * kBf16Lanes, acc[I]), ...);
   }
 };
 

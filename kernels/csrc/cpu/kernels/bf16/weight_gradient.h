@@ -1,4 +1,4 @@
-// Gradients of filters in bfloat16, two images at a time: each product of pairs adds up two of them, in float32.
+// The weight gradient in bfloat16, from pairs of images: each instruction accumulates the products of both in float32.
 //
 // Direct: kernels/outer_product.h. Winograd, the transpose of F(2x2, 3x3) in g:
 //
@@ -14,9 +14,9 @@ namespace resnet_fast {
 namespace {
 
 template <>
-struct OuterTile<Bf16Pair> {
+struct OuterRegisterTile<Bf16Pair> {
   template <int P, int V>
-  using Of = PairTile<P, V>;
+  using Of = PairRegisterTile<P, V>;
 };
 
 inline void pair_bf16(const float* first, const float* second, int64_t n, Bf16Pair* to) {
@@ -33,50 +33,50 @@ inline void pair_bf16(const float* first, const float* second, int64_t n, Bf16Pa
 }
 
 // 16 channels of both images.
-struct BothImages {
+struct ImagePair {
   Floats first, second;
 
-  RESNET_FAST_INLINE BothImages operator+(const BothImages& o) const { return {first + o.first, second + o.second}; }
-  RESNET_FAST_INLINE BothImages operator-(const BothImages& o) const { return {first - o.first, second - o.second}; }
+  RESNET_FAST_INLINE ImagePair operator+(const ImagePair& o) const { return {first + o.first, second + o.second}; }
+  RESNET_FAST_INLINE ImagePair operator-(const ImagePair& o) const { return {first - o.first, second - o.second}; }
 };
 
-RESNET_FAST_INLINE BothImages load_both(const Bf16Pair* p) {
+RESNET_FAST_INLINE ImagePair load_image_pair(const Bf16Pair* p) {
   const Pairs pairs = load_pairs(&p->first);
   return {even(pairs), odd(pairs)};
 }
-RESNET_FAST_INLINE void store_both(Bf16Pair* p, const BothImages& v) {
+RESNET_FAST_INLINE void store_image_pair(Bf16Pair* p, const ImagePair& v) {
   store_pairs(&p->first, paired(v.first, v.second));
 }
 
-// Row I of B^T d for a column of the input. The last row has the other sign than in the convolution, and so has that of
-// A below: products are the same.
+// Row I of B^T d for a column of the input. The last row has the opposite sign of the convolution's, and so has that of
+// A below: the products are the same.
 template <int I>
-RESNET_FAST_INLINE BothImages input_row(const Bf16Pair* from, int64_t row) {
-  if (I == 0) return load_both(from) - load_both(from + 2 * row);
-  if (I == 1) return load_both(from + row) + load_both(from + 2 * row);
-  if (I == 2) return load_both(from + 2 * row) - load_both(from + row);
-  return load_both(from + 3 * row) - load_both(from + row);
+RESNET_FAST_INLINE ImagePair input_row(const Bf16Pair* from, int64_t row) {
+  if (I == 0) return load_image_pair(from) - load_image_pair(from + 2 * row);
+  if (I == 1) return load_image_pair(from + row) + load_image_pair(from + 2 * row);
+  if (I == 2) return load_image_pair(from + 2 * row) - load_image_pair(from + row);
+  return load_image_pair(from + 3 * row) - load_image_pair(from + row);
 }
 
 // Row I of A dy for a column of the gradient.
 template <int I>
-RESNET_FAST_INLINE BothImages gradient_row(const Bf16Pair* from, int64_t row) {
-  if (I == 0) return load_both(from);
-  if (I == 1) return load_both(from) + load_both(from + row);
-  if (I == 2) return load_both(from) - load_both(from + row);
-  return load_both(from + row);
+RESNET_FAST_INLINE ImagePair gradient_row(const Bf16Pair* from, int64_t row) {
+  if (I == 0) return load_image_pair(from);
+  if (I == 1) return load_image_pair(from) + load_image_pair(from + row);
+  if (I == 2) return load_image_pair(from) - load_image_pair(from + row);
+  return load_image_pair(from + row);
 }
 
-// Four points, in row I, of tiles beside each other. These share two columns, which stay in registers.
+// Four points, in row I, of adjacent tiles. Their two shared columns stay in registers.
 template <int I>
 void transform_input_pairs(const Bf16Pair* input, int64_t row, int64_t pixel, int tiles, Bf16Pair* out, int width,
                            int64_t point) {
   out += I * kBf16TileIn * point;
-  BothImages a = input_row<I>(input, row), b = input_row<I>(input + pixel, row);
+  ImagePair a = input_row<I>(input, row), b = input_row<I>(input + pixel, row);
   for (int t = 0; t < tiles; ++t, input += kBf16TileOut * pixel, out += width) {
-    const BothImages c = input_row<I>(input + 2 * pixel, row), d = input_row<I>(input + 3 * pixel, row);
-    store_both(out, a - c), store_both(out + point, b + c);
-    store_both(out + 2 * point, c - b), store_both(out + 3 * point, d - b);
+    const ImagePair c = input_row<I>(input + 2 * pixel, row), d = input_row<I>(input + 3 * pixel, row);
+    store_image_pair(out, a - c), store_image_pair(out + point, b + c);
+    store_image_pair(out + 2 * point, c - b), store_image_pair(out + 3 * point, d - b);
     a = c, b = d;
   }
 }
@@ -86,17 +86,17 @@ void transform_gradient_pairs(const Bf16Pair* input, int64_t row, int64_t pixel,
                               int64_t point) {
   out += I * kBf16TileIn * point;
   for (int t = 0; t < tiles; ++t, input += kBf16TileOut * pixel, out += width) {
-    const BothImages a = gradient_row<I>(input, row), b = gradient_row<I>(input + pixel, row);
-    store_both(out, a), store_both(out + point, a + b);
-    store_both(out + 2 * point, a - b), store_both(out + 3 * point, b);
+    const ImagePair a = gradient_row<I>(input, row), b = gradient_row<I>(input + pixel, row);
+    store_image_pair(out, a), store_image_pair(out + point, a + b);
+    store_image_pair(out + 2 * point, a - b), store_image_pair(out + 3 * point, b);
   }
 }
 
-// Tiles of a call to out[point][panel][tile][channel of the panel], row of tiles by row.
+// Transforms the tiles of a call to out[point][panel][tile][channel of the panel], one row of tiles at a time.
 template <typename Transform>
 void transform_pairs(const WinogradCall<Bf16Pair>& call, int64_t panel, int64_t point, Bf16Pair* out,
                      const Transform& transform) {
-  constexpr int width = product_panel<Bf16Pair>(kBf16Lanes);
+  constexpr int width = gemm_panel<Bf16Pair>(kBf16Lanes);
   const int tiles_h = (call.height + 1) / kBf16TileOut, tiles_w = (call.width + 1) / kBf16TileOut;
   for (int tile = call.tile_begin; tile < call.tile_end;) {
     const int column = tile % tiles_w, row = tile / tiles_w % tiles_h, pair = tile / (tiles_w * tiles_h);
@@ -122,7 +122,7 @@ inline void winograd_input_pairs(const WinogradCall<Bf16Pair>& call, int64_t pan
   });
 }
 
-// The map goes on with zeros to the end of the last tiles.
+// The input is padded with zeros to the end of the last tiles.
 inline void winograd_gradient_pairs(const WinogradCall<Bf16Pair>& call, int64_t panel, int64_t point, Bf16Pair* out) {
   const int64_t row = call.input_row, pixel = call.input_pixel;
   transform_pairs(call, panel, point, out, [=](const Bf16Pair* from, int tiles, Bf16Pair* to, int width, int64_t at) {

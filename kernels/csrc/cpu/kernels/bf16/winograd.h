@@ -2,9 +2,8 @@
 //
 //   y = A^T [ (G g G^T) . (B^T d B) ] A,  Lavin and Gray 2015, section 4.1
 //
-// The transforms compute in float32; their results are rounded to bfloat16 once, the filter's when it is packed.
-// Products are added up in float32, over all channels, and transformed back, with bias and residual added, panel by
-// panel.
+// The transforms compute in float32; their results are rounded to bfloat16 once, the filter's when it is packed. The
+// GEMMs accumulate in float32 over all channels; the output transform adds bias and residual, panel by panel.
 #pragma once
 
 #include "cpu/kernels/bf16/simd.h"
@@ -14,7 +13,7 @@ namespace {
 
 typedef WinogradCall<BFloat16> Bf16WinogradCall;
 
-// Where tile `index` lies: image and first output pixel.
+// The image and the first output pixel of tile `index`.
 struct Bf16TilePlace {
   int image, row, column;
 
@@ -23,7 +22,7 @@ struct Bf16TilePlace {
         column(index % tiles_w * kBf16TileOut) {}
 };
 
-// The channels of a vector: 16 that follow each other, or the even or the odd ones of 32.
+// The channels of a vector: 16 contiguous ones, or the even or the odd ones of 32.
 enum class Channels { kAll, kEven, kOdd };
 
 template <Channels C>
@@ -46,7 +45,7 @@ struct Bf16Column {
 };
 
 template <int I, Channels C>
-RESNET_FAST_INLINE void put_bf16_row(const Bf16Column<C> (&c)[kBf16TileIn], BFloat16* to, int64_t point) {
+RESNET_FAST_INLINE void store_bf16_points(const Bf16Column<C> (&c)[kBf16TileIn], BFloat16* to, int64_t point) {
   to += I * kBf16TileIn * point;
   store_rounded(to, c[0].d[I] - c[2].d[I]);
   store_rounded(to + point, c[1].d[I] + c[2].d[I]);
@@ -54,7 +53,7 @@ RESNET_FAST_INLINE void put_bf16_row(const Bf16Column<C> (&c)[kBf16TileIn], BFlo
   store_rounded(to + 3 * point, c[1].d[I] - c[3].d[I]);
 }
 
-// A row of tiles. Tiles beside each other share two columns: they stay in registers.
+// A row of tiles. Two columns that adjacent tiles share stay in registers.
 template <Channels C>
 void transform_bf16_strip(const BFloat16* input, int64_t row, int64_t pixel, int tiles, BFloat16* out, int64_t out_tile,
                           int64_t point) {
@@ -62,14 +61,14 @@ void transform_bf16_strip(const BFloat16* input, int64_t row, int64_t pixel, int
   c[0].load(input, row), c[1].load(input + pixel, row);
   for (int t = 0; t < tiles; ++t, input += kBf16TileOut * pixel, out += out_tile) {
     c[2].load(input + 2 * pixel, row), c[3].load(input + 3 * pixel, row);
-    put_bf16_row<0>(c, out, point), put_bf16_row<1>(c, out, point);
-    put_bf16_row<2>(c, out, point), put_bf16_row<3>(c, out, point);
+    store_bf16_points<0>(c, out, point), store_bf16_points<1>(c, out, point);
+    store_bf16_points<2>(c, out, point), store_bf16_points<3>(c, out, point);
     c[0] = c[2], c[1] = c[3];
   }
 }
 
-// To out[point][panel][tile][channel of the panel]: panels of 32 channels while there are as many, then of 16.
-inline void transform_bf16_inputs(const Bf16WinogradCall& call, const Bf16Scratch& sizes, BFloat16* out) {
+// Transforms the input to out[point][panel][tile][channel of the panel]: panels of 32 channels, the last ones of 16.
+inline void transform_bf16_inputs(const Bf16WinogradCall& call, const Bf16WinogradScratch& sizes, BFloat16* out) {
   const int tiles_h = (call.height + 1) / kBf16TileOut, tiles_w = (call.width + 1) / kBf16TileOut;
   for (int tile = call.tile_begin; tile < call.tile_end;) {
     const Bf16TilePlace place(tile, tiles_h, tiles_w);
@@ -94,64 +93,64 @@ inline void transform_bf16_inputs(const Bf16WinogradCall& call, const Bf16Scratc
   }
 }
 
-// P tiles x V vectors of the product at one point: all channels in one go, sums in registers.
+// P tiles x V vectors of the GEMM at one point: all channels in one go, accumulators in registers.
 template <int P, int V>
-struct Bf16Product {
+struct Bf16GemmMicrokernel {
   typedef typename MakeIndices<P * V>::type All;
-  typedef PairTile<P, V> Sums;
+  typedef PairRegisterTile<P, V> Acc;
 
   template <int Width, int... I>
-  static RESNET_FAST_INLINE void panel(Sums& sums, const BFloat16* input, const BFloat16* filter, int pairs,
+  static RESNET_FAST_INLINE void panel(Acc& tile, const BFloat16* input, const BFloat16* filter, int pairs,
                                        Indices<I...>) {
     constexpr int64_t rows[P] = {I * Width...};
     for (int i = 0; i < pairs; ++i) {
-      sums.step(input + 2 * i, rows, filter + 2 * i * Sums::width, typename MakeIndices<P>::type(),
-                typename MakeIndices<V>::type());
+      tile.multiply_add(input + 2 * i, rows, filter + 2 * i * Acc::width, typename MakeIndices<P>::type(),
+                        typename MakeIndices<V>::type());
     }
   }
 
   // `first`: of the tiles in the panels, each `tiles` long.
   static __attribute__((noinline)) void run(const BFloat16* input, int first, int tiles, const BFloat16* filter,
-                                            int channels, float* product) {
+                                            int channels, float* acc) {
     typedef typename MakeIndices<P>::type Rows;
-    Sums sums;
-    sums.start(All());
+    Acc tile;
+    tile.zero(All());
     int c = 0;
     for (; c + kBf16Panel <= channels; c += kBf16Panel) {
-      panel<kBf16Panel>(sums, input + static_cast<int64_t>(c) * tiles + first * kBf16Panel, filter, kBf16Panel / 2,
+      panel<kBf16Panel>(tile, input + static_cast<int64_t>(c) * tiles + first * kBf16Panel, filter, kBf16Panel / 2,
                         Rows());
-      filter += kBf16Panel * Sums::width;
+      filter += kBf16Panel * Acc::width;
     }
     for (; c < channels; c += kBf16Lanes) {
       const int pairs = (channels - c < kBf16Lanes ? channels - c : kBf16Lanes) / 2;
-      panel<kBf16Lanes>(sums, input + static_cast<int64_t>(c) * tiles + first * kBf16Lanes, filter, pairs, Rows());
-      filter += kBf16Lanes * Sums::width;
+      panel<kBf16Lanes>(tile, input + static_cast<int64_t>(c) * tiles + first * kBf16Lanes, filter, pairs, Rows());
+      filter += kBf16Lanes * Acc::width;
     }
-    sums.spill(product, All());
+    tile.store_packed(acc, All());
   }
 };
 
-using MultiplyBf16 = void (*)(const BFloat16*, int, int, const BFloat16*, int, float*);
+using Bf16Microkernel = void (*)(const BFloat16*, int, int, const BFloat16*, int, float*);
 
 template <int V, int... P>
-inline MultiplyBf16 select_bf16_product(int rows, Indices<P...>) {
-  static constexpr MultiplyBf16 products[] = {Bf16Product<P + 1, V>::run...};
-  return products[rows - 1];
+inline Bf16Microkernel select_bf16_microkernel(int rows, Indices<P...>) {
+  static constexpr Bf16Microkernel kernels[] = {Bf16GemmMicrokernel<P + 1, V>::run...};
+  return kernels[rows - 1];
 }
 
 template <int P, int V>
-void multiply_bf16(const BFloat16* input, const Bf16Scratch& sizes, int channels, const BFloat16* filter,
-                   float* product) {
-  // Parts of equal size rather than full ones and a short rest.
+void gemm_bf16(const BFloat16* input, const Bf16WinogradScratch& sizes, int channels, const BFloat16* filter,
+               float* acc) {
+  // Equal parts rather than full ones and a short remainder.
   const int parts = (sizes.tiles + P - 1) / P;
   for (int part = 0; part < parts; ++part) {
     const int first = sizes.tiles * part / parts, last = sizes.tiles * (part + 1) / parts;
-    select_bf16_product<V>(last - first, typename MakeIndices<P>::type())(
-        input, first, sizes.tiles, filter, channels, product + static_cast<int64_t>(first) * V * kBf16Lanes);
+    select_bf16_microkernel<V>(last - first, typename MakeIndices<P>::type())(
+        input, first, sizes.tiles, filter, channels, acc + static_cast<int64_t>(first) * V * kBf16Lanes);
   }
 }
 
-// What becomes of a vector of sums. `to` and `residual`: the first pixel of a tile.
+// The output transform and the epilogue of a tile. `to` and `residual`: its first pixel.
 struct Bf16Output {
   Floats bias;
   bool relu;
@@ -160,16 +159,16 @@ struct Bf16Output {
   RESNET_FAST_INLINE void finish(Floats y, BFloat16* to, const BFloat16* residual, int row, int column) const {
     y += bias;
     if (residual) y += load_widened(residual + row * residual_row + column * residual_pixel);
-    if (relu) y = rectified(y);
+    if (relu) y = resnet_fast::relu(y);
     store_rounded(to + row * to_row + column * to_pixel, y);
   }
 
   // A^T m A of one tile.
-  RESNET_FAST_INLINE void tile(const float* product, int64_t point, BFloat16* to, const BFloat16* residual, bool lower,
+  RESNET_FAST_INLINE void tile(const float* acc, int64_t point, BFloat16* to, const BFloat16* residual, bool lower,
                                bool right) const {
     Floats top[kBf16TileIn], bottom[kBf16TileIn];
     for (int j = 0; j < kBf16TileIn; ++j) {
-      const float* from = product + j * point;
+      const float* from = acc + j * point;
       const int64_t down = kBf16TileIn * point;
       const Floats a = load_floats(from + down), b = load_floats(from + 2 * down);
       top[j] = load_floats(from) + (a + b);
@@ -183,9 +182,9 @@ struct Bf16Output {
   }
 };
 
-// All tiles of one vector of output channels; `product_tile` elements from one tile to the next.
-inline void transform_bf16_outputs(const Bf16WinogradCall& call, int tiles_h, int tiles_w, const float* product,
-                                   int64_t product_tile, int64_t point, int64_t channel) {
+// All tiles of one vector of output channels; `acc_tile` is the stride of tiles.
+inline void transform_bf16_outputs(const Bf16WinogradCall& call, int tiles_h, int tiles_w, const float* acc,
+                                   int64_t acc_tile, int64_t point, int64_t channel) {
   const Bf16Output out{load_floats(reinterpret_cast<const float*>(call.bias) + channel),
                        call.relu,
                        call.output_row,
@@ -205,48 +204,48 @@ inline void transform_bf16_outputs(const Bf16WinogradCall& call, int tiles_h, in
                   place.column * call.residual_pixel + channel;
     }
     const int cut = place.column + kBf16TileOut * tiles > call.width ? 1 : 0;  // the last tile is half a tile
-    for (int t = 0; t < tiles - cut; ++t, product += product_tile, to += kBf16TileOut * call.output_pixel) {
+    for (int t = 0; t < tiles - cut; ++t, acc += acc_tile, to += kBf16TileOut * call.output_pixel) {
       if (lower) {
-        out.tile(product, point, to, residual, true, true);
+        out.tile(acc, point, to, residual, true, true);
       } else {
-        out.tile(product, point, to, residual, false, true);
+        out.tile(acc, point, to, residual, false, true);
       }
       if (residual) residual += kBf16TileOut * call.residual_pixel;
     }
     if (cut) {
-      out.tile(product, point, to, residual, lower, false);
-      product += product_tile;
+      out.tile(acc, point, to, residual, lower, false);
+      acc += acc_tile;
     }
     tile += tiles;
   }
 }
 
-// P tiles and two vectors make a register tile of products, or PH tiles and one.
+// A register tile is P tiles x two vectors, or PH tiles x one.
 template <int P, int PH>
 void winograd_bf16(const Bf16WinogradCall& call) {
   constexpr int64_t panel = 2 * kBf16Lanes;
   const int tiles_h = (call.height + 1) / kBf16TileOut, tiles_w = (call.width + 1) / kBf16TileOut;
   const int tiles = call.tile_end - call.tile_begin;
-  const Bf16Scratch sizes(call.channels, tiles);
+  const Bf16WinogradScratch sizes(call.channels, tiles);
   BFloat16* input = call.scratch;
-  float* products = reinterpret_cast<float*>(input + sizes.input);
+  float* accumulators = reinterpret_cast<float*>(input + sizes.input);
   transform_bf16_inputs(call, sizes, input);
   for (int k = call.panel_begin; k < call.panel_end; ++k) {
     const int vectors = 2 * k + 1 < call.out_vectors ? 2 : 1;
     const BFloat16* filter = call.filter + k * call.panel_stride;
     for (int point = 0; point < kBf16Points; ++point) {
       const BFloat16* in = input + point * sizes.input_point;
-      float* product = products + point * sizes.product_point;
+      float* acc = accumulators + point * sizes.acc_point;
       if (vectors == 2) {
-        multiply_bf16<P, 2>(in, sizes, call.channels, filter, product);
+        gemm_bf16<P, 2>(in, sizes, call.channels, filter, acc);
       } else {
-        multiply_bf16<PH, 1>(in, sizes, call.channels, filter, product);
+        gemm_bf16<PH, 1>(in, sizes, call.channels, filter, acc);
       }
       filter += static_cast<int64_t>(sizes.channels) * vectors * kBf16Lanes;
     }
     for (int v = 0; v < vectors; ++v) {
-      transform_bf16_outputs(call, tiles_h, tiles_w, products + v * kBf16Lanes, vectors * kBf16Lanes,
-                             sizes.product_point, k * panel + v * kBf16Lanes);
+      transform_bf16_outputs(call, tiles_h, tiles_w, accumulators + v * kBf16Lanes, vectors * kBf16Lanes,
+                             sizes.acc_point, k * panel + v * kBf16Lanes);
     }
   }
 }
