@@ -18,11 +18,11 @@ PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 # Releases of Triton beside the pinned one. GPU images carry the first: make test runs some kernels with it.
 TRITON_VERSIONS ?= 3.6.0 3.8.0
 # What GPU kernels compute; not what a compiler makes of them, which is pinned.
-TRITON_TESTS := tests/ptxsim/test_triton.py tests/test_zero_trips_triton.py tests/test_add_relu_triton.py \
-  tests/test_bn_relu_triton.py tests/test_conv_bn_relu_triton.py tests/test_training_triton.py tests/test_tape.py
+TRITON_TESTS := tests/ptxsim/test_triton.py tests/simulated/engine/test_tape.py \
+  $(patsubst %,tests/simulated/triton_kernels/test_%_triton.py,zero_trips add_relu conv_bn_relu training)
 # Operators, models and simulated GPUs; not the programs, their benchmarks, and what depends on the pinned compiler.
 FLOOR_TESTS := tests --ignore-glob='*/test_program*' --ignore-glob='*/test_*benchmarks*' --ignore-glob='*/test_*gate*' \
-  --ignore=tests/test_packaging.py --ignore=tests/test_readme.py --ignore=tests/test_triton_versions.py
+  $(patsubst %,--ignore=tests/project/test_%.py,packaging readme triton_versions)
 
 .PHONY: bench bench-peers roofline test test-gpu gpu-kit test-zoo test-floor test-triton-versions lint build format clean
 

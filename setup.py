@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("kernels/csrc")
@@ -113,7 +113,7 @@ def build_arguments() -> dict:
 
 
 setup(
-    packages=["resnet_fast", "resnet_fast.compiler", "resnet_fast.gpu", "resnet_fast.program", "resnet_fast._triton"],
+    packages=[*find_packages(include=["resnet_fast", "resnet_fast.*"]), "resnet_fast._triton"],
     package_dir={"resnet_fast._triton": "kernels/triton_ops"},
     package_data={"resnet_fast.gpu": ["choices/*.json"]},
     **build_arguments(),

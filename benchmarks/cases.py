@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import reference
-from resnet_fast.chain import Fused
-from resnet_fast.flow import Build
+from resnet_fast.chain.executor import FusedModule
+from resnet_fast.chain.record import GraphBuilder
 
 from .images import KINDS, images
 
@@ -149,11 +149,11 @@ class ConvBnRelu(Twin):
         return twin
 
 
-class FusedConvBnRelu(Fused, ConvBnRelu):
+class FusedConvBnRelu(FusedModule, ConvBnRelu):
     """With packed filters, as it runs inside a network."""
 
-    def flow(self, build: Build, x: Any) -> Any:
-        return build.conv(self.conv, self.bn, x, relu=self.relu)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        return builder.conv(self.conv, self.bn, x, relu=self.relu)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast.system import cpu_name
+from resnet_fast.diagnose.system import cpu_name
 
 __all__ = ["CPU", "DEVICES", "DTYPES", "Device", "of"]
 

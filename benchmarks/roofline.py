@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import resnet_fast
-from resnet_fast.roofline import A100, H100, Roofline, roofline
+from resnet_fast.diagnose.roofline import A100, H100, Roofline, roofline
 
 NETWORKS = [("ResNet32", 8, 224), ("cifar_resnet32", 128, 32), ("resnet50", 8, 224)]
 CHART = Path(__file__).parent / "results" / "local" / "roofline.png"

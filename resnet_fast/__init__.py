@@ -5,13 +5,16 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
-    from .without_torch import stop
+    from .diagnose.without_torch import stop
 
     stop()
 
-from .convert import fuse, unfuse
-from .explain import explain
-from .fusion_report import report
+from . import gpu as _gpu  # noqa: F401
+from .chain.guard import refresh
+from .diagnose.explain import explain
+from .earlier_names import install as install_earlier_names
+from .fusion.convert import fuse, unfuse
+from .fusion.report import report
 from .models import (
     CifarResNet,
     ResNet,
@@ -26,7 +29,8 @@ from .models import (
     resnet50,
     resnet101,
 )
-from .watch import refresh
+
+install_earlier_names()
 
 __version__ = "0.1.0"
 

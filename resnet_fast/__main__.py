@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import models, reference, system
-from .doctor import diagnosis
-from .explain import explain
-from .roofline import roofline
+from . import models, reference
+from .diagnose import system
+from .diagnose.doctor import diagnosis
+from .diagnose.explain import explain
+from .diagnose.roofline import roofline
 
 _NAMES = [name for name in models.__all__ if name not in ("CifarResNet", "ResNet")]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -70,7 +71,7 @@ def _run_on_gpu(options: argparse.Namespace, model: torch.nn.Module, shape: tupl
 
 
 def _print_choices() -> None:
-    from ._triton.tune import choices
+    from .gpu.tune import choices
 
     for layer, (choice, seconds) in choices().items():
         print(f"  {_chosen(layer, choice)}")
@@ -83,8 +84,8 @@ def _tune(options: argparse.Namespace) -> None:
     _check_numbers(options)
     if not torch.cuda.is_available():
         sys.exit("tune: no CUDA device is visible to PyTorch")
-    from ._triton.tune import tuner
     from .gpu import shipped
+    from .gpu.tune import tuner
 
     size, model = _model(options, models)
     begin = time.perf_counter()

@@ -14,24 +14,24 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Final, Literal
 
 import torch
 from torch.autograd import forward_ad
 
-from . import clone, launch
+from . import launch
+from .native import missing as _missing
 
 __all__ = ["cpu", "cuda", "fallbacks", "isa", "status", "training", "use"]
 
 Name = Literal["auto", "eager", "cpu", "cuda", "triton"]
 NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 
-native: Any  # the extension
-_missing: str | None
-native, _missing = clone.load_extension()
 if _missing is not None:
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
-clone.find_triton_kernels()
 
 # Asked once: the compiler cannot look into the operator.
 _isa: Final = ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa() if _missing is None else 0]
@@ -145,6 +145,17 @@ def has_kernel(op: str, device: str) -> bool:
     return (op, device) in _kernels
 
 
+def triton_version() -> str:
+    """Of the Triton that is installed, "none" without one; known without the second that importing it takes."""
+    return metadata.version("triton") if has_triton() else "none"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
 def has_cuda_convolution() -> bool:
     """Whether the extension holds the convolutions in CUDA C++."""
     return has_kernel("conv_bn_relu_launch", "cuda")
@@ -162,7 +173,8 @@ def unfused_reason(op: str, device: str) -> str | None:
     if _missing is not None:
         return "the extension is not loaded"
     if not has_kernel(op, device):
-        return f"no kernel for {device} tensors"
+        needs_triton = op == "conv_moments" and device == "cuda" and not has_triton()
+        return "no training without Triton: pip install triton" if needs_triton else f"no kernel for {device} tensors"
     if _selected == "cpu" and device != "cpu":
         return f"{device} tensors"
     if _selected in ("cuda", "triton") and device != "cuda":
@@ -201,15 +213,13 @@ def _cuda_status() -> str:
         return "not compiled: no nvcc was found when resnet_fast was built"
     if not torch.cuda.is_available() and not launch.is_simulated():
         return "compiled, but no CUDA device is visible"
-    if not has_kernel("residual_stage", "cuda"):
-        return "compiled, but its operators need Triton, too: pip install triton"
-    return "loaded"
+    return "loaded" if has_triton() else "loaded, but training needs Triton, too: pip install triton"
 
 
 def _triton_status() -> str:
     if _missing is not None:
         return _missing
-    if not has_kernel("residual_stage", "cuda"):
+    if not has_triton():
         return "not installed: pip install triton"
     if not torch.cuda.is_available() and not launch.is_simulated():
         return "no CUDA device is visible"

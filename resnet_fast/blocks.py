@@ -11,27 +11,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import reference
-from .chain import Fused
-from .flow import Build
+from .chain.executor import FusedModule
+from .chain.record import GraphBuilder
 
 __all__ = ["BasicBlock", "Block", "Bottleneck", "Stage"]
 
 
-def _shortcut(build: Build, downsample: nn.Module | None, x: Any) -> Any:
+def _shortcut(builder: GraphBuilder, downsample: nn.Module | None, x: Any) -> Any:
     parts = [] if downsample is None else list(downsample) if isinstance(downsample, nn.Sequential) else [downsample]
-    build.needs(*parts)
-    build.leftover(*parts[2:])
-    return build.conv(parts[0], parts[1] if len(parts) > 1 else None, x) if parts else x
+    builder.needs(*parts)
+    builder.leftover(*parts[2:])
+    return builder.conv(parts[0], parts[1] if len(parts) > 1 else None, x) if parts else x
 
 
-class Block(Fused, reference.Block):
+class Block(FusedModule, reference.Block):
     __doc__ = reference.Block.__doc__
 
-    def flow(self, build: Build, x: Any) -> Any:
-        build.needs(self.bn1, self.relu1, self.bn2, self.relu2)
-        y = build.conv(self.conv1, self.bn1, x, relu=self.relu1)
-        shortcut = _shortcut(build, self.downsample, x)
-        return build.conv(self.conv2, self.bn2, y, relu=self.relu2, residual=shortcut)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        builder.needs(self.bn1, self.relu1, self.bn2, self.relu2)
+        y = builder.conv(self.conv1, self.bn1, x, relu=self.relu1)
+        shortcut = _shortcut(builder, self.downsample, x)
+        return builder.conv(self.conv2, self.bn2, y, relu=self.relu2, residual=shortcut)
 
     def parts(self) -> list[nn.Module]:
         """All but the dropout, which comes after what is fused."""
@@ -42,41 +42,41 @@ class Block(Fused, reference.Block):
         return super().forward(x) if y is None else self.dropout(y)
 
 
-class BasicBlock(Fused, reference.BasicBlock):
+class BasicBlock(FusedModule, reference.BasicBlock):
     __doc__ = reference.BasicBlock.__doc__
 
-    def flow(self, build: Build, x: Any) -> Any:
-        build.needs(self.bn1, self.relu, self.bn2)
-        y = build.conv(self.conv1, self.bn1, x, relu=self.relu)
-        shortcut = _shortcut(build, self.downsample, x)
-        return build.conv(self.conv2, self.bn2, y, relu=self.relu, residual=shortcut)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        builder.needs(self.bn1, self.relu, self.bn2)
+        y = builder.conv(self.conv1, self.bn1, x, relu=self.relu)
+        shortcut = _shortcut(builder, self.downsample, x)
+        return builder.conv(self.conv2, self.bn2, y, relu=self.relu, residual=shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)
         return super().forward(x) if y is None else y
 
 
-class Bottleneck(Fused, reference.Bottleneck):
+class Bottleneck(FusedModule, reference.Bottleneck):
     __doc__ = reference.Bottleneck.__doc__
 
-    def flow(self, build: Build, x: Any) -> Any:
-        build.needs(self.bn1, self.relu, self.bn2, self.bn3)
-        y = build.conv(self.conv1, self.bn1, x, relu=self.relu)
-        y = build.conv(self.conv2, self.bn2, y, relu=self.relu)
-        shortcut = _shortcut(build, self.downsample, x)
-        return build.conv(self.conv3, self.bn3, y, relu=self.relu, residual=shortcut)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        builder.needs(self.bn1, self.relu, self.bn2, self.bn3)
+        y = builder.conv(self.conv1, self.bn1, x, relu=self.relu)
+        y = builder.conv(self.conv2, self.bn2, y, relu=self.relu)
+        shortcut = _shortcut(builder, self.downsample, x)
+        return builder.conv(self.conv3, self.bn3, y, relu=self.relu, residual=shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fused(x)
         return super().forward(x) if y is None else y
 
 
-class Stage(Fused, nn.Sequential):
+class Stage(FusedModule, nn.Sequential):
     """A sequence of residual blocks that runs as one operator; its blocks run apart where that is not possible."""
 
-    def flow(self, build: Build, x: Any) -> Any:
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
         for block in self:
-            x = build.block(block, x)
+            x = builder.block(block, x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:

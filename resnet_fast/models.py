@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import backends, compiling, patches, reference
+from . import backends, reference
 from .blocks import BasicBlock, Block, Bottleneck, Stage
-from .chain import Fused
-from .flow import Build
+from .chain import compiling, patches
+from .chain.executor import FusedModule
+from .chain.layout import Observers, any_channels_last, is_channels_last, laid_out
+from .chain.pooling import MaxPool2d, flat_average
+from .chain.record import GraphBuilder
+from .chain.whole import Whole
 from .gpu.network import Replayed
-from .layout import Onlookers, any_channels_last, is_channels_last, laid_out
-from .pooling import MaxPool2d, flat_average
-from .whole import Whole
 
 __all__ = [
     "CifarResNet",
@@ -53,23 +54,23 @@ def _have_others(kinds: Sequence[type], methods: Sequence[str]) -> bool:
     return False
 
 
-class _Network(Fused):
+class _Network(FusedModule):
     """What the families share: maps stay in channels_last between the stages of a network, unless somebody sees it.
 
     A network of contiguous weights, given contiguous images, hands out contiguous maps, as PyTorch does. Inside of it
     that would take two copies of each map.
     """
 
-    def last_map(self, x: Tensor) -> Tensor:
+    def last_feature_map(self, x: Tensor) -> Tensor:
         """What ``features`` gives, in channels_last."""
         raise NotImplementedError(f"{type(self).__name__}.last_map")
 
-    def whole_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
+    def whole_feature_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
         """The same, or what ``features`` gives, by one operator; or None."""
         return None
 
     def features(self, x: Tensor) -> Tensor:
-        y = self._unseen_map(x, "features", ("stem", "pooled_stem"), channels_last=False)
+        y = self._unobserved_features(x, "features", ("stem", "pooled_stem"), channels_last=False)
         if y is not None:
             return y
         y = super().features(x)  # type: ignore[misc]
@@ -78,11 +79,15 @@ class _Network(Fused):
         return self._as_pytorch(y, x) if fused else y
 
     def flat_features(self, x: Tensor) -> Tensor:
-        y = self._unseen_map(x, "flat_features", ("stem", "pooled_stem", "features", "flat"), channels_last=True)
+        y = self._unobserved_features(
+            x, "flat_features", ("stem", "pooled_stem", "features", "flat"), channels_last=True
+        )
         y = super().flat_features(x) if y is None else self.flat(y)  # type: ignore[misc, operator]
         return y
 
-    def _unseen_map(self, x: Tensor, called: str, methods: tuple[str, ...], channels_last: bool) -> Tensor | None:
+    def _unobserved_features(
+        self, x: Tensor, called: str, methods: tuple[str, ...], channels_last: bool
+    ) -> Tensor | None:
         """The last map, where no one finds out how maps are laid out on the way; or None.
 
         called: what asks, perhaps from a subclass with one of its own. methods: whose code runs below it.
@@ -97,23 +102,23 @@ class _Network(Fused):
             return None
         if None in self._modules.values():  # a layer was taken away: its call must fail as it would
             return None
-        y = self.whole_map(x, channels_last)
-        if y is None and (is_channels_last(x) or not self._known_onlookers().there):
-            y = self.last_map(x)
+        y = self.whole_feature_map(x, channels_last)
+        if y is None and (is_channels_last(x) or not self._known_observers().there):
+            y = self.last_feature_map(x)
             y = y if channels_last else self._as_pytorch(y, x)
         return y
 
-    def _known_onlookers(self) -> Onlookers:
-        if self._onlookers is None or not self._onlookers.fresh():
-            self._onlookers = Onlookers(self)
-        return self._onlookers
+    def _known_observers(self) -> Observers:
+        if self._observers is None or not self._observers.is_valid():
+            self._observers = Observers(self)
+        return self._observers
 
     def _as_pytorch(self, y: Tensor, x: Tensor) -> Tensor:
         """A map in the format that PyTorch gives it for images like ``x``."""
         if torch.compiler.is_compiling():
             convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         else:
-            convolutions = self._known_onlookers().convolutions
+            convolutions = self._known_observers().convolutions
         return y if any_channels_last(convolutions) else laid_out(y, x)
 
     def _stem(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
@@ -131,10 +136,10 @@ class ResNet32(Replayed, _Network, reference.ResNet32):
     def parts(self) -> list[nn.Module]:
         return [m for m in (self, self.conv1) if m is not None]
 
-    def flow(self, build: Build, x: Any) -> Any:
-        return build.conv(self.conv1, None, x)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        return builder.conv(self.conv1, None, x)
 
-    def last_map(self, x: Tensor) -> Tensor:
+    def last_feature_map(self, x: Tensor) -> Tensor:
         y = self.fused(x, self.maxpooling, channels_last=True)
         y = self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
         return self.layer4(self.layer3(self.layer2(self.layer1(y))))
@@ -165,9 +170,9 @@ class _ConvBnReluStem(_Network):
     def parts(self) -> list[nn.Module]:
         return [m for m in (self, self.conv1, self.bn1, self.relu) if m is not None]
 
-    def flow(self, build: Build, x: Any) -> Any:
-        build.needs(self.bn1, self.relu)
-        return build.conv(self.conv1, self.bn1, x, relu=self.relu)
+    def emit(self, builder: GraphBuilder, x: Any) -> Any:
+        builder.needs(self.bn1, self.relu)
+        return builder.conv(self.conv1, self.bn1, x, relu=self.relu)
 
 
 class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
@@ -177,7 +182,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
     _whole: Whole | None = None
 
     # Beyond so few images, what a call costs besides the kernels does not count, and each stage has its own order.
-    few_images = 4
+    small_batch = 4
 
     def whole(self) -> Whole | None:
         """What runs the network as one operator."""
@@ -189,15 +194,15 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return self._whole
 
     def _few(self, x: Tensor) -> bool:
-        return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.few_images
+        return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.small_batch
 
-    def whole_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
+    def whole_feature_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
         whole = self.whole()
         if whole is None or not (self.training or self._few(x) or whole.wants_all_gradients(x)):
             return None
         return whole.features(x, channels_last)
 
-    def last_map(self, x: Tensor) -> Tensor:
+    def last_feature_map(self, x: Tensor) -> Tensor:
         y = self.fused(x, channels_last=True)
         y = reference.CifarResNet.stem(self, x) if y is None else y
         return self.layer3(self.layer2(self.layer1(y)))
@@ -225,7 +230,7 @@ class ResNet(Replayed, _ConvBnReluStem, reference.ResNet):
     stage = Stage
     pool = MaxPool2d
 
-    def last_map(self, x: Tensor) -> Tensor:
+    def last_feature_map(self, x: Tensor) -> Tensor:
         y = self.fused(x, self.maxpool, channels_last=True)
         y = self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
         return self.layer4(self.layer3(self.layer2(self.layer1(y))))

@@ -16,7 +16,7 @@ import torch
 from . import backends
 
 try:
-    from .program import checkpoints, data, loop, options, report, team
+    from .program import checkpoints, data, distributed, loop, options, report
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.train needs {error.name}: pip install resnet_fast[train]")
 
@@ -36,7 +36,7 @@ def _start_from(given: options.Options) -> Path | None:
     return path
 
 
-def _train(given: options.Options, processes: team.Team) -> int:
+def _train(given: options.Options, processes: distributed.Processes) -> int:
     def say(text: str) -> None:
         if processes.rank == 0:
             report.say(text)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = options.parse(arguments)
         if given.threads is not None:
             torch.set_num_threads(given.threads)
-        processes = team.Team(given)
+        processes = distributed.Processes(given)
         with backends.use(given.backend):  # type: ignore[arg-type]
             return _train(given, processes)
     except options.ProgramError as error:

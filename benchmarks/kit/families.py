@@ -65,9 +65,11 @@ def add_relu(device: str, small: bool) -> None:
 def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> None:
     """Tiles that suit a shape, with whole and with split sums: all in CUDA C++, of Triton's, which are compiled first,
     two."""
-    from resnet_fast._triton import configs, tune
+    from resnet_fast.gpu import tune
+    from resnet_fast.gpu.candidates import triton as configs
+    from resnet_fast.gpu.layer import Layer, gpu_of
 
-    gpu = tune.gpu_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    gpu = gpu_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
     for n, c, size, k, kernel, stride, padding in SHAPES[:1] if small else SHAPES:
         x = _last(torch.randn(n, c, *size, device=device).to(dtype))
         weight = (torch.randn(k, c, kernel, kernel, device=device) / (c * kernel**2) ** 0.5).to(dtype)
@@ -76,7 +78,7 @@ def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> No
         exact = F.relu(z + residual.float())
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
             window, steps, edges = (kernel, kernel), (stride, stride), (padding, padding)
-            layer = configs.Layer(n, *size, c, k, window, steps, edges, dtype, precision, True, True)
+            layer = Layer(n, *size, c, k, window, steps, edges, dtype, precision, True, True)
             choices: list[Any] = [tune.LIBRARY]
             if kind == "triton":
                 found = list(configs.tiles(layer, gpu))
@@ -90,7 +92,7 @@ def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> No
 
 
 def _cuda_choices(layer: Any, shared: int) -> list[Any]:
-    from resnet_fast._triton import cuda_configs
+    from resnet_fast.gpu.candidates import cuda as cuda_configs
 
     plain = layer.dtype == torch.float32 and layer.precision == "ieee"
     found = []
@@ -177,7 +179,7 @@ def batch_norm(device: str, small: bool) -> None:
 def training(device: str, small: bool) -> None:
     """Forward and backward of blocks: statistics, both gradients, 1x1 projections with stride 2, all tiles' default and
     the library's convolutions between our kernels."""
-    from resnet_fast._triton import tune
+    from resnet_fast.gpu import tune
 
     kinds = [("BasicBlock", 32, 32, 1), ("BasicBlock", 16, 32, 2), ("Bottleneck", 32, 16, 2), ("Block", 20, 33, 2)]
     for dtype in DTYPES[:1] if small else DTYPES:

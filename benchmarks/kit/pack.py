@@ -18,6 +18,7 @@ PARTS = {
     "kernels/triton_ops": "resnet_fast/_triton",  # where the package imports it from when it is installed
     "benchmarks": "benchmarks",
     "tests/gpu": "tests/gpu",
+    "tests/helpers": "tests/helpers",
     "tests/ptxsim": "tests/ptxsim",  # conftest.py imports it; a rehearsal runs on it
     "tests/*.py": "tests",  # what tests/gpu and conftest.py share
     "benchmarks/results/README.md": "benchmarks/results/README.md",  # a benchmark's report wants the folder

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
 
 from . import batch_norm
 from .bn_backward import relu_keeps
-from .configs import Config, Layer
 from .filters import filter_offsets, is_wide, strides
 from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside

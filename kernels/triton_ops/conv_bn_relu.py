@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
 
-from .configs import Config, Layer
 from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside
 

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.layer import Layer
 
 from . import batch_norm
 from .arguments import as_rows
 from .batch_stats import partial_stats
 from .bn_backward import relu_keeps
-from .configs import Config, Layer
 from .finalize import Stats
 from .rounding import to_operand
 from .taps import tap_bits, tap_is_inside

@@ -9,7 +9,7 @@ Parts are joined in fixed order in float64: a few thousand numbers, and every ro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast import launch
-from resnet_fast.running_statistics import Running
 
 from .batch_stats import _part
 from .tiles import FINAL_C, FINAL_P, WARPS, final_grid
@@ -183,7 +182,7 @@ def stats(
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
     eps: float | None = None,
-    running: Running | None = None,
+    running: Any | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """float32 ``[mean; variance]``, and ``[scale; shift]`` of batch norm by them where ``eps`` is given.
 

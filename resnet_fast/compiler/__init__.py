@@ -2,7 +2,7 @@
 
 Dynamo traces whatever Python does around the layers and guards on what it asked for. The backend gets the graph of
 PyTorch's calls that is left, and runs its chains of convolution, batch norm, sum and ReLU on the executor of fused
-modules (:mod:`resnet_fast.chain`), in eval and in training mode; the rest runs as it is.
+modules (:mod:`resnet_fast.chain.executor`), in eval and in training mode; the rest runs as it is.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..pattern import Layer, Run, match
-from ..plan import LayerPaths
+from ..fusion.pattern import Layer, Run, match
+from ..fusion.plan import LayerPaths
 from .lift import Lifted, lift, path_of
 from .runner import Chain, Runner, nodes_of
 from .stages import stages

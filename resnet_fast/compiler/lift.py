@@ -1,4 +1,4 @@
-"""Dynamo's graph with convolutions and batch norms as modules: so :mod:`resnet_fast.pattern` finds chains in it.
+"""Dynamo's graph with convolutions and batch norms as modules: so :mod:`resnet_fast.fusion.pattern` finds chains in it.
 
 Dynamo writes ``nn.Conv2d`` and ``nn.BatchNorm2d`` down as calls of ``torch.conv2d`` and ``F.batch_norm`` on tensors
 that are inputs of the graph. Each such call whose tensors are parameters, buffers or attributes is lifted back into a
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..frozen_norm import FrozenCode, read_frozen
+from ..chain.frozen_norm import FrozenCode, read_frozen
 
 __all__ = ["Layer", "Lifted", "lift", "path_of"]
 

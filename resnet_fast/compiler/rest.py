@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.passes.split_module import split_module
 
-from ..pattern import is_context
+from ..fusion.pattern import is_context
 
 __all__ = ["with_compiled_rest"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import backends
-from ..chain import Chain as Packed
-from ..chain import autocast_dtype
-from ..layout import any_channels_last, laid_out
-from ..plan import LayerPaths, Segment
+from ..chain.executor import autocast_dtype
+from ..chain.inference import Chain as Packed
+from ..chain.layout import any_channels_last, laid_out
+from ..fusion.plan import LayerPaths, Segment
 from .lift import Layer
 
 __all__ = ["Chain", "Runner", "nodes_of"]

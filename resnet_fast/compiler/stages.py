@@ -10,7 +10,7 @@ from itertools import groupby
 
 from torch import fx
 
-from ..pattern import Layer, Run
+from ..fusion.pattern import Layer, Run
 from .lift import path_of
 
 __all__ = ["stages"]

@@ -1,1 +1,3 @@
-"""What runs a layer on a GPU: the library's kernels, the clock that compares candidates, the plan of a chain."""
+"""What runs chains of convolutions on a GPU, in inference and in training, and which kernel runs a layer of them."""
+
+from . import register as _register  # noqa: F401

@@ -15,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, ops, residual_network
-from . import plan
+from .. import backends
+from ..ops.spec import FOLDED, ConvSpec, encode
+from . import plan, residual_network, tune
+from .cuda import stem as cuda_stem
+from .layer import precision
+from .operators import residual_stage, run_steps, steps
+from .packing import packed, scale_shift
 from .tape import Tapes
 
 __all__ = ["GpuChain"]
@@ -27,13 +32,16 @@ Key = tuple[Any, ...]  # what the input is, and the switches that count
 class GpuChain:
     """Packed for one state of the weights.
 
-    layers: the integers of ``residual_stage``. sources, eps: of each layer, what ``pack_conv_bn`` makes a filter of.
+    sources, eps: of each convolution, what ``pack_conv_bn`` makes a filter of.
     """
 
-    def __init__(self, layers: list[int], sources: Sequence[Sequence[Tensor | None]], eps: Sequence[float]) -> None:
-        self.layers, self.sources, self.eps = layers, sources, eps
+    def __init__(
+        self, specs: Sequence[ConvSpec], sources: Sequence[Sequence[Tensor | None]], eps: Sequence[float]
+    ) -> None:
+        self.specs, self.sources, self.eps = specs, sources, eps
+        self.layers = encode(specs)
         self._packed: dict[tuple[int, bool, torch.dtype], Tensor] = {}  # by layer, folded and dtype
-        self._filters: dict[Key, tuple[list[Tensor], list[int]]] = {}
+        self._filters: dict[Key, tuple[list[Tensor], list[ConvSpec]]] = {}
         self._steps: dict[Key, list[Any]] = {}
         self._foldable: dict[torch.dtype, list[bool]] = {}
         self._networks: dict[Key, Tensor] = {}
@@ -57,14 +65,11 @@ class GpuChain:
 
     def run_layers(self, x: Tensor) -> Tensor:
         """A launch a convolution. What ``residual_stage`` finds out of its integers at each call is kept here."""
-        from .._triton.operators import run_steps, steps
-        from .._triton.tune import capturing
-
         key = self._key(x)
         found = self._steps.get(key)
         if found is None:
             found = steps(x, *self.packed(x))
-            if not capturing():
+            if not tune.capturing():
                 self._steps[key] = found
         return run_steps(x, found)
 
@@ -85,8 +90,6 @@ class GpuChain:
         return residual_network.residual_network(x, packed, self.layers, classes)
 
     def _run_pooled(self, x: Tensor, pool: Sequence[int]) -> Tensor:
-        from .._triton.operators import residual_stage
-
         filters = [self._filter(i, x.dtype, False) for i in range(len(self.sources))]
         return residual_stage(x, filters, self.layers, pool)
 
@@ -94,26 +97,28 @@ class GpuChain:
         """The stages of the chain where each can run as one launch on the GPU of ``x``, and that is faster there."""
         if backends.selected() == "triton":
             return None
-        found = residual_network.stages(self.layers, x.shape[1:], x.dtype)
+        found = residual_network.stages(self.specs, x.shape[1:], x.dtype)
         if found is None or not residual_network.runs(found, x.dtype):
             return None
         if x.shape[0] == 0 or not backends.has_kernel("residual_stage", "cuda"):
             return found
-        from .._triton.tune import LAYERS, STAGES
-
-        forms = {STAGES: lambda: self.run_stages(x, found), LAYERS: lambda: self.run_layers(x)}
+        forms: dict[str, Callable[[], object]] = {
+            tune.STAGES: lambda: self.run_stages(x, found),
+            tune.LAYERS: lambda: self.run_layers(x),
+        }
         return found if self._first_is_fastest(x, "chain", forms) else None
+
+    def stages_with_head(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
+        """The same where the last launch goes on through average pooling and a linear layer."""
+        found = self.stages(x)
+        return found if found is not None and residual_network.has_head(found) else None
 
     def pools(self, x: Tensor, pool: Sequence[int]) -> bool:
         """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
         if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
             return False
-        from .._triton import cuda_stem
-        from .._triton.layers import precision
-        from .._triton.tune import LAYERS, POOLED
-
         arithmetic = precision(x.dtype)
-        if cuda_stem.pooled_layer(tuple(self.layers), x.shape, x.dtype, arithmetic, tuple(pool)) is None:
+        if cuda_stem.pooled_layer(tuple(self.specs), x.shape, x.dtype, arithmetic, tuple(pool)) is None:
             return False
         # In 16 bits 3 to 5 times as fast as the library's convolution and pooling, at any batch (an H200).
         if x.dtype != torch.float32 or x.shape[0] == 0:
@@ -122,51 +127,37 @@ class GpuChain:
         def apart() -> Tensor:
             return F.max_pool2d(self.run_layers(x), list(pool[:2]), list(pool[2:4]), list(pool[4:]))
 
-        forms = {POOLED: lambda: self._run_pooled(x, pool), LAYERS: apart}
+        forms: dict[str, Callable[[], object]] = {tune.POOLED: lambda: self._run_pooled(x, pool), tune.LAYERS: apart}
         return self._first_is_fastest(x, f"{arithmetic} stem and pool {pool[0]}x{pool[1]}", forms)
 
-    def _first_is_fastest(self, x: Tensor, kind: str, forms: dict[str, Callable[[], Tensor]]) -> bool:
+    def _first_is_fastest(self, x: Tensor, kind: str, forms: dict[str, Callable[[], object]]) -> bool:
         """Measured once on the GPU of ``x``."""
-        from .._triton.tune import tuner
-
         name = f"{kind} {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
         backend = "cuda" if backends.selected() == "cuda" else "auto"
-        return tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
+        return tune.tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
 
     @cached_property
     def _digest(self) -> str:
         """Names the chain's shape in the file of what was measured."""
         return sha256(repr(self.layers).encode()).hexdigest()[:12]
 
-    def packed(self, x: Tensor) -> tuple[list[Tensor], list[int]]:
-        """Filters for inputs like ``x``, packed as what runs the layers wants them, and the integers with them."""
-        from .._triton.tune import capturing
-
+    def packed(self, x: Tensor) -> tuple[list[Tensor], list[ConvSpec]]:
+        """Filters for inputs like ``x``, packed as what runs the layers wants them, and what the layers are then."""
         key = self._key(x)
         found = self._filters.get(key)
         if found is None:
             with torch.no_grad():
                 # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
-                captured = capturing()
+                captured = tune.capturing()
                 folds = [False] * len(self.sources) if captured else self._folds(x.dtype)
-                layers = plan.planned(self.layers, x, folds)
-                flags = layers[2 :: ops.LAYER_FIELDS]
-                found = [self._filter(i, x.dtype, bool(f & ops.FOLDED)) for i, f in enumerate(flags)], layers
+                specs = plan.planned(self.specs, x, folds)
+                found = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(specs)], specs
             if not captured:
                 self._filters[key] = found
         return found
 
-    @cached_property
-    def _arithmetic(self) -> tuple[Callable[[torch.dtype], str], Callable[[], Any]]:
-        """What else decides how a layer runs: looked up once, for it is asked at every call."""
-        from .._triton.layers import precision
-        from .._triton.tune import forced
-
-        return precision, forced
-
     def _key(self, x: Tensor) -> Key:
-        precision, forced = self._arithmetic
-        return x.shape, x.dtype, backends.selected(), precision(x.dtype), forced()
+        return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced()
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
         """Of each layer, whether its filters may hold batch norm's scale."""
@@ -176,11 +167,9 @@ class GpuChain:
 
     def _filter(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
         """Without its shift where that is added later, with the shift of another where it is added here."""
-        from .._triton.operators import packed
-
         key = (layer, folded, dtype)
         if key not in self._packed:
-            later = plan.deferred(self.layers)
+            later = plan.deferred(self.specs)
             with torch.no_grad():
                 scale, shift = self._scale_shift(layer)
                 for other, reader in later.items():
@@ -194,15 +183,12 @@ class GpuChain:
 
     def _plain(self, layer: int, dtype: torch.dtype) -> Tensor:
         """The layer's filter by itself."""
-        from .._triton.operators import pack_conv_bn
-
         weight, *vectors = self.sources[layer]
         assert weight is not None
-        return pack_conv_bn(weight.to(dtype), *vectors, self.eps[layer])
+        scale, shift = scale_shift(weight.to(dtype), vectors, self.eps[layer])
+        return packed(weight, scale, shift, dtype, folded=False)
 
     def _scale_shift(self, layer: int) -> tuple[Tensor, Tensor]:
-        from .._triton.operators import scale_shift
-
         weight, *vectors = self.sources[layer]
         assert weight is not None
-        return scale_shift(weight, *vectors, self.eps[layer])
+        return scale_shift(weight, vectors, self.eps[layer])

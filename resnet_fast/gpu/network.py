@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..chain import Fusing, autocast_dtype
-from ..watch import Watch, hooks_reason
+from ..chain.executor import ChainExecutor, autocast_dtype
+from ..chain.guard import StalenessGuard, hooks_reason
 from .tape import Tapes
 
 __all__ = ["Network", "Replayed"]
@@ -17,12 +17,12 @@ __all__ = ["Network", "Replayed"]
 _WATCHED = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
 
 
-class Network(Fusing):
+class Network(ChainExecutor):
     """``model(x)`` in eval mode, replayed for as long as no module of it changes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._watch: Watch | None = None
+        self._guard: StalenessGuard | None = None
         self.tapes = Tapes()
         self._known = False  # whether the code of every module is known
 
@@ -32,17 +32,17 @@ class Network(Fusing):
 
     def run(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
         autocast = autocast_dtype(x)
-        if self.cannot_run(x, False, autocast) is not None or not self._fresh():
+        if self.cannot_run(x, False, autocast) is not None or not self._is_valid():
             return forward(x)
         kind = (backends.selected(), torch.backends.cudnn.allow_tf32, autocast, torch.is_inference_mode_enabled())
         return self.tapes.run(x, kind, lambda: forward(x))
 
-    def _fresh(self) -> bool:
-        if self._watch is None or not self._watch.unchanged():
+    def _is_valid(self) -> bool:
+        if self._guard is None or not self._guard.is_valid():
             modules = list(self.model.modules())
             self.tapes = Tapes()
             # Of the many, what counts is watched anyway.
-            self._watch = Watch(modules, {m: () for m in modules if type(m) not in _WATCHED})
+            self._guard = StalenessGuard(modules, {m: () for m in modules if type(m) not in _WATCHED})
             self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)
         return self._known
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import launch
 
-__all__ = ["Buffer", "Call", "Launch", "Recorder", "arrange"]
+__all__ = ["Buffer", "Call", "Launch", "LaunchRecorder", "arrange"]
 
 _ALIGN = 512  # bytes, as of the allocator
 # As of c10::ScalarType, of which the C interface uses the numbers.
@@ -73,7 +73,7 @@ class _NotRecordedError(Exception):
     pass
 
 
-class Recorder(TorchDispatchMode):
+class LaunchRecorder(TorchDispatchMode):
     """Writes down what runs on this thread between its entry and its exit, for inputs like ``inputs``.
 
     ``reason``: why there will be no tape, or None. ``closed``: kernels may read nothing but inputs and what was
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
         for i, t in enumerate(self.inputs):
             self._add(t, _INPUT, i, _span(t))
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> LaunchRecorder:
         launch.record(self)
         return super().__enter__()
 
@@ -297,7 +297,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _Pause:
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: LaunchRecorder) -> None:
         self._recorder = recorder
 
     def __enter__(self) -> None:

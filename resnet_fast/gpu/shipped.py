@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .. import backends
+
 __all__ = ["FOLDER", "current", "export", "load", "status"]
 
 FOLDER = Path(__file__).parent / "choices"
@@ -25,10 +27,7 @@ def _file(gpu: str) -> Path:
 
 def current() -> dict[str, str]:
     """What choices depend on beside the GPU: a release of PyTorch, Triton and cuDNN each, and the kernels."""
-    import triton
-
-    from resnet_fast import backends
-    from resnet_fast._triton import configs
+    from .candidates import triton as configs
 
     def release(version: str) -> str:
         return ".".join(version.split(".")[:2])
@@ -39,7 +38,7 @@ def current() -> dict[str, str]:
     built = backends.has_cuda_convolution()
     return {
         "torch": release(torch.__version__),
-        "triton": release(triton.__version__),
+        "triton": release(backends.triton_version()),
         "cudnn": str((torch.backends.cudnn.version() or 0) // 100),
         "triton_tiles": digest(configs.tables()),
         "cuda_tiles": digest(list(torch.ops.resnet_fast.conv_bn_relu_tiles())) if built else "none built",

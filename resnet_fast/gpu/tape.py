@@ -1,10 +1,10 @@
 """A chain's launches and calls, recorded once for each kind of inputs and replayed in C++.
 
 From Python a launch costs the host 50 to 200 us, several times what it costs the GPU. What depends on shapes alone is
-therefore found once: while a call runs as usual, a :class:`.recorder.Recorder` writes down each kernel with its grid
-and its arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape.cpp`` replays that
-for other inputs of the same kind, at a few microseconds a step. In inference there is one input, the images; a forward
-or backward pass of training has parameters and saved tensors beside them.
+therefore found once: while a call runs as usual, a :class:`.recorder.LaunchRecorder` writes down each kernel with its
+grid and its arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape.cpp`` replays
+that for other inputs of the same kind, at a few microseconds a step. In inference there is one input, the images; a
+forward or backward pass of training has parameters and saved tensors beside them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 
 from .. import backends, launch
-from ..backends import native
-from .recorder import Launch, Recorder
+from ..native import extension
+from .recorder import Launch, LaunchRecorder
 
 __all__ = ["Tape", "Tapes", "record"]
 
 
 class Tape:
-    """What a :class:`Recorder` wrote down, in C++."""
+    """What a :class:`LaunchRecorder` wrote down, in C++."""
 
-    def __init__(self, words: list[int], recorder: Recorder) -> None:
+    def __init__(self, words: list[int], recorder: LaunchRecorder) -> None:
         self.steps = recorder.steps
         self._held = recorder.constants()
         self._error: BaseException | None = None
         self._replay = launch.device().replay
         launcher = self._launcher() if callable(self._replay) else self._replay
-        self.number = native.tape(array("q", words).tobytes(), launcher)
-        weakref.finalize(self, native.drop_tape, self.number)
+        self.number = extension.tape(array("q", words).tobytes(), launcher)
+        weakref.finalize(self, extension.drop_tape, self.number)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """What was recorded, of these inputs; nothing where they are not like those of the recording: in number, shape,
@@ -71,7 +71,7 @@ def record(
     inputs: Sequence[Tensor], run: Callable[[], list[Tensor]], closed: bool = False
 ) -> tuple[list[Tensor], Tape | str]:
     """``run()``, a function of ``inputs``, and its tape, or why something in it cannot be replayed."""
-    with Recorder(inputs, closed) as recorder:
+    with LaunchRecorder(inputs, closed) as recorder:
         outputs = run()
     words = recorder.words(outputs)
     return outputs, recorder.reason or "" if words is None else Tape(words, recorder)
@@ -82,7 +82,7 @@ class Tapes:
 
     The first call of a kind runs as it is, and chooses kernels; the second is recorded; others are replayed. A tape
     whose inputs are not like they were is recorded again. Of many kinds the latest are kept. ``closed``: as
-    :class:`Recorder` has it.
+    :class:`LaunchRecorder` has it.
     """
 
     MOST = 64

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..fission import KEPT, Backward, Kept, Layer, Value, dense, forward
-from ..training_kernels import Gradients, Kernels
+from .._triton import filters, finalize
+from ..chain.training.driver import ChainBackward, forward
+from ..chain.training.kernels import Gradients, Kernels
+from ..chain.training.layers import SAVED, Layer, SavedTensors, Value, dense
+from . import training_operators as training
+from .layer import precision
 from .tape import Tapes
+from .tune import forced
 
 __all__ = ["GPU", "ReplayedPasses"]
 
@@ -35,8 +40,6 @@ class _GpuKernels(Kernels):
     def convolve(
         self, layer: Layer, source: Value, tensors: Sequence[Tensor | None], running: Any = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        from .._triton import filters, finalize, training
-
         weight, *vectors = tensors
         assert weight is not None
         bias, gamma, beta, mean, var = map(_dense, vectors)
@@ -54,26 +57,18 @@ class _GpuKernels(Kernels):
         return y, moments, affine, None if packed is weight else packed
 
     def affine(self, layer: Layer, moments: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        from .._triton import finalize
-
         return finalize.affine(moments[0], moments[1], _dense(gamma), _dense(beta), layer.eps)[1]
 
     def apply(self, value: Value, residual: Value | None = None) -> Tensor:
-        from .._triton import training
-
         added, affine = (None, None) if residual is None else residual[:2]
         return training.bn_apply(value.tensor, value.scale_shift, added, affine, value.relu)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        from .._triton import training
-
         return training.bn_apply(a, None, b, None, False)
 
     def sums(
         self, grad: Tensor, positive: Tensor | None, affine: Tensor | None, ys: list[Tensor], moments: list[Tensor]
     ) -> tuple[Tensor, Any]:
-        from .._triton import training
-
         out, partial = training.sums(grad, positive, affine, ys, moments)
         return out, _Sums(partial)
 
@@ -103,8 +98,6 @@ class _GpuKernels(Kernels):
         ys: list[Tensor],
         moments: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
-        from .._triton import training
-
         dx, dw, partial = training.gradients(
             *(grad, y, coefficients, *source, weight, filters, layer.stride, layer.padding),
             *(*needs, residual, finish, ys, moments),
@@ -123,8 +116,6 @@ class _GpuGradients(Gradients):
     def of_layer(
         self, i: int, sums: Any, needs: Sequence[bool]
     ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        from .._triton import finalize
-
         layer, vectors = self.layers[i], [self._tensor(i, k) for k in (1, 2, 3)]
         into = [
             t.new_empty(t.shape) if need and t is not None else None for need, t in zip(needs, vectors, strict=True)
@@ -156,37 +147,34 @@ class ReplayedPasses:
 
     def forward(
         self, x: Tensor, tensors: list[Tensor | None], recompute: bool, running: Sequence[Any]
-    ) -> tuple[Tensor, Kept]:
+    ) -> tuple[Tensor, SavedTensors]:
         def run() -> list[Tensor | None]:
-            out, kept = forward(GPU, self.layers, x, tensors, recompute, running)
-            return [out, *(t for each in kept for t in each)]
+            out, saved = forward(GPU, self.layers, x, tensors, recompute, running)
+            return [out, *(t for each in saved for t in each)]
 
         updated = [t for r in running for t in (r or (None,) * 4)]
         out, *rest = self._run([x, *tensors, *updated], ("forward", recompute), run)
         assert out is not None
         count = len(self.layers)
-        kept: Any = [rest[i * count : (i + 1) * count] for i in range(KEPT)]
-        return out, Kept(*kept)
+        lists: Any = [rest[i * count : (i + 1) * count] for i in range(SAVED)]
+        return out, SavedTensors(*lists)
 
     def backward(
-        self, x: Tensor, kept: Kept, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
+        self, x: Tensor, saved: SavedTensors, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
     ) -> list[Tensor | None]:
-        saved, grad = [t for each in kept for t in each], dense(grad.to(x.dtype))
+        flat, grad = [t for each in saved for t in each], dense(grad.to(x.dtype))
 
         def run() -> list[Tensor | None]:
             count = len(self.layers)
-            own: Any = [saved[i * count : (i + 1) * count] for i in range(KEPT)]
-            return Backward(GPU, self.layers, x, Kept(*own), tensors, needs).gradients(grad)
+            own: Any = [flat[i * count : (i + 1) * count] for i in range(SAVED)]
+            return ChainBackward(GPU, self.layers, x, SavedTensors(*own), tensors, needs).gradients(grad)
 
-        return self._run([grad, x, *tensors, *saved], ("backward", *needs), run)
+        return self._run([grad, x, *tensors, *flat], ("backward", *needs), run)
 
     def _run(
         self, inputs: Sequence[Tensor | None], kind: tuple[Any, ...], run: Callable[[], list[Tensor | None]]
     ) -> list[Tensor | None]:
         """``run()``, of whose tensors some may be the same, and some None."""
-        from .._triton.layers import precision
-        from .._triton.tune import forced
-
         given = [t for t in inputs if t is not None]
         present = tuple(map(is_not, inputs, repeat(None)))
         kind = (*kind, present, backends.selected(), precision(given[0].dtype), forced())

@@ -18,10 +18,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoints, recipes, report
 from .data import IGNORED, Batch, Batches, Data, loader, workers_of
+from .distributed import Processes
 from .networks import build, prepare
 from .options import Options, ProgramError
 from .sync_batch_norm import convert
-from .team import Team
 
 __all__ = ["Trainer"]
 
@@ -61,36 +61,38 @@ class _Signals:
 class Trainer:
     """Everything that a run consists of; ``state`` and ``restore`` say all of it that changes."""
 
-    def __init__(self, options: Options, data: Data, team: Team) -> None:
-        self.options, self.data, self.team = options, data, team
+    def __init__(self, options: Options, data: Data, processes: Processes) -> None:
+        self.options, self.data, self.processes = options, data, processes
         self.recipe = recipes.of(options)
         torch.manual_seed(options.seed)
-        self.network = build(options.model, data.preparation).to(team.device)
+        self.network = build(options.model, data.preparation).to(processes.device)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         if options.strategy != "fsdp":  # which shards contiguous weights only; the images decide then
             self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        if team.world > 1 and options.sync_bn:
+        if processes.world > 1 and options.sync_bn:
             convert(self.network)
         average = get_ema_multi_avg_fn(options.ema)
         self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True) if options.ema else None
-        self.joined = team.join(self.network, options.strategy)
+        self.joined = processes.join(self.network, options.strategy)
         if options.compile:
             self.network.compile()
-        shared = (options.batch, team.rank, team.world)
+        shared = (options.batch, processes.rank, processes.world)
         self.batches = Batches(len(data.train), *shared, accumulate=options.accumulate, seed=options.seed)
         self.test_batches = Batches(len(data.test), *shared)
         self.steps = self.batches.total() // options.accumulate  # of an epoch
         if self.steps == 0:
-            step = options.batch * options.accumulate * team.world
+            step = options.batch * options.accumulate * processes.world
             raise ProgramError(
                 f"{len(data.train)} images to train on, but a step takes {step} (--batch x --accumulate x processes): "
                 "want a smaller one"
             )
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
-        self.scaler = torch.amp.GradScaler(team.device.type, enabled=options.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
         self.epoch = self.done = 0  # whole epochs, and steps in the one after
-        self.sums = torch.zeros(3, dtype=torch.float64, device=team.device)  # loss, right ones, images of this epoch
+        self.sums = torch.zeros(
+            3, dtype=torch.float64, device=processes.device
+        )  # loss, right ones, images of this epoch
         self.lr = 0.0  # of the last step
         self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
@@ -98,13 +100,13 @@ class Trainer:
         self.confusion: Tensor | None = None
         self.broken: set[str] = set()
         # Dropout differs from process to process.
-        torch.manual_seed(options.seed + 1 + team.rank)
+        torch.manual_seed(options.seed + 1 + processes.rank)
 
     def state(self) -> dict[str, Any]:
-        self.team.share_buffers(self.network)
+        self.processes.share_buffers(self.network)
         rng = {"cpu": torch.get_rng_state()}
-        if self.team.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.team.device)
+        if self.processes.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.processes.device)
         return {
             "step": self.epoch * self.steps + self.done,
             "epoch": self.epoch,
@@ -114,8 +116,8 @@ class Trainer:
             "optimizer": whole.get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": self.team.everyone(rng),
-            "sums": self.team.everyone(self.sums.cpu()),
+            "rng": self.processes.everyone(rng),
+            "sums": self.processes.everyone(self.sums.cpu()),
             "lr": self.lr,
             "history": self.history,
             "best": self.best,
@@ -125,7 +127,7 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
-        counted = {"epochs": self.recipe.epochs, "processes": self.team.world, "images": len(self.data.train)}
+        counted = {"epochs": self.recipe.epochs, "processes": self.processes.world, "images": len(self.data.train)}
         return {**self.options.result(), **counted}
 
     def restore(self, path: Path) -> None:
@@ -149,16 +151,16 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        rng = state["rng"][self.team.rank]
+        rng = state["rng"][self.processes.rank]
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.team.device)
-        self.sums.copy_(state["sums"][self.team.rank])
+            torch.cuda.set_rng_state(rng["cuda"], self.processes.device)
+        self.sums.copy_(state["sums"][self.processes.rank])
         self.lr, self.history, self.best = state["lr"], state["history"], state["best"]
 
     def run(self) -> int:
         """Trains to the end, or until a signal; returns the number of that signal, or 0."""
-        pin = self.team.device.type == "cuda"
+        pin = self.processes.device.type == "cuda"
         train = loader(self.data.train, self.batches, self.options.workers, pin)
         test = loader(self.data.test, self.test_batches, self.options.workers, pin)
         with workers_of(train, test), _Signals() as signals:
@@ -177,18 +179,18 @@ class Trainer:
     def save(self, best: bool) -> None:
         """All processes gather, the first one writes; all hear of it when that fails."""
         state, failure = self.state(), None
-        if self.team.rank == 0:
+        if self.processes.rank == 0:
             try:
                 checkpoints.save(Path(self.options.out), state, keep=self.options.keep, best=best)
             except ProgramError as error:
                 failure = str(error)
-        failure = self.team.everyone(failure)[0]
+        failure = self.processes.everyone(failure)[0]
         if failure is not None:
             raise ProgramError(failure)
 
     def _autocast(self) -> torch.autocast:
         dtype = _AMP[self.options.amp]
-        return torch.autocast(self.team.device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         for name in batch.broken:
@@ -196,12 +198,12 @@ class Trainer:
                 self.broken.add(name)
                 report.say(f"broken image {len(self.broken)}: {name}")
         images = prepare(batch.images, self.data.preparation, self.sums.float(), self.memory_format)
-        return images, batch.labels.to(self.team.device, non_blocking=True)
+        return images, batch.labels.to(self.processes.device, non_blocking=True)
 
     def _pass(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one batch; adds its gradients, its loss and its right answers."""
         images, labels = self._inputs(batch)
-        with self.team.pass_without_sync(self.joined, last):
+        with self.processes.pass_without_sync(self.joined, last):
             with self._autocast():
                 scores = self.joined(images)
                 loss = F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
@@ -217,17 +219,17 @@ class Trainer:
         first = self.done == 0
         if first:
             self.sums.zero_()
-        bar = report.Bar(self.epoch + 1, self.recipe.epochs, self.steps, self.done, self.team.rank == 0)
+        bar = report.Bar(self.epoch + 1, self.recipe.epochs, self.steps, self.done, self.processes.rank == 0)
         with contextlib.closing(bar):
             for number, batch in enumerate(batches):
                 last = (number + 1) % self.options.accumulate == 0
                 self._pass(batch, last)
                 if not last:
-                    bar.images += len(batch.labels) * self.team.world
+                    bar.images += len(batch.labels) * self.processes.world
                     continue
                 self._step()
-                bar.step(len(batch.labels) * self.team.world, self.sums)
-                received = self.team.highest(signals.received)
+                bar.step(len(batch.labels) * self.processes.world, self.sums)
+                received = self.processes.highest(signals.received)
                 if received:
                     return received
                 if self.options.save_every and self.done % self.options.save_every == 0 and self.done < self.steps:
@@ -250,12 +252,12 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, batches: Any) -> tuple[float, float]:
         """Loss and accuracy on the test images; keeps the confusion matrix."""
-        self.team.share_buffers(self.network)
+        self.processes.share_buffers(self.network)
         network = self.network if self.ema is None else self.ema.module
         network.eval()
         classes = len(self.data.preparation.classes)
-        matrix = torch.zeros(classes * classes, dtype=torch.int64, device=self.team.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.team.device)
+        matrix = torch.zeros(classes * classes, dtype=torch.int64, device=self.processes.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for batch in batches:
             images, labels = self._inputs(batch)
             with self._autocast():
@@ -263,14 +265,14 @@ class Trainer:
             loss += F.cross_entropy(scores.float(), labels, ignore_index=IGNORED, reduction="sum")
             there = labels != IGNORED
             matrix += torch.bincount(labels[there] * classes + scores.argmax(1)[there], minlength=classes * classes)
-        self.confusion = self.team.total(matrix).reshape(classes, classes)
+        self.confusion = self.processes.total(matrix).reshape(classes, classes)
         count = int(self.confusion.sum())
         if count == 0:
             raise ProgramError(f"no test image of --data {self.options.data} can be read")
-        return float(self.team.total(loss)) / count, float(self.confusion.diagonal().sum()) / count
+        return float(self.processes.total(loss)) / count, float(self.confusion.diagonal().sum()) / count
 
     def _end_epoch(self, test: tuple[float, float]) -> None:
-        sums = self.team.total(self.sums)
+        sums = self.processes.total(self.sums)
         count = max(float(sums[2]), 1.0)
         self.epoch, self.done = self.epoch + 1, 0
         row = {
@@ -288,7 +290,7 @@ class Trainer:
         best = test[1] > self.best
         self.best = max(self.best, test[1])
         self.save(best)
-        if self.team.rank == 0:
+        if self.processes.rank == 0:
             folder = Path(self.options.out)
             report.log(folder / "log.csv", self.history)
             report.say(
@@ -297,8 +299,8 @@ class Trainer:
             )
 
     def _final(self) -> None:
-        broken = set().union(*self.team.everyone(self.broken))
-        if self.team.rank != 0 or self.confusion is None:
+        broken = set().union(*self.processes.everyone(self.broken))
+        if self.processes.rank != 0 or self.confusion is None:
             return
         folder = Path(self.options.out)
         report.curves(folder / "curves.png", {self.options.model: self.history})

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from support import LAYOUTS, integer_case, random_case
+from helpers.support import LAYOUTS, integer_case, random_case
 
 CONVOLUTIONS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu")
 IMAGES = ("x", "residual", "weight")

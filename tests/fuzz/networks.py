@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
 from resnet_fast import blocks, reference
-from resnet_fast.conv_gradient import convolution_backward
+from resnet_fast.ops.conv_gradient import convolution_backward
 
 from .modules import Network
 
@@ -83,7 +83,7 @@ class PlainRaisesError(Exception):
 
 
 class TameGradients(TorchDispatchMode):
-    """Weights' gradients in float32 by which oneDNN would overwrite memory, as resnet_fast/conv_gradient.py says: the
+    """Weights' gradients in float32 by which oneDNN would overwrite memory, as ops/conv_gradient.py says: the
     plain network asks PyTorch for them, and so do the layers of ours that no kernel runs."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

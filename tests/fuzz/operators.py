@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from support import LAYOUTS, WINOGRAD_FACTOR, assert_error_rule, exact_kernels, numbers, rms
+from helpers.support import LAYOUTS, WINOGRAD_FACTOR, assert_error_rule, exact_kernels, numbers, rms
 
 from resnet_fast import backends, ops
 

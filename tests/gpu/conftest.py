@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from cuda_support import find_cuda
+from helpers.cuda_support import find_cuda
 from ptxsim.device import simulated
 
 NO_GPU = "no CUDA device is visible to PyTorch: these tests need an NVIDIA GPU"

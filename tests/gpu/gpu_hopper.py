@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast import ops
-from resnet_fast._triton import layers, tune
-from resnet_fast._triton.configs import Layer
-from resnet_fast._triton.hopper_configs import HopperConfig, candidates, plan, tiles
-from resnet_fast.gpu import timing
+from resnet_fast.gpu import convolution as layers
+from resnet_fast.gpu import timing, tune
+from resnet_fast.gpu.candidates.hopper import HopperConfig, candidates, plan, tiles
+from resnet_fast.gpu.layer import Layer, gpu_of
 
 SPLITS = (1, 2, 4)
 # Batch, size, channels: the stages of a ResNet.
@@ -66,7 +66,7 @@ def test_exact_again_and_again(gpu, stage):
     batch, size, channels = stage
     x, residual, weight, expected = integers(gpu, batch, (size, size), channels, channels, torch.float16)
     expected = expected.to(gpu)
-    found = candidates(layer_of(batch, (size, size), channels, channels, torch.float16), tune.gpu_of(x.device), most=8)
+    found = candidates(layer_of(batch, (size, size), channels, channels, torch.float16), gpu_of(x.device), most=8)
     assert found
     for config in found:
         with tune.use(config):
@@ -95,8 +95,8 @@ def test_times_beside_cudnn(gpu, stage):
     )
     settings = (1, 1), (1, 1), (1, 1), 1
     calls = {"cuDNN fused": lambda: torch.cudnn_convolution_add_relu(x, filters, residual, 1.0, bias, *settings)}
-    found = candidates(layer, tune.gpu_of(device), most=8)
-    for choice in [*found, *(c for c in tune.candidates(layer, tune.gpu_of(device)) if c not in found)]:
+    found = candidates(layer, gpu_of(device), most=8)
+    for choice in [*found, *(c for c in tune.candidates(layer, gpu_of(device)) if c not in found)]:
         calls[str(choice)] = functools.partial(layers.run, layer, choice, x, packed, residual)
     torch.backends.cudnn.benchmark = True
     for name, call in calls.items():

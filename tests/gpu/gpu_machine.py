@@ -11,13 +11,17 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run_pytest
-from support import randomize_
+from helpers.processes import run_pytest
+from helpers.support import randomize_
 
 import resnet_fast
 from resnet_fast import backends
-from resnet_fast._triton import cuda_configs, cuda_conv, layers, tune
-from resnet_fast._triton.configs import Config, Layer
+from resnet_fast.gpu import convolution as layers
+from resnet_fast.gpu import tune
+from resnet_fast.gpu.candidates import cuda as cuda_configs
+from resnet_fast.gpu.candidates.triton import Config
+from resnet_fast.gpu.cuda import conv as cuda_conv
+from resnet_fast.gpu.layer import Layer, gpu_of
 
 pytestmark = pytest.mark.machine
 
@@ -213,7 +217,7 @@ def test_a_tile_that_does_not_fit_is_left_out(gpu, monkeypatch):
     """Of a list for a larger GPU: the measurement warns and goes on with the others."""
     layer = Layer(1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1), torch.float16, "ieee", False, True)
     device = torch.device(gpu, 0)
-    tuner = tune.Tuner(tune.gpu_of(device), None, tune.tuner(device).measure)
+    tuner = tune.Tuner(gpu_of(device), None, tune.tuner(device).measure)
     huge = Config(256, 256, 64, 8, 8)
     monkeypatch.setattr(tune, "candidates", lambda *_: [huge, tune.LIBRARY])
     with pytest.warns(UserWarning, match="does not run on this GPU"):

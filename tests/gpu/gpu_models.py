@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import assert_error_rule, randomize_
+from helpers.support import assert_error_rule, randomize_
 
 import resnet_fast
 from resnet_fast import backends, reference

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Case, assert_error_rule, channels_last, random_case
+from helpers.support import Case, assert_error_rule, channels_last, random_case
 from torch import nn
 
 from resnet_fast import ops
-from resnet_fast._triton import bn_add_relu, bn_relu, tune
-from resnet_fast._triton.configs import Layer, tiles
-from resnet_fast.pooling import flat_average
+from resnet_fast._triton import bn_add_relu, bn_relu
+from resnet_fast.chain.pooling import flat_average
+from resnet_fast.gpu import tune
+from resnet_fast.gpu.candidates.triton import tiles
+from resnet_fast.gpu.layer import Layer, gpu_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [
@@ -57,7 +59,7 @@ def test_every_tile_gives_exact_integers(gpu, channels, filters, dtype, precisio
     expected = (F.conv2d(x.double(), weight.double(), padding=1) + residual).relu().to(dtype)
     x, residual, weight = (t.to(gpu, dtype) for t in (x, residual, weight))
     layer = Layer(3, 9, 8, channels, filters, (3, 3), (1, 1), (1, 1), dtype, precision, True, True)
-    found = [dataclasses.replace(c, split_k=s) for c in tiles(layer, tune.gpu_of(x.device)) for s in (1, 3)]
+    found = [dataclasses.replace(c, split_k=s) for c in tiles(layer, gpu_of(x.device)) for s in (1, 3)]
     for choice in [*found, tune.LIBRARY]:
         with tune.use(choice):
             y = ops.conv_bn_add_relu(x, residual, weight, padding=1)

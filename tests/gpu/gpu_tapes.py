@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from support import randomize_
+from helpers.support import randomize_
 
 import resnet_fast
 from resnet_fast import backends

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from support import assert_error_rule, channels_last, randomize_
+from helpers.support import assert_error_rule, channels_last, randomize_
 
 import resnet_fast
 from resnet_fast import backends, reference

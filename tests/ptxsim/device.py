@@ -117,9 +117,9 @@ class SimulatedDevice:
 def simulated(**options):
     """While open, the package's operators take their GPU path on CPU tensors, and its launches run in the simulator."""
     from resnet_fast import launch
-    from resnet_fast._triton import OPERATORS
+    from resnet_fast.gpu.register import KERNELS
 
-    with FreshTensors({"resnet_fast": OPERATORS}) as fresh:
+    with FreshTensors({"resnet_fast": KERNELS}) as fresh:
         device = SimulatedDevice(fresh=fresh, **options)
         with launch.use_device(device):
             yield device

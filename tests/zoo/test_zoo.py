@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from compiler_support import compiled, counts, graphs
-from fuse_checks import check_network, prepared
+from helpers.compiler_support import compiled, counts, graphs
+from helpers.fuse_checks import check_network, prepared
 from torch import nn
 
 import resnet_fast

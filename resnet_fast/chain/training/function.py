@@ -1,0 +1,181 @@
+"""Training: a chain of convolutions and batch norms as one autograd function.
+
+What the function computes is in :mod:`.driver`. In eager mode it is a ``torch.autograd.Function``; under
+``torch.compile`` it is an operator, :mod:`.operator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import backends
+from ...ops.differentiation import first_order, gradients_again, wanted
+from ...ops.spec import ConvSpec, encode
+from ..guard import StalenessGuard
+from . import operator as train_stage  # noqa: F401  (registers the operator)
+from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
+from .passes import Passes
+from .running_statistics import Running, RunningStatistics, held, kept_memory
+
+__all__ = ["Program"]
+
+
+class Program:
+    """The chain that a recorder wrote down, to be run in training mode.
+
+    Raises:
+        ValueError: a batch norm would have a single value per channel, as PyTorch raises it.
+    """
+
+    owner: Any = None  # who keeps it: attributes may be copied to another module
+
+    def __init__(self, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]], specs: list[ConvSpec]) -> None:
+        self.pairs, self.specs, self.fields = pairs, specs, encode(specs)
+        self.guard: StalenessGuard | None = None
+        norms = [bn for _, bn in pairs]
+        self.eps = [0.0 if bn is None else bn.eps for bn in norms]
+        self.normalized = [bn is not None for bn in norms]
+        self.batch = [bn is not None and (bn.training or bn.running_mean is None) for bn in norms]
+        self.layers = layers_of(specs, self.eps, self.normalized, self.batch)
+        self.statistics = RunningStatistics(norms, self.batch)
+        self.passes = Passes(self.layers)
+
+    def is_valid(self) -> bool:
+        """Whether the modules are as they were when ``guard`` was set."""
+        return self.guard is not None and self.guard.is_valid()
+
+    def reason(self) -> str | None:
+        """Why the chain cannot be run, or None."""
+        for layer in self.layers:
+            if layer.relu and not layer.normalized:
+                return "a ReLU without batch norm"
+            if layer.residual >= 0 and not (layer.relu and layer.normalized):
+                return "a sum without batch norm and ReLU"
+        norms = [bn for _, bn in self.pairs if bn is not None]
+        kept = {memory for bn in norms if bn.training for memory in kept_memory(bn)}
+        if any(memory in kept for bn in norms if not bn.training for memory in kept_memory(bn)):
+            return "statistics that one batch norm keeps and another one takes"
+        return None
+
+    def run(self, x: Tensor) -> Tensor:
+        pixels = counts(self.layers, x.shape)
+        for (conv, _), n, batch in zip(self.pairs, pixels, self.batch, strict=True):
+            if batch and n == 1:
+                size = torch.Size((1, conv.weight.shape[0], 1, 1))
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        tensors = self._tensors()
+        if torch.compiler.is_compiling():
+            out, moments = self._traced(x, tensors)
+            self.statistics.track(moments, pixels, ())
+            return out
+        running = self.statistics.for_kernels(x.device) if self.passes.updates_statistics(x) else ()
+        # Outside of the function: what it saves is then its input, with which a second derivative is connected.
+        track = partial(self.statistics.track, pixels=pixels, done=running)
+        recompute, copied = backends.training.recompute_outputs, dense(x)
+        original = None if copied is x else x.detach()
+        out, *_ = _Train.apply(self.passes, recompute, running, track, original, copied, *tensors)
+        return out
+
+    def _tensors(self) -> list[Tensor | None]:
+        """``TENSORS`` of each layer."""
+        tensors: list[Tensor | None] = []
+        for (conv, bn), batch in zip(self.pairs, self.batch, strict=True):
+            tensors += [held(conv, "weight"), held(conv, "bias")]
+            tensors += [None, None] if bn is None else [held(bn, "weight"), held(bn, "bias")]
+            given = bn is not None and not batch
+            statistics = ("running_mean", "running_var")
+            tensors += [held(bn, name) for name in statistics] if given and bn is not None else [None, None]
+        return tensors
+
+    def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        present = [t is not None for t in tensors]
+        given = [t for t in tensors if t is not None]
+        results = torch.ops.resnet_fast.train_stage(
+            x, given, present, self.fields, self.eps, self.batch, backends.training.recompute_outputs
+        )
+        return results[0], results[1 : 1 + len(self.layers)]
+
+
+class _Train(torch.autograd.Function):
+    """``forward(passes, recompute, running, track, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of
+    each layer)``
+
+    ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch.
+    ``running``: what kernels update on the way. ``track``: is given the means and variances before anything is saved,
+    because a checkpoint ends its second run when the last tensor is. More than first derivatives come of PyTorch's own
+    operators, by running these again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        passes: Passes,
+        recompute: bool,
+        running: Sequence[Running | None],
+        track: Callable[[list[Tensor]], None],
+        original: Tensor | None,
+        x: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        # Their autograd keys only say that the operators have no gradient of their own.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, saved = passes.forward(x, list(tensors), recompute, running)
+        track(saved.moments)
+        ctx.passes = passes
+        ctx.tensors = [False] * 4 + [t is not None for t in (original, x, *tensors)]
+        ctx.save_for_backward(original, x, *(t for each in saved for t in each), *tensors)
+        ctx.mark_non_differentiable(*saved.moments)
+        return out, *saved.moments
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        layers = ctx.passes.layers
+        count = len(layers)
+        if not first_order(grad):
+            _, x, *rest = ctx.saved_tensors
+            tensors = [x, *rest[SAVED * count :]]
+            return None, None, None, None, None, *gradients_again(_Again(layers), tensors, wanted(ctx)[5:], grad)
+        _, x, *rest = ctx.saved_tensors
+        # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
+        ctx.maybe_clear_saved_tensors()
+        saved = SavedTensors(*([unpacked(t) for t in rest[i * count : (i + 1) * count]] for i in range(SAVED)))
+        x, tensors = dense(x), rest[SAVED * count :]
+        del rest
+        with torch._C._AutoDispatchBelowAutograd():
+            found = ctx.passes.backward(x, saved, tensors, wanted(ctx)[5:], grad)
+            return None, None, None, None, None, *found
+
+
+class _Again:
+    """The chain on PyTorch's own operators; running statistics stay as they are."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+
+    def __call__(self, x: Tensor, *tensors: Any) -> Tensor:
+        values = [x]
+        with torch.autocast(x.device.type, enabled=False):  # the chain was given x in autocast's dtype
+            for i, layer in enumerate(self.layers):
+                residual = None if layer.residual < 0 else values[layer.residual]
+                own = tensors[TENSORS * i : TENSORS * (i + 1)]
+                values.append(self._layer(layer, values[layer.source], residual, *own))
+        return values[-1]
+
+    @staticmethod
+    def _layer(
+        layer: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, *norm: Tensor | None
+    ) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.conv2d(x, weight.to(x.dtype), bias, layer.stride, layer.padding)
+        if layer.normalized:
+            gamma, beta, mean, var = norm
+            y = F.batch_norm(y, mean, var, gamma, beta, training=layer.batch_statistics, eps=layer.eps)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if layer.relu else y

@@ -1,0 +1,56 @@
+"""Forward and backward passes of a chain in training, on the kernels of the device that its images are on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ... import backends
+from .. import devices
+from .driver import ChainBackward, forward
+from .kernels import Kernels
+from .layers import Layer, SavedTensors
+
+__all__ = ["Passes"]
+
+_OPERATORS = Kernels()
+
+
+class Passes:
+    """Of one chain. On a GPU the launches of a pass are recorded, and replayed for other inputs of its kind."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self._replayed: Any = None
+
+    def _on_gpu(self, x: Tensor) -> Any:
+        """What replays, or None."""
+        if backends.kind(x) != "cuda":
+            return None
+        if self._replayed is None:
+            self._replayed = devices.gpu.passes(self.layers)
+        return self._replayed
+
+    def updates_statistics(self, x: Tensor) -> bool:
+        """Whether the kernels for ``x`` update running statistics."""
+        return backends.kind(x) == "cuda"
+
+    def forward(
+        self, x: Tensor, tensors: list[Tensor | None], recompute: bool, running: Sequence[Any]
+    ) -> tuple[Tensor, SavedTensors]:
+        """As :func:`.driver.forward`."""
+        replayed = self._on_gpu(x)
+        if replayed is not None:
+            return replayed.forward(x, tensors, recompute, running)
+        return forward(_OPERATORS, self.layers, x, tensors, recompute)
+
+    def backward(
+        self, x: Tensor, saved: SavedTensors, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
+    ) -> list[Tensor | None]:
+        """As :class:`.driver.ChainBackward`. Empties ``saved``, so that each map may go once the pass has gone by."""
+        replayed = self._on_gpu(x)
+        if replayed is not None:
+            return replayed.backward(x, saved, tensors, needs, grad)
+        return ChainBackward(_OPERATORS, self.layers, x, saved, tensors, needs).gradients(grad)

@@ -1,0 +1,166 @@
+"""Which tiles of the CUDA C++ convolution may run a layer, and which of them a model of its cost expects to be best.
+
+The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/conv_plan.h``, asked for through the
+extension: there is one copy of them. The model needs no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..layer import Gpu, Layer
+
+__all__ = ["CudaConfig", "Plan", "candidates", "default", "estimate", "plan", "tiles"]
+
+_LOADS = ("halo", "gather", "mixed")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of ``conv_bn_relu_tiles``; a block computes at most ``pixels``, and works as for ``least`` of them."""
+
+    load: str
+    plain: bool  # exact float32 on the plain units
+    pixels: int
+    least: int
+    channels: int
+    threads: int
+    row_bytes: int
+    warps_m: int
+    warps_n: int
+    warps_k: int
+
+
+@functools.cache
+def tiles() -> tuple[Tile, ...]:
+    fields = 10
+    numbers = torch.ops.resnet_fast.conv_bn_relu_tiles()
+    rows = [numbers[i : i + fields] for i in range(0, len(numbers), fields)]
+    return tuple(Tile(_LOADS[load], bool(plain), *rest) for load, plain, *rest in rows)
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """A block computes ``tile_pixels`` pixels with tile ``tile``; ``splits`` blocks share a sum."""
+
+    tile: int
+    tile_pixels: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        t = tiles()[self.tile]
+        split = f" split {self.splits}" if self.splits > 1 else ""
+        return f"cuda {t.load} {self.tile_pixels}x{t.channels}{' plain' if t.plain else ''}{split}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch: its grid is ``(blocks, splits)``; the workspace of split sums; and what the kernel is told."""
+
+    blocks: int
+    threads: int
+    shared: int
+    partial_floats: int
+    counters: int
+    args: tuple[int, ...]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Plan | None:
+        """What the extension says of a launch; None where it says nothing."""
+        if not numbers:
+            return None
+        blocks, threads, shared, partial_floats, counters, *args = numbers
+        return cls(blocks, threads, shared, partial_floats, counters, tuple(args))
+
+
+# Where each field of ConvArgs lies that is asked for here.
+_PARTS = 18
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(layer: Layer, config: CudaConfig, aligned: bool = True, vectors: bool = True) -> Plan | None:
+    """The launch of a layer, or None where the tile cannot compute it.
+
+    aligned: input and filters begin at multiples of 16 bytes. vectors: residual and output do, too.
+    """
+    vectors = vectors and layer.out_channels % (16 // layer.dtype.itemsize) == 0
+    args = [
+        *(layer.batch, layer.height, layer.width, layer.channels),
+        *(layer.out_height, layer.out_width, layer.out_channels),
+        *(*layer.kernel, *layer.stride, *layer.padding),
+        *(int(layer.relu), int(vectors), 0, config.tile_pixels, 0, 0, config.splits),
+    ]
+    numbers = torch.ops.resnet_fast.conv_bn_relu_plan(config.tile, args, layer.dtype.itemsize, aligned)
+    return Plan.of(numbers)
+
+
+def estimate(layer: Layer, config: CudaConfig, gpu: Gpu) -> float:
+    """Clocks of the busiest multiprocessor, by the rule of :func:`.triton.estimate`; good for ranking alone."""
+    made, tile = plan(layer, config), tiles()[config.tile]
+    assert made is not None
+    load = made.blocks * config.splits / gpu.multiprocessors
+    rounds = math.ceil(load) + 0.1 * load  # of two that take the same rounds, the one with less work
+    parts = -(-made.args[_PARTS] // config.splits)
+    taps = layer.kernel[0] * layer.kernel[1] if tile.load == "halo" else 1
+    row = parts * taps * tile.row_bytes  # bytes of the products of a pixel
+    pixels = max(tile.least, -(-config.tile_pixels // (16 * tile.warps_m)) * 16 * tile.warps_m)
+    rate = 64 if tile.plain else 1024 * 2 / layer.dtype.itemsize
+    multiply = pixels * tile.channels * row / layer.dtype.itemsize / rate
+    # One element at a time: some 8 instructions on 4 schedulers of 32 lanes.
+    if tile.load == "mixed":
+        multiply += (pixels + tile.channels) * row / layer.dtype.itemsize * 8 / 128
+    reads = (pixels * tile.warps_n + tile.channels * tile.warps_m) * row / 128
+    halo = 2 * (layer.width + 1) if tile.load == "halo" else 0
+    fetched = (config.tile_pixels + halo) * row / taps + tile.channels * row
+    cached = fetched / (2800 / gpu.multiprocessors)
+    sums = 4 * pixels * tile.channels
+    partial = 2 * sums / (2800 / gpu.multiprocessors) if config.splits > 1 else 0
+    start = 1500  # until the first operands are there, and from the last product to the end
+    return rounds * (max(multiply, reads + fetched / 128, cached) + partial + start)
+
+
+_SPLITS = (1, 2, 3, 4, 6, 8)
+_RUNS = 6
+
+
+def _configs(layer: Layer, gpu: Gpu, load: str) -> Iterator[CudaConfig]:
+    """All that fit a multiprocessor, with tiles that are not much wider than the layer."""
+    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
+    fits = [i for i, t in enumerate(tiles()) if t.plain == plain and t.load == load]
+    fits = [i for i in fits if plan(layer, CudaConfig(i, min(16, tiles()[i].pixels))) is not None]
+    narrowest = min((tiles()[i].channels for i in fits), default=0)
+    for i in fits:
+        t = tiles()[i]
+        if t.channels >= 2 * max(narrowest, layer.out_channels):
+            continue
+        fewest = -(-layer.pixels // t.pixels)
+        for runs in range(fewest, fewest + _RUNS):
+            # Pixels shared out evenly, in eights: rows of eight are what a load of fragments takes.
+            pixels = min(t.pixels, -(-layer.pixels // (8 * runs)) * 8)
+            for splits in _SPLITS:
+                config = CudaConfig(i, pixels, splits)
+                made = plan(layer, config)
+                if made is None or made.shared > gpu.shared:
+                    continue
+                if splits == 1 or made.blocks * splits <= 2 * gpu.multiprocessors:
+                    yield config
+
+
+def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
+    """The configurations worth a measurement, at most ``most``, best expected first.
+
+    Halos fall out where an image is too wide for shared memory; elements go one by one only where they must.
+    """
+    found = [*_configs(layer, gpu, "halo"), *_configs(layer, gpu, "gather")] or list(_configs(layer, gpu, "mixed"))
+    unique = list(dict.fromkeys(found))
+    return sorted(unique, key=lambda c: (estimate(layer, c, gpu), c.splits))[:most]
+
+
+def default(layer: Layer, gpu: Gpu) -> CudaConfig:
+    """What runs where nothing may be measured."""
+    return candidates(layer, gpu, 1)[0]

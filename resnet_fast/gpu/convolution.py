@@ -1,0 +1,158 @@
+"""One convolution with its epilogue: what it computes with, what runs it, and the measurement that decides that."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends, launch
+from ..ops.spec import empty_image
+from . import library
+from .candidates.cuda import CudaConfig
+from .candidates.hopper import HopperConfig
+from .candidates.triton import Config
+from .cuda import conv as cuda_conv
+from .cuda import hopper as hopper_conv
+from .layer import Layer, layer_of, precision
+from .tune import LIBRARY, Choice, tuner
+
+__all__ = ["Filter", "choose", "layer_of", "precision", "prepare", "run", "trials", "wants_folded"]
+
+# So many layers' filters take turns in a measurement, as a network's do.
+_TRIALS = 8
+
+
+@dataclass(frozen=True)
+class Filter:
+    """weight: ``[K, R, S, C]`` in the dtype of the images. scale, shift: ``[K]``, float32. bias: the shift in the dtype
+    of the images, where the weights hold the scale."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    bias: Tensor | None = None
+
+
+def _start_triton(*args: object) -> None:
+    from .._triton import conv_bn_relu
+
+    conv_bn_relu.conv_bn_relu(*args)
+
+
+_STARTS: dict[type, Callable[..., None]] = {
+    Config: _start_triton,
+    CudaConfig: cuda_conv.conv_bn_relu,
+    HopperConfig: hopper_conv.conv_bn_relu,
+}
+
+
+def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
+    """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``; images in channels_last."""
+    if isinstance(choice, Config | CudaConfig | HopperConfig):
+        y = empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
+        start = _STARTS[type(choice)]
+        start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)
+        return y
+    if choice == LIBRARY:
+        return _library(layer, x, filters, residual)
+    if filters.bias is None:
+        raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
+    return library.run(choice, layer, x, filters.weight, filters.bias if layer.shifted else None, residual)
+
+
+def _library(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
+    """By PyTorch's convolution, and one pass over its result where Triton is installed."""
+    if backends.has_triton():
+        from .._triton import conv_bn_relu
+
+        return conv_bn_relu.library(layer, x, filters.weight, filters.scale, filters.shift, residual)
+    y = F.conv2d(x, filters.weight.permute(0, 3, 1, 2), stride=layer.stride, padding=layer.padding)
+    y = y * filters.scale[:, None, None] + filters.shift[:, None, None]  # in float32
+    y = (y if residual is None else y + residual).to(layer.dtype, memory_format=torch.channels_last)
+    return y.relu_() if layer.relu else y
+
+
+def choose(layer: Layer, device: torch.device) -> Choice:
+    """What runs the layer there, measured if need be on numbers of its own."""
+    return tuner(device).choose(layer, lambda: trials(layer, device), _named())
+
+
+def wants_folded(layer: Layer, device: torch.device) -> bool:
+    """Whether the layer's choice reads filters that hold batch norm's scale."""
+    return choose(layer, device) in (library.CUDNN, library.CUBLASLT)
+
+
+def _named() -> str:
+    backend = backends.selected()
+    return backend if backend in ("cuda", "triton") else "auto"
+
+
+def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object]]:
+    """Runs of a layer on numbers of their own, for a measurement: ``run(choice)``.
+
+    The input is in the cache as far as it fits, as behind the layer that writes it.
+    """
+    x, filters, residual = operands(layer, device)
+    shape = (_TRIALS, layer.out_channels, *layer.kernel, layer.channels)
+    weights = torch.randn(shape, device=device, dtype=layer.dtype) * layer.products**-0.5
+    return [functools.partial(_run_choice, layer, x, replace(filters, weight=w), residual) for w in weights]
+
+
+def _run_choice(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None, choice: Choice) -> Tensor:
+    if isinstance(choice, HopperConfig):
+        hopper_conv.verify(layer, choice, x.device)
+    return run(layer, choice, x, filters, residual)
+
+
+def operands(layer: Layer, device: torch.device) -> tuple[Tensor, Filter, Tensor | None]:
+    """Input, filter and residual of the layer's sizes, of random numbers."""
+
+    def image(channels: int, height: int, width: int) -> Tensor:
+        shape = (layer.batch, height, width, channels)
+        return torch.randn(shape, device=device, dtype=layer.dtype).permute(0, 3, 1, 2)
+
+    weight = torch.randn((layer.out_channels, *layer.kernel, layer.channels), device=device, dtype=layer.dtype)
+    shift = torch.randn(layer.out_channels, device=device)
+    filters = Filter(weight, torch.ones_like(shift), shift, shift.to(layer.dtype) if layer.folded else None)
+    residual = image(layer.out_channels, layer.out_height, layer.out_width) if layer.residual else None
+    return image(layer.channels, layer.height, layer.width), filters, residual
+
+
+def prepare(layers: Sequence[Layer], device: torch.device) -> None:
+    """Compiles what the choices of ``layers`` may want, all at once: in a row it takes a minute a network."""
+    if launch.is_simulated():
+        return
+    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tuner(device).wanted(layer, _named())]
+    compiled = [(layer, c) for layer, c in wanted if isinstance(c, Config)]
+    if len(compiled) < 2:
+        return
+    import triton
+
+    # The compiler and ptxas work outside of Python's lock.
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        torch.cuda.device(device),
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        launch.compile_only(),
+    ):
+        for layer, choice in compiled:
+            _compile(layer, choice)
+    # CPython 3.11 counts how deep its parser is for all threads together, and at times fails for that. What is missing
+    # is compiled now; what cannot be compiled at all raises where it is wanted.
+    with torch.cuda.device(device), launch.compile_only():
+        for layer, choice in compiled:
+            with contextlib.suppress(Exception):
+                _compile(layer, choice)
+
+
+def _compile(layer: Layer, choice: Choice) -> None:
+    x, filters, residual = operands(layer, torch.device("meta"))
+    run(layer, choice, x, filters, residual)

@@ -1,0 +1,97 @@
+"""``[relu](conv2d(x, weight) * scale + shift [+ residual])``, 3x3, by the kernels of ``kernels/csrc/cuda/hopper``."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import launch
+from ..candidates.hopper import KERNELS, HopperConfig, instance, plan, tiles
+from ..layer import Layer
+from .conv import counters_of
+
+__all__ = ["conv_bn_relu", "kernel_name", "verify"]
+
+
+def kernel_name(dtype: torch.dtype, number: int) -> str:
+    """Under this name the launch seam knows a kernel."""
+    return f"conv_halo_fwd_kernel<{str(dtype).removeprefix('torch.')}, {number}>"
+
+
+def conv_bn_relu(
+    layer: Layer,
+    config: HopperConfig,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Writes ``[relu](conv2d(x, weight) * scale + shift [+ residual])`` to ``y``; arguments as for the Triton kernel.
+
+    ``y`` must be aligned to 16 bytes; others are copied if they are not. Split sums meet in a workspace of float32.
+    """
+    made = plan(layer, config)
+    if made is None:
+        raise RuntimeError(f"conv_bn_relu: {config} cannot compute {layer}")
+    partial = counters = None
+    if config.splits > 1:
+        partial = torch.empty(made.partial_floats, device=x.device)
+        counters = counters_of(x, made.counters)
+    launch.cuda_launch(
+        kernel_name(layer.dtype, instance(layer, config)),
+        (made.blocks, config.splits),
+        (made.threads,),
+        made.shared,
+        (
+            *(launch.aligned(x), launch.aligned(weight), launch.aligned(scale), launch.aligned(shift)),
+            *(None if residual is None else launch.aligned(residual), y, partial, counters),
+            struct.pack(f"{len(made.args)}I", *made.args),
+        ),
+    )
+
+
+@functools.cache
+def verify(layer: Layer, config: HopperConfig, device: torch.device) -> None:
+    """Raises RuntimeError unless ``config`` computes ``layer`` exactly on numbers for which all sums are.
+
+    Once for each: a measurement begins with it, since no GPU has run these kernels in the tests of a release.
+    """
+
+    def whole(most: int, *shape: int) -> Tensor:
+        return torch.randint(-most, most + 1, shape, device=device).to(layer.dtype)
+
+    x = whole(2, layer.batch, layer.height, layer.width, layer.channels)
+    weight = whole(1, layer.out_channels, 3, 3, layer.channels)
+    y = torch.empty(
+        layer.batch, layer.out_height, layer.out_width, layer.out_channels, dtype=layer.dtype, device=device
+    )
+    residual = whole(9, *y.shape) if layer.residual else None
+    scale, shift = torch.ones(layer.out_channels, device=device), torch.arange(layer.out_channels, device=device) % 5.0
+    images = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual, y)]
+    conv_bn_relu(layer, config, images[0], weight, scale, shift, images[1], images[2])  # type: ignore[arg-type]
+    exact = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(), None, layer.stride, 1)
+    exact = exact.permute(0, 2, 3, 1) + shift + (0 if residual is None else residual)
+    if not torch.equal(y, (exact.relu() if layer.relu else exact).to(layer.dtype)):
+        raise RuntimeError(f"{config} computes {layer} wrongly on {device}")
+
+
+def _launcher(tile: int) -> Any:
+    def start(grid: tuple[int, ...], block: tuple[int, ...], shared: int, args: tuple[Any, ...]) -> None:
+        *tensors, packed = args
+        torch.ops.resnet_fast.conv_halo_launch(*tensors, tile, list(struct.unpack(f"{len(packed) // 4}I", packed)))
+
+    return start
+
+
+def register() -> None:
+    """Tells the launch seam of the kernels that the extension holds."""
+    for dtype in (torch.float16, torch.bfloat16):
+        for i in range(KERNELS * len(tiles())):
+            launch.gpu.register(kernel_name(dtype, i), _launcher(i // KERNELS))

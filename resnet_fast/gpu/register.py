@@ -1,0 +1,64 @@
+"""Tells PyTorch's dispatcher, the launch seam and the chains what runs on CUDA devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from .. import backends
+from ..chain import devices
+from ..ops import training as training_shapes
+from ..ops.register import library
+from . import residual_network
+from .cuda import avg_pool, conv, hopper, stem
+
+__all__ = ["KERNELS"]
+
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""What runs the operators of ``torch.ops.resnet_fast`` on CUDA devices, by name."""
+
+# By Triton's kernels or those in CUDA C++, whichever there are.
+_CONVOLUTIONS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
+_LAUNCHES = (
+    "conv_bn_relu_launch",
+    "conv_bn_relu_pool_launch",
+    "avg_pool_flatten_launch",
+)
+
+
+def _lazily(module: str, name: str) -> Callable[..., Any]:
+    """``name`` of a module here, imported at the first call: Triton takes a second."""
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f".{module}", __package__), name)(*args)
+
+    return call
+
+
+def _register() -> None:
+    assert library is not None
+    for op in _LAUNCHES:
+        backends.note_kernel(op)
+    if residual_network.kernels():
+        residual_network.register()
+        KERNELS["residual_network"] = residual_network.residual_network
+    if backends.has_cuda_convolution():
+        for launcher in (conv, stem, avg_pool, hopper):
+            launcher.register()
+    if backends.has_cuda_convolution() or backends.has_triton():
+        KERNELS.update({op: _lazily("operators", op) for op in _CONVOLUTIONS})
+    if backends.has_triton():
+        KERNELS.update({op: _lazily("training_operators", op) for op in training_shapes.FAKES})
+        KERNELS["add_relu"] = _lazily("operators", "add_relu")
+    for op, kernel in KERNELS.items():
+        if not backends.has_kernel(op, "cuda"):  # by the extension itself
+            library.impl(op, kernel, "CUDA")
+            backends.note_kernel(op)
+
+
+if backends.loaded():
+    _register()
+devices.gpu = devices.Gpu(
+    _lazily("chain", "GpuChain"), _lazily("training", "ReplayedPasses"), avg_pool.suits, avg_pool.avg_pool_flatten
+)

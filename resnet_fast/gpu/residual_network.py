@@ -1,0 +1,272 @@
+"""Networks of residual stages on CUDA devices: which kernels run them, their filters, their launches.
+
+A stage of narrow blocks runs as one launch (``kernels/csrc/cuda/residual_stage.cuh``): its maps stay in shared memory,
+so that only the images, the filters and the stage's last map, or the network's scores, pass through memory. A chain of
+convolutions, as :mod:`resnet_fast.chain` records it, is cut into such stages here; where that is not possible it runs
+layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import launch
+from ..ops.chain import cuda_unpack
+from ..ops.spec import RELU, ConvSpec, decode, empty_image
+
+__all__ = ["Stage", "kernels", "pack", "residual_network", "runs", "stages"]
+
+DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+ENTRIES: Final = ("stem", "map", "strided")
+# Multiprocessors of the GPU for which the simulator's code is made, an A100.
+_SIMULATED_MULTIPROCESSORS: Final = 108
+
+
+class Kernel(NamedTuple):
+    """A kernel as the extension lists it: images, threads and bytes of shared memory are those of a block."""
+
+    entry: str
+    itemsize: int  # of a channel
+    channels: int
+    size: int
+    images: int
+    threads: int
+    shared: int
+
+    def dtypes(self) -> list[torch.dtype]:
+        return [dtype for dtype in DTYPES if dtype.itemsize == self.itemsize]
+
+    def name(self, dtype: torch.dtype) -> str:
+        suffix = str(dtype).removeprefix("torch.")
+        return f"residual_stage_{self.entry}_{self.channels}x{self.size}x{self.size}_{self.images}_{suffix}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that one launch runs; ``layers`` are places in the chain in the order in which the kernel wants them."""
+
+    entry: str
+    channels: int
+    size: int
+    layers: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        return (len(self.layers) - (self.entry != "map")) // 2
+
+    def weights(self) -> list[tuple[int, int, int, int]]:
+        """[K, R, S, C] of each layer."""
+        c = self.channels
+        shapes = [(c, 3, 3, c)] * len(self.layers)
+        if self.entry == "stem":
+            shapes[0] = (c, 3, 3, 3)
+        if self.entry == "strided":
+            shapes[:2] = [(c, 1, 1, c // 2), (c, 3, 3, c // 2)]
+        return shapes
+
+    def floats(self, dtype: torch.dtype) -> int:
+        """Length of its packed filters. The stem's taps are three columns of four rows of four channels."""
+        return sum(k * (48 if c == 3 else r * s * c) * dtype.itemsize // 4 + 2 * k for k, r, s, c in self.weights())
+
+    def kernels(self, dtype: torch.dtype) -> list[int]:
+        """The numbers of its kernels, by images a block."""
+        wanted = (self.entry, dtype.itemsize, self.channels, self.size)
+        return [i for i, k in enumerate(kernels()) if k[:4] == wanted]
+
+
+@cache
+def kernels() -> tuple[Kernel, ...]:
+    """Those in the extension, by number; none where it was built without CUDA."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "resnet_fast::residual_stage_kernels", "CompositeExplicitAutograd"
+    ):
+        return ()
+    rows = torch.ops.resnet_fast.residual_stage_kernels()
+    return tuple(Kernel(ENTRIES[rows[i]], *rows[i + 1 : i + 7]) for i in range(0, len(rows), 7))
+
+
+def stages(specs: Sequence[ConvSpec], shape: Sequence[int], dtype: torch.dtype) -> tuple[Stage, ...] | None:
+    """The chain ``specs`` on images of ``shape`` = (channels, height, width), cut into stages that have kernels."""
+    return _stages(tuple(specs), tuple(shape), dtype)
+
+
+def _conv3x3(source: int, residual: int, channels: int, stride: int = 1) -> ConvSpec:
+    return ConvSpec(source, residual, RELU, channels, (3, 3), (stride, stride), (1, 1))
+
+
+@lru_cache(maxsize=64)
+def _stages(rows: tuple[ConvSpec, ...], shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Stage, ...] | None:
+    if dtype not in DTYPES or shape[1] != shape[2]:
+        return None
+    found: list[Stage] = []
+    at, channels, size = 0, shape[0], shape[1]  # of the value that the layers before `at` give
+    entry: str | None = None
+    taken: list[int] = []
+
+    def close() -> None:
+        if entry is not None:
+            found.append(Stage(entry, channels, size, tuple(taken)))
+
+    while at < len(rows):
+        out = rows[at].out_channels
+        if at == 0 and channels == 3 and rows[0] == _conv3x3(0, -1, out):
+            entry, channels, taken, at = "stem", out, [0], 1
+            continue
+        if rows[at : at + 2] == (_conv3x3(at, -1, out), _conv3x3(at + 1, at, out)) and out == channels:
+            entry = entry or "map"
+            taken += [at, at + 1]
+            at += 2
+        elif (
+            rows[at : at + 3]
+            == (
+                _conv3x3(at, -1, out, stride=2),
+                ConvSpec(at, -1, 0, out, (1, 1), (2, 2), (0, 0)),
+                _conv3x3(at + 1, at + 2, out),
+            )
+            and out == 2 * channels
+            and size % 2 == 0
+        ):
+            close()
+            entry, channels, size, taken = "strided", out, size // 2, [at + 1, at, at + 2]
+            at += 3
+        else:
+            return None
+    close()
+    return tuple(found) if all(s.blocks > 0 and s.kernels(dtype) for s in found) else None
+
+
+def has_head(found: Sequence[Stage]) -> bool:
+    """Whether the last kernel goes on through average pooling and a linear layer."""
+    return found[-1].size == 8
+
+
+def runs(found: Sequence[Stage], dtype: torch.dtype) -> bool:
+    """Whether the device behind the launches has the kernels of these stages, and float32 may be multiplied as TF32."""
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return False
+    return all(launch.has_cuda(kernels()[i].name(dtype)) for stage in found for i in stage.kernels(dtype))
+
+
+def _choose(stage: Stage, dtype: torch.dtype, images: int, multiprocessors: int) -> int:
+    """Number of the kernel: as few images a block as keep the blocks at one for each multiprocessor.
+
+    The images of a block share its reads of the filters; but before blocks carry several images, all multiprocessors
+    should have one.
+    """
+    numbers = stage.kernels(dtype)
+    return next((i for i in numbers if images <= kernels()[i].images * multiprocessors), numbers[-1])
+
+
+def _fragments(weight: Tensor) -> Tensor:
+    """[K, R, S, C] in the order in which lanes read filters: by 32 bytes of input channels, column, row, 16 channels of
+    output, lane (output channel mod 8, word of the input's 16 bytes), and the lane's four words (8 channels of output,
+    16 bytes of input)."""
+    k, r, s, c = weight.shape
+    word = 4 // weight.element_size()
+    parts = weight.view(k // 16, 2, 8, r, s, c // (8 * word), 2, 4, word)
+    return parts.permute(5, 4, 3, 0, 2, 7, 1, 6, 8).reshape(-1)
+
+
+def _stem_fragments(weight: Tensor) -> Tensor:
+    """The same of [K, 3, 3, 3], seen as four rows of taps of four channels. A word has two channels of one row: the
+    lane's number mod 4 tells the row's lowest bit and which two, the word's place the row's highest bit. In float32
+    that number is the channel, the word's place the row's lowest bit, and the rows' two halves are steps of their
+    own."""
+    k = weight.shape[0]
+    parts = torch.nn.functional.pad(weight, (0, 1, 0, 0, 0, 1)).view(k // 16, 2, 8, 2, 2, 3, 2, 2)
+    if weight.element_size() == 4:
+        return parts.permute(5, 3, 0, 2, 6, 7, 1, 4).reshape(-1)
+    return parts.permute(5, 0, 2, 4, 6, 1, 3, 7).reshape(-1)
+
+
+def _to_tf32(weight: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa, halves away from zero, as the kernels round what they multiply with it."""
+    rounded = ((weight.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(weight.isfinite(), rounded, weight)
+
+
+def pack(
+    found: Sequence[Stage],
+    filters: Sequence[Tensor],
+    dtype: torch.dtype,
+    head: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """The filters of all stages in the order in which their kernels read them, in one tensor.
+
+    filters: by layer of the chain, as ``pack_conv_bn`` gives them on CUDA devices, for images of ``dtype``. head:
+    weight ``[classes, channels]`` and bias of the linear layer behind.
+    """
+    pieces: list[Tensor] = []
+    for stage in found:
+        for layer, shape in zip(stage.layers, stage.weights(), strict=True):
+            weight, scale, shift, _ = cuda_unpack(filters[layer], shape, dtype)
+            weight = _to_tf32(weight) if dtype == torch.float32 else weight
+            arranged = _stem_fragments(weight) if shape[3] == 3 else _fragments(weight)
+            pieces += [arranged.view(torch.float32), scale, shift]
+    if head is not None:
+        weight, bias = head
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        pieces += [weight.to(dtype).reshape(-1).view(torch.float32), bias.float()]
+    packed = torch.cat(pieces)
+    # Kernels copy 16 bytes at a time.
+    return torch.nn.functional.pad(packed, (0, -packed.numel() % 4))
+
+
+def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0) -> Tensor:
+    """The chain on CUDA devices: one launch a stage. See ``ops.cpp``."""
+    if x.dim() != 4:
+        raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
+    found = stages(decode(layers), x.shape[1:], x.dtype)
+    if found is None:
+        raise RuntimeError(
+            f"layers and x of {tuple(x.shape)}, {x.dtype}, are no chain of stages that have kernels: "
+            + ", ".join(k.name(x.dtype) for k in kernels())
+        )
+    if packed.device != x.device or packed.dtype != torch.float32:
+        raise RuntimeError(f"packed is on {packed.device} in {packed.dtype}, want {x.device} and float32")
+    if classes < 0 or (classes > 0 and not has_head(found)):
+        raise RuntimeError(f"classes is {classes}, want 0{' or more' if has_head(found) else ''}")
+    wanted = sum(s.floats(x.dtype) for s in found) + classes * (found[-1].channels * x.element_size() // 4 + 1)
+    if packed.numel() != wanted + -wanted % 4:
+        raise RuntimeError(f"packed has {packed.numel()} floats, want {wanted + -wanted % 4}")
+    multiprocessors = (
+        _SIMULATED_MULTIPROCESSORS
+        if launch.is_simulated()
+        else torch.cuda.get_device_properties(x.device).multi_processor_count
+    )
+    batch, at = x.shape[0], 0
+    for stage in found:
+        kernel = kernels()[_choose(stage, x.dtype, batch, multiprocessors)]
+        channels_last = stage.entry != "stem" or not x.is_contiguous()
+        x = launch.aligned(
+            x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        )
+        outputs = classes if stage is found[-1] else 0
+        y = x.new_empty((batch, outputs)) if outputs else empty_image(x, stage.channels, stage.size, stage.size)
+        args = (x, packed[at:], y, batch, stage.blocks, outputs, channels_last)
+        grid = (-(-batch // kernel.images),)
+        launch.cuda_launch(kernel.name(x.dtype), grid, (kernel.threads,), kernel.shared, args)
+        at += stage.floats(x.dtype)
+        x = y
+    return x
+
+
+def _launcher(number: int) -> launch.Launcher:
+    def start(grid: tuple[int, ...], block: tuple[int, ...], shared: int, args: tuple) -> None:
+        x, filters, y, _, blocks, classes, channels_last = args
+        torch.ops.resnet_fast.residual_stage_launch(number, x, filters, y, blocks, classes, channels_last)
+
+    return start
+
+
+def register() -> None:
+    """Gives the extension's kernels to the GPU behind the launches."""
+    for number, kernel in enumerate(kernels()):
+        for dtype in kernel.dtypes():
+            launch.gpu.register(kernel.name(dtype), _launcher(number))

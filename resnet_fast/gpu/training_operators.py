@@ -1,0 +1,273 @@
+"""The operators of training on CUDA devices: checks, and for each convolution the form that is fastest on this GPU.
+
+There are two forms: PyTorch's convolution between passes that normalise and sum, and kernels that do both on the way in
+and out of the convolution. Forward, gradient of the data and gradient of the weight choose for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._triton import batch_norm
+from .._triton import conv_backward as backward
+from .._triton import conv_moments as forward
+from .._triton.arguments import as_rows
+from .._triton.filters import like, packed
+from .._triton.finalize import Stats, stats
+from .._triton.sums import finish_sums
+from ..ops.conv_autograd import fake_conv
+from ..ops.conv_gradient import convolution_backward
+from ..ops.training import statistics_rows
+from .candidates.triton import Config
+from .checks import check_algorithm, check_dtype, check_image, check_pixels, check_rows, check_sums, fail
+from .layer import Layer, layer_of
+from .tune import LIBRARY, Choice, tuner
+
+
+def _layer(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], added: bool, relu: bool, role: str
+) -> Layer:
+    k, _, *kernel = weight.shape
+    layer = layer_of(x.shape, (k, *kernel), stride, padding, x.dtype, residual=added, relu=relu, role=role)
+    check_pixels(role, max(layer.pixels, x.shape[0] * x.shape[2] * x.shape[3]))
+    return layer
+
+
+def convolve(
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    filters: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    moments: bool,
+) -> tuple[Tensor, Stats | None]:
+    """``y = conv2d([relu](scale * x + shift), weight) + bias``, with the first step of its statistics.
+
+    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    """
+    op = "conv_moments"
+    check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    shaped = weight.to(x.dtype) if filters is None else filters
+    y = fake_conv(x, shaped, bias, None, None, None, None, 0.0, stride, padding)
+    if bias is not None and bias.shape != (weight.shape[0],):
+        fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
+    check_rows(op, "scale_shift", scale_shift, 2, x)
+    if moments and x.shape[0] == 0:
+        fail(op, "x has no images, want at least one for mean and variance")
+    if min(*x.shape[2:], *y.shape[2:]) < 1:
+        fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
+    if y.numel() == 0:
+        return y, None
+    layer = _layer(x, weight, stride, padding, False, relu, op)
+    own = packed(weight, x.dtype) if filters is None else filters
+
+    def run(choice: Choice) -> tuple[Tensor, Stats | None]:
+        if isinstance(choice, Config):
+            rows = own.permute(0, 2, 3, 1)
+            return y, forward.conv_moments(layer, choice, x, scale_shift, rows, bias, y, moments)
+        return forward.library(layer, x, scale_shift, own, bias, moments)
+
+    return run(tuner(x.device).choose(layer, lambda: [run]))
+
+
+def conv_moments(
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    check_algorithm("conv_moments", algorithm)
+    y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, moments)
+    return y, statistics_rows(x, 2, weight.shape[0] if moments else 0) if found is None else stats(found)[0]
+
+
+def bn_apply(
+    y: Tensor, scale_shift: Tensor | None, residual: Tensor | None, residual_scale_shift: Tensor | None, relu: bool
+) -> Tensor:
+    op = "bn_apply"
+    check_image(op, "y", y)
+    check_rows(op, "scale_shift", scale_shift, 2, y)
+    if residual is not None:
+        check_image(op, "residual", residual, ("y", y))
+    check_rows(op, "residual_scale_shift", residual_scale_shift, 2, y)
+    out = torch.empty_like(y)
+    if y.numel() > 0:
+        added = None if residual is None else as_rows(residual)
+        batch_norm.bn_apply(as_rows(y), scale_shift, added, residual_scale_shift, as_rows(out), relu)
+    return out
+
+
+def sums(
+    grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``grad`` where the ReLU let it pass, and its parts' sums: at least one pixel."""
+    op = "bn_backward_sums"
+    check_image(op, "grad", grad)
+    if positive is not None:
+        check_image(op, "positive", positive, ("grad", grad))
+    check_rows(op, "scale_shift", scale_shift, 2, grad)
+    check_sums(op, ("grad", grad), ys, means)
+    out = torch.empty_like(grad)
+    if grad.numel() == 0:
+        return out, torch.empty(0, 1 + len(ys), grad.shape[1], dtype=torch.float32, device=grad.device)
+    return out, _sums(grad, None, positive, scale_shift, ys, means, out)
+
+
+def bn_backward_sums(
+    grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    out, partial = sums(grad, positive, scale_shift, ys, means)
+    return out, finish_sums(partial)
+
+
+def channel_sums(grad: Tensor) -> Tensor:
+    check_image("channel_sums", "grad", grad)
+    return as_rows(grad).sum(0, dtype=torch.float32)
+
+
+def _sums(
+    grad: Tensor,
+    added: Tensor | None,
+    positive: Tensor | None,
+    scale_shift: Tensor | None,
+    ys: list[Tensor],
+    means: list[Tensor],
+    out: Tensor,
+) -> Tensor:
+    images = [None if t is None else as_rows(t) for t in (added, positive)]
+    return batch_norm.bn_backward_sums(
+        as_rows(grad), *images, scale_shift, [as_rows(y) for y in ys], means, as_rows(out)
+    )
+
+
+def gradients(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    filters: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    need_x: bool,
+    need_weight: bool,
+    residual: Tensor | None,
+    finish: bool,
+    ys: list[Tensor],
+    means: list[Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x and of the weight, in its dtype and layout, and with ``finish`` the parts' sums of the first.
+
+    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    """
+    op = "conv_backward"
+    check_image(op, "grad", grad)
+    check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    shaped = weight.to(x.dtype) if filters is None else filters
+    result = fake_conv(x, shaped, None, None, None, None, None, 0.0, stride, padding)
+    check_image(op, "grad", grad, ("the convolution's output", result))
+    if (y is None) != (coefficients is None):
+        fail(op, "y and coefficients come together")
+    if y is not None:
+        check_image(op, "y", y, ("grad", grad))
+    check_rows(op, "coefficients", coefficients, 4, grad)
+    check_rows(op, "scale_shift", scale_shift, 2, x)
+    if residual is not None:
+        check_image(op, "residual", residual, ("x", x))
+    check_sums(op, ("x", x), ys, means)
+    if finish and not need_x:
+        fail(op, "finish without need_x")
+    if min(x.numel(), grad.numel()) == 0:
+        nothing = torch.zeros(0, 1 + len(ys), x.shape[1], dtype=torch.float32, device=x.device)
+        dx = torch.zeros_like(x) if residual is None else residual.clone()
+        return dx if need_x else None, torch.zeros_like(weight) if need_weight else None, nothing if finish else None
+
+    own = packed(weight, x.dtype) if filters is None else filters
+
+    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+        return convolution_backward(gradient, image, own, None, [*stride], [*padding], mask)
+
+    def written() -> Tensor:
+        if y is None or coefficients is None:
+            return grad
+        dy = torch.empty_like(grad)
+        batch_norm.bn_input_gradient(as_rows(grad), as_rows(y), coefficients, as_rows(dy))
+        return dy
+
+    def data(choice: Choice, dy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(choice, Config):
+            dx = torch.empty_like(x)
+            operands = (grad, y, coefficients, own.permute(0, 2, 3, 1), residual, x, scale_shift)
+            return dx, backward.data_gradient(data_layer, choice, *operands, finish, ys, means, dx)
+        found = library(written() if dy is None else dy, x, [True, False, False])[0]
+        assert found is not None
+        found = found.contiguous(memory_format=torch.channels_last)
+        if not finish:
+            return found if residual is None else bn_apply(found, None, residual, None, False), None
+        dx = torch.empty_like(x)
+        positive = x if relu or scale_shift is None else None
+        return dx, _sums(found, residual, positive, scale_shift, ys, means, dx)
+
+    def of_weight(choice: Choice, dy: Tensor | None = None) -> Tensor:
+        if isinstance(choice, Config):
+            dw = torch.empty_like(weight)
+            backward.weight_gradient(weight_layer, choice, grad, y, coefficients, x, scale_shift, dw)
+            return dw
+        image = forward.activation(x, scale_shift, relu)
+        found = library(written() if dy is None else dy, image, [False, True, False])[1]
+        assert found is not None
+        return like(found, weight)
+
+    choose = tuner(x.device).choose
+    data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
+    weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
+    data_choice = choose(data_layer, lambda: [data]) if need_x else None
+    weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
+    dy = written() if LIBRARY in (data_choice, weight_choice) else None
+    found: tuple[Tensor | None, Tensor | None] = (None, None)
+    if data_choice is not None:
+        found = data(data_choice, dy)
+    return found[0], None if weight_choice is None else of_weight(weight_choice, dy), found[1]
+
+
+def conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    need_x: bool,
+    need_weight: bool,
+    residual: Tensor | None,
+    finish: bool,
+    ys: list[Tensor],
+    means: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_algorithm("conv_backward", algorithm)
+    operands = (grad, y, coefficients, x, scale_shift, relu, weight, None, stride, padding)
+    dx, dw, partial = gradients(*operands, need_x, need_weight, residual, finish, ys, means)
+    return (
+        x.new_empty((0, *x.shape[1:])) if dx is None else dx,
+        torch.empty_like(weight) if dw is None else dw,
+        statistics_rows(x, 0, x.shape[1]) if partial is None else finish_sums(partial),
+    )

@@ -1,0 +1,305 @@
+"""Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
+
+The candidates are the tiles of :mod:`.configs` (Triton), those of :mod:`.cuda_configs` and :mod:`.hopper_configs` (CUDA
+C++) where the extension holds them, the libraries' fused kernels of :mod:`resnet_fast.gpu.library` where filters may be
+folded, and PyTorch's own convolution followed by one fused pass: a fused layer is never slower than an unfused one, to
+the accuracy of the measurement (:mod:`resnet_fast.gpu.timing`). ``backends.use("cuda")`` and ``backends.use("triton")``
+leave one kind of them; a choice among those is kept apart. Choices are written to
+``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
+kernels and so give the same bits. What :mod:`resnet_fast.gpu.shipped` knows of a GPU is not measured again.
+``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs` expects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import backends, launch
+from . import library, shipped, timing
+from .candidates import cuda as cuda_configs
+from .candidates import hopper as hopper_configs
+from .candidates import triton as configs
+from .candidates.cuda import CudaConfig
+from .candidates.hopper import HopperConfig
+from .candidates.triton import Config
+from .layer import Gpu, Layer, gpu_of
+
+__all__ = ["Tuner", "choices", "tuner", "use"]
+
+LIBRARY = "library"
+# How a chain of convolutions runs: a stage of it a launch, a convolution and the pooling behind it a launch, or a
+# convolution a launch.
+STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
+Choice = Config | CudaConfig | HopperConfig | str
+Run = Callable[[Any], object]
+# Seconds of a call of each candidate, and what those raised that cannot run here.
+Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
+_LIBRARIES = (library.CUDNN, library.CUBLASLT)
+# A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
+# should not decide.
+_MARGIN = 0.01
+
+_forced: Choice | None = None
+
+
+def forced() -> Choice | None:
+    """The choice of :func:`use`, None outside of it."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use(choice: Choice) -> Iterator[None]:
+    """Within the block every convolution runs with ``choice``, a configuration or ``"library"``, unmeasured."""
+    global _forced
+    before, _forced = _forced, choice
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def cache_file(name: str) -> Path:
+    """Choices depend on the GPU and on who compiles and who is compared with."""
+    folder = os.environ.get("RESNET_FAST_CACHE") or Path.home() / ".cache" / "resnet_fast"
+    versions = f"torch{torch.__version__}-triton{backends.triton_version()}"
+    return Path(folder) / f"gpu-{re.sub(r'[^A-Za-z0-9.+-]+', '_', f'{name}-{versions}')}.json"
+
+
+def _measured(device: torch.device) -> Measure:
+    refusals: tuple[type[Exception], ...] = (RuntimeError,)
+    if backends.has_triton():
+        from triton.runtime import errors
+
+        refusals += (errors.OutOfResources, errors.PTXASError)
+    return functools.partial(timing.interleaved, device=device, errors=refusals)
+
+
+def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
+    """What is measured: all of ``backend``'s kernels that are worth it, and the library where none was named."""
+    found: list[Choice] = []
+    if backend != "cuda" and backends.has_triton():
+        found += configs.candidates(layer, gpu)
+    # On Hopper the tiles of mma.sync were the fastest for none of 104 layers (an H200, float16): wgmma's and the
+    # libraries' do without them.
+    skipped = backend == "triton" or (backend == "auto" and gpu.family == 90 and layer.dtype != torch.float32)
+    if not skipped and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
+        found += cuda_configs.candidates(layer, gpu)
+    # Behind the others: these have been timed nowhere yet, and the first is what runs where times are equal.
+    if backend != "triton" and backends.has_cuda_convolution():
+        found += hopper_configs.candidates(layer, gpu)
+    if backend in ("cuda", "triton"):
+        return found
+    return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
+
+
+def default(layer: Layer, gpu: Gpu, backend: str = "auto") -> Choice:
+    """What runs where nothing may be measured: inside a CUDA graph's capture, or with tuning switched off."""
+    in_cuda = backend == "cuda" or not backends.has_triton()
+    return cuda_configs.default(layer, gpu) if in_cuda else configs.default(layer, gpu)
+
+
+class Tuner:
+    """Choices for one GPU.
+
+    file: where they are kept. measure: seconds of candidates; None to take the model's word. name: of the GPU.
+    known: entries as in the file that come with the package; what the file says counts more.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        file: Path | None,
+        measure: Measure | None,
+        name: str = "this GPU",
+        known: Mapping[str, Any] = {},
+    ) -> None:
+        self.gpu, self.file, self.measure, self.name = gpu, file, measure, name
+        self._known = {key: _parse(entry) for key, entry in known.items()}
+        self.chosen: dict[tuple[Layer | str, str], Choice] = {}
+        self.seconds: dict[str, dict[str, float]] = {}
+        self._stored = self._load()
+        self._spent, self._told = 0.0, False
+
+    def choose(self, layer: Layer, trials: Callable[[], Sequence[Run]], backend: str = "auto") -> Choice:
+        """The choice for ``layer``.
+
+        trials: makes runs of the layer for a measurement, on different operands; each ``run(choice)`` computes it once.
+        backend: ``"cuda"`` or ``"triton"`` where it was named, otherwise all take part.
+        """
+        if _forced is not None:
+            return _forced
+        fallback = functools.partial(default, layer, self.gpu, backend)
+        return self._choose(layer, backend, lambda: candidates(layer, self.gpu, backend), fallback, trials)
+
+    def choose_form(self, chain: str, forms: dict[str, Callable[[], object]], backend: str = "auto") -> str:
+        """Which of ``forms`` runs the chain of convolutions ``chain``; the first where none is measured."""
+        first = next(iter(forms))
+        found = self._choose(chain, backend, lambda: list(forms), lambda: first, lambda: [lambda form: forms[form]()])
+        assert isinstance(found, str)
+        return found
+
+    def wanted(self, layer: Layer, backend: str = "auto") -> list[Choice]:
+        """What :meth:`choose` would run: the choice, or where it would measure, all candidates."""
+        if _forced is not None:
+            return [_forced]
+        known = self.chosen.get((layer, backend)) or self._kept(_key(layer, backend))
+        if known is not None:
+            return [known]
+        return candidates(layer, self.gpu, backend) if self.measures() else [default(layer, self.gpu, backend)]
+
+    def _kept(self, key: str) -> Choice | None:
+        return self._stored.get(key) or self._known.get(key)
+
+    def entries(self) -> dict[str, Any]:
+        """What the file holds, by key."""
+        return {k: c if isinstance(c, str) else dataclasses.asdict(c) for k, c in self._stored.items()}
+
+    def measures(self) -> bool:
+        """Whether a choice that is missing would be measured now."""
+        return self.measure is not None and not capturing()
+
+    def _choose(
+        self,
+        what: Layer | str,
+        backend: str,
+        among: Callable[[], list[Any]],
+        unmeasured: Callable[[], Choice],
+        trials: Callable[[], Sequence[Run]],
+    ) -> Choice:
+        choice = self.chosen.get((what, backend))
+        if choice is None:
+            key = _key(what, backend)
+            choice = self._kept(key)
+            if choice is None:
+                if not self.measures():
+                    return unmeasured()  # not kept: a later call may measure
+                begin = time.perf_counter()
+                choice = self._measure(what, backend, among(), trials())
+                self._tell(time.perf_counter() - begin)
+                # Another process may have been first.
+                choice = self._stored.get(key, choice)
+            self.chosen[what, backend] = choice
+        return choice
+
+    def _measure(self, what: Layer | str, backend: str, among: list[Choice], runs: Sequence[Run]) -> Choice:
+        assert self.measure is not None
+        times, refused = self.measure({c: [functools.partial(run, c) for run in runs] for c in among})
+        for candidate, error in refused.items():
+            warnings.warn(f"resnet_fast: {candidate} does not run on this GPU: {error}", stacklevel=2)
+        if not times:
+            raise RuntimeError(f"none of {', '.join(map(str, among))} runs on this GPU") from next(
+                iter(refused.values())
+            )
+        self._keep(what, backend, times)
+        if isinstance(what, Layer) and what.folded:
+            # Measured by the way: what runs the layer where its filters may not be folded.
+            unfolded = {c: s for c, s in times.items() if c not in _LIBRARIES}
+            if unfolded:
+                self._keep(dataclasses.replace(what, folded=False), backend, unfolded)
+        return self._stored[_key(what, backend)]
+
+    def _keep(self, what: Layer | str, backend: str, times: dict[Choice, float]) -> None:
+        best = next(iter(times))
+        for candidate, seconds in times.items():
+            if seconds < times[best] * (1 - _MARGIN):
+                best = candidate
+        key = _key(what, backend)
+        self.seconds[key] = {str(c): s for c, s in times.items()}
+        self._store(key, best)
+
+    def _tell(self, seconds: float) -> None:
+        """Says once what takes so long."""
+        self._spent += seconds
+        if self._spent > 2 and not self._told:
+            self._told = True
+            where = f", kept in {self.file}" if self.file else ""
+            print(f"resnet_fast: measuring which kernels are fastest on {self.name}, once{where}", file=sys.stderr)
+
+    def _load(self) -> dict[str, Choice]:
+        if self.file is None or not self.file.exists():
+            return {}
+        try:
+            return {k: _parse(v) for k, v in json.loads(self.file.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            warnings.warn(f"resnet_fast: {self.file} is not readable and is measured anew: {error}", stacklevel=2)
+            return {}
+
+    def _store(self, key: str, choice: Choice) -> None:
+        """Adds an entry to the file. Others may write it meanwhile: it is read again and replaced as a whole."""
+        self._stored[key] = choice
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            # What another process found first stays, so that both run the same from then on.
+            self._stored = {**self._stored, **self._load()}
+            handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=self.file.name)
+            with open(handle, "w") as out:
+                json.dump(self.entries(), out, indent=1, sort_keys=True)
+            os.replace(partial, self.file)
+        except OSError as error:
+            warnings.warn(f"resnet_fast: measured choices cannot be kept in {self.file}: {error}", stacklevel=2)
+
+
+def _key(what: Layer | str, backend: str) -> str:
+    text = what if isinstance(what, str) else " ".join(str(v) for v in dataclasses.astuple(what)).replace("torch.", "")
+    return text if backend == "auto" else f"{backend}: {text}"
+
+
+def _parse(entry: str | dict[str, int]) -> Choice:
+    if isinstance(entry, str):
+        if entry not in (LIBRARY, *_LIBRARIES, STAGES, POOLED, LAYERS):
+            raise ValueError(f"unknown choice {entry!r}")
+        return entry
+    if "halo" in entry:
+        return HopperConfig(**entry)
+    return CudaConfig(**entry) if "tile" in entry else Config(**entry)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_tuners: dict[tuple[bool, int | None], Tuner] = {}
+
+
+def tuner(device: torch.device) -> Tuner:
+    """The tuner of ``device``."""
+    key = (launch.is_simulated(), device.index)
+    if key not in _tuners:
+        if launch.is_simulated():
+            _tuners[key] = Tuner(gpu_of(device), None, None)
+        else:
+            measured = os.environ.get("RESNET_FAST_TUNE", "1") != "0"
+            name = torch.cuda.get_device_name(device)
+            measure = _measured(device) if measured else None
+            _tuners[key] = Tuner(gpu_of(device), cache_file(name), measure, name, shipped.load(name))
+    return _tuners[key]
+
+
+def choices() -> dict[Layer | str, tuple[Choice, dict[str, float]]]:
+    """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it.
+
+    Chains of layers that could run a stage a launch stand beside them, by name.
+    Where the choice was read from the file there are none.
+    """
+    return {
+        layer: (choice, t.seconds.get(_key(layer, backend), {}))
+        for t in _tuners.values()
+        for (layer, backend), choice in t.chosen.items()
+    }

@@ -1,0 +1,92 @@
+"""Shapes of the operators of training, a convolution or a pass between two convolutions each; they have no gradient of
+their own: :mod:`resnet_fast.chain.training` calls them, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conv_autograd import fake_conv
+from .spec import empty_image
+
+__all__ = ["FAKES", "FAKES_ON_CPUS", "statistics_rows"]
+
+
+def _fake_conv_moments(
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    y = fake_conv(x, weight.to(x.dtype), bias, None, None, None, None, 0.0, stride, padding)
+    return y, statistics_rows(x, 2, weight.shape[0] if moments else 0)
+
+
+def statistics_rows(like: Tensor, rows: int, channels: Any) -> Tensor:
+    """Statistics, in the type of the arithmetic."""
+    return like.new_empty((rows, channels), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _fake_bn_apply(y: Tensor, *rest: Any) -> Tensor:
+    return empty_image(y, *y.shape[1:])
+
+
+def _fake_bn_backward_sums(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_image(grad, *grad.shape[1:]), statistics_rows(grad, 3, grad.shape[1])
+
+
+def _fake_channel_sums(grad: Tensor) -> Tensor:
+    return statistics_rows(grad, 1, grad.shape[1])[0]
+
+
+def _fake_conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    algorithm: int,
+    need_x: bool,
+    need_weight: bool,
+    residual: Tensor | None,
+    finish: bool,
+    ys: list[Tensor],
+    means: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = empty_image(x if need_x else x[:0], *x.shape[1:])
+    return dx, torch.empty_like(weight), statistics_rows(x, 3 if finish else 0, x.shape[1])
+
+
+def _fake_max_pool(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    out = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+    return empty_image(x, *out.shape[1:]), x.new_empty((out.numel() + 1) // 2, dtype=torch.uint8)
+
+
+def _fake_max_pool_backward(grad: Tensor, places: Tensor, size: list[int], *rest: Any) -> Tensor:
+    return empty_image(grad, grad.shape[1], *size)
+
+
+# By operator.
+FAKES: dict[str, Any] = {
+    "conv_moments": _fake_conv_moments,
+    "bn_apply": _fake_bn_apply,
+    "bn_backward_sums": _fake_bn_backward_sums,
+    "channel_sums": _fake_channel_sums,
+    "conv_backward": _fake_conv_backward,
+}
+# Of kernels that CPUs alone have.
+FAKES_ON_CPUS: dict[str, Any] = {"max_pool": _fake_max_pool, "max_pool_backward": _fake_max_pool_backward}

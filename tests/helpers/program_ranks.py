@@ -1,0 +1,136 @@
+"""Checks that every process of a torchrun makes: ``torchrun ... program_ranks.py FOLDER``."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers.program_support import differences, small_cifar
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_fast import cifar_resnet20
+from resnet_fast.program import data, distributed, loop, options, sync_batch_norm
+
+LR = 0.05
+
+
+def close(a, b, what, tolerance=1e-9):
+    error = float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-30))
+    assert error <= tolerance, f"{what}: {error}"
+
+
+def batch_norm_like_one_process(rank, world):
+    """Unequal batches, one of them empty: outputs, gradients and statistics of the joined batch."""
+    counts = [3, 1, 0, 4][:world] if world > 2 else [3, 2]
+    x = torch.randn(sum(counts), 5, 3, 2, dtype=torch.float64) * 2 + 1000
+    grad = torch.randn_like(x)
+    start = sum(counts[:rank])
+    mine = slice(start, start + counts[rank])
+    for momentum in (0.1, None):
+        alone = nn.BatchNorm2d(5, momentum=momentum, dtype=torch.float64)
+        nn.init.uniform_(alone.weight), nn.init.uniform_(alone.bias)
+        synced = copy.deepcopy(alone)
+        sync_batch_norm.convert(synced)
+        for _ in range(2):
+            own, whole = x[mine].clone().requires_grad_(), x.clone().requires_grad_()
+            synced.zero_grad(), alone.zero_grad()
+            y, wanted = synced(own), alone(whole)
+            y.backward(grad[mine]), wanted.backward(grad)
+        if counts[rank]:
+            close(y, wanted[mine], "output")
+            close(own.grad, whole.grad[mine], "gradient")
+        for name in ("weight", "bias"):
+            gradient = getattr(synced, name).grad
+            dist.all_reduce(gradient)
+            close(gradient, getattr(alone, name).grad, name)
+        for name, value in alone.state_dict().items():
+            close(synced.state_dict()[name].double(), value.double(), name)
+    synced.eval(), alone.eval()
+    close(synced(x), alone(x), "evaluation")
+
+
+def training_like_one_process(rank, world):
+    """Three steps of a network in float64: weights and statistics of one process with the joined batch."""
+    alone = cifar_resnet20().double()
+    shared = copy.deepcopy(alone)
+    sync_batch_norm.convert(shared)
+    joined = DistributedDataParallel(shared)
+    optimizers = [torch.optim.SGD(m.parameters(), LR, momentum=0.9) for m in (alone, shared)]
+    for _ in range(3):
+        x, labels = torch.randn(4 * world, 3, 12, 12, dtype=torch.float64), torch.randint(10, (4 * world,))
+        F.cross_entropy(alone(x), labels).backward()
+        mine = slice(4 * rank, 4 * rank + 4)
+        F.cross_entropy(joined(x[mine]), labels[mine]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in alone.state_dict().items():
+        close(shared.state_dict()[name].double(), value.double(), name, 1e-7)
+
+
+def trained(folder, group, name, *given):
+    """The state after one epoch of the program's own loop; another trainer takes it up from the file."""
+    out = folder.parent / name
+    chosen = options.parse([*small_cifar(folder), "--epochs", "1", "--lr", "0.01", "--out", str(out), *given])
+    trainer = loop.Trainer(chosen, data.load(chosen), group)
+    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    assert received == 0
+    trainer.save(best=False)
+    other = loop.Trainer(chosen, data.load(chosen), group)
+    other.restore(out / f"step-{trainer.done:08d}.pt")
+    assert differences(other.state(), trainer.state()) == []
+    return trainer.state()
+
+
+def strategies_agree(folder, group):
+    """Sharded and replicated weights, and gradients sent once or with every pass, come to the same."""
+    ddp = trained(folder, group, "ddp", "--accumulate", "2")
+    fsdp = trained(folder, group, "fsdp", "--accumulate", "2", "--strategy", "fsdp")
+    every_pass = distributed.Processes.pass_without_sync
+    distributed.Processes.pass_without_sync = staticmethod(lambda network, last: every_pass(network, True))
+    try:
+        chatty = trained(folder, group, "every pass", "--accumulate", "2")
+    finally:
+        distributed.Processes.pass_without_sync = staticmethod(every_pass)
+    assert ddp["step"] == fsdp["step"] == chatty["step"] == 80 // (8 * 2 * group.world)
+    for name, value in ddp["model"].items():
+        # Two steps from the same weights in float32; other orders of sums.
+        close(fsdp["model"][name].double(), value.double(), f"fsdp {name}", 1e-3)
+        close(chatty["model"][name].double(), value.double(), f"every pass {name}", 1e-3)
+    assert ddp["optimizer"].keys() == fsdp["optimizer"].keys()
+
+
+def no_sync_sends_nothing(rank, world):
+    network = nn.Linear(3, 2)
+    joined = DistributedDataParallel(network)
+    x = torch.full((1, 3), float(rank + 1))
+    with distributed.Processes.pass_without_sync(joined, last=False):
+        joined(x).sum().backward()
+    assert network.weight.grad.equal(x.expand(2, 3)), "the first pass was sent"
+    with distributed.Processes.pass_without_sync(joined, last=True):
+        joined(x).sum().backward()
+    mean = sum(2.0 * (r + 1) for r in range(world)) / world
+    assert network.weight.grad.equal(torch.full((2, 3), mean)), "the passes together were not sent"
+
+
+def main():
+    folder = Path(sys.argv[1])
+    group = distributed.Processes(options.Options("none", device="cpu"))
+    rank, world = group.rank, group.world
+    torch.manual_seed(0)  # all draw the same images
+    batch_norm_like_one_process(rank, world)
+    training_like_one_process(rank, world)
+    no_sync_sends_nothing(rank, world)
+    own = folder / str(rank)
+    own.mkdir()
+    if world == 2:
+        strategies_agree(own, group)
+    (own / "done").write_text("")
+    group.close()
+
+
+if __name__ == "__main__":
+    main()

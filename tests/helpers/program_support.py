@@ -1,0 +1,99 @@
+"""Small data sets and runs of the training program."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from resnet_fast import train
+from resnet_fast.program.archives import checksum
+
+ROOT = Path(__file__).parents[2]
+CLASSES = [f"class{i}" for i in range(10)]
+
+
+def make_archive(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def cifar_members(images, labels, test_images, test_labels):
+    """CIFAR-10's python form: pixels in rows, keys as bytes."""
+
+    def part(images, labels):
+        return pickle.dumps({b"data": images.reshape(-1, 3072), b"labels": labels.tolist()}, protocol=4)
+
+    members = {f"cifar-10-batches-py/data_batch_{i + 1}": part(images[i::5], labels[i::5]) for i in range(5)}
+    members["cifar-10-batches-py/test_batch"] = part(test_images, test_labels)
+    members["cifar-10-batches-py/batches.meta"] = pickle.dumps({b"label_names": [c.encode() for c in CLASSES]}, 4)
+    return members
+
+
+def random_images(count, seed=0):
+    dice = np.random.default_rng(seed)
+    return dice.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8), dice.integers(0, 10, count)
+
+
+def small_cifar(folder, count=80, seed=0):
+    """Options for a run on ``count`` images of noise in CIFAR-10's form."""
+    path = make_archive(
+        folder / "cifar-10-python.tar.gz", cifar_members(*random_images(count, seed), *random_images(20, seed=1))
+    )
+    return ["--data", str(path), "--checksum", checksum(path), "--batch", "8", "--workers", "0"]
+
+
+def run(*options):
+    """The program in this process; its exit status."""
+    return train.main([str(option) for option in options])
+
+
+def environment():
+    # One thread a process: two cores carry up to four of them.
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
+def start(*options, launcher=(sys.executable, "-m")):
+    """The program in a process, and a group, of its own."""
+    command = [*launcher, "resnet_fast.train", *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
+
+
+def torchrun(processes):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m")
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def differences(a, b, name=""):
+    """Names of what is not the same, bit for bit, in two checkpoints; the clock may differ."""
+    if name.endswith((".images_per_s", ".seconds")):
+        return []
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and a.shape == b.shape and a.equal(b) else [name]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [name]
+        return [found for key in a for found in differences(a[key], b[key], f"{name}.{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [name]
+        return [found for i in range(len(a)) for found in differences(a[i], b[i], f"{name}.{i}")]
+    return [] if a == b else [name]
