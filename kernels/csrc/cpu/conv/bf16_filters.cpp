@@ -82,7 +82,7 @@ void pack_winograd_panel(const Filter& filter, const FilterLayout<BFloat16>& lay
 Tensor pack_bf16_filters(const Tensor& weight, const std::vector<double>& scale, const std::vector<double>& shift,
                          Algorithm algorithm) {
   const FilterLayout<BFloat16> layout =
-      bf16_layout(weight.size(0), weight.size(1), weight.size(2), weight.size(3), algorithm);
+      filter_layout<BFloat16>(weight.size(0), weight.size(1), weight.size(2), weight.size(3), algorithm);
   const int64_t size[] = {layout.numel()};
   Tensor packed =
       torch::stable::empty({size, 1}, torch::headeronly::ScalarType::BFloat16, std::nullopt, weight.device());

@@ -9,6 +9,7 @@
 // the same for every instruction set.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "cpu/conv/filters.h"
@@ -43,9 +44,11 @@ struct FilterLayout<BFloat16> {
   }
 };
 
-inline FilterLayout<BFloat16> bf16_layout(int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
-                                          Algorithm algorithm) {
-  return {out_channels, round_up(channels, 2), kernel_h, kernel_w, algorithm};
+// The layout for activations of T, whose pixels have so many channels without padding.
+template <typename T>
+FilterLayout<T> filter_layout(int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
+                              Algorithm algorithm) {
+  return {out_channels, std::is_same_v<T, BFloat16> ? round_up(channels, 2) : channels, kernel_h, kernel_w, algorithm};
 }
 
 // The filter scale[k] * weight[k] with the bias shift, in the order in which the kernels read it.

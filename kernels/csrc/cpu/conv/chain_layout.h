@@ -1,6 +1,7 @@
 // The shapes of the activations of a chain, and their slots of scratch memory.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -36,40 +37,33 @@ inline Halo input_halo(const Layer& l, const Value& x, const Value& y, Algorithm
           far_halo(x.width, y.width, l.pad_w, l.kernel_w, l.stride_w, tile)};
 }
 
-// The layout of a layer's packed filter, whose first element is its algorithm.
+// The algorithm that a filter is packed for: its first element.
+inline double packed_algorithm(const BFloat16* filter) { return filter->bits; }
+template <typename T>
+double packed_algorithm(const T* filter) {
+  return static_cast<double>(*filter);
+}
+
+// The layout of a layer's packed filter.
 template <typename T>
 FilterLayout<T> read_layout(const char* op, size_t index, const Layer& l, int64_t channels, const Tensor& filter) {
-  const ScalarType type = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-  FilterLayout<T> layout{l.out_channels, channels, l.kernel_h, l.kernel_w};
-  bool packed = filter.defined() && filter.scalar_type() == type && filter.dim() == 1 && filter.stride(0) == 1 &&
-                filter.is_cpu() && filter.numel() > 0;
+  constexpr bool bf16 = std::is_same_v<T, BFloat16>;
+  FilterLayout<T> layout = filter_layout<T>(l.out_channels, channels, l.kernel_h, l.kernel_w, Algorithm::kDirect);
+  bool packed = filter.defined() && filter.scalar_type() == kScalarType<T> && filter.dim() == 1 &&
+                filter.stride(0) == 1 && filter.is_cpu() && filter.numel() > 0;
   if (packed) {
-    const T algorithm = *static_cast<const T*>(filter.data_ptr());
+    const double algorithm = packed_algorithm(static_cast<const T*>(filter.data_ptr()));
     const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
-    packed = algorithm == T(0) || (winograd && (algorithm == T(1) || algorithm == T(2)));
+    const auto is = [&](Algorithm a) { return algorithm == static_cast<double>(a); };
+    packed =
+        bf16 ? is(Algorithm::kBf16Direct) || (winograd && is(Algorithm::kBf16Winograd))
+             : is(Algorithm::kDirect) || (winograd && (is(Algorithm::kWinograd) || is(Algorithm::kCompactWinograd)));
     if (packed) layout.algorithm = static_cast<Algorithm>(static_cast<int>(algorithm));
   }
   RESNET_FAST_CHECK(packed && filter.numel() == layout.numel(), op, ": filters[", index,
-                    "] is not what pack_conv_bn gives for a weight of [", l.out_channels, ", ", channels, ", ",
-                    l.kernel_h, ", ", l.kernel_w, "], stride ", l.stride_h, " x ", l.stride_w, " and inputs of ",
-                    dtype_name(type));
-  return layout;
-}
-
-template <>
-inline FilterLayout<BFloat16> read_layout<BFloat16>(const char* op, size_t index, const Layer& l, int64_t channels,
-                                                    const Tensor& filter) {
-  FilterLayout<BFloat16> layout = bf16_layout(l.out_channels, channels, l.kernel_h, l.kernel_w, Algorithm::kBf16Direct);
-  bool packed = filter.defined() && filter.scalar_type() == ScalarType::BFloat16 && filter.dim() == 1 &&
-                filter.stride(0) == 1 && filter.is_cpu() && filter.numel() > 0;
-  if (packed) {
-    layout.algorithm = static_cast<Algorithm>(static_cast<const BFloat16*>(filter.data_ptr())->bits);
-    const bool winograd = l.kernel_h == 3 && l.kernel_w == 3 && l.stride_h == 1 && l.stride_w == 1;
-    packed = layout.algorithm == Algorithm::kBf16Direct || (winograd && layout.algorithm == Algorithm::kBf16Winograd);
-  }
-  RESNET_FAST_CHECK(packed && filter.numel() == layout.numel(), op, ": filters[", index,
-                    "] is not what pack_conv_bn gives in bfloat16 for a weight of [", l.out_channels, ", ", channels,
-                    ", ", l.kernel_h, ", ", l.kernel_w, "], stride ", l.stride_h, " x ", l.stride_w);
+                    "] is not what pack_conv_bn gives ", bf16 ? "in bfloat16 " : "", "for a weight of [",
+                    l.out_channels, ", ", channels, ", ", l.kernel_h, ", ", l.kernel_w, "], stride ", l.stride_h, " x ",
+                    l.stride_w, bf16 ? "" : " and inputs of ", bf16 ? "" : dtype_name(kScalarType<T>));
   return layout;
 }
 

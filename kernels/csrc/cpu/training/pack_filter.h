@@ -140,16 +140,6 @@ int64_t panel_buffer_numel(const FilterLayout<T>& layout) {
   }
 }
 
-template <typename T>
-FilterLayout<T> filter_layout(int64_t out_channels, int64_t channels, int64_t kernel_h, int64_t kernel_w,
-                              Algorithm algorithm) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return bf16_layout(out_channels, channels, kernel_h, kernel_w, algorithm);
-  } else {
-    return {out_channels, channels, kernel_h, kernel_w, algorithm};
-  }
-}
-
 // The filter in the layout that the kernels read, from weights as they are (training applies batch norm later), with
 // this bias (null: zeros).
 template <typename T>
