@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
   // algorithm: 0 for direct convolution; for 3x3 filters with stride 1 also 1 for Winograd's F(4x4, 3x3), and 2 for the
   // same with filters that are transformed when they are used, a quarter of the size. 3 and 4 multiply in bfloat16, for
-  // maps in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
+  // activations in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
   m.def(
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
@@ -126,8 +126,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises where there is none.
   m.def("cuda_stream(int device) -> int");
 
-  // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp); bytes that are kept, and bytes
-  // in use.
+  // Whether freed memory of activations is kept for the next ones (cpu/kept_memory.cpp); bytes kept, and bytes in use.
   m.def("keep_memory(bool keep) -> ()");
   m.def("kept_memory() -> int[]");
 

@@ -11,7 +11,7 @@ namespace resnet_fast {
 namespace {
 
 // P rows of a register tile where the panel is full (two vectors), PH where it is half full (one vector); W, WH and S
-// for the products of Winograd.
+// for the GEMMs of Winograd.
 template <typename T, int P, int PH, int W, int WH, int S>
 constexpr Kernels<T> kernel_table(const char* isa) {
   return {isa,

@@ -146,7 +146,7 @@ class Pass {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> bf16_conv_backward(const BackwardArguments& a) {
-  // Accumulators that the threads share want all images at once: too many for the data gradient.
+  // Accumulators that the threads share need all images at once: too many for the data gradient.
   if (!a.need_x || !a.need_weight || accumulates_per_thread(a)) return Pass(a, a.need_x, a.need_weight).run();
   auto gradients = Pass(a, true, false).run();
   std::get<1>(gradients) = std::get<1>(Pass(a, false, true).run());

@@ -46,7 +46,7 @@ class WeightGradient {
     strip_ = round_up(static_cast<int64_t>(Tile::in) * (Tile::out * ceil_div(out.width, Tile::out) + 2) * 16, 64);
   }
 
-  // Whether all images are wanted at once.
+  // Whether `add` must get all images at once.
   bool whole() const { return whole_; }
 
   // Elements: accumulators, and transformed tiles of the team with a strip for each thread.
