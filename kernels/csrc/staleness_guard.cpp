@@ -7,8 +7,8 @@
 
 namespace {
 
-// Numbers and addresses of objects, in the order in which resnet_fast/watch.py writes them. The Python guard holds the
-// objects: no address is ever reused by a new one.
+// Numbers and addresses of objects, in the order in which resnet_fast/chain/guard.py writes them. Its StalenessGuard
+// holds the objects: no address is ever reused by a new one.
 struct Reader {
   const uintptr_t* next;
 

@@ -4,7 +4,7 @@ Costs are in multiply-adds of a direct convolution at full speed. Winograd's F(4
 outputs where direct convolution multiplies 144 times, but transforms its input and output; at the edges tiles of 3 or 2
 outputs take 5 or 4 points a side instead of 6. Its filters are four times as large, and where there are few tiles for
 each, reading them takes longer than multiplying by them: then they are read as they are, and transformed on the way.
-The factors were fitted to measured times (benchmarks/NOTES.md).
+The factors were fitted to measured times (docs/measurements/cpu-inference.md).
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ class StalenessGuard:
             was.add_attribute(attribute, of)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Watch knows its objects by their addresses: a copy would not hold them")
+        raise TypeError("a StalenessGuard knows its objects by their addresses: a copy would not hold them")
 
     def is_valid(self) -> bool:
         """In C: this is asked before every fused call."""

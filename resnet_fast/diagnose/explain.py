@@ -118,7 +118,7 @@ class Explanation:
 class _Event:
     """A call inside a forward pass: of a fused chain, or of a module that PyTorch runs."""
 
-    module: Any  # nn.Module or Fusing
+    module: Any  # nn.Module or ChainExecutor
     x: Tensor
     y: Tensor
     again: Callable[[], object]
@@ -169,7 +169,7 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
     hooks = [leaf.register_forward_hook(after, with_kwargs=True) for leaf in leaves]
     networks = [m for m in model.modules() if isinstance(m, CifarResNet)]
     for network in networks:
-        network.__dict__["few_images"] = 0  # stage by stage, not as a whole
+        network.__dict__["small_batch"] = 0  # stage by stage, not as a whole
     for m in wrapped:
         m.__dict__["fused"] = listen(m)
     try:
@@ -178,7 +178,7 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
         for m in wrapped:
             del m.__dict__["fused"]
         for network in networks:
-            del network.__dict__["few_images"]
+            del network.__dict__["small_batch"]
         for hook in hooks:
             hook.remove()
 

@@ -49,7 +49,8 @@ def convolve(
 ) -> tuple[Tensor, Stats | None]:
     """``y = conv2d([relu](scale * x + shift), weight) + bias``, with the first step of its statistics.
 
-    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
+    already.
     """
     op = "conv_moments"
     check_image(op, "x", x)
@@ -172,7 +173,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x and of the weight, in its dtype and layout, and with ``finish`` the parts' sums of the first.
 
-    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
+    already.
     """
     op = "conv_backward"
     check_image(op, "grad", grad)

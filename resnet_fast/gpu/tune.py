@@ -1,13 +1,13 @@
 """Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
 
-The candidates are the tiles of :mod:`.configs` (Triton), those of :mod:`.cuda_configs` and :mod:`.hopper_configs` (CUDA
-C++) where the extension holds them, the libraries' fused kernels of :mod:`resnet_fast.gpu.library` where filters may be
-folded, and PyTorch's own convolution followed by one fused pass: a fused layer is never slower than an unfused one, to
-the accuracy of the measurement (:mod:`resnet_fast.gpu.timing`). ``backends.use("cuda")`` and ``backends.use("triton")``
-leave one kind of them; a choice among those is kept apart. Choices are written to
-``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later processes run the same
-kernels and so give the same bits. What :mod:`resnet_fast.gpu.shipped` knows of a GPU is not measured again.
-``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.configs` expects.
+The candidates are the tiles of :mod:`.candidates.triton`, those of :mod:`.candidates.cuda` and
+:mod:`.candidates.hopper` where the extension holds them, the libraries' fused kernels of
+:mod:`resnet_fast.gpu.library` where filters may be folded, and PyTorch's own convolution followed by one fused pass: a
+fused layer is never slower than an unfused one, to the accuracy of the measurement (:mod:`resnet_fast.gpu.timing`).
+``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind of them; a choice among those is kept apart.
+Choices are written to ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later
+processes run the same kernels and so give the same bits. What :mod:`resnet_fast.gpu.shipped` knows of a GPU is not
+measured again. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.candidates.triton` expects.
 """
 
 from __future__ import annotations
