@@ -52,6 +52,9 @@ struct FilterLayout {
   }
 };
 
+template <>
+struct FilterLayout<BFloat16>;  // bf16_filters.h
+
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
 struct BatchNorm {
