@@ -58,7 +58,7 @@ def extension():
     cxx = [*optimize, "-std=c++20", target, "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", "-fopenmp"]
     nvcc = [*optimize[:1], "-std=c++20", target, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
     nvcc.append("-Xcompiler=-fvisibility=hidden")
-    sources = [path for folder in (".", "chain", "cpu") for path in sorted(CSRC.glob(f"{folder}/*.cpp"))]
+    sources = [path for files in ("*.cpp", "chain/*.cpp", "cpu/**/*.cpp") for path in sorted(CSRC.glob(files))]
     link: dict[str, list[str]] = {"extra_link_args": ["-fopenmp"]}
 
     home = cuda_home()

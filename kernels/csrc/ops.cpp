@@ -5,8 +5,8 @@
 #include <torch/headeronly/version.h>
 
 #include "chain/tape.h"
-#include "cpu/stage.h"
-#include "watch.h"
+#include "cpu/conv/chain.h"
+#include "staleness_guard.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // y = relu(a + b)
@@ -26,11 +26,11 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
   // algorithm: 0 for direct convolution; for 3x3 filters with stride 1 also 1 for Winograd's F(4x4, 3x3), and 2 for the
   // same with filters that are transformed when they are used, a quarter of the size. 3 and 4 multiply in bfloat16, for
-  // maps in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
+  // activations in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
   m.def(
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
-  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
+  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/conv/chain.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers, int[] pool=[]) -> Tensor");
 
   // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
@@ -121,8 +121,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises if there is no device.
   m.def("cuda_stream(int device) -> int");
 
-  // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp); bytes that are kept, and bytes
-  // in use.
+  // Whether freed memory of activations is kept for the next ones (cpu/kept_memory.cpp); bytes kept, and bytes in use.
   m.def("keep_memory(bool keep) -> ()");
   m.def("kept_memory() -> int[]");
 
@@ -136,7 +135,7 @@ static PyObject* take_spread(PyObject*, PyObject*) { return PyBool_FromLong(resn
 
 // Importing the module runs the registrations.
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr},
+  static PyMethodDef methods[] = {{"unchanged", is_valid, METH_O, nullptr},
                                   {"fingerprint", fingerprint, METH_O, nullptr},
                                   {"tape", resnet_fast::add_tape, METH_VARARGS, nullptr},
                                   {"drop_tape", resnet_fast::drop_tape, METH_O, nullptr},
