@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from .native import extension
-
 # Starts a CUDA kernel on the current stream: grid, block, bytes of shared memory, arguments.
 Launcher = Callable[[tuple[int, ...], tuple[int, ...], int, tuple[Any, ...]], None]
 Grid = Sequence[int] | Callable[[dict[str, Any]], Sequence[int]]
@@ -90,6 +88,8 @@ class GpuDevice:
         return found, tuple(passed)
 
     def compiled_cuda(self, name: str, threads: int, shared: int, args: Sequence[Any]) -> Compiled:
+        from .native import extension  # tests run this file alone
+
         return Compiled(extension.kernel(name), False, threads, shared, ("i64",) * len(args), 0, None)
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
