@@ -41,7 +41,7 @@ def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module 
     """Whether ``pooled_stem`` is the stem as ``kind`` has it, and ``pool``, as the class behind it says."""
     if type(model).stem is not kind.stem or "stem" in model.__dict__ or pool is None:  # type: ignore[attr-defined]
         return False
-    return patches.kept(kind, "stem") and patches.kept(behind, "pooled_stem")
+    return patches.is_original(kind, "stem") and patches.is_original(behind, "pooled_stem")
 
 
 def _have_others(kinds: Sequence[type], methods: Sequence[str]) -> bool:
@@ -155,7 +155,7 @@ class ResNet32(Replayed, _Network, reference.ResNet32):
         return self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpooling, x) if patches.kept(reference.ResNet32, "flat") else None
+        y = flat_average(self.avgpooling, x) if patches.is_original(reference.ResNet32, "flat") else None
         return super().flat(x) if y is None else y
 
 
@@ -220,7 +220,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return super().stem(x) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpool, x) if patches.kept(reference.CifarResNet, "flat") else None
+        y = flat_average(self.avgpool, x) if patches.is_original(reference.CifarResNet, "flat") else None
         return super().flat(x) if y is None else y
 
 
@@ -246,7 +246,7 @@ class ResNet(Replayed, _ConvBnReluStem, reference.ResNet):
         return self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpool, x) if patches.kept(reference.ResNet, "flat") else None
+        y = flat_average(self.avgpool, x) if patches.is_original(reference.ResNet, "flat") else None
         return super().flat(x) if y is None else y
 
 
