@@ -22,7 +22,7 @@ TRITON_TESTS := tests/ptxsim/test_triton.py tests/simulated/engine/test_tape.py 
   $(patsubst %,tests/simulated/triton_kernels/test_%_triton.py,zero_trips add_relu conv_bn_relu training)
 # Operators, models and simulated GPUs; not the programs, their benchmarks, and what depends on the pinned compiler.
 FLOOR_TESTS := tests --ignore-glob='*/test_program*' --ignore-glob='*/test_*benchmarks*' --ignore-glob='*/test_*gate*' \
-  $(patsubst %,--ignore=tests/project/test_%.py,packaging readme triton_versions)
+  $(patsubst %,--ignore=tests/project/test_%.py,packaging documents triton_versions)
 
 .PHONY: bench bench-peers roofline test test-gpu gpu-kit test-zoo test-floor test-triton-versions lint build format clean
 

@@ -247,7 +247,8 @@ def table(rows: list[Result]) -> str:
 
 
 def readme_table(rows: list[Result]) -> str:
-    """The README's: a line a network, time of a step and bytes kept over those of eager channels_last."""
+    """The table of docs/measurements/cpu-training.md: a line a network, time of a step and bytes kept over those of
+    eager channels_last."""
     lines = [
         ["network", "eager, ms", "torch.compile", "resnet_fast", "kept for the backward pass", "recomputing outputs"]
     ]

@@ -7,8 +7,8 @@
 
 namespace {
 
-// Numbers and addresses of objects, in the order in which resnet_fast/watch.py writes them. Its Watch holds the
-// objects, so no address is ever that of something new.
+// Numbers and addresses of objects, in the order in which resnet_fast/chain/guard.py writes them. Its
+// StalenessGuard holds the objects, so no address is ever that of something new.
 struct Reader {
   const uintptr_t* place;
 

@@ -6,7 +6,7 @@ The unit of cost is a multiply-add of a direct convolution at full speed. Winogr
 16 outputs where direct convolution multiplies 144 times, but transforms input and output; edge tiles of 3 or 2 outputs
 have 5 or 4 points a side instead of 6. Transformed filters are four times as large: with few tiles for each, reading
 them takes longer than multiplying by them, so the compact form reads plain filters and transforms them in the kernel.
-The factors were fitted to measured times (benchmarks/NOTES.md).
+The factors were fitted to measured times (docs/measurements/cpu-inference.md).
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class ChainExecutor:
 
     def emit(self, builder: GraphBuilder, x: Any) -> Any:
         """The dataflow from ``x`` to the result, by calls of ``builder`` alone."""
-        raise NotImplementedError(f"{type(self).__name__}.flow")
+        raise NotImplementedError(f"{type(self).__name__}.emit")
 
     def parts(self) -> list[nn.Module]:
         """The owner, and every module that :meth:`emit` replaces: a change in one of them invalidates the chain."""

@@ -20,8 +20,8 @@ from .trace import IN_PLACE
 
 __all__ = ["ALONE", "Layer", "Match", "Run", "is_context", "match", "what"]
 
-# Forward and backward took 0.99 to 1.9 of PyTorch's time (benchmarks/NOTES.md): no convolution before or behind it is
-# spared a pass over memory, and Winograd's algorithm does not speed it up.
+# Forward and backward took 0.99 to 1.9 of PyTorch's time (docs/measurements/compiler-and-fuse.md): no convolution
+# before or behind it is spared a pass over memory, and Winograd's algorithm does not speed it up.
 ALONE = "a 1x1 convolution alone does not pay in training mode"
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}

@@ -51,7 +51,8 @@ def convolve(
 ) -> tuple[Tensor, Stats | None]:
     """``y = conv2d([relu](scale * x + shift), weight) + bias``, and partial sums of the statistics of y.
 
-    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
+    already.
     """
     op = "conv_moments"
     check_image(op, "x", x)
@@ -174,7 +175,8 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and of the weight, in its dtype and layout; with ``finish``, also partial sums of the first.
 
-    filters: ``weight`` as :func:`.filters.packed` gives it in the dtype of x, where that is there already.
+    filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
+    already.
     """
     op = "conv_backward"
     check_image(op, "grad", grad)

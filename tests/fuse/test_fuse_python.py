@@ -848,7 +848,7 @@ def test_the_networks_of_the_documents():
     text = (Path(__file__).parents[2] / "docs" / "fuse.md").read_text()
     rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) \| (\d+) \|$", text, re.M)
     found = {f"{library} {name}".removeprefix("torchvision "): (int(a), int(b)) for library, name, a, b in rows}
-    assert found == {**networks_of("test_fuse_networks.py"), **networks_of("zoo/test_zoo.py")}
+    assert found == {**networks_of("test_fuse_networks.py"), **networks_of("../zoo/test_zoo.py")}
 
 
 def test_another_code_of_the_forward(monkeypatch):

@@ -24,7 +24,7 @@ def rows_of(folder):
 
 
 def test_learns_digits(tmp_path, capfd):
-    """A small version of the run in the README: 1,500 digits, three epochs."""
+    """A small version of the run in docs/training.md: 1,500 digits, three epochs."""
     given = ["--data", "mnist5k", "--limit", "1500", "--batch", "32", "--epochs", "3", "--lr", "0.1"]
     assert run(*given, "--out", tmp_path / "run") == 0
     rows = rows_of(tmp_path / "run")
