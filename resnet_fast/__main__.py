@@ -49,7 +49,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tuple[int, ...]) -> None:
-    """What can be said of a GPU by counting, and, where there is one, which kernel was chosen for each layer."""
+    """Prints the roofline and, where a GPU is visible, the kernel chosen for each layer."""
     print(roofline(model, torch.empty(shape, dtype=_DTYPES[options.dtype], device="meta")))
     if not torch.cuda.is_available():
         print("No CUDA device is visible: no time was measured.")
@@ -60,7 +60,7 @@ def _explain_cuda(options: argparse.Namespace, model: torch.nn.Module, shape: tu
 
 
 def _run_on_gpu(options: argparse.Namespace, model: torch.nn.Module, shape: tuple[int, ...], training: bool) -> None:
-    """Once, which chooses the kernels: training chooses for itself, forward, the data's gradient and the weights'."""
+    """Runs the network once, which chooses its kernels; a training step chooses for forward and both gradients."""
     dtype = _DTYPES[options.dtype]
     x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    """Ends the program with a line where one is not a number of things."""
+    """Exits with a message if a count is less than 1."""
     for name in ("batch", "image_size", "threads"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
@@ -110,7 +110,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _model(options: argparse.Namespace, module: Any) -> tuple[int, Any]:
-    """The side of its images, and the network."""
+    """The side of the images, and the network."""
     size = options.image_size
     if size is None:
         size = 32 if options.model.startswith("cifar") else 224
@@ -118,12 +118,12 @@ def _model(options: argparse.Namespace, module: Any) -> tuple[int, Any]:
     torch.manual_seed(0)
     try:
         return size, getattr(module, options.model)(**sized)
-    except ValueError as error:  # too small for this network
+    except ValueError as error:  # images too small for this network
         sys.exit(f"{options.command}: {error}")
 
 
 def _chosen(layer: Any, choice: object) -> str:
-    """One line: what the kernel is for, the convolution, the choice. A chain of convolutions has a name for itself."""
+    """One line: role, convolution, choice; ``layer`` is a name where a whole chain was chosen for."""
     if isinstance(layer, str):
         return f"{layer}: {choice}"
     size = f"{layer.batch}x{layer.out_channels}x{layer.out_height}x{layer.out_width}"

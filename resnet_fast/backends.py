@@ -1,4 +1,4 @@
-"""What can run the fused operators here, what was chosen, and why not more.
+"""Which backends can run the fused operators here, which one is selected, and what fell back to PyTorch.
 
 >>> resnet_fast.backends.status()
 {'cpu': 'loaded, avx2', 'cuda': 'compiled, but no CUDA device is visible', 'triton': 'no CUDA device is visible'}
@@ -33,12 +33,12 @@ NAMES: Final = ("auto", "eager", "cpu", "cuda", "triton")
 if _missing is not None:
     warnings.warn(f"resnet_fast runs without its kernels, on PyTorch's own operators: {_missing}", stacklevel=2)
 
-# Asked once: the compiler cannot look into the operator.
+# Asked once, because the compiler cannot trace the operator.
 _isa: Final = ("baseline", "avx2", "avx512")[torch.ops.resnet_fast.cpu_isa() if _missing is None else 0]
 
 _bf16_products: Final = _missing is None and torch.ops.resnet_fast.cpu_multiplies_bf16()
 
-# Process-wide, as torch.backends' switches are: a plain global, so that torch.compile can guard on it.
+# Process-wide, like the switches of torch.backends; a plain global, so that torch.compile can guard on it.
 _selected: Name = "auto"
 _fallbacks: Counter[str] = Counter()
 
@@ -47,26 +47,25 @@ class _Cpu:
     """Switches of the CPU kernels."""
 
     allow_winograd: bool = True
-    """Winograd convolutions for float32 and bfloat16 blocks, as ``torch.backends.cudnn.allow_tf32`` allows TF32: a
-    convolution stays within 3 x the rms error of PyTorch's own. ``False`` keeps to direct convolutions.
+    """Allows Winograd convolutions in float32 and bfloat16, as ``torch.backends.cudnn.allow_tf32`` allows TF32: a
+    convolution errs at most 3 times as much as PyTorch's own (rms). ``False``: direct convolutions only.
 
-    In eval mode a chain of layers that meets NaN or infinity is computed again without them, as they carry a NaN
-    further than a filter's window. Not so in training mode, and within programs that ``torch.compile`` or
-    ``torch.export`` made: where that matters, say ``False``."""
+    Winograd spreads a NaN further than the filter's window. In eval mode a chain that meets NaN or infinity is computed
+    again without Winograd; in training mode and in programs of ``torch.compile`` and ``torch.export`` it is not. Set
+    ``False`` where that matters."""
 
     allow_bf16_products: bool = True
-    """bfloat16 images are multiplied in bfloat16 and added up in float32, filters rounded to bfloat16, as PyTorch does,
-    where the CPU has instructions for it (AVX512_BF16). ``False``, and on other CPUs: computed in float32."""
+    """Allows bfloat16 multiply-accumulate with float32 accumulators, filters rounded to bfloat16, as in PyTorch, where
+    the CPU has the instructions (AVX512_BF16). ``False``, and on other CPUs: bfloat16 is computed in float32."""
 
     _keep_memory: bool = True
 
     @property
     def keep_memory(self) -> bool:
-        """Memory of maps, gradients and scratch, in blocks of 1 MiB or more, is kept for the next ones when tensors go:
-        the C library would give it back to the system and get it again page by page. Used and kept memory together stay
-        within 1.5 x the most that was in use at once; blocks that 4096 others came after are given back.
-        ``False`` gives all of it back, and takes memory from PyTorch's own allocator from then on, which its profiler
-        sees."""
+        """Caches freed blocks of 1 MiB or more (activations, gradients, scratch) for later allocations: the C library
+        would return them to the system and fault them in again, page by page. Memory in use and cached together stays
+        within 1.5 times the peak in use; a block is freed once 4096 later ones have come back. ``False`` frees the
+        cache and allocates from PyTorch's own allocator from then on, which its profiler sees."""
         return self._keep_memory
 
     @keep_memory.setter
@@ -76,7 +75,7 @@ class _Cpu:
             torch.ops.resnet_fast.keep_memory(self._keep_memory)
 
     def kept_bytes(self) -> int:
-        """Bytes that are kept and not in use."""
+        """Bytes cached and not in use."""
         return torch.ops.resnet_fast.kept_memory()[0] if _missing is None else 0
 
 
@@ -87,8 +86,8 @@ class _Cuda:
     """Switches of the GPU path."""
 
     replay: bool = True
-    """Chains of convolutions are launched from C++ from their third call with inputs of a kind on, as the second one
-    was: what Python takes for a layer is several times what the GPU does. ``False`` launches from Python, always."""
+    """Records the launches of a chain at its second call with inputs of a kind, and replays them from C++ at later
+    calls: launching a layer from Python takes several times as long as the GPU runs it. ``False``: never."""
 
 
 cuda = _Cuda()
@@ -98,37 +97,37 @@ class _Training:
     """Switches of fused training."""
 
     recompute_outputs: bool = False
-    """``True``: the sums that residual blocks give are not kept for the backward pass but formed again there, by a pass
-    over memory for each block and no convolution. A third less is kept; the results are the same bit for bit."""
+    """``True``: residual sums are not saved for the backward but recomputed there, by one elementwise pass a block. A
+    third less memory is saved; results are the same bit for bit."""
 
 
 training = _Training()
 
 
 def loaded() -> bool:
-    """Whether the extension, and with it every operator of ``torch.ops.resnet_fast``, is there."""
+    """Whether the extension, and with it every operator of ``torch.ops.resnet_fast``, is loaded."""
     return _missing is None
 
 
 def selected() -> Name:
-    """The name given to :func:`use`, ``"auto"`` outside of it."""
+    """The name given to :func:`use`; ``"auto"`` outside of it."""
     return _selected
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels under ``ATEN_CPU_CAPABILITY``: ``"avx512"``, ``"avx2"`` or ``"baseline"``."""
+    """The instruction set of the CPU kernels, which honours ``ATEN_CPU_CAPABILITY``: avx512, avx2 or baseline."""
     if _missing is not None:
         raise RuntimeError(_missing)
     return _isa
 
 
 def bf16_products() -> bool:
-    """Whether bfloat16 images are multiplied in bfloat16 on this CPU: it has AVX512_BF16, and no switch forbids it."""
+    """Whether bfloat16 is multiplied in bfloat16: this CPU has AVX512_BF16, and ``cpu.allow_bf16_products`` is on."""
     return _bf16_products and cpu.allow_bf16_products
 
 
-# Operators and the devices that have a kernel of them; resnet_fast.ops fills it once all are registered. A plain set:
-# the compiler can look into it, but not into the dispatcher.
+# (operator, device) pairs with a kernel; resnet_fast.ops and resnet_fast.gpu fill it. A plain set, which the compiler
+# can trace, unlike the dispatcher.
 _kernels: set[tuple[str, str]] = set()
 _KEYS: Final = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
 
@@ -146,7 +145,7 @@ def has_kernel(op: str, device: str) -> bool:
 
 
 def triton_version() -> str:
-    """Of the Triton that is installed, "none" without one; known without the second that importing it takes."""
+    """The version of the installed Triton, or "none"; without importing it, which takes a second."""
     return metadata.version("triton") if has_triton() else "none"
 
 
@@ -157,12 +156,12 @@ def has_triton() -> bool:
 
 
 def has_cuda_convolution() -> bool:
-    """Whether the extension holds the convolutions in CUDA C++."""
+    """Whether the extension was built with the CUDA C++ convolutions."""
     return has_kernel("conv_bn_relu_launch", "cuda")
 
 
 def kind(t: torch.Tensor) -> str:
-    """The device whose kernels ``t`` takes: its own, or ``"cuda"`` while a simulated GPU stands behind the launches."""
+    """The device type whose kernels run on ``t``: its own, or ``"cuda"`` while a simulator takes the launches."""
     return "cuda" if launch.is_simulated() else t.device.type
 
 
@@ -187,7 +186,7 @@ def unfused_reason(op: str, device: str) -> str | None:
 
 
 def transform_reason() -> str | None:
-    """Why nothing may run fused now: the kernels carry no tangents and cannot look into the tensors of a transform."""
+    """Why nothing may run fused now, or None: kernels propagate no tangents and cannot read a transform's tensors."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     if torch._C._are_functorch_transforms_active():
@@ -196,7 +195,7 @@ def transform_reason() -> str | None:
 
 
 def status() -> dict[str, str]:
-    """For each backend ``"loaded, ..."``, or why it is not in use."""
+    """For each backend, ``"loaded, ..."`` or why it cannot run."""
     return {"cpu": _cpu_status(), "cuda": _cuda_status(), "triton": _triton_status()}
 
 
@@ -228,14 +227,14 @@ def _triton_status() -> str:
 
 @contextmanager
 def use(name: Name) -> Iterator[None]:
-    """Within the block, run ``"eager"`` PyTorch or insist on one backend; ``"auto"`` takes the best that can run.
+    """Context manager: ``"eager"`` runs plain PyTorch, ``"auto"`` the best backend, another name that backend alone.
 
-    Where a backend was named, what it cannot run raises and says why, instead of falling back. The choice is
-    process-wide: threads started outside see it, too.
+    A call that the named backend cannot run raises and says why; it does not fall back. The selection is process-wide:
+    other threads see it, too.
 
     Raises:
         ValueError: ``name`` is not a backend.
-        RuntimeError: that backend is not in use here, with the reason.
+        RuntimeError: the backend cannot run here; the message says why.
     """
     global _selected
     if name not in NAMES:
@@ -250,7 +249,7 @@ def use(name: Name) -> Iterator[None]:
 
 
 def decline(what: str, reason: str) -> None:
-    """Notes that ``what`` runs on PyTorch's own operators for ``reason``; raises where a backend was named."""
+    """Counts that ``what`` falls back to PyTorch's own operators for ``reason``; raises where a backend was named."""
     if _selected not in ("auto", "eager"):
         raise RuntimeError(f"backends.use({_selected!r}): {what} cannot run fused: {reason}")
     if not torch.compiler.is_compiling():
@@ -258,7 +257,7 @@ def decline(what: str, reason: str) -> None:
 
 
 def fallbacks(*, clear: bool = False) -> dict[str, int]:
-    """How often something ran unfused, by ``"what: reason"``; calls inside compiled programs are not counted."""
+    """How many calls fell back, by ``"what: reason"``; calls inside compiled programs are not counted."""
     counts = dict(_fallbacks)
     if clear:
         _fallbacks.clear()

@@ -1,7 +1,7 @@
 """Residual blocks and stages that run as one operator in eval mode, and as one autograd function in training.
 
-Each subclasses its twin in :mod:`resnet_fast.reference` and states its dataflow; wherever a kernel is missing, the
-twin's own ``forward`` runs.
+Each subclasses its twin in :mod:`resnet_fast.reference` and states its dataflow in ``emit``. Where no kernel can run
+it, the twin's ``forward`` does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Block(FusedModule, reference.Block):
         return builder.conv(self.conv2, self.bn2, y, relu=self.relu2, residual=shortcut)
 
     def parts(self) -> list[nn.Module]:
-        """All but the dropout, which comes after what is fused."""
+        """All but the dropout, which runs after the fused operator."""
         return [module for module in self.modules() if module is not self.dropout]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Bottleneck(FusedModule, reference.Bottleneck):
 
 
 class Stage(FusedModule, nn.Sequential):
-    """A sequence of residual blocks that runs as one operator; its blocks run apart where that is not possible."""
+    """``nn.Sequential`` of residual blocks that runs as one operator, or block by block where that cannot run."""
 
     def emit(self, builder: GraphBuilder, x: Any) -> Any:
         for block in self:

@@ -1,9 +1,9 @@
-"""What a clone of the sources lacks that an installation has, and where it is found.
+"""Finds the extension and the Triton kernels where the package runs from a clone of the sources.
 
-An installation holds the extension, ``resnet_fast._C``, and Triton's kernels, ``resnet_fast._triton``. A clone has the
-latter in ``kernels/triton_ops``, and the former only where it was built in place. Python that runs in a clone imports
-the package from there, which hides one that ``pip install .`` has put elsewhere: that one's extension fits if it was
-built from the very sources that the clone holds, and is taken then. This module does without PyTorch: setup.py runs it.
+An installation holds the extension, ``resnet_fast._C``, and the Triton kernels, ``resnet_fast._triton``. A clone has
+the kernels in ``kernels/triton_ops``, and the extension only if it was built in place. Python started in a clone
+imports the package from there, which hides one installed elsewhere by ``pip install .``; the extension of that one is
+loaded if it was built from exactly the sources of the clone. This module needs no PyTorch: setup.py runs it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 __all__ = ["DIGEST", "digest", "find_triton_kernels", "hidden_extension", "load_extension", "misfit", "sources"]
 
-# Beside the extension in an installation: the digest of its sources.
+# The file beside an installed extension that holds the digest of its sources.
 DIGEST = "_C.sources.sha256"
 _SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 _PACKAGE = Path(__file__).resolve().parent
@@ -28,13 +28,13 @@ _BUILD = "build it with a C++ compiler, pip install -e ."
 
 
 def sources(clone: Path) -> list[Path]:
-    """All that the extension is built from: C++ and CUDA, headers too, and what says how."""
+    """All files that the extension is built from: C++ and CUDA sources, headers, setup.py."""
     csrc = sorted(file for file in (clone / "kernels/csrc").rglob("*") if file.suffix in _SUFFIXES)
     return [file for file in (clone / "setup.py", *csrc) if file.is_file()] if csrc else []
 
 
 def digest(clone: Path) -> str | None:
-    """SHA-256 over names and contents of the extension's sources; None where there are none."""
+    """SHA-256 of the names and contents of the extension's sources; None without sources."""
     total, found = hashlib.sha256(), sources(clone)
     for file in found:
         content = file.read_bytes()
@@ -44,7 +44,7 @@ def digest(clone: Path) -> str | None:
 
 
 def _other_packages(package: Path) -> Iterator[Path]:
-    """Folders of packages of this name, in the order in which Python would find them if ``package`` were not there."""
+    """Folders of packages of this name, in the order in which Python would find them without ``package``."""
     for entry in sys.path:
         if Path(entry or ".").resolve() != package.parent:
             yield from _folder(PathFinder.find_spec("resnet_fast", [entry]))
@@ -59,7 +59,7 @@ def _folder(spec: ModuleSpec | None) -> Iterator[Path]:
 
 
 def hidden_extension(package: Path) -> ModuleSpec | None:
-    """The extension of another package of this name that Python would find if ``package`` were not there."""
+    """The extension of the package that Python would find without ``package``, or None."""
     for folder in _other_packages(package):
         spec = PathFinder.find_spec("resnet_fast._C", [str(folder)]) if folder != package else None
         if spec is not None and spec.origin is not None:
@@ -78,7 +78,7 @@ def misfit(clone: Path, installed: Path) -> str | None:
 
 
 def load_extension() -> tuple[Any, str | None]:
-    """``resnet_fast._C``, and None; or None, and why there is none and what to type."""
+    """``resnet_fast._C`` and None; or None, and why it cannot be loaded and what to type."""
     try:
         return import_module("._C", __package__), None
     except ModuleNotFoundError:
@@ -110,7 +110,7 @@ def _executed(spec: ModuleSpec) -> ModuleType:
 
 
 class _TritonKernels:
-    """Finds ``resnet_fast._triton`` in a clone. A finder, because importing it takes Triton's second: at first use."""
+    """Import finder of ``resnet_fast._triton`` in a clone. Lazy, because importing Triton takes a second."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ class _TritonKernels:
 
 
 def find_triton_kernels() -> None:
-    """From now on ``resnet_fast._triton`` is found in a clone, too."""
+    """Makes ``resnet_fast._triton`` importable in a clone."""
     folder = _PACKAGE.parent / "kernels/triton_ops"
     if folder.is_dir() and not (_PACKAGE / "_triton").exists():
         sys.meta_path.append(_TritonKernels(folder))

@@ -1,4 +1,4 @@
-"""Modules and classes under the names that pickles of earlier versions hold: they load as before."""
+"""Aliases for modules and classes that pickles of earlier versions name, so that these still load."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _EarlierModule(ModuleType):
 
 
 def install() -> None:
-    """From now on ``pickle`` finds them."""
+    """Puts the aliases where ``pickle`` looks modules up."""
     for name, (now, elsewhere) in _MOVED.items():
         earlier = f"{__package__}.{name}"
         sys.modules.setdefault(earlier, _EarlierModule(earlier, now, elsewhere))

@@ -1,9 +1,8 @@
-"""The one place where GPU kernels are launched.
+"""The launch seam: every GPU kernel that Python launches goes through here.
 
-Ops call `launch` for Triton kernels and `cuda_launch` for the CUDA kernels of the extension. Both go through
-`device()`, which a test replaces by a simulator (`use_device`), so that the same Python runs with the same geometry
-on machines without a GPU. Geometry comes from pure functions of shapes; this module decides nothing. Triton is
-imported by whoever defines the kernels, never here.
+Operators call `launch` for Triton kernels and `cuda_launch` for the CUDA kernels of the extension. Both go through
+`device()`, which tests replace by a simulator (`use_device`): the same Python with the same launch geometry then runs
+without a GPU. Geometry comes from pure functions of shapes elsewhere. This module does not import Triton.
 """
 
 import contextlib
@@ -19,42 +18,42 @@ Grid = Sequence[int] | Callable[[dict[str, Any]], Sequence[int]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as a recorder of launches writes it down."""
+    """A compiled kernel, as a recorder of launches needs it."""
 
-    function: int  # where it is, for the GPU
-    by_driver: bool  # a function of the driver, not of the extension
+    function: int  # address of the CUfunction, or of the extension's kernel
+    by_driver: bool  # whether it is a CUfunction of the driver API
     threads: int
     shared: int
-    parameters: tuple[str, ...]  # types of what is passed, as Triton names them
-    scratch_pointers: int  # parameters behind these, of which nothing is used
-    owner: Any  # lives as long as the function
+    parameters: tuple[str, ...]  # types of the parameters, in Triton's names
+    scratch_pointers: int  # unused pointer parameters after these
+    owner: Any  # keeps the function alive
 
 
 Replay = Callable[[Compiled, Sequence[int], Sequence[tuple[bytes, int]]], None] | Literal[False] | None
 
 
 class Device(Protocol):
-    """What can run a kernel. A launch is asynchronous on the current stream, as far as the caller can tell."""
+    """Runs kernels: the GPU or a simulator. To the caller a launch is asynchronous, on the current stream."""
 
-    # Takes what a tape launches, as (kernel, grid, [(bytes, extent or -1) a parameter]); None for the GPU itself, False
-    # where tapes launch nothing.
+    # Called for each launch of a tape, as (kernel, grid, [(bytes, extent or -1) a parameter]). None: tapes launch on
+    # the GPU. False: tapes launch nothing.
     replay: Replay
 
     def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
-        """Returns what :meth:`compiled_triton` takes."""
+        """Launches a Triton kernel; returns the argument of :meth:`compiled_triton`."""
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None: ...
 
     def has_cuda(self, name: str) -> bool: ...
 
     def compiled_triton(self, ran: Any) -> tuple[Compiled, tuple[str, ...]]:
-        """And the names of what is passed."""
+        """The compiled kernel, and the names of its parameters."""
 
     def compiled_cuda(self, name: str, threads: int, shared: int, args: Sequence[Any]) -> Compiled: ...
 
 
 class GpuDevice:
-    """The current CUDA device: Triton's own launcher, and the extension's registered launchers."""
+    """The current CUDA device, by Triton's launcher and the launchers that the extension registers."""
 
     replay: Replay = None
 
@@ -76,7 +75,7 @@ class GpuDevice:
 
     def compiled_triton(self, ran: Any) -> tuple[Compiled, tuple[str, ...]]:
         passed = {name: kind for name, kind in ran.src.signature.items() if kind != "constexpr"}
-        # Behind the arguments come pointers to scratch memory, as many as this release of Triton has.
+        # Pointers to scratch memory follow the arguments; how many depends on Triton's release.
         entry = ran.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
         if ran.metadata.global_scratch_size or getattr(ran.metadata, "profile_scratch_size", 0):
             raise RuntimeError(f"{ran.metadata.name} wants scratch memory")
@@ -113,7 +112,7 @@ _this_thread = _ThisThread()
 
 @contextlib.contextmanager
 def compile_only() -> Iterator[None]:
-    """While open, this thread's launches compile Triton kernels and start nothing: tensors may be on "meta"."""
+    """Context manager: this thread's launches compile Triton kernels and run nothing; tensors may be on "meta"."""
     before, _this_thread.compiles_only = _this_thread.compiles_only, True
     try:
         yield
@@ -122,17 +121,17 @@ def compile_only() -> Iterator[None]:
 
 
 def record(recorder: Any) -> None:
-    """Tells ``recorder.launched`` of this thread's launches from now on; None ends that."""
+    """Calls ``recorder.launched`` for each launch of this thread from now on; None stops it."""
     _this_thread.recorder = recorder
 
 
 def recording() -> bool:
-    """Whether this thread's launches are being written down."""
+    """Whether this thread's launches are being recorded."""
     return _this_thread.recorder is not None
 
 
 def unrecorded() -> contextlib.AbstractContextManager[Any]:
-    """While open, what this thread does is no part of what is recorded."""
+    """Context manager: nothing that this thread does is recorded."""
     recorder = _this_thread.recorder
     return contextlib.nullcontext() if recorder is None else recorder.pause()
 
@@ -143,18 +142,18 @@ _device: Device = gpu
 
 
 def device() -> Device:
-    """Where launches go now."""
+    """The device that launches go to."""
     return _device
 
 
 def is_simulated() -> bool:
-    """True while something other than the GPU stands behind the seam: CPU tensors may then take the GPU path."""
+    """Whether a simulator takes the launches: CPU tensors then take the GPU path."""
     return _device is not gpu
 
 
 @contextlib.contextmanager
 def use_device(replacement: Device) -> Iterator[Device]:
-    """Sends all launches of the process to `replacement` while open."""
+    """Context manager: all launches of the process go to `replacement`."""
     global _device
     before, _device = _device, replacement
     try:
@@ -166,12 +165,12 @@ def use_device(replacement: Device) -> Iterator[Device]:
 def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
     """Launches the Triton kernel `kernel[grid](*args, **meta)`.
 
-    grid: up to three integers, or a function of the bound arguments as Triton takes it. meta: constexprs, num_warps,
-    num_stages. A grid with a zero is an empty launch and returns at once.
+    grid: up to three integers, or a function of the bound arguments, as in Triton; with a zero in it nothing is
+    launched. meta: constexprs, num_warps, num_stages.
     """
     if not callable(grid) and 0 in tuple(grid):
         return
-    # Products and sums may fuse, as in the C++ kernels; Triton's default for it changes from release to release.
+    # Allow fused multiply-add, as in the C++ kernels; Triton's default changes from release to release.
     meta.setdefault("enable_fp_fusion", True)
     ran = device().triton(kernel, grid, args, meta)
     if _this_thread.recorder is not None:
@@ -181,7 +180,7 @@ def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
 
 
 def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:
-    """Launches the precompiled CUDA kernel `name`; shared is its dynamic shared memory in bytes.
+    """Launches the precompiled CUDA kernel `name` with `shared` bytes of dynamic shared memory.
 
     args: tensors, numbers, None for a null pointer, bytes for a struct passed by value.
     """
@@ -194,12 +193,12 @@ def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: in
 
 
 def has_cuda(name: str) -> bool:
-    """Whether the device behind the launches has the CUDA kernel `name`."""
+    """Whether the device that launches go to has the CUDA kernel `name`."""
     return device().has_cuda(name)
 
 
 def _guard(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of the first CUDA tensor current for a launch."""
+    """Context manager: the device of the first CUDA tensor is current."""
     for a in args:
         index = getattr(getattr(a, "device", None), "index", None)
         if index is not None and a.is_cuda:
@@ -210,5 +209,5 @@ def _guard(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 def aligned(t: Any) -> Any:
-    """The tensor, or a copy where it does not begin at a multiple of the 16 bytes that kernels copy at a time."""
+    """``t``, or a copy if it is not aligned to 16 bytes, which kernels load at a time."""
     return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -1,4 +1,4 @@
-"""The networks of :mod:`resnet_fast.reference`, fused: same constructors, same ``state_dict``, same results."""
+"""The fast networks: the twins in :mod:`resnet_fast.reference`, fused. Same constructors, same ``state_dict``."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _OWN_CODE = (__name__, reference.__name__)
 
 
 def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module | None) -> bool:
-    """Whether ``pooled_stem`` is the stem as ``kind`` has it, and ``pool``, as the class behind it says."""
+    """Whether ``pooled_stem`` of ``model`` is ``pool`` after ``stem``, both unchanged from ``kind`` and ``behind``."""
     if type(model).stem is not kind.stem or "stem" in model.__dict__ or pool is None:  # type: ignore[attr-defined]
         return False
-    return patches.kept(kind, "stem") and patches.kept(behind, "pooled_stem")
+    return patches.is_original(kind, "stem") and patches.is_original(behind, "pooled_stem")
 
 
-def _have_others(kinds: Sequence[type], methods: Sequence[str]) -> bool:
-    """Whether one of ``kinds`` has one of ``methods`` that this package did not write."""
+def _any_overridden(kinds: Sequence[type], methods: Sequence[str]) -> bool:
+    """Whether one of ``kinds`` defines one of ``methods`` outside of this package."""
     for kind in kinds:
         own = vars(kind)
         for method in methods:
@@ -55,18 +55,18 @@ def _have_others(kinds: Sequence[type], methods: Sequence[str]) -> bool:
 
 
 class _Network(FusedModule):
-    """What the families share: maps stay in channels_last between the stages of a network, unless somebody sees it.
+    """What the families share: activations stay in channels_last between stages, unless someone observes them.
 
-    A network of contiguous weights, given contiguous images, hands out contiguous maps, as PyTorch does. Inside of it
-    that would take two copies of each map.
+    As in PyTorch, a network of contiguous weights returns contiguous feature maps for contiguous images. Between its
+    layers, the conversions would cost two copies of each activation.
     """
 
     def last_feature_map(self, x: Tensor) -> Tensor:
-        """What ``features`` gives, in channels_last."""
-        raise NotImplementedError(f"{type(self).__name__}.last_map")
+        """``features(x)`` in channels_last, stage by stage."""
+        raise NotImplementedError(f"{type(self).__name__}.last_feature_map")
 
     def whole_feature_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
-        """The same, or what ``features`` gives, by one operator; or None."""
+        """``features(x)`` as one operator, in channels_last or in PyTorch's format; or None."""
         return None
 
     def features(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class _Network(FusedModule):
         if y is not None:
             return y
         y = super().features(x)  # type: ignore[misc]
-        # Only what is fused comes in channels_last, whatever the images are.
+        # Fused operators in the graph return channels_last, whatever the format of the images.
         fused = torch.compiler.is_compiling() and not compiling.traced_unfused()
         return self._as_pytorch(y, x) if fused else y
 
@@ -88,19 +88,19 @@ class _Network(FusedModule):
     def _unobserved_features(
         self, x: Tensor, called: str, methods: tuple[str, ...], channels_last: bool
     ) -> Tensor | None:
-        """The last map, where no one finds out how maps are laid out on the way; or None.
+        """The last feature map, if no one can observe the layout of those before it; or None.
 
-        called: what asks, perhaps from a subclass with one of its own. methods: whose code runs below it.
+        called: the method that asks, which a subclass may override. methods: the methods that it calls.
         """
-        # Compilers and transforms look into each step.
+        # Compilers and transforms observe every step.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
             return None
         kinds = type(self).__mro__
         if backends.transform_reason() is not None or not self.__dict__.keys().isdisjoint(methods):
             return None
-        if _have_others(kinds, methods) or _have_others(kinds[kinds.index(_Network) + 1 :], (called,)):
+        if _any_overridden(kinds, methods) or _any_overridden(kinds[kinds.index(_Network) + 1 :], (called,)):
             return None
-        if None in self._modules.values():  # a layer was taken away: its call must fail as it would
+        if None in self._modules.values():  # a layer was removed: its call must fail as in PyTorch
             return None
         y = self.whole_feature_map(x, channels_last)
         if y is None and (is_channels_last(x) or not self._known_observers().there):
@@ -114,7 +114,7 @@ class _Network(FusedModule):
         return self._observers
 
     def _as_pytorch(self, y: Tensor, x: Tensor) -> Tensor:
-        """A map in the format that PyTorch gives it for images like ``x``."""
+        """The feature map ``y`` in the memory format that PyTorch gives it for images like ``x``."""
         if torch.compiler.is_compiling():
             convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         else:
@@ -122,7 +122,7 @@ class _Network(FusedModule):
         return y if any_channels_last(convolutions) else laid_out(y, x)
 
     def _stem(self, x: Tensor, pool: nn.Module | None = None) -> Tensor | None:
-        """The fused stem on its own. Compiled networks pass its map on."""
+        """The fused stem on its own. Compiled networks keep its result in channels_last."""
         return self.fused(x, pool, channels_last=torch.compiler.is_compiling())
 
 
@@ -155,12 +155,12 @@ class ResNet32(Replayed, _Network, reference.ResNet32):
         return self.maxpooling(reference.ResNet32.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpooling, x) if patches.kept(reference.ResNet32, "flat") else None
+        y = flat_average(self.avgpooling, x) if patches.is_original(reference.ResNet32, "flat") else None
         return super().flat(x) if y is None else y
 
 
 class _ConvBnReluStem(_Network):
-    """The stem of both families below."""
+    """``relu(bn1(conv1(x)))``, the stem of both families below."""
 
     stands_for = ("stem",)
     conv1: nn.Conv2d
@@ -181,24 +181,24 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
     stage = Stage
     _whole: Whole | None = None
 
-    # Beyond so few images, what a call costs besides the kernels does not count, and each stage has its own order.
+    # Up to this batch the overhead of a call counts, and the whole network runs as one operator.
     small_batch = 4
 
     def whole(self) -> Whole | None:
-        """What runs the network as one operator."""
-        # A subclass may do something else on the way; whoever traces looks into the stages.
+        """The network as one chain; None where it must run stage by stage."""
+        # A subclass may do more between the stages; tracing observes them.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(self) is not CifarResNet:
             return None
-        if self._whole is None or self._whole.model is not self:  # attributes may be copied to another module
+        if self._whole is None or self._whole.model is not self:  # the attribute may be copied from another module
             self._whole = Whole(self)
         return self._whole
 
-    def _few(self, x: Tensor) -> bool:
+    def _is_small_batch(self, x: Tensor) -> bool:
         return backends.kind(x) == "cpu" and x.dim() == 4 and x.shape[0] <= self.small_batch
 
     def whole_feature_map(self, x: Tensor, channels_last: bool) -> Tensor | None:
         whole = self.whole()
-        if whole is None or not (self.training or self._few(x) or whole.wants_all_gradients(x)):
+        if whole is None or not (self.training or self._is_small_batch(x) or whole.wants_all_gradients(x)):
             return None
         return whole.features(x, channels_last)
 
@@ -220,7 +220,7 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         return super().stem(x) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpool, x) if patches.kept(reference.CifarResNet, "flat") else None
+        y = flat_average(self.avgpool, x) if patches.is_original(reference.CifarResNet, "flat") else None
         return super().flat(x) if y is None else y
 
 
@@ -246,7 +246,7 @@ class ResNet(Replayed, _ConvBnReluStem, reference.ResNet):
         return self.maxpool(reference.ResNet.stem(self, x)) if y is None else y
 
     def flat(self, x: Tensor) -> Tensor:
-        y = flat_average(self.avgpool, x) if patches.kept(reference.ResNet, "flat") else None
+        y = flat_average(self.avgpool, x) if patches.is_original(reference.ResNet, "flat") else None
         return super().flat(x) if y is None else y
 
 

@@ -1,4 +1,4 @@
-"""The extension, or why there is none: what the rest of the package asks of it goes through here."""
+"""The C++ extension ``resnet_fast._C``, or why it is missing; the package imports it from here alone."""
 
 from __future__ import annotations
 

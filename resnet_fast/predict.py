@@ -1,6 +1,6 @@
 """``python -m resnet_fast.predict CHECKPOINT IMAGE...``: classes and probabilities of image files.
 
-Exit status: 0 all were read, 1 some were not, 2 the checkpoint cannot be used.
+Exit status: 0 all images read, 1 some not readable, 2 the checkpoint cannot be used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["load", "main", "predict"]
 
 
 def load(checkpoint: Path) -> tuple[nn.Module, data.Preparation]:
-    """The network of a checkpoint in eval mode, with the averaged weights where there are, and what its input is.
+    """The network of a checkpoint in eval mode, with averaged weights if it has them, and how to prepare its input.
 
     Raises:
-        ProgramError: the file cannot be loaded, or is not of ``resnet_fast.train``.
+        ProgramError: the file cannot be loaded, or ``resnet_fast.train`` did not write it.
     """
     state = checkpoints.load(checkpoint)
     preparation = data.Preparation(**state["preparation"])
@@ -39,7 +39,7 @@ def load(checkpoint: Path) -> tuple[nn.Module, data.Preparation]:
 
 @torch.no_grad()
 def predict(network: nn.Module, preparation: data.Preparation, image: Path) -> Tensor:
-    """Probabilities of the classes, ``[classes]``.
+    """``softmax(network(image))``: class probabilities, ``[classes]``.
 
     Raises:
         OSError, ValueError: the image cannot be read.
@@ -68,13 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     for image in given.images:
         try:
-            shares, places = predict(network, preparation, image).topk(min(given.top, len(preparation.classes)))
+            best = predict(network, preparation, image).topk(min(given.top, len(preparation.classes)))
         except (OSError, ValueError) as error:
             print(f"{image}: cannot be read: {error}", file=sys.stderr)
             status = 1
             continue
         answers = (
-            f"{preparation.classes[i]} {share:.1%}" for i, share in zip(places.tolist(), shares.tolist(), strict=True)
+            f"{preparation.classes[i]} {share:.1%}"
+            for i, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
         print(f"{image}: {', '.join(answers)}")
     return status

@@ -1,7 +1,7 @@
-"""The networks in plain PyTorch: what the fast models must equal, and what they fall back to.
+"""The networks in plain PyTorch: the specification of the fast models, and their fallback.
 
-Every class of :mod:`resnet_fast.models` and :mod:`resnet_fast.blocks` subclasses its twin here and changes ``forward``
-only, so both have the same constructor, the same parameters and the same ``state_dict``.
+Every class of :mod:`resnet_fast.models` and :mod:`resnet_fast.blocks` subclasses its twin here and overrides how it
+runs, not what it holds: both have the same constructor, the same parameters and the same ``state_dict``.
 
 Sources: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015 (section 3.4 for ImageNet, 4.2 for
 CIFAR-10); projections and key names as in torchvision.
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def _projection(in_channels: int, out_channels: int, stride: int, bias: bool) -> nn.Sequential | None:
-    """1x1 convolution + batch norm for a shortcut whose stride or width changes; None where the identity will do."""
+    """1x1 convolution and batch norm for a shortcut that changes stride or width; None for the identity."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
@@ -166,7 +166,7 @@ class ResNet32(nn.Module):
 
     @staticmethod
     def _feature_side(size: int) -> int:
-        """Height of the last map: strided convolutions round up, poolings round down."""
+        """Height of the last feature map: strided convolutions round up, poolings round down."""
         size = (size + 1) // 2 // 2
         for _ in range(3):
             size = (size + 1) // 2
@@ -188,7 +188,7 @@ class ResNet32(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
     def flat(self, x: Tensor) -> Tensor:
-        """What the classifier takes of the last feature map."""
+        """The classifier's input, from the last feature map."""
         return torch.flatten(self.avgpooling(x), 1)
 
     def flat_features(self, x: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class ResNet32(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Class scores before the softmax, ``[N, num_classes]``."""
         side = self._feature_side(self.image_size)
-        # Symbols of torch.fx have no sizes.
+        # Proxies of torch.fx have no sizes.
         if isinstance(x, Tensor) and x.dim() == 4 and [self._feature_side(s) for s in x.shape[2:]] != [side, side]:
             raise ValueError(
                 f"x is {x.shape[2]} x {x.shape[3]}, but the classifier expects images of {self.image_size} x "
@@ -238,7 +238,7 @@ class CifarResNet(nn.Module):
         return self.layer3(self.layer2(self.layer1(self.stem(x))))
 
     def flat(self, x: Tensor) -> Tensor:
-        """What the linear layer takes of the last feature map."""
+        """The linear layer's input, from the last feature map."""
         return torch.flatten(self.avgpool(x), 1)
 
     def flat_features(self, x: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
     def flat(self, x: Tensor) -> Tensor:
-        """What the linear layer takes of the last feature map."""
+        """The linear layer's input, from the last feature map."""
         return torch.flatten(self.avgpool(x), 1)
 
     def flat_features(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """``python -m resnet_fast.train``, ``torchrun -m resnet_fast.train``: trains a network; ``--help`` lists the options.
 
-Exit status: 0 trained to the end, 1 a fault, 2 something to mend on the command line or the disk, 128 + N stopped by
-signal N with everything saved.
+Exit status: 0 trained to the end, 1 an internal error, 2 an error that the user can fix (options, data, disk), 128 + N
+stopped by signal N with everything saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 
 
 def _start_from(given: options.Options) -> Path | None:
-    """The checkpoint that ``--resume`` means."""
+    """The checkpoint to resume from, or None."""
     if given.resume is None:
         found = checkpoints.newest(Path(given.out))
         if found is not None:
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"resnet_fast.train: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        # Of a process that died the others learn as a lost connection.
+        # The other processes will report a lost connection.
         rank = 0 if processes is None else processes.rank
         reason = str(error).strip().splitlines() or [type(error).__name__]
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Who traces a module, and whether what it gets are PyTorch's own operators."""
+"""Under a compiler: whether the graph gets PyTorch's own operators instead of the fused ones. The executor asks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from . import patches
 
 __all__ = ["traced_unfused"]
 
-# Wrappers that PyTorch puts around a backend keep it in one of these.
+# Attributes in which PyTorch's wrappers around a backend hold it.
 _WRAPPED = ("_torchdynamo_orig_backend", "backend_compile_fn", "compiler_fn", "__wrapped__", "__self__")
 
 
 @patches.constant
 def traced_unfused() -> bool:
-    """Whether compilers get PyTorch's operators alone. To be asked while something is compiled.
+    """Whether the compiler that traces now gets PyTorch's operators alone.
 
-    ``torch.compile(backend="resnet_fast")`` finds chains in the graph itself. Programs of ``torch.export`` go to places
-    where this package is not, unless a backend was named: then they hold its operators.
+    ``torch.compile(backend="resnet_fast")`` does, because it finds chains in the graph itself. So does
+    ``torch.export``, whose programs run where this package may be missing, unless a backend was named.
     """
     return (torch.compiler.is_exporting() and backends.selected() == "auto") or _is_own_backend()
 
 
 def _is_own_backend() -> bool:
-    from torch._dynamo.symbolic_convert import InstructionTranslator  # not needed where nothing is compiled
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # imported late: it is costly
 
     try:
         compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:  # other compilers trace without Dynamo
+    except AttributeError:  # a compiler that traces without Dynamo
         return False
     while compiler is not None:
         if getattr(compiler, "finds_chains", False):

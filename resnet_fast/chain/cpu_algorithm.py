@@ -1,9 +1,11 @@
-"""Which algorithm a convolution on the CPU takes: a model of its cost, checked against measurement.
+"""Which algorithm runs a convolution on the CPU: a cost model, checked against measurement.
 
-Costs are in multiply-adds of a direct convolution at full speed. Winograd's F(4x4, 3x3) multiplies 36 times for 16
-outputs where direct convolution multiplies 144 times, but transforms its input and output; at the edges tiles of 3 or 2
-outputs take 5 or 4 points a side instead of 6. Its filters are four times as large, and where there are few tiles for
-each, reading them takes longer than multiplying by them: then they are read as they are, and transformed on the way.
+Comes in: the sizes of a layer. Goes out: the algorithm's number, as ``pack_conv_bn`` and the kernels take it.
+
+The unit of cost is a multiply-add of a direct convolution at full speed. Winograd's F(4x4, 3x3) multiplies 36 times for
+16 outputs where direct convolution multiplies 144 times, but transforms input and output; edge tiles of 3 or 2 outputs
+have 5 or 4 points a side instead of 6. Transformed filters are four times as large: with few tiles for each, reading
+them takes longer than multiplying by them, so the compact form reads plain filters and transforms them in the kernel.
 The factors were fitted to measured times (docs/measurements/cpu-inference.md).
 """
 
@@ -30,7 +32,7 @@ __all__ = [
     "training_algorithm",
 ]
 
-# As pack_conv_bn numbers them.
+# Numbers that pack_conv_bn and the kernels know.
 DIRECT = 0
 WINOGRAD = 1
 COMPACT_WINOGRAD = 2
@@ -38,42 +40,43 @@ BF16_DIRECT = 3
 BF16_WINOGRAD = 4
 NAMES = ("direct", "winograd F(4x4)", "compact winograd F(4x4)", "bf16 direct", "bf16 winograd F(2x2)")
 
-TILE = 4  # output pixels, in each direction
+TILE = 4  # output pixels a side
 _POINTS = 36
 
-_MULTIPLY = 1.15  # small matrix products run below the speed of a direct convolution
-_TRANSFORM = 10.0  # for each channel of a tile, in and out, and each of its points
-_AT_ONCE = (32, 64)  # tiles that are multiplied before filters pass by again; compact ones
-# To transform a filter on the way, for each of its points and each pass.
+_MULTIPLY = 1.15  # small GEMMs run below the speed of a direct convolution
+_TRANSFORM = 10.0  # per channel and point of a tile, input and output together
+_TILES_PER_PASS = (32, 64)  # tiles multiplied in one pass over the filters: plain, compact
+# Transforming a filter in the kernel, per point and pass.
 _EXPAND = {"avx512": 1.5, "avx2": 4.0, "baseline": 4.0}
-# Products of bfloat16, in the same unit, half of which they take. Winograd's F(2x2) has 16 points for 4 outputs.
+# A bfloat16 multiply-add costs about half the unit. Winograd's F(2x2) has 16 points for 4 outputs.
 _BF16_TILE = 2
 _BF16_POINTS = 16
 _BF16_DIRECT = 0.545
 _BF16_MULTIPLY = 0.52
 _BF16_TRANSFORM = 4.9
 
-_READ = 8.0  # in the time in which an element of a filter arrives, if it does not stay in a core's own cache:
-_KEPT_ELEMENTS = 1 << 18
-_READ_AGAIN = 2.0  # the same in later passes: from the cache that cores share
-# In training filters are transformed at every step, for each point: into memory, which is read again.
+_READ = 8.0  # loading a filter element from memory, for filters of more elements than a core's own cache holds:
+_CACHED_ELEMENTS = 1 << 18
+_READ_AGAIN = 2.0  # loading it again in later passes, from the shared cache
+# Training transforms filters at every step: per point, into memory, which is then read.
 _PACK = 13.0
-# By F(4x4) a convolution of 16 to 64 channels errs 2.0 to 2.9 times as much as PyTorch's own, of 8 channels 3.3 times:
-# three times are allowed.
+# F(4x4) errs 2.0 to 2.9 times as much as PyTorch's convolution with 16 to 64 channels, 3.3 times with 8; a convolution
+# may err 3 times as much.
 _LEAST_CHANNELS = 16
-# A whole network is allowed twice. In training it comes to that where batch norm's mean and variance err little, those
-# of maps of few values, in which Winograd saves the least time: up to so many values convolutions are direct.
+# A whole network may err twice as much as PyTorch. Training stays below that if the batch statistics of small feature
+# maps are accurate, where Winograd saves least time: up to this many values the convolution is direct.
 _FEW_VALUES = 1 << 16
-# Where statistics are given, the gradients of batch norms err most: sums over few values of what Winograd gives.
+# With given statistics the gradients of batch norm err most: reductions of Winograd's results over few values.
 _FEW_VALUES_GIVEN = 1 << 14
 
 
 def _read(elements: int, passes: int) -> float:
-    return (_READ + _READ_AGAIN * (passes - 1)) * elements if elements > _KEPT_ELEMENTS else 0.0
+    """The cost of reading ``elements`` of filters in ``passes``."""
+    return (_READ + _READ_AGAIN * (passes - 1)) * elements if elements > _CACHED_ELEMENTS else 0.0
 
 
 def _side(size: int) -> tuple[int, int]:
-    """Tiles along a side of a map, and the points that they have along it."""
+    """Tiles along a side of a feature map, and their points along it."""
     whole, rest = divmod(size, TILE)
     return whole + (rest > 0), 6 * whole + (0, 4, 4, 5)[rest]
 
@@ -87,21 +90,21 @@ def algorithm(
     size: tuple[int, int],
     training: bool = False,
 ) -> int:
-    """The cheapest for a convolution with maps of ``size`` as its output."""
-    # Maps smaller than a tile gain little for the digits they lose, and so do sums over few channels.
+    """The cheapest algorithm in float32 for a convolution with outputs of ``size``."""
+    # Feature maps smaller than a tile and few input channels gain too little for the accuracy they lose.
     few = min(size) < TILE or channels < _LEAST_CHANNELS
     if kernel != (3, 3) or stride != (1, 1) or few or not backends.cpu.allow_winograd:
         return DIRECT
     (rows, row_points), (columns, column_points) = _side(size[0]), _side(size[1])
     pairs = channels * out_channels
     points = images * row_points * column_points
-    products = points * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
-    passes, compact_passes = ((images * rows * columns + n - 1) // n for n in _AT_ONCE)
+    compute = points * (_MULTIPLY * pairs + _TRANSFORM * (channels + out_channels))
+    passes, compact_passes = ((images * rows * columns + n - 1) // n for n in _TILES_PER_PASS)
     pack = _POINTS * _PACK * pairs + 2 * _read(_POINTS * pairs, 1) if training else 0.0
     costs = (
         9 * images * size[0] * size[1] * pairs + _read(9 * pairs, 1),
-        products + _read(_POINTS * pairs, passes) + pack,
-        products + _read(9 * pairs, compact_passes) + _POINTS * compact_passes * _EXPAND[backends.isa()] * pairs,
+        compute + _read(_POINTS * pairs, passes) + pack,
+        compute + _read(9 * pairs, compact_passes) + _POINTS * compact_passes * _EXPAND[backends.isa()] * pairs,
     )
     return costs.index(min(costs))
 
@@ -114,19 +117,19 @@ def bf16_algorithm(
     images: int,
     size: tuple[int, int],
 ) -> int:
-    """The cheaper one in bfloat16, for a convolution with maps of ``size`` as its output."""
+    """The cheapest algorithm in bfloat16 for a convolution with outputs of ``size``."""
     if kernel != (3, 3) or stride != (1, 1) or not backends.cpu.allow_winograd:
         return BF16_DIRECT
     pairs = channels * out_channels
     rows, columns = ((n + _BF16_TILE - 1) // _BF16_TILE for n in size)
     points = images * rows * columns * _BF16_POINTS
     direct = 9 * images * size[0] * size[1] * _BF16_DIRECT * pairs + _read(9 * pairs // 2, 1)
-    products = points * (_BF16_MULTIPLY * pairs + _BF16_TRANSFORM * (channels + out_channels))
-    return BF16_WINOGRAD if products + _read(_BF16_POINTS * pairs // 2, 1) < direct else BF16_DIRECT
+    winograd = points * (_BF16_MULTIPLY * pairs + _BF16_TRANSFORM * (channels + out_channels))
+    return BF16_WINOGRAD if winograd + _read(_BF16_POINTS * pairs // 2, 1) < direct else BF16_DIRECT
 
 
 def algorithm_of_filter(weight: torch.Tensor, stride: tuple[int, ...]) -> int:
-    """The same for maps of whole tiles in large batches, for graphs that shapes are not known to when they are made."""
+    """The cheapest algorithm for whole tiles in large batches: for graphs that are traced before shapes are known."""
     k, c, *kernel = weight.shape
     if weight.dtype == torch.float64:
         return DIRECT
@@ -136,7 +139,7 @@ def algorithm_of_filter(weight: torch.Tensor, stride: tuple[int, ...]) -> int:
 
 
 def algorithms(specs: Sequence[ConvSpec], shape: torch.Size, dtype: torch.dtype) -> list[int]:
-    """One for each convolution of a chain on inputs of ``shape``."""
+    """The algorithm of each convolution of a chain, for inputs of ``shape``."""
     batch, *image = shape
     if dtype == torch.float64:
         return [DIRECT] * len(specs)
@@ -156,9 +159,11 @@ def training_algorithm(
     needs_x: bool = True,
     given: bool = False,
 ) -> int:
-    """The cheapest in training, where filters are packed at every step; ``backward`` turns the filter around, and
-    ``needs_x`` tells whether the gradient of ``x`` is wanted beside that of the filter. ``given``: batch norms take
-    given statistics."""
+    """The cheapest algorithm in training, where filters are packed at every step.
+
+    backward: for the gradients, which swap the filter's channels. needs_x: whether the gradient of ``x`` is wanted
+    beside that of the filter. given: batch norms take given statistics.
+    """
     if weight.dtype == torch.float64 or backends.kind(x) == "cuda":
         return DIRECT
     bf16 = x.dtype == torch.bfloat16 and backends.bf16_products()
@@ -183,7 +188,7 @@ def _training_algorithm(
     bf16, few, _ = switches
     if batch * height * width * max(k, c) <= few:
         return DIRECT
-    # Maps of bfloat16 that have no gap: a gradient of x is written by whole vectors.
+    # The bfloat16 kernel writes the gradient of x in whole vectors: output channels must fill them.
     if bf16 and not (backward and needs_x and k % 16):
         out_h, out_w = (height + stride[0] - 1) // stride[0], (width + stride[1] - 1) // stride[1]
         return bf16_algorithm(c, k, tuple(kernel), stride, batch, (out_h, out_w))

@@ -1,4 +1,4 @@
-"""What a device does for chains in its own way. GPUs fill in their table as :mod:`resnet_fast.gpu` is imported."""
+"""The functions of a GPU that chains call, as a table: :mod:`resnet_fast.gpu` fills it when it is imported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Gpu", "gpu"]
 
 
 class Gpu(NamedTuple):
-    chain: Callable[..., Any]  # (specs, sources, eps): a chain in inference
-    passes: Callable[..., Any]  # (layers): forward and backward pass of a chain in training
-    averages: Callable[..., bool]  # (x): whether there is a kernel of average pooling for it
-    flat_average: Callable[..., Any]  # (x, kernel, stride)
+    chain: Callable[..., Any]  # (specs, sources, eps): runs a chain in inference
+    passes: Callable[..., Any]  # (layers): runs forward and backward of a chain in training
+    averages: Callable[..., bool]  # (x): whether a kernel pools x
+    flat_average: Callable[..., Any]  # (x, kernel, stride): flatten(avg_pool2d(...), 1)
 
 
 gpu: Any = None

@@ -1,6 +1,7 @@
-"""Chains of convolutions: recorded from the dataflow of a block, folded and packed, kept fresh, run as one operator.
+"""Runs a module's dataflow as one operator: records the chain, packs it, checks that it is still valid, calls it.
 
-A fused module states its dataflow once, in ``emit(builder, x)``, by calls of ``builder.conv`` (:mod:`.record`).
+A fused module states its dataflow once, in ``emit(builder, x)``, by calls of ``builder.conv`` (:mod:`.record`). Its
+``forward`` calls :meth:`ChainExecutor.fused`, which returns the result, or None where PyTorch's operators must run.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from .training.unfused import UnfusedBackward
 __all__ = ["ChainExecutor", "FusedModule", "autocast_dtype"]
 
 
-# What modules keep of what they were packed for.
-_KEPT = ("_chain", "_program", "_eval_program", "_whole", "_network", "_observers")
+# Attributes that cache what was recorded and packed.
+_CACHES = ("_chain", "_program", "_eval_program", "_whole", "_network", "_observers")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants on the device of ``x``, None where it is off."""
+    """The dtype of autocast on the device of ``x``; None where autocast is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if device in DTYPES and torch.is_autocast_enabled(device) else None
 
 
 def _admitted(x: Tensor, weight: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, str | None]:
-    """``x`` in the dtype that autocast wants, and why it cannot meet the first of the weights, or None."""
+    """``x`` in autocast's dtype, and why it does not fit the first ``weight``, or None."""
     if x.device != weight.device:
         return x, f"an input on {x.device}, weights on {weight.device}"
     if x.shape[1] != weight.shape[1]:
@@ -59,7 +60,7 @@ class ChainExecutor:
     _program: Program | Refusal | None = None  # in training mode
     _eval_program: FrozenProgram | Refusal | None = None  # in eval mode where a gradient is wanted
     training: bool
-    # Of the owner's, those that :meth:`emit` stands for; the first of them is what a call comes through.
+    # Methods of the owner that :meth:`emit` replaces; the first is the one that is called.
     stands_for: ClassVar[tuple[str, ...]] = ("forward",)
 
     def emit(self, builder: GraphBuilder, x: Any) -> Any:
@@ -67,23 +68,23 @@ class ChainExecutor:
         raise NotImplementedError(f"{type(self).__name__}.emit")
 
     def parts(self) -> list[nn.Module]:
-        """The owner, and every module that :meth:`emit` stands for: a change in one of them ends the chain."""
+        """The owner, and every module that :meth:`emit` replaces: a change in one of them invalidates the chain."""
         raise NotImplementedError(f"{type(self).__name__}.parts")
 
     def opened(self) -> dict[nn.Module, list[str]]:
-        """Those of the parts whose attributes count, because :meth:`emit` was read from their code; each with the
-        attributes that the code asks for and that it lacks."""
+        """Parts whose code :meth:`emit` was read from, so that their attributes count; each with the names of
+        attributes that the code looks up and the module lacks."""
         return {}
 
     def label(self) -> str:
-        """The name in ``backends.fallbacks``"""
+        """The module's name in ``backends.fallbacks``."""
         return type(self).__name__
 
     def fused(self, x: Tensor, pool: nn.Module | None = None, *, channels_last: bool = False) -> Tensor | None:
-        """The result of the fused operator, or None where it cannot run, which ``backends.fallbacks`` then shows.
+        """The result of the fused operator, or None where it cannot run; ``backends.fallbacks`` counts that.
 
-        pool: max pooling that takes the result, by the same operator where no gradient is wanted.
-        channels_last: the result is left as it is computed, not laid out as PyTorch's own operators would do it.
+        pool: max pooling of the result, in the same operator where no gradient is wanted.
+        channels_last: return the result as computed, not in the memory format that PyTorch would give it.
         """
         if not isinstance(x, Tensor) or (torch.compiler.is_compiling() and compiling.traced_unfused()):
             return None  # symbols of torch.fx, or a graph of PyTorch's operators
@@ -115,16 +116,16 @@ class ChainExecutor:
         return laid_out(y, x) if chain.stays_contiguous and not channels_last else y
 
     def _refusal(self) -> Refusal | None:
-        """What is known to keep the module from running fused, before anything else is asked."""
-        if torch.compiler.is_compiling():  # which would guard on what it looks at
+        """The recorded reason against running fused, if it still holds: asked first, because it is cheap."""
+        if torch.compiler.is_compiling():  # the compiler would guard on every attribute read here
             return None
-        kept = self._program if self.training else self._chain
-        if not isinstance(kept, Refusal) or backends.selected() == "eager":
+        cached = self._program if self.training else self._chain
+        if not isinstance(cached, Refusal) or backends.selected() == "eager":
             return None
-        return kept if kept.owner is self and kept.is_valid() else None
+        return cached if cached.owner is self and cached.is_valid() else None
 
     def packed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Chain | None, Tensor, str | None]:
-        """The chain as it is now and ``x`` in the dtype that it takes, or None, ``x`` and why not."""
+        """A valid chain and ``x`` in its dtype, packed anew if need be; or None, ``x`` and why not."""
         reason = self.cannot_run(x, False, autocast)
         if reason is not None:
             return None, x, reason
@@ -146,12 +147,12 @@ class ChainExecutor:
         return (chain if reason is None else None), x, reason
 
     def _declined(self, reason: str | None) -> Tensor | None:
-        """No result, which is counted."""
+        """Counts a fallback; no result."""
         backends.decline(self.label(), reason or "")
         return None
 
     def cannot_run(self, x: Tensor, training: bool, autocast: torch.dtype | None) -> str | None:
-        """Why a call cannot run fused, or None, as far as that does not depend on the weights."""
+        """Why a call on ``x`` cannot run fused, whatever the weights; or None."""
         device = backends.kind(x)
         reason = backends.unfused_reason(operator(training), device)
         if reason is not None:
@@ -183,9 +184,9 @@ class ChainExecutor:
         return y if channels_last else self._laid_out(y, x, program.specs, program.pairs)
 
     def _programmed(self, x: Tensor, autocast: torch.dtype | None) -> tuple[Program | None, Tensor, str | None]:
-        """The chain as an autograd function and ``x`` in the dtype that it takes, or None, ``x`` and why not.
+        """The chain as an autograd function and ``x`` in its dtype; or None, ``x`` and why not.
 
-        What was recorded holds until a module changes, not a weight.
+        A recording is valid until a module changes; changed weights do not matter, they are packed at every step.
         """
         reason = self.cannot_run(x, True, autocast)
         if reason is not None:
@@ -212,16 +213,16 @@ class ChainExecutor:
         if isinstance(program, Refusal):
             return None, x, program.reason
         if not torch.compiler.is_compiling() and not program.statistics.writable():
-            return None, x, "statistics made in inference mode, outside of it"  # PyTorch says what it allows
+            return None, x, "statistics made in inference mode, outside of it"  # PyTorch raises
         x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
         if x.numel() == 0:
             reason = reason or "an empty input"
         return (program if reason is None else None), x, reason
 
     def _differentiable(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
-        """In eval mode, where a gradient is wanted: the result of a function whose backward is fused, or None.
+        """In eval mode where a gradient is wanted: the result of an autograd function with a fused backward.
 
-        None, too, of what such a program cannot stand for: that has :class:`UnfusedBackward`.
+        None where no gradient is wanted after all, or only :class:`UnfusedBackward` can run the chain.
         """
         on_cpu = backends.kind(x) == "cpu"
         if self.cannot_run(x, not on_cpu, autocast) is not None or (x.numel() == 0 and not on_cpu):
@@ -254,7 +255,7 @@ class ChainExecutor:
         return laid_out(y, x) if stays_contiguous(specs, (conv.weight for conv, _ in pairs)) else y
 
     def _traced(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:
-        """For the compiler: filters are packed in the graph, where freezing can fold them, and never go stale."""
+        """For the compiler: the graph packs the filters, so they are never stale, and freezing can fold them."""
         recorder = ChainRecorder()
         reason = self.cannot_run(x, False, autocast)
         if reason is None:
@@ -278,11 +279,11 @@ class ChainExecutor:
 
 
 class FusedModule(ChainExecutor, nn.Module):
-    """Mixin: in eval mode, runs what :meth:`emit` states as one operator; otherwise, what the class behind it does."""
+    """Mixin for a module whose ``forward`` calls :meth:`fused`, and falls back to the class behind it."""
 
-    emit_is_forward: ClassVar[bool] = False  # the class that defines forward also says what it does
-    _whole: Any = None  # of networks: see whole.py
-    _observers: Any = None  # of networks: see layout.py
+    emit_is_forward: ClassVar[bool] = False  # whether emit and forward come from the same class, and so agree
+    _whole: Any = None  # networks only: see whole.py
+    _observers: Any = None  # networks only: see layout.py
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -295,20 +296,20 @@ class FusedModule(ChainExecutor, nn.Module):
 
     def train(self, mode: bool = True) -> FusedModule:
         if mode != self.training:
-            for name in _KEPT:
+            for name in _CACHES:
                 self.__dict__.pop(name, None)
         touched(self)
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """By ``load_state_dict`` of this module and of those around it."""
+        """Called by ``load_state_dict`` of this module and of modules around it."""
         super()._load_from_state_dict(*args, **kwargs)
         touched(self)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead."""
-        return as_plain(self, plain_class(type(self)), _KEPT)
+        """The module that ``torch.jit.script`` compiles instead."""
+        return as_plain(self, plain_class(type(self)), _CACHES)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles pack for themselves: packed filters are as large as the weights and bound to this CPU."""
-        return {name: value for name, value in self.__dict__.items() if name not in _KEPT}
+        """Drops the caches: packed filters are as large as the weights and made for this CPU."""
+        return {name: value for name, value in self.__dict__.items() if name not in _CACHES}

@@ -1,7 +1,7 @@
-"""Frozen batch norms: modules that hold four buffers and scale by them in any mode, as detection networks have them.
+"""Frozen batch norms: modules with four buffers that normalise by them in any mode, as detection networks have them.
 
-``x * scale + shift`` with ``scale = weight * rsqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``,
-each of ``[1, C, 1, 1]``, is read from the graph of the code: such modules are no ``nn.BatchNorm2d``.
+They are no ``nn.BatchNorm2d``, so they are recognised in the traced graph: ``x * scale + shift`` with
+``scale = weight * rsqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``, each ``[1, C, 1, 1]``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHANNELS = (1, -1, 1, 1)
 
 
 class FrozenNorm:
-    """What chains ask of a batch norm in eval mode, for a module that is one by its code."""
+    """The attributes of an ``nn.BatchNorm2d`` in eval mode that chains read, of a module whose code is one."""
 
     training = track_running_stats = False
     momentum = num_batches_tracked = None
@@ -38,14 +38,14 @@ class FrozenNorm:
         self.eps = eps
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether products with its tensors have the shape and the dtype of what a convolution by ``weight`` gives."""
+        """Whether its tensors have the channels and the dtype of the output of a convolution by ``weight``."""
         tensors = (self.weight, self.bias, self.running_mean, self.running_var)
         return all(t.shape == weight.shape[:1] and t.dtype == weight.dtype for t in tensors)
 
 
 @dataclass(frozen=True)
 class FrozenCode:
-    """The nodes of a frozen batch norm: ``end`` is its result, ``aside`` the others, ``tensors`` by their names."""
+    """The nodes of a frozen batch norm: ``end`` is the result, ``aside`` the intermediates, ``tensors`` by name."""
 
     end: fx.Node
     input: fx.Node
@@ -55,7 +55,7 @@ class FrozenCode:
 
 
 class _Reading:
-    """Of the code of one frozen batch norm; ``holds``: of nodes, whether they are tensors of a module."""
+    """Matches one frozen batch norm; ``holds(node)``: whether a node is a tensor of a module."""
 
     def __init__(self, holds: Callable[[fx.Node], bool]) -> None:
         self.holds = holds
@@ -63,7 +63,7 @@ class _Reading:
         self.tensors: dict[str, fx.Node] = {}
 
     def tensor(self, node: Any, name: str) -> bool:
-        """Whether ``node`` is a tensor, a channel a row: the one that is called ``name`` then."""
+        """Whether ``node`` is a module's tensor as ``[1, C, 1, 1]``; takes it for the tensor called ``name``."""
         if not isinstance(node, fx.Node) or node.op != "call_method" or node.target not in _SHAPES:
             return False
         source, *shape = node.args
@@ -74,7 +74,7 @@ class _Reading:
         return self.tensors.setdefault(name, source) is source
 
     def parts(self, node: Any, targets: tuple[Any, ...], ordered: bool = False) -> Iterator[tuple[Any, Any]]:
-        """The two operands of a sum, a product or a difference, in both orders where that is the same."""
+        """The two operands of ``node`` if it calls one of ``targets``, in both orders unless ``ordered``."""
         if isinstance(node, fx.Node) and node.target in targets and len(node.args) == 2 and not node.kwargs:
             self.nodes.add(node)
             a, b = node.args
@@ -83,7 +83,7 @@ class _Reading:
                 yield b, a
 
     def eps(self, node: Any) -> float | None:
-        """Of ``weight * rsqrt(running_var + eps)``."""
+        """The eps of ``weight * rsqrt(running_var + eps)``, or None if ``node`` is something else."""
         for weight, root in self.parts(node, _MUL):
             if self.tensor(weight, "weight") and isinstance(root, fx.Node) and root.target in _RSQRT:
                 self.nodes.add(root)
@@ -93,7 +93,7 @@ class _Reading:
         return None
 
     def is_shift(self, node: Any, scale: fx.Node) -> bool:
-        """``bias - running_mean * scale``"""
+        """Whether ``node`` is ``bias - running_mean * scale``."""
         for bias, product in self.parts(node, _SUB, ordered=True):
             for mean, factor in self.parts(product, _MUL):
                 if factor is scale and self.tensor(mean, "running_mean"):
@@ -102,7 +102,7 @@ class _Reading:
 
 
 def read_frozen(graph: fx.Graph, holds: Callable[[fx.Node], bool]) -> Iterator[FrozenCode]:
-    """All frozen batch norms in ``graph`` whose tensors are nodes that ``holds`` knows."""
+    """All frozen batch norms in ``graph`` whose tensors are nodes for which ``holds`` is true."""
     for n in graph.nodes:
         for product, shift in _Reading(holds).parts(n, _ADD):
             for x, scale in _Reading(holds).parts(product, _MUL):
@@ -116,7 +116,7 @@ def read_frozen(graph: fx.Graph, holds: Callable[[fx.Node], bool]) -> Iterator[F
 
 
 def find_frozen(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, FrozenCode]]:
-    """Those whose tensors are, by these names, attributes of one module, and its path."""
+    """Frozen batch norms whose tensors are attributes of one module under these names, each with the module's path."""
     for code in read_frozen(graph, lambda node: node.op == "get_attr"):
         path = str(code.tensors["weight"].target).rpartition(".")[0]
         wanted = {name: f"{path}.{name}" for name in code.tensors}

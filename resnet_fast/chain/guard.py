@@ -1,4 +1,8 @@
-"""Has a module changed since it was packed? Asked at every call, so it costs a few microseconds a block."""
+"""Whether a module has changed since it was packed: :class:`StalenessGuard`, checked before every fused call.
+
+The check itself is in C++ and costs a few microseconds a block. The executor, plans of :mod:`resnet_fast.fusion` and
+networks on GPUs hold guards; :func:`touched`, :func:`refresh` and optimizer steps invalidate them.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +47,22 @@ _LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Linear, nn.Adapti
 patches.register_layers(*_LAYERS)
 patches.register(nn.Sequential, nn.AvgPool2d, nn.MaxPool2d)
 
-# What is found out about a module, and kept in it.
-_FOUND = ("_chain", "_program", "_eval_program", "_whole", "_network", "_observers", "_resnet_fast")
-# What every module has; ``training`` is asked for where it matters.
-_OF_ALL_MODULES = {*vars(nn.Module()), *_FOUND, "_is_full_backward_hook"}
+# Attributes in which this package caches what it found out about a module.
+_CACHES = ("_chain", "_program", "_eval_program", "_whole", "_network", "_observers", "_resnet_fast")
+# Attributes of every module; ``training`` is compared where it matters.
+_OF_ALL_MODULES = {*vars(nn.Module()), *_CACHES, "_is_full_backward_hook"}
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What the code of ``forward`` may ask for beside children and tensors."""
+    """Attributes that the code of ``forward`` may read, besides children and tensors."""
     return {name: value for name, value in vars(module).items() if name not in _OF_ALL_MODULES}
 
 
 def hooks_reason(parts: list[nn.Module]) -> str | None:
-    """Why the modules after the first must be called one by one, or None. Hooks on the first itself run either way."""
+    """Which hook or method keeps the modules after the first from being skipped; or None.
+
+    The first module is called either way, so its own hooks run.
+    """
     for module in parts[1:]:
         if any(getattr(module, hooks) for hooks in HOOKS):
             return f"a hook on a {type(module).__name__}"
@@ -72,8 +79,8 @@ def _has_version(t: Tensor) -> bool:
         return False
 
 
-def _place(t: Tensor) -> tuple[int, int] | None:
-    """Address and bytes of a tensor that the host can read, from its first number to its last, or None."""
+def _extent(t: Tensor) -> tuple[int, int] | None:
+    """Address and bytes from the first element to the last, of a dense tensor on the CPU; else None."""
     if t.device.type != "cpu" or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
         return None
     last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
@@ -81,14 +88,14 @@ def _place(t: Tensor) -> tuple[int, int] | None:
 
 
 def _storage(t: Tensor) -> int | None:
-    """Where the memory begins that a tensor shares with its views, or None."""
+    """The address of the storage that a tensor shares with its views, or None."""
     if t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
         return None
     return t.untyped_storage().data_ptr() or None
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether it may get children though it has none now."""
+    """Whether the module may get children even if it has none now."""
     return type(module) not in _LAYERS
 
 
@@ -97,7 +104,7 @@ class _Snapshot:
 
     def __init__(self) -> None:
         self.words = array("Q")
-        self.held: list[Any] = []  # so that no address becomes that of another object
+        self.held: list[Any] = []  # keeps the objects alive: their addresses identify them
 
     def count(self, of: Sized) -> None:
         self.words.append(len(of))
@@ -123,66 +130,66 @@ class _Snapshot:
         self.add(*chain.from_iterable((o, descriptor.__get__(o)) for o in objects))
 
 
-# Those that are alive, to be told of what they do not see; the second: those that watch contents.
-_watches: weakref.WeakSet[StalenessGuard] = weakref.WeakSet()
-_of_contents: weakref.WeakSet[StalenessGuard] = weakref.WeakSet()
+# Living guards, to be invalidated by events that they cannot see; the second: those that compare tensor contents.
+_guards: weakref.WeakSet[StalenessGuard] = weakref.WeakSet()
+_content_guards: weakref.WeakSet[StalenessGuard] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def _end(guards: weakref.WeakSet[StalenessGuard], modules: Iterable[nn.Module]) -> None:
-    """Those that watch one of ``modules`` see a change from now on."""
-    these = set(map(id, modules))
+def _invalidate(guards: weakref.WeakSet[StalenessGuard], modules: Iterable[nn.Module]) -> None:
+    """Invalidates those of ``guards`` that guard one of ``modules``."""
+    changed = set(map(id, modules))
     with _lock:
         for guard in guards:
-            if not guard.modules.isdisjoint(these):
-                guard.end()
+            if not guard.modules.isdisjoint(changed):
+                guard.invalidate()
 
 
 def touched(module: nn.Module) -> None:
-    """``module`` was loaded into or told its mode, be it the same: what was packed from its contents is old."""
-    if _of_contents:
-        _end(_of_contents, [module])
+    """Invalidates what was packed from ``module``: a state was loaded, or ``train`` or ``eval`` was called."""
+    if _content_guards:
+        _invalidate(_content_guards, [module])
 
 
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
-    """After every step of every optimizer: fused ones bump no version, and small steps may miss the fingerprint.
+    """After every step of every optimizer: fused ones bump no version, and small steps may escape the fingerprint.
 
-    Contents that the host cannot read are old after any step, if one of them wants a gradient: what the optimizer holds
-    may be a copy or a shard of them, which is written back later. Others are old if the optimizer holds their memory.
+    Tensors that the host cannot read are stale after any step if one of them wants a gradient: the optimizer may hold a
+    copy or a shard of them, to be written back later. Others are stale if the optimizer holds their storage.
     """
     if torch.compiler.is_compiling():  # a compiled step bumps versions
         return
     with _lock:
-        guards = [guard for guard in _of_contents if not guard.ended()]
+        guards = [guard for guard in _content_guards if not guard.is_invalidated()]
     if not guards:
         return
     written = {_storage(p) for group in optimizer.param_groups for p in group["params"]}
     for guard in guards:
         if any(t.requires_grad for t in guard.unread) or not guard.storages.isdisjoint(written):
-            guard.end()
+            guard.invalidate()
 
 
 register_optimizer_step_post_hook(_stepped)
 
 
 def refresh(model: nn.Module) -> None:
-    """Packs all weights of ``model`` anew at the next call, whatever has changed or not.
+    """Packs all weights of ``model`` anew at the next call, whether or not anything changed.
 
-    Seen without it, whatever PyTorch counts: every step of a ``torch.optim`` optimizer, ``load_state_dict``, and every
-    ``train()`` and ``eval()`` of a module that runs fused or of one around it, whether or not the mode changes. On
-    CPUs, too, whoever writes: what changes a sample of the tensor, which is compared at every call (all of up to 512
-    bytes, else eight pieces of 64 bytes). Wanted after changes that PyTorch does not count and none of these shows:
+    No call is needed after changes that PyTorch counts (``Tensor._version``), a step of a ``torch.optim`` optimizer,
+    ``load_state_dict``, or ``train()`` or ``eval()`` of a module that runs fused or of one that holds it, even if the
+    mode stays. On CPUs every call also compares a sample of each tensor: all of up to 512 bytes, else eight pieces of
+    64 bytes. A call is needed after these changes, which none of that shows:
 
-    - on CPUs: of elements outside of the sample alone, through ``Tensor.data``, NumPy or DLPack views, shared memory, a
-      storage or a collective; or by anything in ``torch.inference_mode()``, of weights made or moved in it;
-    - on GPUs: of any elements, in place, through these, by collectives such as ``torch.distributed.broadcast``, by a
-      CUDA graph that is replayed, or by kernels of other libraries; or by anything in inference mode, of weights made
-      or moved in it.
+    - on CPUs: writes to elements outside of the sample alone, through ``Tensor.data``, NumPy or DLPack views, shared
+      memory, a storage or a collective; any write within ``torch.inference_mode()`` to weights made or moved in it;
+    - on GPUs: writes to any element through these, by collectives such as ``torch.distributed.broadcast``, by the
+      replay of a CUDA graph, or by kernels of other libraries; any write in inference mode to weights made or moved in
+      it.
 
-    On GPUs weights that want a gradient are packed anew after a step of any optimizer, one of another network included.
+    On GPUs, weights that want a gradient are packed anew after a step of any optimizer, even of another network's.
 
-    Where a gradient is wanted, CPUs pack weights at every call. Programs that ``torch.compile`` has frozen and CUDA
-    graphs hold weights of their own: compile or capture them again.
+    Where a gradient is wanted, CPUs pack weights at every call. Programs frozen by ``torch.compile`` and CUDA graphs
+    hold copies of the weights: compile or capture them again.
 
     Args:
         model: a network or any part of one, fused or not, in any mode.
@@ -192,33 +199,32 @@ def refresh(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, want a torch.nn.Module")
-    _end(_watches, model.modules())
-    # Of compiled graphs the modules are others, which hold the same tensors.
-    held = {_storage(t) for t in chain(model.parameters(), model.buffers())}
+    _invalidate(_guards, model.modules())
+    # Compiled graphs have modules of their own that hold the same tensors.
+    storages = {_storage(t) for t in chain(model.parameters(), model.buffers())}
     with _lock:
-        for guard in _of_contents:
-            if not guard.storages.isdisjoint(held):
-                guard.end()
+        for guard in _content_guards:
+            if not guard.storages.isdisjoint(storages):
+                guard.invalidate()
 
 
 class StalenessGuard:
-    """What modules were like when they were packed: their children, settings, hooks, and the contents of their tensors.
+    """Snapshot of modules as they were packed: their children, settings, hooks, methods, and their tensors' contents.
 
-    Contents are told by PyTorch's own count of in-place changes (``Tensor._version``), by the address of the memory,
-    and on CPUs by a fingerprint that is taken at every question: all of a tensor of up to 512 bytes, eight pieces of 64
-    bytes of a larger one. It shows what PyTorch does not count: fused optimizers, collectives, other processes and
-    libraries that write to the memory. On other devices it would make the host wait, so nothing is read there:
-    :func:`touched` and steps of optimizers say when the contents may be others. :func:`refresh` ends a watch whatever
-    it sees. Tensors made or moved in inference mode are not counted at all: shape and strides count instead.
+    Contents are compared by PyTorch's version counter (``Tensor._version``), by the address of the memory, and on CPUs
+    by a fingerprint taken at every check: all of a tensor of up to 512 bytes, eight pieces of 64 bytes of a larger one.
+    The fingerprint shows writes that PyTorch does not count: by fused optimizers, collectives, other processes and
+    libraries. On other devices reading it would make the host wait; :func:`touched` and optimizer steps invalidate the
+    guard there. Tensors made or moved in inference mode have no version counter: shape and strides are compared.
 
-    Without ``contents`` only what tensors there are and their classes, dtypes, devices and shapes count; without
-    ``kinds`` only what tensors there are. All else is told by identity: a setting that is set to an equal value is
-    another one, and only packed once more.
+    Without ``contents``, only the identity, class, dtype, device and shape of tensors are compared; without ``kinds``,
+    only their identity. All else is compared by identity: setting an attribute to an equal value may cost one packing
+    too many, never a wrong result.
 
-    Methods count, those of classes and those that a module has put before them: ``forward``, and of layers what it
-    calls. Of ``opened`` modules, whose code was looked into, all counts that the code may ask for: methods, attributes,
-    those that it asks for in vain too, global names, variables around functions. Of the first module ``methods`` count;
-    the first one of these is what it was called by, and may be its own.
+    Methods are compared in classes and in instances: ``forward``, and for PyTorch's layers what it calls. For
+    ``opened`` modules, whose code was read, everything that the code looks up is compared: methods, attributes (the
+    missing ones, too), global names and closure variables. For the first module, ``methods`` are compared; the first of
+    them is the one that was called, which the instance may override.
     """
 
     def __init__(
@@ -239,22 +245,22 @@ class StalenessGuard:
         was.count((*stores, *children, *hooks, *dicts))
         for entries in (*stores, *children, *hooks, *dicts):
             was.add_values(entries)
-        # A count of batches changes no result.
+        # num_batches_tracked, an integer, changes no result.
         tensors = [t for store in stores for t in store.values() if t is not None and t.is_floating_point()]
-        places = [_place(t) for t in tensors] if contents else []
-        self.unread = [t for t, place in zip(tensors, places, strict=False) if place is None]
+        extents = [_extent(t) for t in tensors] if contents else []
+        self.unread = [t for t, extent in zip(tensors, extents, strict=False) if extent is None]
         self.storages = frozenset(start for t in tensors if contents and (start := _storage(t)) is not None)
         self._add_tensors(was, tensors, contents, kinds, outside)
-        was.count(read := [place for place in places if place is not None])
-        for place in read:
-            was.words.extend((*place, extension.fingerprint(place)))
+        was.count(read := [extent for extent in extents if extent is not None])
+        for extent in read:
+            was.words.extend((*extent, extension.fingerprint(extent)))
         self.modules = frozenset(map(id, modules))
         self._held = was.held
         self._snapshot: bytes | None = was.words.tobytes()
         with _lock:
-            _watches.add(self)
+            _guards.add(self)
             if contents:
-                _of_contents.add(self)
+                _content_guards.add(self)
 
     def _add_modules(
         self,
@@ -276,22 +282,22 @@ class StalenessGuard:
             else:
                 looked_up = own = patches.methods(kind)
             settings = next((names for layer, names in _SETTINGS.items() if isinstance(m, layer)), ())
-            # The dicts below are compared, too: here, that they are still the module's.
+            # The contents of these dicts are compared below; here, that the module still holds the same dicts.
             stores = ("_modules",) if _is_container(m) else ("_parameters", "_buffers") if m._parameters else ()
-            rows.append((m, vars(m), [name for name in (*settings, *own, *stores) if name not in _FOUND]))
+            rows.append((m, vars(m), [name for name in (*settings, *own, *stores) if name not in _CACHES]))
             if (kind, looked_up) not in known:
                 known.add((kind, looked_up))
-                for c, names in patches.places(kind, looked_up).items():
+                for c, names in patches.lookups(kind, looked_up).items():
                     classes.setdefault(c, {}).update(dict.fromkeys(names))
-        # The first one's own forward does not count, that of classes does: these come behind. Their dicts themselves
-        # are what their proxies refer to.
+        # The first row may have a forward of its own, later rows may not: so classes come after the modules. The dict
+        # of a class is the referent of its mappingproxy.
         stored_in = {c: gc.get_referents(vars(c))[0] for c in classes}
         rows += [(c, stored_in[c], names) for c, names in classes.items()]
         found = [stored_in[c].get(name) for c, names in classes.items() for name in names if c is not nn.Module]
         values = [value for m in opened for value in attributes(m).values()]
         outside = patches.surroundings([*found, *values] if opened else [])
         rows += [(space, space, names) for space, names in outside.names.values()]
-        # Their keys; how many there are is asked with their values.
+        # Their keys; their lengths and values are compared with the other dicts.
         rows += [(value, value, list(value)) for value in values if type(value) is dict]
         was.count(rows)
         for owner, stored, wanted in rows:
@@ -308,17 +314,17 @@ class StalenessGuard:
         self, was: _Snapshot, tensors: list[Tensor], contents: bool, kinds: bool, outside: patches.Surroundings
     ) -> None:
         uncounted = [t for t in tensors if contents and t.is_inference()]
-        # Aliases keep the memory from being given to someone else, whose address would look like the old one.
+        # Aliases keep the memory alive: a new tensor must not get the old address.
         self._aliases = [t.detach() for t in tensors if contents]
         methods = [t.data_ptr for t in tensors if contents] + [t.stride for t in uncounted if t.dim() > 1]
         was.count(methods)
         was.add(*chain.from_iterable((method, method()) for method in methods))
         if contents:
-            # One that was moved in inference mode has kept a version, which counts what is done outside of it.
+            # A tensor moved in inference mode has kept a version, which counts changes outside of inference mode.
             asked: list[tuple[Any, Sequence[Any]]] = [
                 (_VERSION, [t for t in tensors if not t.is_inference() or _has_version(t)])
             ]
-            # In place and without new memory, only shape and strides can change.
+            # In place, in the same memory, only shape and strides can change.
             asked += [(_SHAPE, uncounted)]
         else:
             asked = [(kind, tensors) for kind in _KIND if kinds]
@@ -332,12 +338,11 @@ class StalenessGuard:
         raise TypeError("a StalenessGuard knows its objects by their addresses: a copy would not hold them")
 
     def is_valid(self) -> bool:
-        """In C: this is asked before every fused call."""
+        """Whether nothing has changed. In C++, because every fused call asks."""
         return self._snapshot is not None and extension.unchanged(self._snapshot)
 
-    def end(self) -> None:
-        """From now on nothing is as it was."""
+    def invalidate(self) -> None:
         self._snapshot = None
 
-    def ended(self) -> bool:
+    def is_invalidated(self) -> bool:
         return self._snapshot is None

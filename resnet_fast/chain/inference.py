@@ -1,4 +1,4 @@
-"""A chain in inference: filters folded with batch norm and packed for what runs them, and the operator that does."""
+"""A chain in inference: folds batch norm into the filters, packs them for each kernel, and calls the operator."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Chain"]
 
 
 class Chain:
-    """The convolutions of a module in eval mode, folded and packed, for as long as the module stays as it is."""
+    """The convolutions of a module in eval mode, folded and packed; valid until the module changes."""
 
-    owner: Any = None  # who keeps it: attributes may be copied to another module
+    owner: Any = None  # the module that caches it: a copied attribute must not serve another module
 
     def __init__(
         self,
@@ -38,17 +38,17 @@ class Chain:
         self.pairs = recorder.pairs
         self.first_weight = recorder.pairs[0][0].weight
         self.dtype = self.first_weight.dtype
-        # Watched before the weights are read: a change in between is seen at the next call.
+        # The guard comes before the weights are read: the next call sees a change in between.
         self._guard = StalenessGuard(parts, opened, methods=methods)
         self.sources = [sources_of(conv, bn) for conv, bn in recorder.pairs]
         self.eps = [eps_of(bn) for _, bn in recorder.pairs]
         self.stays_contiguous = stays_contiguous(self.specs, (conv.weight for conv, _ in recorder.pairs))
         self._packed: dict[tuple[int, int], Tensor] = {}  # by layer and algorithm
-        self._filters: dict[tuple[Any, ...], list[Tensor]] = {}  # by what the input is
+        self._filters: dict[tuple[Any, ...], list[Tensor]] = {}  # by input shape, dtype and switches
 
     @cached_property
     def gpu(self) -> Any:
-        """How the chain runs on GPUs."""
+        """The chain on GPUs."""
         return devices.gpu.chain(self.specs, self.sources, self.eps)
 
     def is_valid(self) -> bool:
@@ -64,8 +64,10 @@ class Chain:
         return algorithms(self.specs, x.shape, x.dtype)
 
     def filters(self, x: Tensor, direct: bool = False) -> list[Tensor]:
-        """Packed filters for inputs like ``x``; ``direct``: none of Winograd's F(4x4). Threads that come here at once
-        may pack the same filter twice."""
+        """Packed filters for inputs like ``x``; ``direct``: without Winograd's F(4x4).
+
+        Threads that call this at once may pack a filter twice, which does no harm.
+        """
         if backends.kind(x) == "cuda":
             return self.gpu.packed(x)[0]
         key = (x.shape, x.dtype, backends.cpu.allow_winograd, backends.cpu.allow_bf16_products, direct)
@@ -82,7 +84,7 @@ class Chain:
         return filters
 
     def _pack(self, layer: int, algorithm: int) -> Tensor:
-        """CPUs round weights, if at all, after batch norm is folded in."""
+        """A packed filter. Batch norm is folded in before any rounding to bfloat16."""
         weight, *vectors = self.sources[layer]
         with torch.no_grad():
             return torch.ops.resnet_fast.pack_conv_bn(weight, *vectors, self.eps[layer], algorithm)
@@ -92,13 +94,13 @@ class Chain:
         return backends.kind(x) != "cuda" or self.gpu.pools(x, pool)
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
-        """The chain on ``x``; pool: window, stride and padding of max pooling behind it."""
+        """The chain on ``x``; pool: window, stride and padding of max pooling of its result."""
         if backends.kind(x) == "cuda":
             return self.gpu.run(x, pool)
-        # Nobody differentiates this call: the operator's autograd key, which is Python, has nothing to do.
+        # No gradient flows through this call: skip the operator's autograd key, which runs Python.
         with torch._C._AutoDispatchBelowAutograd():
             y = torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
-            # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
+            # Winograd spreads a NaN over its whole tile, further than the filter's window: compute directly.
             if extension.take_spread():
                 y = torch.ops.resnet_fast.residual_stage(x, self.filters(x, direct=True), self.layers, pool)
         return y

@@ -1,8 +1,8 @@
-"""The memory format of results: that of PyTorch's own operators, though kernels compute in channels_last.
+"""The memory format of results: PyTorch's, although the kernels compute in channels_last.
 
-PyTorch's rule: the result of a convolution is channels_last where its input or its weight is, else contiguous; what
-follows keeps the format. Code that calls ``view`` depends on it, and so does a dropout, which draws its mask in the
-order of memory.
+PyTorch's rule: the result of a convolution is channels_last where its input or its weight is, else contiguous; later
+operators preserve the format. Code that calls ``view`` depends on it, and so does dropout, which draws its mask in
+memory order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Observers", "any_channels_last", "is_channels_last", "laid_out", "st
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Whether PyTorch's operators take it so; where both orders fit, the strides of sizes that are 1 tell."""
+    """Whether PyTorch treats ``t`` as channels_last; where both formats fit, the strides of dimensions of 1 decide."""
     if t.dim() != 4:
         return False
     _, c, h, w = t.shape
@@ -34,9 +34,9 @@ def any_channels_last(convolutions: Iterable[nn.Conv2d]) -> bool:
 
 
 def stays_contiguous(specs: Sequence[ConvSpec], weights: Iterable[Tensor]) -> bool:
-    """Whether PyTorch's operators keep a contiguous input contiguous through a chain of convolutions.
+    """Whether PyTorch's operators would keep a contiguous input contiguous through this chain.
 
-    A sum has the format of what the convolution beside it gives.
+    A residual sum takes the format of the convolution's output.
     """
     contiguous = [True]
     for spec, weight in zip(specs, weights, strict=True):
@@ -45,23 +45,23 @@ def stays_contiguous(specs: Sequence[ConvSpec], weights: Iterable[Tensor]) -> bo
 
 
 def laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` in the format of ``x``, an image that it was computed from."""
+    """``y`` in the memory format of ``x``, the image that it was computed from."""
     if is_channels_last(x) or not is_channels_last(y):
         return y
-    # Not `contiguous`: maps of one pixel or channel fit both formats, and what reads them next asks for the strides.
+    # Not `contiguous`, which returns y itself where it has one pixel or channel: the next operator reads the strides.
     return y.clone(memory_format=torch.contiguous_format)
 
 
 class Observers:
-    """Who sees the maps between the layers of a network, beside its own code: found once, until something changes.
+    """Whether anyone sees the activations between the layers of a network; valid until a module changes.
 
-    These are hooks, dropouts at work, and modules of others, which may ask for ``view``.
+    Observers are hooks, active dropouts, and modules from outside this package and PyTorch, which may call ``view``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._guard = StalenessGuard(modules, contents=False, kinds=False)
-        self.there = any(map(_observes, modules[1:]))  # the model's own hooks see the images and the scores
+        self.there = any(map(_observes, modules[1:]))  # hooks on the model itself see only its input and output
         self.convolutions = [m for m in modules if isinstance(m, nn.Conv2d)]
 
     def is_valid(self) -> bool:

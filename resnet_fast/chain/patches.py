@@ -1,6 +1,7 @@
-"""Functions behind a call of a module, and whether somebody put others in their place: in the class or in the module.
+"""Monkey-patching: which functions a call of a module runs, and whether someone replaced one, in class or instance.
 
-A class that is patched (``nn.Conv2d.forward = ...``) stays the same object, so its functions are compared themselves.
+A patched class (``nn.Conv2d.forward = ...``) stays the same object, so the functions themselves are compared. The
+recorder refuses a chain for a replaced function; :mod:`.guard` notices one replaced later.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ __all__ = [
     "constant",
     "digest",
     "functions",
-    "kept",
+    "is_original",
+    "lookups",
     "methods",
     "own_method",
-    "places",
     "register",
     "register_layers",
     "replaced",
@@ -33,25 +34,25 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# What a call runs before ``forward``. While export traces, it has put others there.
+# Methods that a call runs before ``forward``. torch.export replaces them while it traces.
 CALL = ("__call__", "_call_impl")
-# Of classes that chains stand for: their attributes when this package first saw them.
+# Attributes of registered classes when this package first saw them.
 _registered: dict[type, dict[str, Any]] = {}
 _methods: dict[type, tuple[str, ...]] = {}
-_UNKNOWN = object()  # no attribute is this: PyTorch's own function, where it was replaced before
+_UNKNOWN = object()  # stands for a function of PyTorch's that had been replaced before: no attribute is this
 
 
 def constant(function: _F) -> _F:
-    """The compiler calls ``function`` while it traces, and does not look into it.
+    """Makes the compiler call ``function`` while it traces, instead of tracing it.
 
-    As ``torch.compiler.assume_constant_result``, which would import the compiler.
+    Equivalent to ``torch.compiler.assume_constant_result``, which would import the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def _names(value: Any) -> Iterator[str]:
-    """What the code of a function, a property or a wrapper of them may look up."""
+    """Names that the code of a function, a property or a wrapper of them may look up."""
     waiting, known = [value], set()
     while waiting:
         part = waiting.pop()
@@ -77,7 +78,7 @@ def _classes(kind: type) -> list[type]:
 
 
 def called(kind: type) -> tuple[str, ...]:
-    """``forward``, and the attributes of the class that its code may look up, directly or through one another."""
+    """``forward``, and the class attributes that its code may look up, directly or through one another."""
     classes = _classes(vars(kind).get("fused_from", kind))
     found: dict[str, None] = {}
     waiting = ["forward"]
@@ -93,12 +94,12 @@ def called(kind: type) -> tuple[str, ...]:
 
 @constant
 def methods(kind: type) -> tuple[str, ...]:
-    """Those of ``called`` for PyTorch's layers; of other classes ``forward``, unless their code was looked into."""
+    """:func:`called` for PyTorch's registered layers; ``forward`` for other classes."""
     return _methods.get(kind, ("forward",))
 
 
-def places(kind: type, names: Sequence[str]) -> dict[type, list[str]]:
-    """Where Python looks ``names`` up: of ``kind`` and the classes behind it, nn.Module's not among them."""
+def lookups(kind: type, names: Sequence[str]) -> dict[type, list[str]]:
+    """Classes in which Python looks ``names`` up, from ``kind`` along its MRO, without nn.Module; with these names."""
     classes = _classes(kind)
     found: dict[type, list[str]] = {}
     for name in (*names, "__call__"):
@@ -109,28 +110,27 @@ def places(kind: type, names: Sequence[str]) -> dict[type, list[str]]:
 
 
 def functions(kind: type, asked: Sequence[str] = ()) -> list[Any]:
-    """What Python finds behind a call of ``kind.forward``, and by the names ``asked``, to be compared by identity."""
-    own = [vars(c).get(name) for c, names in places(kind, (*called(kind), *asked)).items() for name in names]
+    """All that a call of ``kind.forward`` and the names ``asked`` look up, to be compared by identity."""
+    own = [vars(c).get(name) for c, names in lookups(kind, (*called(kind), *asked)).items() for name in names]
     return own + surroundings(own).values()
 
 
 class Surroundings(NamedTuple):
-    """What functions find outside of their own code: global names, variables of functions around them, and their code
-    itself, which may be replaced."""
+    """The surroundings of functions: the global names they read, their closure variables, and their code objects."""
 
     names: dict[int, tuple[dict[str, Any], list[str]]]
     cells: list[CellType]
     functions: list[FunctionType]
 
     def values(self) -> list[Any]:
-        """All of it as it is now, to be compared by identity."""
+        """All current values, to be compared by identity."""
         found = [space.get(name) for space, names in self.names.values() for name in names]
         found += [cell.cell_contents for cell in self.cells if cell != CellType()]
         return found + [part for f in self.functions for part in (f.__code__, f.__defaults__, f.__kwdefaults__)]
 
 
 def surroundings(values: Iterable[Any]) -> Surroundings:
-    """Of the functions among ``values``, and of those that these call by a global name or a variable around them."""
+    """The surroundings of the functions among ``values`` and, transitively, of those that they reach by name."""
     found = Surroundings({}, [], [])
     waiting = [part for value in values for part in _functions_in(value)]
     known: set[int] = set()
@@ -145,7 +145,7 @@ def surroundings(values: Iterable[Any]) -> Surroundings:
         inner = [cell.cell_contents for cell in cells if cell != CellType()]
         wanted = set(_names(function.__code__))
         spaces = [function.__globals__]
-        for space in spaces:  # which grows
+        for space in spaces:  # the loop appends to it
             _, names = found.names.setdefault(id(space), (space, []))
             for name in sorted(wanted):
                 value = space.get(name)
@@ -160,7 +160,7 @@ def surroundings(values: Iterable[Any]) -> Surroundings:
 
 
 def _functions_in(value: Any) -> list[FunctionType]:
-    """``value`` itself, or those that it wraps."""
+    """``value`` itself if it is a function, or the functions that it wraps."""
     if isinstance(value, FunctionType):
         return [value]
     if isinstance(value, (property, staticmethod, classmethod, partial, MethodType)):
@@ -170,7 +170,7 @@ def _functions_in(value: Any) -> list[FunctionType]:
 
 
 def _content(value: Any) -> Any:
-    """Enough of an attribute of a class to see in another process that it is another one."""
+    """A description of a class attribute that differs in another process if the attribute does."""
     if isinstance(value, CodeType):
         constants = sorted(map(repr, map(_content, value.co_consts)))  # sets of strings have no order
         return value.co_code, value.co_names, constants
@@ -185,18 +185,18 @@ def _content(value: Any) -> Any:
 
 @constant
 def digest(kind: type, asked: tuple[str, ...] = ()) -> str:
-    """The same, to be compared in a copy or in another process."""
+    """A digest of :func:`functions`, comparable between copies and processes."""
     return hashlib.sha256(repr(list(map(_content, functions(kind, asked)))).encode()).hexdigest()
 
 
 def _is_pytorchs(value: Any) -> bool:
-    """Whether a function was written in PyTorch's own code; other attributes are."""
+    """Whether ``value`` is a function of PyTorch's, or no function."""
     name = str(getattr(value, "__globals__", {"__name__": "torch"}).get("__name__"))
     return name.partition(".")[0] == "torch"
 
 
 def register(*kinds: type, alone: bool = False) -> None:
-    """From now on :func:`replaced` knows ``kinds`` and, unless ``alone``, the classes behind them as they are."""
+    """Remembers the attributes of ``kinds`` and, unless ``alone``, of their base classes, for :func:`replaced`."""
     for kind in kinds:
         for c in (kind,) if alone else kind.__mro__[:-1]:
             theirs = c.__module__.partition(".")[0] == "torch"
@@ -205,36 +205,36 @@ def register(*kinds: type, alone: bool = False) -> None:
 
 
 def register_layers(*kinds: type) -> None:
-    """The same for PyTorch's layers, with all methods behind their ``forward``."""
+    """:func:`register` for PyTorch's layers, with all methods that their ``forward`` calls."""
     register(*kinds)
     _methods.update((kind, called(kind)) for kind in kinds)
 
 
 @constant
 def replaced(kind: type, names: Sequence[str]) -> str | None:
-    """Which of ``names`` is no longer what it was in a class that was registered; or None."""
-    for c, own in places(kind, names).items():
+    """Which of ``names`` was replaced in a registered class since; or None."""
+    for c, own in lookups(kind, names).items():
         if c in _registered:
             for name in own:
-                if not kept(c, name):
+                if not is_original(c, name):
                     return f"another {c.__name__}.{name}"
     return None
 
 
 def call_replaced() -> str | None:
-    """The same of what a call of any module runs."""
-    other = next((name for name in CALL if not kept(nn.Module, name)), None)
+    """Which of the methods that every call of a module runs was replaced; or None."""
+    other = next((name for name in CALL if not is_original(nn.Module, name)), None)
     return None if other is None else f"another Module.{other}"
 
 
 @constant
-def kept(kind: type, name: str) -> bool:
-    """Whether a class that was registered has the function by this name that it had then."""
+def is_original(kind: type, name: str) -> bool:
+    """Whether attribute ``name`` of a registered class is still the one that it had when it was registered."""
     return vars(kind).get(name) is _registered[kind].get(name)
 
 
 def own_method(module: nn.Module, names: Sequence[str]) -> str | None:
-    """Which of ``names`` the module has put before that of its class; or None."""
+    """Which of ``names`` the instance overrides; or None."""
     for name in names:
         if name in module.__dict__:
             return f"a {type(module).__name__} with a {name} of its own"

@@ -1,4 +1,4 @@
-"""Modules as TorchScript can compile them: of the class in plain PyTorch, with the same parameters."""
+"""Fused modules as TorchScript can compile them: instances of the plain PyTorch class that share the parameters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ __all__ = ["as_plain", "plain_class"]
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class in plain PyTorch that a class of this package fuses. Classes that others derived from it stay: what
-    they do besides only they know."""
+    """The plain PyTorch class behind a class of this package. Subclasses from elsewhere are returned as they are."""
     if kind.__module__.partition(".")[0] != "resnet_fast":
         return kind
     return next(c for c in kind.__mro__ if c.__module__ == reference.__name__ or c.__module__.startswith("torch."))
 
 
 def as_plain(module: nn.Module, kind: type[nn.Module], without: Container[str] = ()) -> nn.Module:
-    """A module of class ``kind`` that shares all that ``module`` holds but the attributes ``without``."""
+    """An instance of ``kind`` that shares all attributes of ``module`` except those in ``without``."""
     if type(module) is kind:
         return module
     plain = kind.__new__(kind)

@@ -1,8 +1,8 @@
-"""Max pooling that keeps half a byte an output for its backward pass.
+"""Max pooling that saves half a byte per output for its backward, and average pooling in one launch on GPUs.
 
-PyTorch's own keeps its input, whose values the backward pass does not read, and an int64 index an output: after the
-stem of an ImageNet network a sixth of all that training keeps. Here the place within the window is kept, two in a byte:
-on CPUs by operators of their own, elsewhere out of PyTorch's indices.
+PyTorch's max pooling saves its input, whose values the backward never reads, and an int64 index per output: after the
+stem of an ImageNet network a sixth of all that training saves. :class:`MaxPool2d` saves the argmax's offset within the
+window in 4 bits, two to a byte: by operators of this package on CPUs, made from PyTorch's indices elsewhere.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .training.layers import dense
 
 __all__ = ["MaxPool2d", "flat_average", "pair", "pooling_window"]
 
-_PLACES = 16  # of a window that four bits tell apart
-# Indices of so many outputs are turned into places at once: they stay in a CPU's cache.
-_AT_ONCE = 1 << 17
+_MOST_OFFSETS = 16  # pixels of a window that four bits tell apart
+# Outputs whose indices are converted at a time: they stay in a CPU's cache.
+_CHUNK = 1 << 17
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -44,13 +44,13 @@ class MaxPool2d(nn.MaxPool2d):
     def _fits(self, x: Tensor) -> bool:
         kernel = pair(self.kernel_size)
         return (
-            isinstance(x, Tensor)  # no symbol of torch.fx
+            isinstance(x, Tensor)  # not a proxy of torch.fx
             and self.training
             and torch.is_grad_enabled()
             and x.requires_grad
             and x.dim() == 4
             and x.numel() > 0
-            and kernel[0] * kernel[1] <= _PLACES
+            and kernel[0] * kernel[1] <= _MOST_OFFSETS
             and x.shape[3] >= kernel[1]
             and pair(self.dilation) == [1, 1]
             and not self.return_indices
@@ -58,7 +58,7 @@ class MaxPool2d(nn.MaxPool2d):
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and backends.transform_reason() is None
-            and patches.kept(nn.MaxPool2d, "forward")
+            and patches.is_original(nn.MaxPool2d, "forward")
         )
 
 
@@ -66,10 +66,10 @@ patches.register(MaxPool2d)
 
 
 def pooling_window(pool: nn.Module) -> list[int] | None:
-    """Window, stride and padding of ``pool``, each of two integers, where these say all that it does; or None."""
+    """Window, stride and padding of ``pool``, two integers each; None where it does more than these say."""
     if type(pool) not in (nn.MaxPool2d, MaxPool2d) or hooks_reason([pool, pool]) is not None:
         return None
-    if not (patches.kept(MaxPool2d, "forward") and patches.kept(nn.MaxPool2d, "forward")):
+    if not (patches.is_original(MaxPool2d, "forward") and patches.is_original(nn.MaxPool2d, "forward")):
         return None
     assert isinstance(pool, nn.MaxPool2d)
     if pair(pool.dilation) != [1, 1] or pool.ceil_mode or pool.return_indices:
@@ -78,7 +78,7 @@ def pooling_window(pool: nn.Module) -> list[int] | None:
 
 
 def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
-    """``torch.flatten(pool(x), 1)`` in one launch: average pooling on a GPU, no gradient wanted; or None."""
+    """``torch.flatten(pool(x), 1)`` in one launch, for average pooling on a GPU without gradients; else None."""
     if (
         not isinstance(x, Tensor)
         or backends.kind(x) != "cuda"
@@ -95,7 +95,7 @@ def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
         or hooks_reason([pool, pool]) is not None
     ):
         return None
-    if type(pool) not in (nn.AdaptiveAvgPool2d, nn.AvgPool2d) or not patches.kept(type(pool), "forward"):
+    if type(pool) not in (nn.AdaptiveAvgPool2d, nn.AvgPool2d) or not patches.is_original(type(pool), "forward"):
         return None
     if type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)):
         kernel = stride = list(x.shape[2:])
@@ -109,7 +109,7 @@ def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def pair(value: Any) -> list[int]:
-    """Height and width, as modules keep them: one integer for both, or two."""
+    """(height, width) of a module's setting, which is one integer for both or two."""
     return [value, value] if isinstance(value, int) else list(value)
 
 
@@ -123,33 +123,34 @@ class _MaxPool(torch.autograd.Function):
         ctx.fused = backends.has_kernel("max_pool", x.device.type) and x.dtype != torch.float16
         if ctx.fused:
             with torch._C._AutoDispatchBelowAutograd():
-                out, places = torch.ops.resnet_fast.max_pool.default(x, kernel, stride, padding, ceil_mode)
-            ctx.save_for_backward(places)
+                out, offsets = torch.ops.resnet_fast.max_pool.default(x, kernel, stride, padding, ceil_mode)
+            ctx.save_for_backward(offsets)
             return out
         out, indices = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding, [1, 1], ceil_mode)
-        ctx.save_for_backward(_places(indices, x.shape, kernel, stride, padding))
+        ctx.save_for_backward(_offsets(indices, x.shape, kernel, stride, padding))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        places = ctx.saved_tensors[0].contiguous()  # whatever a hook of saved tensors made of it
+        offsets = ctx.saved_tensors[0].contiguous()  # a saved-tensor hook may have changed the layout
         kernel, stride, padding, *_ = ctx.settings
         first = first_order(grad)
         if ctx.fused and first:
             with torch._C._AutoDispatchBelowAutograd():
                 dx = torch.ops.resnet_fast.max_pool_backward.default(
-                    dense(grad), places, ctx.shape[2:], kernel, stride, padding
+                    dense(grad), offsets, ctx.shape[2:], kernel, stride, padding
                 )
             return dx, None, None, None, None
-        indices = _indices(places, grad.shape, ctx.shape, kernel, stride, padding)
-        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)  # its shape
-        grad = dense(grad) if first else grad  # batches of vmap have no layout
+        indices = _indices(offsets, grad.shape, ctx.shape, kernel, stride, padding)
+        # The operator reads only the shape of x.
+        x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+        grad = dense(grad) if first else grad  # a vmap batch has no memory format
         dx = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *ctx.settings, indices)
         return dx, None, None, None, None
 
 
 def _corners(like: Tensor, shape: torch.Size, width: int, stride: list[int], padding: list[int]) -> Tensor:
-    """Index of the first pixel of each window, as if there were pixels in the padding: ``[height, width, 1]``."""
+    """Linear index of the top left pixel of each window, which padding may put outside: ``[height, width, 1]``."""
     rows, columns = (
         torch.arange(n, device=like.device, dtype=torch.int32) * s - p
         for n, s, p in zip(shape[2:], stride, padding, strict=True)
@@ -157,39 +158,39 @@ def _corners(like: Tensor, shape: torch.Size, width: int, stride: list[int], pad
     return (rows[:, None] * width + columns)[:, :, None]
 
 
-def _step(shape: torch.Size) -> int:
-    return max(1, _AT_ONCE // max(1, shape[1] * shape[2] * shape[3]))
+def _images_per_chunk(shape: torch.Size) -> int:
+    return max(1, _CHUNK // max(1, shape[1] * shape[2] * shape[3]))
 
 
-def _places(indices: Tensor, shape: torch.Size, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    """uint8, two places in each; a place is ``row * kernel width + column`` within the window."""
+def _offsets(indices: Tensor, shape: torch.Size, kernel: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    """Argmax offsets of ``indices``, ``row * kernel width + column`` within the window; uint8, two to a byte."""
     width, size = shape[3], indices.shape
     corners = _corners(indices, size, width, stride, padding)
-    places = torch.empty((indices.numel() + 1) // 2 * 2, dtype=torch.uint8, device=indices.device)
-    images = places[: indices.numel()].view(size[0], *size[2:], size[1])
-    for n in range(0, size[0], _step(size)):
-        some = indices[n : n + _step(size)].permute(0, 2, 3, 1).to(torch.int32) - corners
-        place = some.clone()
+    offsets = torch.empty((indices.numel() + 1) // 2 * 2, dtype=torch.uint8, device=indices.device)
+    images, step = offsets[: indices.numel()].view(size[0], *size[2:], size[1]), _images_per_chunk(size)
+    for n in range(0, size[0], step):
+        distance = indices[n : n + step].permute(0, 2, 3, 1).to(torch.int32) - corners
+        offset = distance.clone()
         for row in range(1, kernel[0]):
-            place -= (some >= row * width).to(torch.int32) * (width - kernel[1])
-        images[n : n + _step(size)] = place
-    places[indices.numel() :] = 0
-    low, high = places.view(-1, 2).unbind(1)
+            offset -= (distance >= row * width).to(torch.int32) * (width - kernel[1])
+        images[n : n + step] = offset
+    offsets[indices.numel() :] = 0
+    low, high = offsets.view(-1, 2).unbind(1)
     return low | high << 4
 
 
 def _indices(
     packed: Tensor, size: torch.Size, shape: torch.Size, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
-    """What ``_places`` was given, int64, channels_last."""
-    width = shape[3]
-    places = torch.stack((packed & 15, packed >> 4), 1).view(-1)[: size.numel()].view(size[0], *size[2:], size[1])
+    """The inverse of :func:`_offsets`: PyTorch's indices, int64, channels_last."""
+    width, step = shape[3], _images_per_chunk(size)
+    offsets = torch.stack((packed & 15, packed >> 4), 1).view(-1)[: size.numel()].view(size[0], *size[2:], size[1])
     corners = _corners(packed, size, width, stride, padding)
     indices = torch.empty((size[0], *size[2:], size[1]), dtype=torch.int64, device=packed.device)
-    for n in range(0, size[0], _step(size)):
-        some = places[n : n + _step(size)].to(torch.int32)
-        index = some + corners
+    for n in range(0, size[0], step):
+        offset = offsets[n : n + step].to(torch.int32)
+        index = offset + corners
         for row in range(1, kernel[0]):
-            index += (some >= row * kernel[1]).to(torch.int32) * (width - kernel[1])
-        indices[n : n + _step(size)] = index
+            index += (offset >= row * kernel[1]).to(torch.int32) * (width - kernel[1])
+        indices[n : n + step] = index
     return indices.permute(0, 3, 1, 2)

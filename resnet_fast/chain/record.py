@@ -1,6 +1,7 @@
-"""What a module's ``emit(builder, x)`` is given: :class:`ChainRecorder` writes the dataflow down as a chain of
-convolutions, :class:`EagerExecutor` runs it convolution by convolution on the fused operators (where gradients are
-traced).
+"""The builders that ``emit(builder, x)`` is called with.
+
+:class:`ChainRecorder` records the dataflow as a chain of :class:`resnet_fast.ops.spec.ConvSpec`, or the reason why it
+cannot be fused. :class:`EagerExecutor` runs it, a fused operator per convolution, where a compiler traces gradients.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ _NONE = "None where a layer was"
 
 
 class GraphBuilder(Protocol):
-    """What ``emit`` is given; ``x`` and what ``conv`` returns are opaque to it."""
+    """The interface that ``emit`` calls; to ``emit``, ``x`` and what ``conv`` returns are opaque."""
 
     def conv(self, conv: Any, bn: Any, x: Any, *, relu: nn.Module | None = None, residual: Any = None) -> Any:
-        """``[relu](bn(conv(x)) [+ residual])``, if the modules are what they are called."""
+        """``[relu](bn(conv(x)) [+ residual])``, if the modules are of the classes that their names say."""
 
     def block(self, block: nn.Module, x: Any) -> Any:
         """``block(x)``"""
 
     def needs(self, *layers: Any) -> None:
-        """None of these may be None, which ``conv`` would take for a layer that is not there."""
+        """States that none of ``layers`` may be None: ``conv`` would take None for an absent layer."""
 
     def leftover(self, *layers: nn.Module) -> None:
-        """These are called, too, if there are any: the dataflow is another one."""
+        """States that ``layers`` are called, too: if there are any, the chain cannot be fused."""
 
 
 def _fuses(module: nn.Module) -> bool:
-    """Whether it states its dataflow, and runs unfused what it cannot fuse: :class:`.executor.FusedModule`."""
+    """Whether ``module`` is an :class:`.executor.FusedModule`, which falls back by itself."""
     return hasattr(type(module), "emit_is_forward")
 
 
 def _padding(conv: nn.Conv2d) -> list[int] | None:
-    """Zeros on each side, or None where the sides differ."""
+    """(height, width) of the zero padding; None where opposite sides differ."""
     if conv.padding == "valid":
         return [0, 0]
     if conv.padding == "same":
@@ -58,9 +59,9 @@ def _padding(conv: nn.Conv2d) -> list[int] | None:
 
 
 def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Container[nn.Module] = ()) -> str | None:
-    """Why no pair with this convolution and batch norm can be fused, whatever mode, device and dtype; or None.
+    """Why this convolution and batch norm cannot be fused in any mode, on any device, in any dtype; or None.
 
-    Of the modules in ``read`` the code was read, and found to be a batch norm's.
+    read: modules whose code was read and found to be a batch norm's.
     """
     if conv is not None and type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} where a Conv2d was"
@@ -68,7 +69,7 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Contain
         return f"{type(bn).__name__} where a BatchNorm2d was"
     eps: Any = 0.0 if bn is None else bn.eps
     if not eps >= 0:
-        return f"a batch norm with eps {eps}"  # PyTorch says what it allows
+        return f"a batch norm with eps {eps}"  # PyTorch raises
     if conv is None:
         return None
     if isinstance(bn, FrozenNorm) and not bn.fits(conv.weight):
@@ -83,7 +84,7 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Contain
 
 
 def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str | None:
-    """Why this pair cannot be fused as it is now, for inference or for training, or None, if its structure can be."""
+    """Why this pair, whose structure can be fused, cannot be fused now for inference or for training; or None."""
     if bn is not None and bn.training and not training:
         return "batch norm in training mode"
     if bn is not None and bn.running_mean is None and not training:
@@ -91,13 +92,13 @@ def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str |
     if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
         return "batch norm with one of two running statistics"
     for part in (conv, bn):
-        # A tensor that is no parameter, say of a hypernetwork: its changes are not watched.
+        # A plain tensor, say of a hypernetwork: the guard would not see its changes.
         if isinstance(part, nn.Module) and ("weight" in part.__dict__ or "bias" in part.__dict__):
             return f"a {type(part).__name__} whose weight or bias is not a parameter"
     for t in sources_of(conv, bn):
         if t is None:
             continue
-        # torch.export traces with fake tensors in the place of the weights.
+        # torch.export traces with fake tensors for weights.
         if type(t) not in (Tensor, nn.Parameter, FakeTensor):
             return f"weights of type {type(t).__name__}"
         device = backends.kind(t)
@@ -109,22 +110,22 @@ def _layer_reason(conv: Any, bn: nn.BatchNorm2d | None, training: bool) -> str |
 
 
 def sources_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> list[Tensor | None]:
-    """What a packed filter is made of, in the order of ``pack_conv_bn``."""
+    """The tensors that make a packed filter, in the order of ``pack_conv_bn``."""
     if bn is None:
         return [conv.weight, conv.bias, None, None, None, None]
     return [conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
 
 
 def operator(training: bool) -> str:
-    """The operator without which a chain cannot run."""
+    """The operator that a chain cannot run without."""
     return "conv_moments" if training else "residual_stage"
 
 
 class ChainRecorder:
-    """Writes the dataflow down as a :class:`resnet_fast.ops.spec.ConvSpec` for each convolution."""
+    """Records a :class:`resnet_fast.ops.spec.ConvSpec` for each convolution, and its modules in ``pairs``."""
 
     def __init__(self, training: bool = False, structure: bool = False) -> None:
-        """structure: ask only for what holds whatever the mode, device and dtype of the modules."""
+        """structure: check only what does not depend on mode, device and dtype."""
         self.training, self.structure = training, structure
         self.pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]] = []
         self.specs: list[ConvSpec] = []
@@ -144,7 +145,7 @@ class ChainRecorder:
             return 0
         self.pairs.append((conv, bn))
         added = -1 if residual is None else residual
-        # The weight's own shape counts, as in F.conv2d: who prunes channels may leave the attributes as they were.
+        # As in F.conv2d, the weight's shape counts: pruning may leave out_channels and kernel_size unchanged.
         out_channels, _, *kernel = conv.weight.shape
         sizes: Any = [tuple(size) for size in (kernel, conv.stride, _padding(conv) or ())]
         self.specs.append(ConvSpec(x, added, 0 if relu is None else RELU, out_channels, *sizes))
@@ -165,14 +166,14 @@ class ChainRecorder:
         self._reasons += [_leftover(layer) for layer in layers]
 
     def through(self, modules: list[nn.Module], reason: str | None) -> None:
-        """``modules`` do nothing beside what is recorded, unless there is a ``reason`` why they might."""
+        """States that ``modules`` do nothing beyond what is recorded, unless ``reason`` says otherwise."""
         self._stands_for.update(modules)
         self._read.update(modules)
         if reason is not None:
             self._reasons.insert(0, reason)
 
     def reason(self, parts: list[nn.Module], methods: Sequence[str] = ("forward",)) -> str | None:
-        """Why the chain cannot stand for all of ``parts``, or None. methods: as :class:`.guard.StalenessGuard`."""
+        """Why the chain cannot replace calls of all ``parts``, or None. methods: as :class:`.guard.StalenessGuard`."""
         if self._reasons:
             return self._reasons[0]
         if not self.pairs:
@@ -187,7 +188,7 @@ class ChainRecorder:
 
 
 def _patched(parts: list[nn.Module], methods: Sequence[str]) -> str | None:
-    """Why the functions of ``parts`` are not those that a chain stands for, or None."""
+    """Which method of ``parts`` was replaced by one that the chain does not know; or None."""
     if parts and (own := patches.own_method(parts[0], methods[1:])) is not None:
         return own
     asked: dict[type, None] = {}
@@ -210,7 +211,7 @@ def eps_of(bn: nn.BatchNorm2d | None) -> float:
 
 
 class EagerExecutor:
-    """Runs each convolution on its own fused operator, which autograd and the compiler can look into."""
+    """Runs each convolution as a fused operator of its own, which autograd and the compiler can trace."""
 
     def conv(
         self, conv: Any, bn: Any, x: Tensor, *, relu: nn.Module | None = None, residual: Tensor | None = None
@@ -224,7 +225,7 @@ class EagerExecutor:
         return block.emit(self, x)
 
     def needs(self, *layers: Any) -> None:
-        """A recorder was asked."""
+        """A :class:`ChainRecorder` has checked this."""
 
     def leftover(self, *layers: nn.Module) -> None:
-        """A recorder was asked."""
+        """A :class:`ChainRecorder` has checked this."""

@@ -1,4 +1,4 @@
-"""What is kept of a module that runs unfused: falling back must cost next to nothing over PyTorch's own operators."""
+"""The cached reason why a module runs unfused, so that falling back costs next to nothing over plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Refusal"]
 
 
 class Refusal:
-    """Why a module runs unfused, for as long as all stays as it is on which that depends: recorded once, not a call."""
+    """Why a module runs unfused; valid until something changes on which the reason depends."""
 
-    owner: Any = None  # who keeps it: attributes may be copied to another module
+    owner: Any = None  # the module that caches it: a copied attribute must not serve another module
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Refusal:
         self.reason = reason
         self._simulated = launch.is_simulated()
         tensors = (t for m in parts for store in (m._parameters, m._buffers) for t in store.values() if t is not None)
-        # A reason holds where tensors are as usual, too, if they are: then what they are need not be asked.
+        # If kernels take all tensors, the reason is not about them: their classes and dtypes need no guard.
         kinds = not all(_is_usual(t, training) for t in tensors)
         self._guard = StalenessGuard(parts, opened, methods=methods, contents=False, kinds=kinds)
 
@@ -40,7 +40,7 @@ class Refusal:
 
 
 def _is_usual(t: Tensor, training: bool) -> bool:
-    """Whether kernels take it, so that no reason is about it."""
+    """Whether kernels take ``t``, so that the reason is not about it."""
     device = backends.kind(t)
     usual = type(t) in (Tensor, nn.Parameter) and backends.has_kernel(operator(training), device)
     return usual and (t.dtype in DTYPES.get(device, ()) or not t.is_floating_point())

@@ -1,4 +1,4 @@
-"""What is installed and in use on this machine, and why not more."""
+"""``python -m resnet_fast doctor``: what is installed and in use on this machine, and why not more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _gpu() -> str:
 
 
 def _gpu_choices() -> dict[str, str]:
-    """What is known of this GPU's fastest kernels before anything is measured."""
+    """Whether kernel choices for this GPU come with the package; nothing without a GPU."""
     if not torch.cuda.is_available() or not backends.status()["triton"].startswith("loaded"):
         return {}
     from ..gpu import shipped
@@ -30,7 +30,7 @@ def _gpu_choices() -> dict[str, str]:
 
 
 def _extension() -> str:
-    """Its build may be older or newer than the torch that it was loaded into, and that of another folder."""
+    """The torch that the extension was built with, and its folder if it is another package's."""
     if not backends.loaded():
         return "not loaded: see backend cpu"
     major, minor = divmod(extension.target, 256)
@@ -49,7 +49,7 @@ def _isa() -> str:
 
 
 def diagnosis() -> dict[str, str]:
-    """Findings by subject, in the order in which they are worth reading."""
+    """Findings by subject, the most useful first."""
     status = backends.status()
     return {
         **system.package(),

@@ -1,4 +1,4 @@
-"""Where the time of a network goes: for each layer the kernel, its work, its time, and what the machine could do."""
+"""``resnet_fast.explain(model, x)``: kernel, FLOPs, bytes and measured time of each layer, against the CPU's peak."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ from .system import cpu_name
 
 __all__ = ["Explanation", "Row", "Whole", "explain"]
 
-# They do nothing in eval mode.
+# Modules that do nothing in eval mode.
 _IDLE = (nn.Dropout, nn.Identity)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer. ``flops`` counts 2 for each multiply-add of the convolution or linear layer as defined, whatever the
-    algorithm spares, and 0 for the rest; ``bytes`` is what must be read and written once: maps, residual, weights."""
+    """One layer.
+
+    ``flops``: 2 per multiply-add of the direct convolution or linear layer, whatever the algorithm; 0 for others.
+    ``bytes``: compulsory traffic, activations, residual and weights once each.
+    """
 
     name: str
     kernel: str
@@ -46,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Whole:
-    """A fused module: its layers one by one against the one operator that runs them together."""
+    """A fused module: the time of its layers one by one, and as the one operator that runs them."""
 
     name: str
     layers: int
@@ -56,7 +59,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; prints as a table."""
+    """The result of :func:`explain`; prints as a table."""
 
     rows: list[Row]
     wholes: list[Whole]
@@ -117,13 +120,13 @@ class Explanation:
 
 @dataclass
 class _Event:
-    """A call inside a forward pass: of a fused chain, or of a module that PyTorch runs."""
+    """A call within a forward: of a fused chain, or of a module that PyTorch runs."""
 
     module: Any  # nn.Module or ChainExecutor
     x: Tensor
     y: Tensor
-    again: Callable[[], object]
-    pool: nn.Module | None = None  # behind a fused chain, in the same operator
+    again: Callable[[], object]  # repeats the call
+    pool: nn.Module | None = None  # max pooling in the same operator as a fused chain
 
     @property
     def fused(self) -> bool:
@@ -146,7 +149,8 @@ def _median_seconds(call: Callable[[], object], runs: int) -> float:
 
 @contextmanager
 def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Event]]:
-    """Notes the calls of fused chains and of ``leaves``. Fused modules are not hooked: that would unfuse them."""
+    """Context manager: lists the calls of fused chains and of ``leaves``. Fused modules get no hook, which would unfuse
+    them."""
     events: list[_Event] = []
 
     def listen(module: ChainExecutor) -> Callable[..., Tensor | None]:
@@ -155,7 +159,7 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
         def fused(x: Tensor, pool: nn.Module | None = None, **layout: bool) -> Tensor | None:
             before = len(events)
             y = run(module, x, pool, **layout)
-            # Where the pooling could not come along, the chain was noted when it ran by itself.
+            # Where the pooling runs apart, the inner call of fused has listed the chain already.
             if y is not None and len(events) == before:
                 events.append(_Event(module, x, y, lambda: run(module, x, pool, **layout), pool))
             return y
@@ -185,7 +189,7 @@ def _listening(model: nn.Module, leaves: list[nn.Module]) -> Iterator[list[_Even
 
 
 def _chains(model: nn.Module) -> dict[ChainExecutor, str]:
-    """What runs fused, as its author wrote it or as ``fuse`` found it, and its name."""
+    """All fused chains, of this package's modules or found by ``fuse``, and their names."""
     chains: dict[ChainExecutor, str] = {}
     for name, m in model.named_modules():
         if isinstance(m, FusedModule):
@@ -196,16 +200,17 @@ def _chains(model: nn.Module) -> dict[ChainExecutor, str]:
 
 
 def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
-    """Runs ``model(x)``, and each of its layers alone on the input that it gets there, and measures both.
+    """Measures ``model(x)``, and each of its layers alone on the input that it gets there.
 
-    Layers of fused modules run as chains of one layer; a residual of another shape than the layer's input is left out
-    there. Modules outside are called ``eager``; operators that are not modules (a sum, a softmax) have no row. A layer
-    alone finds its maps in cache, in the network the fused module may keep them there: ``.wholes`` compares.
+    Layers of fused modules run as chains of one layer, without a residual that has another shape than the layer's
+    input. Unfused modules are called ``eager``; operators that are not modules (an addition, a softmax) have no row. A
+    layer measured alone finds its activations in cache, which a fused module achieves in the network, too: ``.wholes``
+    compares.
 
     Args:
         model: a network in eval mode, fused or not.
         x: its input, on the CPU.
-        runs: samples of each time; the median is shown.
+        runs: samples of each time; the median is reported.
 
     Returns:
         An object that prints as a table; ``.rows`` has one :class:`Row` a layer.
@@ -253,25 +258,25 @@ def explain(model: nn.Module, x: Tensor, *, runs: int = 7) -> Explanation:
 
 def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
     chain: Chain = event.module._chain
-    recorder = ChainRecorder()  # knows the modules of the chain
+    recorder = ChainRecorder()  # for the modules of the chain
     event.module.emit(recorder, 0)
     run = torch.ops.resnet_fast.residual_stage
     autocast = autocast_dtype(event.x)
     exact = torch.float64 in (event.x.dtype, chain.dtype)
     x = event.x.to(chain.dtype if autocast is None or exact else autocast)
     filters, algorithms = chain.filters(x), chain.algorithms(x)
-    maps = [x]
+    values = [x]
     rows = []
     for i, (conv, _) in enumerate(recorder.pairs):
         spec = chain.specs[i]
         added = spec.residual
-        image, weight = maps[spec.source], conv.weight
-        # A chain of one layer has one input: where the residual has its shape, it stands in for the residual.
-        alone = spec._replace(source=0, residual=0 if added >= 0 and maps[added].shape == image.shape else -1)
+        image, weight = values[spec.source], conv.weight
+        # A chain of one layer has one input, which stands in for a residual of its shape.
+        alone = spec._replace(source=0, residual=0 if added >= 0 and values[added].shape == image.shape else -1)
         pool = event.pool if i + 1 == len(recorder.pairs) else None
         call = partial(run, image, [filters[i]], encode([alone]), [] if pool is None else pooling_window(pool))
         y = call()
-        maps.append(y)
+        values.append(y)
 
         isa = "avx512_bf16" if algorithms[i] in (BF16_DIRECT, BF16_WINOGRAD) else backends.isa()
         kernel = f"{NAMES[algorithms[i]]} {_geometry(conv)} {isa}"
@@ -286,7 +291,7 @@ def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
 
 
 def _geometry(module: Any) -> str:
-    """``3x3/2``: filter or window, and stride."""
+    """Filter or window, and stride, as ``3x3/2``."""
     (height, width), (down, right) = pair(module.kernel_size), pair(module.stride)
     return f"{height}x{width}/{down if down == right else (down, right)}"
 

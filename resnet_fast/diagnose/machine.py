@@ -1,4 +1,4 @@
-"""How fast this machine's memory and arithmetic were measured to be."""
+"""Measures the CPU's peak arithmetic rate and memory bandwidth, for :mod:`.explain`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import torch
 
 __all__ = ["Peak", "measure_peak"]
 
-# Larger than any last-level cache in reach of two threads.
+# Larger than any last-level cache.
 COPY_BYTES = 256 << 20
 MATRIX = 2048
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What this machine was measured to do, with ``threads`` threads.
+    """Measured peak rates with ``threads`` threads, the best of several runs.
 
-    ``flops`` is the rate of ``torch.mm`` on square matrices of 2048 (2 per multiply-add), the best of several runs: a
-    yardstick a few percent under the arithmetic's limit, so a good kernel may pass it slightly, and an algorithm with
-    fewer multiplications than its convolution states may pass it by far. ``bytes`` a second are
-    those that a copy of 256 MiB reads and writes.
+    ``flops``: FLOP/s of ``torch.mm`` on 2048 x 2048 matrices (2 per multiply-add), a few percent below the hardware's
+    limit: a good kernel may exceed it slightly, Winograd by far. ``bytes``: bytes/s that a copy of 256 MiB reads and
+    writes.
     """
 
     flops: float
@@ -41,7 +40,7 @@ def _best(call: Callable[[], object], runs: int) -> float:
 
 
 def measure_peak(dtype: torch.dtype = torch.float32, runs: int = 7) -> Peak:
-    """Takes a second or two."""
+    """Measures the peak for ``dtype``, in a second or two."""
     a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8)

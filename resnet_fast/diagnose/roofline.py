@@ -1,10 +1,10 @@
-"""What a network costs on a GPU by counting: arithmetic, bytes, the least time that datasheets allow. Nothing is run.
+"""A roofline of a network on a GPU: FLOPs, bytes and the least time by the datasheet, counted without running anything.
 
-For each convolution with what is fused into it:
+For each convolution with its epilogue:
 
-- compulsory bytes: input, filters, residual and output, each once. The fused kernel moves these; partial sums of a
-  split convolution stay in the second-level cache.
-- eager bytes: the convolution writes its output, batch norm reads and writes it, the residual add reads two maps and
+- compulsory bytes: input, filters, residual and output, each once. A fused kernel moves these; split-K partial sums
+  stay in the second-level cache.
+- eager bytes: the convolution writes its output, batch norm reads and writes it, the residual add reads two tensors and
   writes one, ReLU reads and writes one.
 - floor: the larger of FLOPs over peak arithmetic and compulsory bytes over peak bandwidth (Williams, Waterman,
   Patterson 2009, "Roofline: an insightful visual performance model for multicore architectures").
@@ -27,19 +27,19 @@ __all__ = ["A100", "H100", "Datasheet", "Roofline", "RooflineRow", "roofline"]
 
 @dataclass(frozen=True)
 class Datasheet:
-    """Peak rates as the vendor states them: dense FLOP/s by dtype, bytes/s of memory."""
+    """Peak rates by the vendor's datasheet: dense FLOP/s by dtype, bytes/s of memory."""
 
     name: str
     flops: dict[torch.dtype, float]
     bytes: float
 
     def floor(self, flops: int, moved: int, dtype: torch.dtype) -> float:
-        """Seconds that no kernel can beat."""
+        """Lower bound of a kernel's time in seconds."""
         return max(flops / self.flops[dtype], moved / self.bytes)
 
 
 def _rates(half: float, tf32: float) -> dict[torch.dtype, float]:
-    """float32 stands for TF32, PyTorch's default for convolutions."""
+    """Rates by dtype; float32 stands for TF32, PyTorch's default for convolutions."""
     return {torch.float16: half, torch.bfloat16: half, torch.float32: tf32}
 
 
@@ -49,7 +49,7 @@ H100 = Datasheet("H100 SXM", _rates(989.4e12, 494.7e12), 3.35e12)
 
 @dataclass(frozen=True)
 class RooflineRow:
-    """One convolution with its epilogue; ``flops`` counts 2 for each multiply-add."""
+    """One convolution with its epilogue; ``flops``: 2 per multiply-add."""
 
     name: str
     kernel: str
@@ -60,13 +60,13 @@ class RooflineRow:
 
     @property
     def intensity(self) -> float:
-        """FLOPs for each compulsory byte."""
+        """FLOPs per compulsory byte."""
         return self.flops / self.bytes
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What :func:`roofline` found; prints as a table."""
+    """The result of :func:`roofline`; prints as a table."""
 
     rows: list[RooflineRow]
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class Roofline:
         return RooflineRow("sum of the convolutions", "", (), *sums)
 
     def floor(self, gpu: Datasheet) -> float:
-        """Seconds for all layers, one after another."""
+        """Lower bound of the time of all layers, one after another, in seconds."""
         return sum(gpu.floor(r.flops, r.bytes, self.dtype) for r in self.rows)
 
     def __str__(self) -> str:
@@ -113,14 +113,14 @@ class Roofline:
 
 
 def roofline(model: nn.Module, x: Tensor) -> Roofline:
-    """Counts the convolutions of ``model(x)``, fused where the model's own blocks say so, for the dtype of ``x``.
+    """The roofline of the convolutions of ``model(x)``, with the epilogues that the model's blocks state in ``emit``.
 
     Args:
-        model: a network in eval mode; it is copied to the meta device and run there, which computes nothing.
-        x: its input, of any device: its shape and dtype count. float16, bfloat16, or float32, which stands for TF32.
+        model: a network in eval mode; a copy of it runs on the meta device, which computes nothing.
+        x: its input, of which shape and dtype count: float16, bfloat16, or float32, which stands for TF32.
 
     Raises:
-        ValueError: ``model`` is in training mode, ``x`` is empty, or there is no datasheet figure for its dtype.
+        ValueError: ``model`` is in training mode, ``x`` is empty, or the datasheets have no rate for its dtype.
     """
     if model.training:
         raise ValueError("model is in training mode, want model.eval()")
@@ -139,7 +139,7 @@ def roofline(model: nn.Module, x: Tensor) -> Roofline:
         size, out = y.element_size(), y.numel()
         once = inputs[0].numel() + conv.weight.numel() + out
         fused = "conv" + "+bn" * bn + "+add" * residual + "+relu" * relu
-        # Passes over the output map beyond the convolution's own.
+        # Passes over the output besides the convolution's own write.
         passes = 2 * bn + 3 * residual + 2 * relu
         rows.append(
             RooflineRow(
@@ -161,7 +161,7 @@ def roofline(model: nn.Module, x: Tensor) -> Roofline:
 
 
 def _epilogues(model: nn.Module) -> dict[str, tuple[bool, bool, bool]]:
-    """Of each convolution that a fused module states: whether batch norm, ReLU and a residual go with it."""
+    """By name of a convolution in a fused module: whether batch norm, ReLU and a residual are its epilogue."""
     names = {module: name for name, module in model.named_modules()}
     found = {}
     for module in model.modules():

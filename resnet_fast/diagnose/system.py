@@ -1,4 +1,4 @@
-"""What this system has, asked without PyTorch: the CPU, Python, the compilers, Triton, and this package."""
+"""The part of ``doctor`` that needs no PyTorch: CPU, Python, compilers, Triton, and this package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 __all__ = ["compilers", "cpu", "cpu_name", "package", "python", "show"]
 
-# What the CPU kernels, and those of PyTorch, ask for.
+# Instruction sets that the CPU kernels, or PyTorch's, use.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16", "amx_bf16")
 
 
 def _cpuinfo(field: str) -> str:
-    """A field of the first processor, or nothing where the system does not say."""
+    """A field of the first processor in /proc/cpuinfo, or an empty string."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
@@ -25,7 +25,7 @@ def _cpuinfo(field: str) -> str:
 
 
 def cpu_name() -> str:
-    """For example ``"AMD EPYC 9R14"``; the architecture where the system does not say."""
+    """The CPU's model, such as ``"AMD EPYC 9R14"``; its architecture where the system does not say."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
@@ -60,13 +60,13 @@ def _nvcc() -> str:
 
 
 def package() -> dict[str, str]:
-    """The version that is installed, and the folder that runs: in a clone it may be another."""
+    """The installed version, and the folder of the package that runs, which may be a clone."""
     version = _version("resnet_fast")
     return {"resnet_fast": f"{version or 'not installed, run in place'} ({Path(__file__).parents[1]})"}
 
 
 def cpu() -> dict[str, str]:
-    """Instruction sets by the names of Linux."""
+    """The CPU, and its instruction sets by Linux's names."""
     flags = set(_cpuinfo("flags").split())
     known = " ".join(flag for flag in _FLAGS if flag in flags) or "none of those that kernels use"
     return {
@@ -84,7 +84,7 @@ def compilers() -> dict[str, str]:
 
 
 def show(findings: dict[str, str]) -> None:
-    """One line a subject."""
+    """Prints one line a subject."""
     width = max(map(len, findings))
     for subject, finding in findings.items():
         print(f"{subject.ljust(width)}  {finding}")

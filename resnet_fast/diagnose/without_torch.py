@@ -1,4 +1,4 @@
-"""What is left to say where PyTorch is not installed: what to type, and what ``doctor`` finds all the same."""
+"""Importing the package without PyTorch: says what to type, and still runs ``doctor`` as far as it goes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def stop() -> NoReturn:
     """Ends the import of the package.
 
     Raises:
-        SystemExit: ``python -m resnet_fast...`` asked for it; a line is written, after the table of ``doctor``.
-        ModuleNotFoundError: something else did.
+        SystemExit: under ``python -m resnet_fast...``; prints the table of ``doctor`` if asked for, and a line.
+        ModuleNotFoundError: otherwise.
     """
     reason = f"resnet_fast needs PyTorch, which is not installed: {INSTALL}"
-    # Python puts the program's path there once it has found it, for which it imports the package.
+    # argv[0] is "-m" while Python looks for the module to run, which imports the package.
     if sys.argv[0] != "-m":
         raise ModuleNotFoundError(reason, name="torch") from None
     if sys.argv[1:2] == ["doctor"] and "resnet_fast" in sys.orig_argv:

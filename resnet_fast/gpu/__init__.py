@@ -1,3 +1,6 @@
-"""What runs chains of convolutions on a GPU, in inference and in training, and which kernel runs a layer of them."""
+"""Chains of convolutions on GPUs, in inference and training, and the choice of a kernel for each layer.
+
+Importing it registers the operators' CUDA implementations, and fills :mod:`resnet_fast.chain.devices`.
+"""
 
 from . import register as _register  # noqa: F401

@@ -1,7 +1,7 @@
-"""A chain of convolutions on a GPU: which of its forms runs, and for each layer the kernel and a filter packed for it.
+"""A chain of convolutions on a GPU, in inference: chooses its form, packs its filters, runs or replays it.
 
-A chain runs a stage a launch where it is made of narrow stages, a stem and the pooling behind it as one launch, and
-otherwise a convolution a launch.
+Three forms: one launch a stage for chains of narrow stages; one launch for a stem with its pooling; else one launch a
+convolution, each by the kernel chosen for its shape. :class:`resnet_fast.chain.inference.Chain` calls it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .tape import Tapes
 
 __all__ = ["GpuChain"]
 
-Key = tuple[Any, ...]  # what the input is, and the switches that count
+Key = tuple[Any, ...]  # shape and dtype of the input, and the switches that decide
 
 
 class GpuChain:
-    """Packed for one state of the weights.
+    """A chain packed for one state of the weights.
 
-    sources, eps: of each convolution, what ``pack_conv_bn`` makes a filter of.
+    sources, eps: for each convolution, the arguments of ``pack_conv_bn``.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GpuChain:
         self.tapes = Tapes()
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
-        """pool: window, stride and padding of max pooling that :meth:`pools` takes."""
+        """The chain on ``x``; pool: window, stride and padding of max pooling that :meth:`pools` accepts."""
         return self.tapes.run(x, (*self._key(x), tuple(pool)), lambda: self._run(x, pool))
 
     def _run(self, x: Tensor, pool: Sequence[int]) -> Tensor:
@@ -60,18 +60,18 @@ class GpuChain:
     def scores(
         self, x: Tensor, stages: tuple[residual_network.Stage, ...], head: tuple[Tensor, Tensor | None]
     ) -> Tensor:
-        """:meth:`run_stages` with a head."""
+        """:meth:`run_stages` with a head, replayed."""
         return self.tapes.run(x, (*self._key(x), "scores"), lambda: self.run_stages(x, stages, head))
 
     def run_layers(self, x: Tensor) -> Tensor:
-        """A launch a convolution. What ``residual_stage`` finds out of its integers at each call is kept here."""
+        """One launch a convolution. Caches the steps that the operator ``residual_stage`` derives at each call."""
         key = self._key(x)
-        found = self._steps.get(key)
-        if found is None:
-            found = steps(x, *self.packed(x))
+        planned = self._steps.get(key)
+        if planned is None:
+            planned = steps(x, *self.packed(x))
             if not tune.capturing():
-                self._steps[key] = found
-        return run_steps(x, found)
+                self._steps[key] = planned
+        return run_steps(x, planned)
 
     def run_stages(
         self,
@@ -79,7 +79,7 @@ class GpuChain:
         stages: tuple[residual_network.Stage, ...],
         head: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """A launch for each of :meth:`stages`; head: weight and bias of the linear layer behind average pooling."""
+        """One launch for each of :meth:`stages`; head: weight and bias of the linear layer after average pooling."""
         classes = 0 if head is None else head[0].shape[0]
         key = (x.shape[1:], x.dtype, classes)
         packed = self._networks.get(key)
@@ -94,7 +94,7 @@ class GpuChain:
         return residual_stage(x, filters, self.layers, pool)
 
     def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
-        """The stages of the chain where each can run as one launch on the GPU of ``x``, and that is faster there."""
+        """The stages of the chain, if each can run as one launch on the GPU of ``x`` and that is faster; else None."""
         if backends.selected() == "triton":
             return None
         found = residual_network.stages(self.specs, x.shape[1:], x.dtype)
@@ -109,18 +109,18 @@ class GpuChain:
         return found if self._first_is_fastest(x, "chain", forms) else None
 
     def stages_with_head(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
-        """The same where the last launch goes on through average pooling and a linear layer."""
+        """:meth:`stages` where the last launch can go on through average pooling and a linear layer; else None."""
         found = self.stages(x)
         return found if found is not None and residual_network.has_head(found) else None
 
     def pools(self, x: Tensor, pool: Sequence[int]) -> bool:
-        """Whether :meth:`run` on ``x`` takes max pooling by ``pool``, too."""
+        """Whether :meth:`run` on ``x`` can include max pooling by ``pool``, and that is faster."""
         if not backends.has_kernel("conv_bn_relu_pool_launch", "cuda") or backends.selected() == "triton":
             return False
         arithmetic = precision(x.dtype)
         if cuda_stem.pooled_layer(tuple(self.specs), x.shape, x.dtype, arithmetic, tuple(pool)) is None:
             return False
-        # In 16 bits 3 to 5 times as fast as the library's convolution and pooling, at any batch (an H200).
+        # In 16 bits 3 to 5 times as fast as cuDNN's convolution and PyTorch's pooling, at any batch (an H200).
         if x.dtype != torch.float32 or x.shape[0] == 0:
             return True
 
@@ -131,42 +131,42 @@ class GpuChain:
         return self._first_is_fastest(x, f"{arithmetic} stem and pool {pool[0]}x{pool[1]}", forms)
 
     def _first_is_fastest(self, x: Tensor, kind: str, forms: dict[str, Callable[[], object]]) -> bool:
-        """Measured once on the GPU of ``x``."""
+        """Whether the first of ``forms`` is the fastest, measured once on the GPU of ``x``."""
         name = f"{kind} {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
         backend = "cuda" if backends.selected() == "cuda" else "auto"
         return tune.tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
 
     @cached_property
     def _digest(self) -> str:
-        """Names the chain's shape in the file of what was measured."""
+        """Identifies the chain in the tuner's cache file."""
         return sha256(repr(self.layers).encode()).hexdigest()[:12]
 
     def packed(self, x: Tensor) -> tuple[list[Tensor], list[ConvSpec]]:
-        """Filters for inputs like ``x``, packed as what runs the layers wants them, and what the layers are then."""
+        """Filters packed for the kernels chosen for inputs like ``x``, and the specs with their flags."""
         key = self._key(x)
-        found = self._filters.get(key)
-        if found is None:
+        planned = self._filters.get(key)
+        if planned is None:
             with torch.no_grad():
-                # Not while a graph is captured: to look at weights is to wait for them. A later call plans again.
+                # Reading weights waits for the device, which a graph's capture forbids: a later call plans again.
                 captured = tune.capturing()
                 folds = [False] * len(self.sources) if captured else self._folds(x.dtype)
                 specs = plan.planned(self.specs, x, folds)
-                found = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(specs)], specs
+                planned = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(specs)], specs
             if not captured:
-                self._filters[key] = found
-        return found
+                self._filters[key] = planned
+        return planned
 
     def _key(self, x: Tensor) -> Key:
         return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced()
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
-        """Of each layer, whether its filters may hold batch norm's scale."""
+        """For each layer, whether batch norm's scale may be folded into its filters."""
         if dtype not in self._foldable:
             self._foldable[dtype] = plan.foldable(self.sources, self.eps, dtype)
         return self._foldable[dtype]
 
     def _filter(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
-        """Without its shift where that is added later, with the shift of another where it is added here."""
+        """A packed filter: without its shift if a later layer adds it, with the shifts that this layer adds."""
         key = (layer, folded, dtype)
         if key not in self._packed:
             later = plan.deferred(self.specs)
@@ -182,7 +182,7 @@ class GpuChain:
         return self._packed[key]
 
     def _plain(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """The layer's filter by itself."""
+        """A packed filter with exactly its own scale and shift, for the kernels that run a stage a launch."""
         weight, *vectors = self.sources[layer]
         assert weight is not None
         scale, shift = scale_shift(weight.to(dtype), vectors, self.eps[layer])

@@ -1,4 +1,4 @@
-"""Checks of what operators on CUDA devices are given, in inference and in training: all raise before a launch."""
+"""Argument checks of the operators on CUDA devices, in inference and training: they raise before any launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "fail",
 ]
 
-MOST_PIXELS = 2**31 - 1  # of a launch
+MOST_PIXELS = 2**31 - 1  # that one launch covers
 
 
 def fail(op: str, message: str) -> None:
@@ -32,7 +32,7 @@ def check_dtype(name: str, t: Tensor) -> None:
 
 
 def check_input(name: str, t: Tensor) -> None:
-    """A batch of images in a dtype that kernels take, in any layout."""
+    """Checks for a batch of images in a dtype that kernels take, in any layout."""
     if t.dim() != 4:
         raise RuntimeError(f"{name} has {t.dim()} dimensions, want 4: [batch, channels, height, width]")
     check_dtype(name, t)

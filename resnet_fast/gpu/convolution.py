@@ -1,4 +1,4 @@
-"""One convolution with its epilogue: what it computes with, what runs it, and the measurement that decides that."""
+"""One convolution with its epilogue on a GPU: runs it by a given choice, and makes the trials that find the choice."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .tune import LIBRARY, Choice, tuner
 
 __all__ = ["Filter", "choose", "layer_of", "precision", "prepare", "run", "trials", "wants_folded"]
 
-# So many layers' filters take turns in a measurement, as a network's do.
+# Sets of filters that take turns in a measurement, as the layers of a network do: they are not all in cache.
 _TRIALS = 8
 
 
 @dataclass(frozen=True)
 class Filter:
-    """weight: ``[K, R, S, C]`` in the dtype of the images. scale, shift: ``[K]``, float32. bias: the shift in the dtype
-    of the images, where the weights hold the scale."""
+    """weight: ``[K, R, S, C]`` in the dtype of the images. scale, shift: float32 ``[K]``. bias: the shift in the dtype
+    of the images, where the scale is folded into the weights."""
 
     weight: Tensor
     scale: Tensor
@@ -69,7 +69,7 @@ def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tens
 
 
 def _library(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
-    """By PyTorch's convolution, and one pass over its result where Triton is installed."""
+    """The layer by aten's convolution, and one pass over its result if Triton is installed."""
     if backends.has_triton():
         from .._triton import conv_bn_relu
 
@@ -81,12 +81,12 @@ def _library(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None) 
 
 
 def choose(layer: Layer, device: torch.device) -> Choice:
-    """What runs the layer there, measured if need be on numbers of its own."""
+    """What runs ``layer`` on ``device``; measured on random operands if it is not known."""
     return tuner(device).choose(layer, lambda: trials(layer, device), _named())
 
 
 def wants_folded(layer: Layer, device: torch.device) -> bool:
-    """Whether the layer's choice reads filters that hold batch norm's scale."""
+    """Whether the layer's choice takes filters with batch norm's scale folded in."""
     return choose(layer, device) in (library.CUDNN, library.CUBLASLT)
 
 
@@ -96,9 +96,9 @@ def _named() -> str:
 
 
 def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object]]:
-    """Runs of a layer on numbers of their own, for a measurement: ``run(choice)``.
+    """Functions ``run(choice)`` that compute the layer on random operands, for a measurement.
 
-    The input is in the cache as far as it fits, as behind the layer that writes it.
+    They share the input, so it is in cache as far as it fits, as after the layer that writes it.
     """
     x, filters, residual = operands(layer, device)
     shape = (_TRIALS, layer.out_channels, *layer.kernel, layer.channels)
@@ -113,7 +113,7 @@ def _run_choice(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | Non
 
 
 def operands(layer: Layer, device: torch.device) -> tuple[Tensor, Filter, Tensor | None]:
-    """Input, filter and residual of the layer's sizes, of random numbers."""
+    """Random input, filter and residual of the layer's shapes."""
 
     def image(channels: int, height: int, width: int) -> Tensor:
         shape = (layer.batch, height, width, channels)
@@ -127,7 +127,7 @@ def operands(layer: Layer, device: torch.device) -> tuple[Tensor, Filter, Tensor
 
 
 def prepare(layers: Sequence[Layer], device: torch.device) -> None:
-    """Compiles what the choices of ``layers`` may want, all at once: in a row it takes a minute a network."""
+    """Compiles the Triton kernels that choosing for ``layers`` may run, in parallel: one by one takes a minute."""
     if launch.is_simulated():
         return
     wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tuner(device).wanted(layer, _named())]
@@ -136,7 +136,7 @@ def prepare(layers: Sequence[Layer], device: torch.device) -> None:
         return
     import triton
 
-    # The compiler and ptxas work outside of Python's lock.
+    # The compiler and ptxas release the GIL.
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         torch.cuda.device(device),
@@ -145,8 +145,8 @@ def prepare(layers: Sequence[Layer], device: torch.device) -> None:
     ):
         for layer, choice in compiled:
             _compile(layer, choice)
-    # CPython 3.11 counts how deep its parser is for all threads together, and at times fails for that. What is missing
-    # is compiled now; what cannot be compiled at all raises where it is wanted.
+    # CPython 3.11 counts its parser's depth over all threads together, and may fail for that: compile what is missing
+    # one by one. What cannot be compiled at all raises where it is run.
     with torch.cuda.device(device), launch.compile_only():
         for layer, choice in compiled:
             with contextlib.suppress(Exception):

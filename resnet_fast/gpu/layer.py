@@ -1,4 +1,4 @@
-"""What the choice of a kernel depends on: a convolution with its epilogue, and the GPU that runs it."""
+"""What the choice of a kernel depends on: :class:`Layer`, a convolution with its epilogue, and :class:`Gpu`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["A100", "Gpu", "Layer", "gpu_of", "layer_of", "precision"]
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution with its epilogue: everything the choice of a tile may depend on."""
+    """A convolution with its epilogue: all that the choice of a kernel and a tile may depend on."""
 
     batch: int
     height: int
@@ -25,16 +25,16 @@ class Layer:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dtype: torch.dtype
-    precision: str  # of the products: "tf32" or "ieee" in float32, "ieee" otherwise
+    precision: str  # of the multiplications: "tf32" or "ieee" in float32, "ieee" otherwise
     residual: bool
     relu: bool
     role: str = "conv_bn_relu"  # in training: "conv_moments", "data gradient" or "weight gradient"
-    folded: bool = False  # whether batch norm's scale may be in the filters, rounded once more with them
-    shifted: bool = True  # whether something is added; what is not may be added where the result is read
+    folded: bool = False  # whether batch norm's scale may be folded into the filters, which rounds them once more
+    shifted: bool = True  # whether a shift is added here; if not, the layer that reads the result may add it
 
     @property
     def is_wide(self) -> bool:
-        """Whether offsets in a map need 64 bits."""
+        """Whether offsets within an activation need 64 bits."""
         return max(self.batch * self.height * self.width * self.channels, self.pixels * self.out_channels) >= 2**31
 
     @property
@@ -47,18 +47,18 @@ class Layer:
 
     @property
     def pixels(self) -> int:
-        """Output pixels of the batch: rows of the matrix product."""
+        """Output pixels of the batch: M of the GEMM."""
         return self.batch * self.out_height * self.out_width
 
     @property
     def products(self) -> int:
-        """Products for each output element: the sum's length."""
+        """Multiply-accumulates for each output element: K of the GEMM."""
         return self.kernel[0] * self.kernel[1] * self.channels
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``arch``: compute capability, 80 for 8.0. ``shared``: bytes of shared memory a block may have."""
+    """``arch``: compute capability, 80 for 8.0. ``shared``: the most bytes of shared memory of a block."""
 
     arch: int
     multiprocessors: int
@@ -66,8 +66,8 @@ class Gpu:
 
     @property
     def family(self) -> int:
-        """The list of tiles: 80 (mma.sync with cp.async), 90 (wgmma), 100 (tcgen05)."""
-        # 12.x, like 8.x, has neither warpgroup nor tensor-memory instructions.
+        """The list of tiles that applies: 80 (mma.sync with cp.async), 90 (wgmma), 100 (tcgen05)."""
+        # 12.x has, like 8.x, neither wgmma nor tcgen05.
         return {9: 90, 10: 100, 11: 100}.get(self.arch // 10, 80)
 
 
@@ -75,7 +75,7 @@ A100 = Gpu(80, 108, 163 * 1024)
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """What decides about tiles; an A100 behind the simulator, which executes code for it."""
+    """The properties that decide about tiles; an A100's for the simulator, which executes sm_80 code."""
     if launch.is_simulated():
         return A100
     properties = torch.cuda.get_device_properties(device)
@@ -100,7 +100,7 @@ def layer_of(
     folded: bool = False,
     shifted: bool = True,
 ) -> Layer:
-    """shape: of the input. kernel: ``[K, R, S]``."""
+    """A :class:`Layer` with the current precision of ``dtype``. shape: of the input. kernel: ``[K, R, S]``."""
     batch, channels, height, width = shape
     k, r, s = kernel
     sizes = ((r, s), (stride[0], stride[1]), (padding[0], padding[1]))

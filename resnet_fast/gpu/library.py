@@ -1,9 +1,9 @@
-"""A layer by the libraries that PyTorch brings: cuDNN's fused convolutions and cuBLASLt, batch norm in the filters.
+"""A layer by the fused kernels of cuDNN and cuBLASLt, with batch norm folded into the filters.
 
     y = [relu](conv2d(x, weight) + bias [+ residual])
 
-Filters hold batch norm's scale, rounded once more to the dtype of the images; the bias is in that dtype, too. Whether
-filters may be folded says :func:`folds`.
+Folding batch norm's scale rounds the filters once more to the dtype of the images, which the bias has, too;
+:func:`folds` tells whether that keeps their precision.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ CUDNN, CUBLASLT = "cudnn", "cublaslt"
 
 
 def candidates(layer: Any) -> list[str]:
-    """Which of the libraries can run a layer whose filters are folded."""
+    """Which of ``CUDNN`` and ``CUBLASLT`` can run a layer with folded filters."""
     if layer.residual and not layer.relu:
         return []
-    # A 1x1 convolution without a residual is one matrix product with an epilogue.
+    # A 1x1 convolution without a residual is one GEMM with an epilogue.
     pointwise = (layer.kernel, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
     return [CUDNN, CUBLASLT] if pointwise and not layer.residual and layer.shifted else [CUDNN]
 
 
 def folds(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether ``weight * scale`` keeps its precision in ``dtype``: a bool on the device of ``weight``.
+    """Whether ``weight * scale`` can be rounded to ``dtype`` without losing precision: a bool tensor on the device.
 
-    weight: ``[K, ...]``, scale: ``[K]``. Rounding to normal numbers errs by up to half an ulp, 0.3 ulp in the mean; a
-    filter whose products fall among the subnormals or beyond the largest number errs more, and more than eager
-    PyTorch's rounding of the output does.
+    weight: ``[K, ...]``, scale: ``[K]``. Rounding to normal numbers errs by at most half an ulp, 0.3 ulp on average.
+    Where a scaled filter underflows to subnormals or overflows, it errs more than eager PyTorch's rounding of the
+    output does.
     """
     exact = weight.double().flatten(1) * scale.double()[:, None]
     error = (exact - exact.to(dtype)).square().sum(1)
@@ -42,12 +42,9 @@ def folds(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(choice: str, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """The layer by ``choice``.
+    """``[relu](conv2d(x, weight) + bias [+ residual])`` by ``choice``, one of :func:`candidates`.
 
-    Args:
-        choice: one of :func:`candidates`.
-        layer: its sizes.
-        x, residual: channels_last. weight: ``[K, R, S, C]``. bias: ``[K]`` in their dtype, None for zeros.
+    x, residual: channels_last. weight: ``[K, R, S, C]``. bias: ``[K]`` in their dtype, None for zeros.
     """
     if choice == CUBLASLT:
         rows, columns = x.permute(0, 2, 3, 1).reshape(-1, layer.channels), weight.view(layer.out_channels, -1).t()
@@ -62,4 +59,4 @@ def run(choice: str, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
         y = torch.cudnn_convolution_relu(x, filters, *settings)
     else:
         y = torch.cudnn_convolution_add_relu(x, filters, residual, 1.0, *settings)
-    return y.contiguous(memory_format=torch.channels_last)  # which it is, unless a side of one misled cuDNN
+    return y.contiguous(memory_format=torch.channels_last)  # no copy, unless a dimension of 1 misled cuDNN

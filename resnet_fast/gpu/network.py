@@ -1,4 +1,7 @@
-"""A whole network on a GPU as one tape: one call into C++ from the images to the scores."""
+"""A whole network on a GPU in eval mode as one tape: one call into C++ from the images to the scores.
+
+:class:`Replayed` is the mixin of the networks in :mod:`resnet_fast.models`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from .tape import Tapes
 
 __all__ = ["Network", "Replayed"]
 
-_WATCHED = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+_SIMPLE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
 
 
 class Network(ChainExecutor):
-    """``model(x)`` in eval mode, replayed for as long as no module of it changes."""
+    """``model(x)`` in eval mode, replayed until a module of it changes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -41,19 +44,19 @@ class Network(ChainExecutor):
         if self._guard is None or not self._guard.is_valid():
             modules = list(self.model.modules())
             self.tapes = Tapes()
-            # Of the many, what counts is watched anyway.
-            self._guard = StalenessGuard(modules, {m: () for m in modules if type(m) not in _WATCHED})
+            # The guard compares what matters of the many simple layers anyway: open the others alone.
+            self._guard = StalenessGuard(modules, {m: () for m in modules if type(m) not in _SIMPLE})
             self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)
         return self._known
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether ``forward`` is a function of its input and of what is watched, and does nothing else."""
+    """Whether ``forward`` is a pure function of its input and of what the guard compares."""
     return type(module).__module__.startswith(("resnet_fast.", "torch.nn.modules."))
 
 
 class Replayed(nn.Module):
-    """Mixin: on a GPU in eval mode, where no gradient may be wanted, ``forward`` of the class behind it as one tape."""
+    """Mixin: on a GPU in eval mode without gradients, replays ``forward`` of the class behind it as one tape."""
 
     _network: Network | None = None
 
@@ -61,7 +64,7 @@ class Replayed(nn.Module):
         return self.replayed(x, super().forward)
 
     def replayed(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """``forward(x)``"""
+        """``forward(x)``, replayed where that is possible."""
         if not isinstance(x, Tensor) or torch.compiler.is_compiling():
             return forward(x)
         if backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():

@@ -1,4 +1,8 @@
-"""The operators of ``kernels/csrc/ops.cpp`` on CUDA devices: checks, layouts, and a kernel for each layer."""
+"""The inference operators on CUDA devices: check arguments, choose a kernel for each layer, and run it.
+
+:mod:`.register` registers them for ``kernels/csrc/ops.cpp``; :class:`.chain.GpuChain` calls :func:`steps` and
+:func:`run_steps` itself.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from .tune import LIBRARY, Choice
 
 @dataclass(frozen=True)
 class Step:
-    """A layer of a chain with all that it needs. Values are numbered, 0 is the input; ``last`` are those that no later
+    """A layer of a chain, ready to run. source, residual: numbers of values, 0 the input. last: values that no later
     step reads."""
 
     layer: Layer
@@ -36,7 +40,7 @@ class Step:
 
 
 def steps(x: Tensor, filters: Sequence[Tensor], specs: Sequence[ConvSpec]) -> list[Step]:
-    """A chain for inputs like ``x``, checked, with the choice for each of its layers."""
+    """The steps of a chain for inputs like ``x``: checked, and with a kernel chosen for each layer."""
     check_input("x", x)
     if len(specs) != len(filters) or not filters:
         raise RuntimeError(f"layers has {len(specs)} convolutions, want one for each of {len(filters)} filters")
@@ -46,7 +50,7 @@ def steps(x: Tensor, filters: Sequence[Tensor], specs: Sequence[ConvSpec]) -> li
     check_values("layers", specs)
     last_use = {v: i for i, spec in enumerate(specs) for v in (spec.source, spec.residual)}
     shapes = {0: tuple(x.shape)}
-    found = []
+    planned = []
     for i, (spec, packed) in enumerate(zip(specs, filters, strict=True)):
         source, added, flags, k, kernel, stride, padding = spec
         folded = bool(flags & FOLDED)
@@ -65,15 +69,15 @@ def steps(x: Tensor, filters: Sequence[Tensor], specs: Sequence[ConvSpec]) -> li
         filter_ = Filter(weight, scale, shift, bias if folded else None)
         choice = layer_kernels.choose(layer, x.device) if layer.pixels > 0 else LIBRARY
         last = tuple(dict.fromkeys(v for v in (source, added) if v >= 0 and last_use[v] == i))
-        found.append(Step(layer, choice, filter_, source, added, last))
+        planned.append(Step(layer, choice, filter_, source, added, last))
         shapes[i + 1] = shape
-    return found
+    return planned
 
 
-def run_steps(x: Tensor, found: Sequence[Step]) -> Tensor:
-    """A chain on ``x``. What no later layer reads goes back to the allocator."""
+def run_steps(x: Tensor, planned: Sequence[Step]) -> Tensor:
+    """The chain on ``x``; frees each activation after its last use."""
     values = {0: x.contiguous(memory_format=torch.channels_last)}
-    for i, step in enumerate(found):
+    for i, step in enumerate(planned):
         layer, residual = step.layer, values[step.residual] if step.residual >= 0 else None
         if layer.pixels == 0:
             y = empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
@@ -82,7 +86,7 @@ def run_steps(x: Tensor, found: Sequence[Step]) -> Tensor:
         values[i + 1] = y
         for v in step.last:
             del values[v]
-    return values[len(found)]
+    return values[len(planned)]
 
 
 _NO_POOL = (
@@ -94,14 +98,14 @@ _NO_POOL = (
 def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
     if pool and len(filters) == 1:
         return _pooled_stage(x, filters[0], decode(layers), pool)
-    found = steps(x, filters, decode(layers))
+    planned = steps(x, filters, decode(layers))
     if pool:
         raise RuntimeError(_NO_POOL.format(list(pool)))
-    return run_steps(x, found)
+    return run_steps(x, planned)
 
 
 def _pooled_stage(x: Tensor, packed: Tensor, specs: Sequence[ConvSpec], pool: Sequence[int]) -> Tensor:
-    """One convolution and the pooling behind it in one launch; no other chain has a kernel for it."""
+    """One convolution and max pooling in one launch; longer chains have no kernel with pooling."""
     layer = cuda_stem.pooled_layer(tuple(specs), x.shape, x.dtype, precision(x.dtype), tuple(pool))
     if layer is None:
         raise RuntimeError(_NO_POOL.format(list(pool)))

@@ -1,8 +1,9 @@
-"""Filters packed for GPUs: scale, shift, the shift in the dtype of the images, and the weights as ``[K, R, S, C]``.
+"""Packs filters for GPUs: scale, shift, the shift in the dtype of the images, and the weights as ``[K, R, S, C]``.
 
-Our own kernels apply batch norm's scale and shift to the float32 sums, and take filters as they are. Libraries want
-filters that hold the scale, which rounds 16-bit ones once more: done where that keeps their precision and a library is
-the fastest."""
+Our own kernels apply batch norm's scale and shift to the float32 accumulators, and take plain filters. cuDNN and
+cuBLASLt take filters with the scale folded in, which rounds 16-bit filters once more: only where that keeps their
+precision and one of the two is the fastest.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ def _padded(channels: int) -> int:
 
 
 def scale_shift(weight: Tensor, vectors: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor]:
-    """``batch_norm(z + bias) = z * scale + shift``, computed in float64, returned as float32 ``[K]``.
+    """``batch_norm(z + bias) = z * scale + shift``: computed in float64, returned as float32 ``[K]``.
 
-    vectors: those of ``VECTORS``.
+    vectors: in the order of ``VECTORS``.
     """
     channels = weight.shape[0]
     bias, bn_weight, bn_bias, running_mean, running_var = vectors
@@ -68,7 +69,7 @@ def pack_conv_bn(
 
 
 def packed(weight: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, folded: bool) -> Tensor:
-    """Filters in ``dtype``, scale and shift as ``cuda_unpack`` reads them; folded: the filters hold the scale."""
+    """Filters in ``dtype``, scale and shift, as ``cuda_unpack`` reads them; folded: multiply the filters by scale."""
     channels, at = weight.shape[0], _padded(weight.shape[0])
     filters = (weight.double() * scale.double()[:, None, None, None] if folded else weight).to(dtype)
     out = torch.zeros(cuda_packed_size(filters), dtype=torch.float32, device=weight.device)

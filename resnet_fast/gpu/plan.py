@@ -1,7 +1,8 @@
-"""How the layers of a chain are packed for a GPU: which filters hold batch norm's scale, whose shift is added later.
+"""How the layers of a chain are packed for a GPU: which filters have batch norm's scale folded in, which shifts move.
 
-A projection's result is read once, as the residual of a block's last convolution. Its shift is added there, to that
-layer's own: a library's plain convolution then computes the projection without a pass over its result.
+A projection's result is read once, as the residual of a block's last convolution. Its shift moves there and is added to
+that layer's own, so that cuDNN's plain convolution computes the projection without another pass over its result.
+:class:`.chain.GpuChain` calls it.
 """
 
 from __future__ import annotations
@@ -20,35 +21,35 @@ __all__ = ["deferred", "foldable", "planned"]
 
 
 def deferred(specs: Sequence[ConvSpec]) -> dict[int, int]:
-    """By layer whose shift is added later, the layer that adds it.
+    """Layers whose shift is deferred, each with the layer that adds it.
 
-    Its result goes through no ReLU, has no residual, and is read by that layer alone, as a residual.
+    Such a layer has no ReLU and no residual, and one later layer alone reads its result, as a residual.
     """
-    found = {}
+    later = {}
     for i, spec in enumerate(specs[:-1]):
         readers = [j for j, other in enumerate(specs) if i + 1 in (other.source, other.residual)]
         if spec.residual < 0 and not spec.relu and len(readers) == 1 and specs[readers[0]].source != i + 1:
-            found[i] = readers[0]
-    return found
+            later[i] = readers[0]
+    return later
 
 
 def foldable(sources: Sequence[Sequence[Tensor | None]], eps: Sequence[float], dtype: torch.dtype) -> list[bool]:
-    """Of each layer, given by the sources of its pack, whether its filters may hold its scale. Waits for the device."""
-    kept = []
+    """For each layer, whether its scale may be folded into its filters in ``dtype``. Waits for the device."""
+    precise = []
     for (weight, *vectors), epsilon in zip(sources, eps, strict=True):
         assert weight is not None
-        kept.append(folds(weight, scale_shift(weight, vectors, epsilon)[0], dtype))
-    return torch.stack(kept).tolist()
+        precise.append(folds(weight, scale_shift(weight, vectors, epsilon)[0], dtype))
+    return torch.stack(precise).tolist()
 
 
 def planned(specs: Sequence[ConvSpec], x: Tensor, folds: Sequence[bool]) -> list[ConvSpec]:
-    """``specs`` with the flags of a GPU, for inputs like ``x``: folded where a library is the fastest choice.
+    """``specs`` with the flags of a GPU, for inputs like ``x``: FOLDED where cuDNN or cuBLASLt is fastest.
 
-    folds: of each layer, whether its filters may be.
+    folds: for each layer, whether its filters may be folded.
     """
     later = deferred(specs)
     sizes = shapes(specs, x.shape[1:])
-    found = [
+    layers = [
         kernels.layer_of(
             *((x.shape[0], *sizes[spec.source]), (spec.out_channels, *spec.kernel), spec.stride, spec.padding, x.dtype),
             residual=spec.residual >= 0,
@@ -58,12 +59,11 @@ def planned(specs: Sequence[ConvSpec], x: Tensor, folds: Sequence[bool]) -> list
         )
         for i, spec in enumerate(specs)
     ]
-    computed = [layer for layer in found if layer.pixels > 0]
-    kernels.prepare(computed, x.device)
-    out = []
-    for i, (spec, layer) in enumerate(zip(specs, found, strict=True)):
+    kernels.prepare([layer for layer in layers if layer.pixels > 0], x.device)
+    flagged = []
+    for i, (spec, layer) in enumerate(zip(specs, layers, strict=True)):
         flags = spec.flags & RELU | (DEFERRED if i in later else 0)
         if folds[i] and layer.pixels > 0 and kernels.wants_folded(layer, x.device):
             flags |= FOLDED
-        out.append(spec._replace(flags=flags))
-    return out
+        flagged.append(spec._replace(flags=flags))
+    return flagged

@@ -1,9 +1,9 @@
-"""What runs on a thread, written down: launches with arguments, operators that compute, and whose memory is whose.
+"""Records what runs on a thread as a tape: launches with arguments, calls of operators, and the buffers they use.
 
-Buffers of a recording are its inputs, what operators return, what kernels write (memory of PyTorch's allocator: what is
-returned, and one piece for all that is not, in which buffers share room whose lifetimes do not overlap), and constants:
-everything else that a kernel reads, held by the tape. ``kernels/csrc/chain/tape_read.cpp`` reads the words in which
-that is written.
+Buffers are the inputs, the results of operators, what kernels write, and constants: everything else that a kernel
+reads, kept alive by the tape. Memory for what kernels write comes from PyTorch's allocator: a tensor for each output,
+and one scratch block in which buffers share space if their lifetimes do not overlap.
+``kernels/csrc/chain/tape_read.cpp`` reads the encoded recording.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .. import launch
 
 __all__ = ["Buffer", "Call", "Launch", "LaunchRecorder", "arrange"]
 
-_ALIGN = 512  # bytes, as of the allocator
-# As of c10::ScalarType, of which the C interface uses the numbers.
+_ALIGN = 512  # bytes, like PyTorch's allocator
+# c10::ScalarType, whose numbers the C interface uses.
 _DTYPES = {
     torch.uint8: 0,
     torch.int8: 1,
@@ -42,15 +42,15 @@ _EMPTY = (
     "aten::new_empty",
     "aten::new_empty_strided",
 )
-# As tape.h numbers them.
+# Enumerations of tape.h.
 _INPUT, _SCRATCH, _OUTPUT, _CONSTANT, _RESULT = range(5)
 _NONE, _TENSOR, _INT, _DOUBLE, _BOOL, _INTS, _FORMAT, _BOOLS, _DTYPE = range(9)
-_UNKNOWN = -1  # the buffer of what no step of a tape gives
+_UNKNOWN = -1  # the buffer of a tensor that no step of a tape computes
 _FORMATS = {torch.contiguous_format: 0, torch.channels_last: 1, torch.preserve_format: 2}
 
 
 class Buffer:
-    """Memory that steps read and write; ``first`` and ``last``: the steps between which it is wanted."""
+    """Memory that steps read and write, live from step ``first`` to step ``last``."""
 
     def __init__(self, kind: int, place: int, size: int, step: int) -> None:
         self.kind, self.place, self.bytes, self.first, self.last = kind, place, size, step, step
@@ -59,14 +59,14 @@ class Buffer:
 class Launch(NamedTuple):
     compiled: launch.Compiled
     grid: tuple[int, ...]
-    parameters: list[bytes | tuple[int, int, int]]  # or buffer, offset and extent in bytes
+    parameters: list[bytes | tuple[int, int, int]]  # a value, or buffer, offset and extent in bytes
 
 
 class Call(NamedTuple):
     name: str
     overload: str
-    arguments: list[tuple[int, bool, Any]]
-    results: list[int]
+    arguments: list[tuple[int, bool, Any]]  # kind, whether optional, value
+    results: list[int]  # views, -1 for None
 
 
 class _NotRecordedError(Exception):
@@ -74,10 +74,10 @@ class _NotRecordedError(Exception):
 
 
 class LaunchRecorder(TorchDispatchMode):
-    """Writes down what runs on this thread between its entry and its exit, for inputs like ``inputs``.
+    """Context manager that records what runs on this thread, for inputs like ``inputs``.
 
-    ``reason``: why there will be no tape, or None. ``closed``: kernels may read nothing but inputs and what was
-    computed from them; constants are a reason, then.
+    ``reason``: why no tape can be made, or None. ``closed``: kernels may read only the inputs and what was computed
+    from them; a constant is then a reason.
     """
 
     def __init__(self, inputs: Sequence[Tensor], closed: bool = False) -> None:
@@ -86,10 +86,10 @@ class LaunchRecorder(TorchDispatchMode):
         self.reason: str | None = None
         self.steps: list[Launch | Call] = []
         self._buffers: list[Buffer] = []
-        self._numbers: dict[int, list[int]] = {}  # of buffers, by storage; inputs may share one
-        self._begins: list[int] = []  # addresses, by buffer
+        self._numbers: dict[int, list[int]] = {}  # buffers by storage; inputs may share one
+        self._begins: list[int] = []  # addresses by buffer
         self._views: list[tuple[int, ...]] = []
-        self._held: list[Any] = []  # so that no storage takes the place of another meanwhile
+        self._held: list[Any] = []  # keeps storages alive, so that their addresses identify them
         self._constants: list[Any] = []
         self._paused = False
         for i, t in enumerate(self.inputs):
@@ -104,11 +104,11 @@ class LaunchRecorder(TorchDispatchMode):
         super().__exit__(*error)
 
     def pause(self) -> _Pause:
-        """A context in which nothing is written down: what is made there is a constant."""
+        """A context in which nothing is recorded: tensors made there are constants."""
         return _Pause(self)
 
     def launched(self, compiled: launch.Compiled, grid: Sequence[int], values: Sequence[Any]) -> None:
-        """A kernel ran; ``values``: what ``compiled.parameters`` got, in their order."""
+        """Records a launch; ``values``: the arguments, in the order of ``compiled.parameters``."""
         if self.reason is not None:
             return
         try:
@@ -134,7 +134,7 @@ class LaunchRecorder(TorchDispatchMode):
 
     def _ran(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         schema = func._schema
-        if schema.name == "aten::max_pool2d_with_indices":  # nobody asked for the indices
+        if schema.name == "aten::max_pool2d_with_indices":  # record max_pool2d: inference does not use the indices
             out, indices = out
             self._numbers[indices.untyped_storage()._cdata] = [_UNKNOWN]
             self._held.append(indices)
@@ -152,7 +152,7 @@ class LaunchRecorder(TorchDispatchMode):
             args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
             for i, argument in enumerate(schema.arguments)
         ]
-        if schema.name == "aten::addmm" and values[3:] == [1, 1]:  # whose factors are of a type that is not carried
+        if schema.name == "aten::addmm" and values[3:] == [1, 1]:  # its factors have a type that tapes cannot hold
             func, values = torch.ops.aten.linear.default, [values[1], values[2].t(), values[0]]
             schema = func._schema
         arguments = [self._argument(a.type, value) for a, value in zip(schema.arguments, values, strict=True)]
@@ -163,7 +163,7 @@ class LaunchRecorder(TorchDispatchMode):
         self.steps.append(Call(schema.name, schema.overload_name, arguments, views))
 
     def _is_view(self, out: Tensor, args: Sequence[Any]) -> bool:
-        """Of a buffer, or of a constant, which gets no number by that."""
+        """Whether ``out`` is a view of a buffer or of a constant."""
         storage = out.untyped_storage()._cdata
         return storage in self._numbers or any(
             isinstance(a, Tensor) and a.untyped_storage()._cdata == storage for a in args
@@ -204,7 +204,7 @@ class LaunchRecorder(TorchDispatchMode):
         return number
 
     def _place(self, t: Tensor) -> tuple[int, int]:
-        """Number of the buffer of ``t``, and the bytes before it there."""
+        """The buffer of ``t``, and the offset of ``t`` in it in bytes; a new constant if none is known."""
         storage = t.untyped_storage()
         numbers = self._numbers.get(storage._cdata)
         if numbers is None:
@@ -229,8 +229,8 @@ class LaunchRecorder(TorchDispatchMode):
         return len(self._views) - 1
 
     def words(self, outputs: Sequence[Tensor]) -> list[int] | None:
-        """The recording, once it has ended; ``outputs``: what was computed, different tensors. None for a
-        :attr:`reason`."""
+        """The recording encoded for C++, after it has ended; None if there is a :attr:`reason`. ``outputs``: distinct
+        tensors that were computed."""
         if self.reason is not None:
             return None
         try:
@@ -241,7 +241,7 @@ class LaunchRecorder(TorchDispatchMode):
 
     def _words(self, outputs: Sequence[Tensor]) -> list[int]:
         returned = [self._returned(t) for t in outputs]
-        kept = {self._views[view][0] for view in returned}
+        output_buffers = {self._views[view][0] for view in returned}
         first = self.inputs[0]
         words = [int(first.is_cuda), first.get_device(), arrange(self._buffers) // 8]
         words.append(len(self._buffers))
@@ -260,7 +260,7 @@ class LaunchRecorder(TorchDispatchMode):
         words += [*_listed(returned), len(self.steps)]
         ends: dict[int, list[int]] = {}
         for n, b in enumerate(self._buffers):
-            if b.kind == _RESULT and n not in kept:
+            if b.kind == _RESULT and n not in output_buffers:
                 ends.setdefault(b.last, []).append(n)
         for i, step in enumerate(self.steps):
             words += _launch_words(step) if isinstance(step, Launch) else _call_words(step)
@@ -268,7 +268,7 @@ class LaunchRecorder(TorchDispatchMode):
         return words
 
     def _returned(self, t: Tensor) -> int:
-        """The view of an output, whose memory is then not shared with other buffers."""
+        """The view of an output; gives its buffer memory of its own, outside of the scratch block."""
         view = self._view(t)
         buffer = self._buffers[self._views[view][0]]
         if buffer.kind == _SCRATCH:
@@ -280,7 +280,7 @@ class LaunchRecorder(TorchDispatchMode):
         return view
 
     def _aliases(self) -> list[tuple[int, int, int]]:
-        """Pairs of inputs that share memory, and how far apart they begin: kernels were given the first of them."""
+        """Pairs of inputs that overlap, and the distance of their addresses: kernels were given the first of a pair."""
         found = []
         for numbers in self._numbers.values():
             inputs = [n for n in numbers if n != _UNKNOWN and self._buffers[n].kind == _INPUT]
@@ -292,7 +292,7 @@ class LaunchRecorder(TorchDispatchMode):
         return found
 
     def constants(self) -> list[Any]:
-        """What has to live as long as the tape."""
+        """Objects that must live as long as the tape."""
         return [*self._constants, *(s.compiled.owner for s in self.steps if isinstance(s, Launch))]
 
 
@@ -330,7 +330,7 @@ def _text(text: bytes | str) -> list[int]:
 
 
 def _bytes_of(kind: str, value: Any) -> bytes:
-    """A parameter by value; integers in eight bytes, of which a kernel reads those that it wants."""
+    """A parameter by value; integers in eight bytes, of which a kernel reads as many as its type has."""
     if isinstance(value, bytes):
         return value
     if kind in ("fp32", "fp64"):
@@ -359,8 +359,8 @@ def _call_words(step: Call) -> list[int]:
 
 
 def arrange(buffers: Sequence[Buffer]) -> int:
-    """Places for the scratch buffers, large ones first, each at the lowest place where nothing lies that is wanted at
-    the same time; bytes in total."""
+    """Assigns offsets to the scratch buffers, the largest first, each at the lowest offset that no buffer live at the
+    same time overlaps; returns the total in bytes."""
     placed: list[Buffer] = []
     total = 0
     for b in sorted((b for b in buffers if b.kind == _SCRATCH), key=lambda b: -b.bytes):

@@ -1,4 +1,4 @@
-"""Tells PyTorch's dispatcher, the launch seam and the chains what runs on CUDA devices."""
+"""Registers the CUDA implementations with PyTorch's dispatcher, the launch seam and the table of devices, on import."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .cuda import avg_pool, conv, hopper, stem
 __all__ = ["KERNELS"]
 
 KERNELS: dict[str, Callable[..., Any]] = {}
-"""What runs the operators of ``torch.ops.resnet_fast`` on CUDA devices, by name."""
+"""Python implementations of the operators of ``torch.ops.resnet_fast`` on CUDA devices, by name."""
 
-# By Triton's kernels or those in CUDA C++, whichever there are.
+# They need the kernels of Triton or of CUDA C++, either will do.
 _CONVOLUTIONS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
 _LAUNCHES = (
     "conv_bn_relu_launch",
@@ -28,7 +28,7 @@ _LAUNCHES = (
 
 
 def _lazily(module: str, name: str) -> Callable[..., Any]:
-    """``name`` of a module here, imported at the first call: Triton takes a second."""
+    """``name`` of a module in this folder, imported at the first call: importing Triton takes a second."""
 
     def call(*args: Any) -> Any:
         return getattr(import_module(f".{module}", __package__), name)(*args)
@@ -52,7 +52,7 @@ def _register() -> None:
         KERNELS.update({op: _lazily("training_operators", op) for op in training_shapes.FAKES})
         KERNELS["add_relu"] = _lazily("operators", "add_relu")
     for op, kernel in KERNELS.items():
-        if not backends.has_kernel(op, "cuda"):  # by the extension itself
+        if not backends.has_kernel(op, "cuda"):  # the extension's own
             library.impl(op, kernel, "CUDA")
             backends.note_kernel(op)
 

@@ -1,4 +1,4 @@
-"""Networks of residual stages on CUDA devices: which kernels run them, their filters, their launches.
+"""Chains of narrow residual stages on CUDA devices, one launch a stage: their kernels, filters and launches.
 
 A stage of narrow blocks runs as one launch (``kernels/csrc/cuda/stage/residual_stage.cuh``): its maps stay in shared
 memory, so that only the images, the filters and the stage's last map, or the network's scores, pass through memory. A
@@ -24,12 +24,12 @@ __all__ = ["Stage", "kernels", "pack", "residual_network", "runs", "stages"]
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 ENTRIES: Final = ("stem", "map", "strided")
-# Multiprocessors of the GPU for which the simulator's code is made, an A100.
+# Of an A100, for which the simulator's code is compiled.
 _SIMULATED_MULTIPROCESSORS: Final = 108
 
 
 class Kernel(NamedTuple):
-    """A kernel as the extension lists it: images, threads and bytes of shared memory are those of a block."""
+    """A kernel as the extension lists it; images, threads and bytes of shared memory are per block."""
 
     entry: str
     itemsize: int  # of a channel
@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that one launch runs; ``layers`` are places in the chain in the order in which the kernel wants them."""
+    """Residual blocks that one launch runs; ``layers``: indices in the chain, in the order that the kernel takes."""
 
     entry: str
     channels: int
@@ -71,18 +71,18 @@ class Stage:
         return shapes
 
     def floats(self, dtype: torch.dtype) -> int:
-        """Length of its packed filters. The stem's taps are three columns of four rows of four channels."""
+        """Length of its packed filters in floats. The stem's taps are padded to 3 columns x 4 rows x 4 channels."""
         return sum(k * (48 if c == 3 else r * s * c) * dtype.itemsize // 4 + 2 * k for k, r, s, c in self.weights())
 
     def kernels(self, dtype: torch.dtype) -> list[int]:
-        """The numbers of its kernels, by images a block."""
+        """The numbers of its kernels, in the order of images a block."""
         wanted = (self.entry, dtype.itemsize, self.channels, self.size)
         return [i for i, k in enumerate(kernels()) if k[:4] == wanted]
 
 
 @cache
 def kernels() -> tuple[Kernel, ...]:
-    """Those in the extension, by number; none where it was built without CUDA."""
+    """The extension's kernels, by number; none if it was built without CUDA."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(
         "resnet_fast::residual_stage_kernels", "CompositeExplicitAutograd"
     ):
@@ -92,7 +92,8 @@ def kernels() -> tuple[Kernel, ...]:
 
 
 def stages(specs: Sequence[ConvSpec], shape: Sequence[int], dtype: torch.dtype) -> tuple[Stage, ...] | None:
-    """The chain ``specs`` on images of ``shape`` = (channels, height, width), cut into stages that have kernels."""
+    """The chain ``specs`` on images of ``shape`` = (channels, height, width), cut into stages that have kernels; None
+    if that is not possible."""
     return _stages(tuple(specs), tuple(shape), dtype)
 
 
@@ -105,7 +106,7 @@ def _stages(rows: tuple[ConvSpec, ...], shape: tuple[int, ...], dtype: torch.dty
     if dtype not in DTYPES or shape[1] != shape[2]:
         return None
     found: list[Stage] = []
-    at, channels, size = 0, shape[0], shape[1]  # of the value that the layers before `at` give
+    at, channels, size = 0, shape[0], shape[1]  # of the value computed before layer `at`
     entry: str | None = None
     taken: list[int] = []
 
@@ -142,31 +143,32 @@ def _stages(rows: tuple[ConvSpec, ...], shape: tuple[int, ...], dtype: torch.dty
 
 
 def has_head(found: Sequence[Stage]) -> bool:
-    """Whether the last kernel goes on through average pooling and a linear layer."""
+    """Whether the last kernel can go on through average pooling and a linear layer."""
     return found[-1].size == 8
 
 
 def runs(found: Sequence[Stage], dtype: torch.dtype) -> bool:
-    """Whether the device behind the launches has the kernels of these stages, and float32 may be multiplied as TF32."""
+    """Whether the device has the kernels of these stages, and TF32 is allowed if they need it."""
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         return False
     return all(launch.has_cuda(kernels()[i].name(dtype)) for stage in found for i in stage.kernels(dtype))
 
 
 def _choose(stage: Stage, dtype: torch.dtype, images: int, multiprocessors: int) -> int:
-    """Number of the kernel: as few images a block as keep the blocks at one for each multiprocessor.
+    """Number of the kernel with the fewest images a block that still needs at most one block a multiprocessor.
 
-    The images of a block share its reads of the filters; but before blocks carry several images, all multiprocessors
-    should have one.
+    The images of a block share its reads of the filters, which pays only once every multiprocessor has a block.
     """
     numbers = stage.kernels(dtype)
     return next((i for i in numbers if images <= kernels()[i].images * multiprocessors), numbers[-1])
 
 
 def _fragments(weight: Tensor) -> Tensor:
-    """[K, R, S, C] in the order in which lanes read filters: by 32 bytes of input channels, column, row, 16 channels of
-    output, lane (output channel mod 8, word of the input's 16 bytes), and the lane's four words (8 channels of output,
-    16 bytes of input)."""
+    """[K, R, S, C] in the order of mma fragments.
+
+    From the outermost: 32 bytes of input channels, column, row, 16 output channels, lane (output channel mod 8, word of
+    16 input bytes), and the lane's four words (8 output channels, 16 input bytes).
+    """
     k, r, s, c = weight.shape
     word = 4 // weight.element_size()
     parts = weight.view(k // 16, 2, 8, r, s, c // (8 * word), 2, 4, word)
@@ -174,10 +176,12 @@ def _fragments(weight: Tensor) -> Tensor:
 
 
 def _stem_fragments(weight: Tensor) -> Tensor:
-    """The same of [K, 3, 3, 3], seen as four rows of taps of four channels. A word has two channels of one row: the
-    lane's number mod 4 tells the row's lowest bit and which two, the word's place the row's highest bit. In float32
-    that number is the channel, the word's place the row's lowest bit, and the rows' two halves are steps of their
-    own."""
+    """:func:`_fragments` of a stem's [K, 3, 3, 3], padded to four rows of taps of four channels.
+
+    In 16 bits a word has two channels of one row: the lane mod 4 gives the row's low bit and the pair of channels, the
+    word's index the row's high bit. In float32 the lane mod 4 is the channel, the word's index the row's low bit, and
+    each half of the rows is a step of its own.
+    """
     k = weight.shape[0]
     parts = torch.nn.functional.pad(weight, (0, 1, 0, 0, 0, 1)).view(k // 16, 2, 8, 2, 2, 3, 2, 2)
     if weight.element_size() == 4:
@@ -186,7 +190,7 @@ def _stem_fragments(weight: Tensor) -> Tensor:
 
 
 def _to_tf32(weight: Tensor) -> Tensor:
-    """Rounded to 10 bits of mantissa, halves away from zero, as the kernels round what they multiply with it."""
+    """Rounds to TF32's 10 bits of mantissa, ties away from zero, as the kernels round activations."""
     rounded = ((weight.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(weight.isfinite(), rounded, weight)
 
@@ -197,10 +201,10 @@ def pack(
     dtype: torch.dtype,
     head: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """The filters of all stages in the order in which their kernels read them, in one tensor.
+    """The filters of all stages in one tensor, in the order in which the kernels read them.
 
-    filters: by layer of the chain, as ``pack_conv_bn`` gives them on CUDA devices, for images of ``dtype``. head:
-    weight ``[classes, channels]`` and bias of the linear layer behind.
+    filters: by layer of the chain, as ``pack_conv_bn`` returns them on CUDA devices, for images of ``dtype``. head:
+    weight ``[classes, channels]`` and bias of the linear layer at the end.
     """
     pieces: list[Tensor] = []
     for stage in found:
@@ -219,7 +223,7 @@ def pack(
 
 
 def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0) -> Tensor:
-    """The chain on CUDA devices: one launch a stage. See ``ops.cpp``."""
+    """The operator ``residual_network`` on CUDA devices: one launch a stage. See ``ops.cpp``."""
     if x.dim() != 4:
         raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
     found = stages(decode(layers), x.shape[1:], x.dtype)
@@ -266,7 +270,7 @@ def _launcher(number: int) -> launch.Launcher:
 
 
 def register() -> None:
-    """Gives the extension's kernels to the GPU behind the launches."""
+    """Registers the extension's kernels with the launch seam."""
     for number, kernel in enumerate(kernels()):
         for dtype in kernel.dtypes():
             launch.gpu.register(kernel.name(dtype), _launcher(number))

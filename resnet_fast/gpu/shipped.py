@@ -1,7 +1,7 @@
-"""Choices that come with the package for GPUs that it was measured on: a file a GPU in ``choices/``.
+"""Kernel choices that come with the package for GPUs that were measured: one file a GPU in ``choices/``.
 
-A file says with which versions it was measured, and which kernels there were; with others it is not current and is left
-alone, as :func:`status` tells. ``python -m resnet_fast tune MODEL --export FILE`` writes one.
+A file states the versions and the kernels that it was measured with. If they differ here it is ignored, which
+:func:`status` reports. ``python -m resnet_fast tune MODEL --export FILE`` writes one; :mod:`.tune` reads them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _file(gpu: str) -> Path:
 
 
 def current() -> dict[str, str]:
-    """What choices depend on beside the GPU: a release of PyTorch, Triton and cuDNN each, and the kernels."""
+    """What choices depend on besides the GPU: releases of PyTorch, Triton and cuDNN, and the lists of tiles."""
     from .candidates import triton as configs
 
     def release(version: str) -> str:
@@ -46,7 +46,7 @@ def current() -> dict[str, str]:
 
 
 def load(gpu: str) -> dict[str, Any]:
-    """Entries by key for the GPU of that name, none where there is no file or it is not current."""
+    """Entries by key for the GPU of that name; none if there is no file or it is not current."""
     file = _file(gpu)
     if not file.exists():
         return {}
@@ -68,6 +68,6 @@ def status(gpu: str) -> str:
 
 
 def export(gpu: str, choices: dict[str, Any], file: Path, date: str) -> None:
-    """Writes ``choices``, entries by key, for the GPU of that name."""
+    """Writes ``choices``, entries by key, for the GPU of that name to ``file``."""
     content = {"gpu": gpu, "date": date, "versions": current(), "choices": dict(sorted(choices.items()))}
     file.write_text(json.dumps(content, indent=1) + "\n")

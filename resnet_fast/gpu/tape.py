@@ -1,7 +1,7 @@
-"""A chain's launches and calls, recorded once for each kind of inputs and replayed in C++.
+"""Tapes: a chain's launches and calls, recorded once for each kind of inputs and replayed in C++.
 
-From Python a launch costs the host 50 to 200 us, several times what it costs the GPU. What depends on shapes alone is
-therefore found once: while a call runs as usual, a :class:`.recorder.LaunchRecorder` writes down each kernel with its
+From Python a launch costs the host 50 to 200 us, several times what it costs the GPU. So all that depends on shapes
+alone is computed once: while a call runs as usual, a :class:`.recorder.LaunchRecorder` records each kernel with its
 grid and its arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape_replay.cpp``
 replays that for other inputs of the same kind, at a few microseconds a step. In inference there is one input, the
 images; a forward or backward pass of training has parameters and saved tensors beside them.
@@ -25,7 +25,7 @@ __all__ = ["Tape", "Tapes", "record"]
 
 
 class Tape:
-    """What a :class:`LaunchRecorder` wrote down, in C++."""
+    """A recording of a :class:`LaunchRecorder`, held in C++."""
 
     def __init__(self, words: list[int], recorder: LaunchRecorder) -> None:
         self.steps = recorder.steps
@@ -37,8 +37,8 @@ class Tape:
         weakref.finalize(self, extension.drop_tape, self.number)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """What was recorded, of these inputs; nothing where they are not like those of the recording: in number, shape,
-        strides, dtype, device, alignment, or in what memory they share."""
+        """Replays the recording on ``inputs``; returns no outputs if they differ from those of the recording in number,
+        shape, strides, dtype, device, alignment or shared memory."""
         try:
             return torch.ops.resnet_fast.run_tape.default(inputs, self.number)
         except RuntimeError:
@@ -48,8 +48,8 @@ class Tape:
             raise error from None
 
     def _launcher(self) -> Callable[[int, list[tuple[bytes, int]]], bool]:
-        """Takes the launches where a simulator stands behind them."""
-        weak = weakref.ref(self)  # the tape in C++ holds this
+        """The callback that C++ launches through under a simulator."""
+        weak = weakref.ref(self)  # the tape in C++ holds the callback
 
         def start(step: int, parameters: list[tuple[bytes, int]]) -> bool:
             tape = weak()
@@ -70,7 +70,7 @@ class Tape:
 def record(
     inputs: Sequence[Tensor], run: Callable[[], list[Tensor]], closed: bool = False
 ) -> tuple[list[Tensor], Tape | str]:
-    """``run()``, a function of ``inputs``, and its tape, or why something in it cannot be replayed."""
+    """``run()``, a function of ``inputs``, and its tape, or why it cannot be replayed."""
     with LaunchRecorder(inputs, closed) as recorder:
         outputs = run()
     words = recorder.words(outputs)
@@ -78,11 +78,11 @@ def record(
 
 
 class Tapes:
-    """What a function of some inputs, and of nothing that changes, is replayed from, by kind of call.
+    """The tapes of a pure function, by kind of call.
 
-    The first call of a kind runs as it is, and chooses kernels; the second is recorded; others are replayed. A tape
-    whose inputs are not like they were is recorded again. Of many kinds the latest are kept. ``closed``: as
-    :class:`LaunchRecorder` has it.
+    The first call of a kind runs, and chooses kernels; the second is recorded; later ones are replayed. If the inputs
+    no longer fit a tape, it is recorded again. The ``MOST`` latest kinds are kept. ``closed``: see
+    :class:`LaunchRecorder`.
     """
 
     MOST = 64
@@ -93,17 +93,17 @@ class Tapes:
         self.found: dict[tuple[Any, ...], Tape | str | None] = {}
 
     def run(self, x: Tensor, kind: tuple[Any, ...], run: Callable[[], Tensor]) -> Tensor:
-        """``run()``, which computes with ``x``; kind: what of the input and of all switches decides how."""
+        """``run()``, a function of ``x``; kind: the switches that decide how it computes."""
         return self.run_all([x], kind, lambda: [run()])[0]
 
     def run_all(self, inputs: list[Tensor], kind: tuple[Any, ...], run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """``run()``, different tensors that are computed from ``inputs``, of which the first decides with ``kind``."""
+        """``run()``, distinct tensors computed from ``inputs``; ``kind`` and the first input select the tape."""
         x = inputs[0]
-        # Within a recording all is written down as it is. A graph that is captured has its own stream and memory, and
-        # does not ask what a call costs.
+        # An outer recording records the launches themselves. A CUDA graph's capture has its own stream and memory, and
+        # the time of a call does not matter there.
         if not backends.cuda.replay or x.numel() == 0 or launch.recording() or _capturing(x):
             return run()
-        # Some workspace belongs to the stream.
+        # Workspaces belong to a stream.
         stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
         key = (*kind, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0, stream, launch.device())
         if key not in self.found:

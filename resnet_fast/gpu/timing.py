@@ -1,7 +1,7 @@
-"""Times of GPU work by the GPU's own clock, with the host out of the way.
+"""Times GPU work by the GPU's own clock, without the host's launch overhead; :mod:`.tune` measures with it.
 
-Every candidate is captured into a CUDA graph of several calls in a row, and the graphs are replayed in turn: what is
-timed is what the GPU does in a network that is replayed or launched ahead, however long the host takes for a call.
+Each candidate is captured into a CUDA graph of several calls in a row, and the graphs are replayed in turn. That is the
+GPU's time in a network that is replayed or launched ahead, however long the host takes for a call.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["interleaved"]
 Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 
-# A graph lasts about this long and a sample of replays at least so long: an event's time is good to a microsecond.
+# Duration of a graph, about, and of a sample of replays, at least: an event's time is accurate to a microsecond.
 GRAPH_SECONDS = 150e-6
 SAMPLE_SECONDS = 300e-6
 MOST_CALLS = 32
 ROUNDS = 7
-# After this many rounds, who is slower than the fastest by this factor is out of the race.
+# After this many rounds, candidates slower than the fastest by this factor are dropped.
 TRIAL_ROUNDS, BEHIND = 2, 1.25
-# The GPU sleeps so many of its cycles while the host queues what is timed: some 100 us.
+# GPU cycles to sleep, some 100 us, while the host queues the work to be timed.
 SLEEP_CYCLES = 200_000
 
 
@@ -40,7 +40,7 @@ class _Replay:
         self.graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # thread_local: other threads may allocate meanwhile, say for the loading of data.
+            # thread_local: other threads may allocate meanwhile, such as a data loader's.
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 for call in itertools.islice(itertools.cycle(calls), self.calls):
@@ -52,12 +52,12 @@ class _Replay:
         self.replays = max(1, math.ceil(SAMPLE_SECONDS / (self.sample() * self.calls)))
 
     def sample(self) -> float:
-        """Seconds a call, of a sample of replays."""
+        """Seconds a call, in one sample of replays."""
         return _seconds(self.graph.replay, self.replays) / self.calls
 
 
 def _seconds(call: Call, repeats: int) -> float:
-    """Seconds a call on the current stream, while the host is ahead."""
+    """Seconds a call on the current stream, with the host ahead of the GPU."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(SLEEP_CYCLES)
     begin.record()
@@ -73,27 +73,27 @@ def interleaved(
     device: torch.device,
     errors: tuple[type[Exception], ...] = (RuntimeError,),
 ) -> tuple[dict[Name, float], dict[Name, Exception]]:
-    """Seconds a call of each candidate on ``device``, the median of rounds in which all take turns.
+    """Seconds a call of each candidate on ``device``: the median over rounds in which all take turns.
 
     Args:
-        candidates: by name, calls that compute the same on different operands: they are made in turn, so that
-            operands which would be cold in a network are not always in the cache. Each allocates what it returns.
-        device: a CUDA device; its current stream is the one in use.
-        errors: what a candidate raises that cannot run here.
+        candidates: by name, calls that compute the same on different operands; they alternate, so that operands that
+            would be cold in a network are not always in cache. Each allocates its result.
+        device: a CUDA device, used on its current stream.
+        errors: exceptions that mean that a candidate cannot run here.
 
     Returns:
-        The seconds, and of the candidates that cannot run what they raised. Failures of the device itself are raised.
+        The seconds by candidate, and the exceptions of those that cannot run. Failures of the device are raised.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream(device)
         replays: dict[Name, _Replay] = {}
         refused: dict[Name, Exception] = {}
         collects = gc.isenabled()
-        gc.disable()  # what a collection frees during a capture would end it
+        gc.disable()  # memory freed by a collection during a capture would end it
         try:
             for name, calls in candidates.items():
                 try:
-                    calls[0]()  # compiles, and lets libraries choose their algorithms
+                    calls[0]()  # compiles, and lets cuDNN choose its algorithm
                     replays[name] = _Replay(calls, stream)
                 except torch.AcceleratorError:
                     raise

@@ -1,7 +1,7 @@
-"""Training of a chain on a GPU: kernels alone, no operator of PyTorch's between them, and passes replayed from C++.
+"""Chain training on a GPU: only our kernels, no operator of PyTorch's between them; passes are replayed from C++.
 
-What PyTorch's operators do elsewhere between convolutions, for a few numbers a channel, is done by the kernels that end
-the sums (:mod:`resnet_fast._triton.finalize`): a pass is then a list of launches that depends on shapes alone.
+The per-channel arithmetic that other devices leave to PyTorch's operators is in the kernels that reduce the partial
+sums (:mod:`resnet_fast._triton.finalize`): a pass is then a list of launches that depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .tune import forced
 __all__ = ["GPU", "ReplayedPasses"]
 
 
-class _Sums(NamedTuple):
-    """First step of the sums of gradients; those with y are in ``row``."""
+class _PartialSums(NamedTuple):
+    """Partial sums of a gradient's reductions; ``row``: that of ``g * (y - mean)`` for the layer."""
 
     partial: Tensor  # [parts, rows, C]
     row: int = 1
 
 
 class _GpuKernels(Kernels):
-    """The Triton kernels, and the library's convolutions where they are faster."""
+    """The Triton kernels, and cuDNN's convolutions where they are faster."""
 
     def convolve(
         self, layer: Layer, source: Value, tensors: Sequence[Tensor | None], running: Any = None
@@ -45,19 +45,19 @@ class _GpuKernels(Kernels):
         bias, gamma, beta, mean, var = map(_dense, vectors)
         x = source.tensor
         packed = filters.packed(weight, x.dtype)
-        y, stats = training.convolve(
+        y, partial = training.convolve(
             *(x, source.scale_shift, source.relu, weight, packed, bias, layer.stride, layer.padding),
             moments=layer.batch_statistics,
         )
-        moments, affine = torch.empty(2, 0, device=x.device), None
-        if stats is not None:
-            moments, affine = finalize.finalize_stats(stats, gamma, beta, layer.eps, running)
+        stats, affine = torch.empty(2, 0, device=x.device), None
+        if partial is not None:
+            stats, affine = finalize.finalize_stats(partial, gamma, beta, layer.eps, running)
         elif layer.normalized and mean is not None and var is not None:
-            moments, affine = finalize.finalize_affine(mean, var, gamma, beta, layer.eps)
-        return y, moments, affine, None if packed is weight else packed
+            stats, affine = finalize.finalize_affine(mean, var, gamma, beta, layer.eps)
+        return y, stats, affine, None if packed is weight else packed
 
-    def affine(self, layer: Layer, moments: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        return finalize.finalize_affine(moments[0], moments[1], _dense(gamma), _dense(beta), layer.eps)[1]
+    def affine(self, layer: Layer, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        return finalize.finalize_affine(stats[0], stats[1], _dense(gamma), _dense(beta), layer.eps)[1]
 
     def apply(self, value: Value, residual: Value | None = None) -> Tensor:
         added, affine = (None, None) if residual is None else residual[:2]
@@ -66,22 +66,22 @@ class _GpuKernels(Kernels):
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return training.bn_apply(a, None, b, None, False)
 
-    def sums(
-        self, grad: Tensor, positive: Tensor | None, affine: Tensor | None, ys: list[Tensor], moments: list[Tensor]
+    def bn_backward_reduce(
+        self, grad: Tensor, relu_source: Tensor | None, affine: Tensor | None, ys: list[Tensor], stats: list[Tensor]
     ) -> tuple[Tensor, Any]:
-        out, partial = training.sums(grad, positive, affine, ys, moments)
-        return out, _Sums(partial)
+        out, partial = training.sums(grad, relu_source, affine, ys, stats)
+        return out, _PartialSums(partial)
 
-    def bias_sums(self, grad: Tensor) -> Any:
-        return self.sums(grad, None, None, [], [])[1]
+    def bias_reduce(self, grad: Tensor) -> Any:
+        return self.bn_backward_reduce(grad, None, None, [], [])[1]
 
-    def second(self, sums: Any) -> Any:
+    def second_reduction(self, sums: Any) -> Any:
         return sums._replace(row=2)
 
     def gradients(
-        self, layers: list[Layer], pixels: list[int], moments: list[Tensor], tensors: list[Tensor | None], needed: Any
+        self, layers: list[Layer], pixels: list[int], stats: list[Tensor], tensors: list[Tensor | None], needed: Any
     ) -> Gradients:
-        return _GpuGradients(layers, pixels, moments, tensors)
+        return _GpuGradients(layers, pixels, stats, tensors)
 
     def backward(
         self,
@@ -96,22 +96,22 @@ class _GpuKernels(Kernels):
         residual: Tensor | None,
         finish: bool,
         ys: list[Tensor],
-        moments: list[Tensor],
+        stats: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         dx, dw, partial = training.gradients(
             *(grad, y, coefficients, *source, weight, filters, layer.stride, layer.padding),
-            *(*needs, residual, finish, ys, moments),
+            *(*needs, residual, finish, ys, stats),
         )
-        return dx, dw, None if partial is None else _Sums(partial)
+        return dx, dw, None if partial is None else _PartialSums(partial)
 
 
 class _GpuGradients(Gradients):
-    """A launch a layer, which ends the sums, too."""
+    """One launch a layer, which also reduces the partial sums."""
 
     def __init__(
-        self, layers: list[Layer], pixels: list[int], moments: list[Tensor], tensors: list[Tensor | None]
+        self, layers: list[Layer], pixels: list[int], stats: list[Tensor], tensors: list[Tensor | None]
     ) -> None:
-        self.layers, self.pixels, self.moments, self.tensors = layers, pixels, moments, tensors
+        self.layers, self.pixels, self.stats, self.tensors = layers, pixels, stats, tensors
 
     def of_layer(
         self, i: int, sums: Any, needs: Sequence[bool]
@@ -121,7 +121,7 @@ class _GpuGradients(Gradients):
             t.new_empty(t.shape) if need and t is not None else None for need, t in zip(needs, vectors, strict=True)
         ]
         coefficients = finalize.finalize_gradients(
-            *(sums.partial, sums.row, self.pixels[i], self.moments[i] if layer.normalized else None, layer.eps),
+            *(sums.partial, sums.row, self.pixels[i], self.stats[i] if layer.normalized else None, layer.eps),
             *(layer.batch_statistics, _dense(vectors[1]), (into[0], into[1], into[2])),
         )
         return coefficients if layer.normalized else None, (into[0], into[1], into[2])
@@ -138,12 +138,12 @@ GPU = _GpuKernels()
 
 
 class ReplayedPasses:
-    """Forward and backward passes of a chain: each kind runs as it is, is recorded, and is replayed from then on."""
+    """Forward and backward of a chain: the first pass of a kind runs, the second is recorded, the rest replayed."""
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
         self.tapes = Tapes(closed=True)
-        self._places: dict[tuple[Any, ...], list[int | None]] = {}
+        self._outputs: dict[tuple[Any, ...], list[int | None]] = {}  # by kind: the tape's output for each result
 
     def forward(
         self, x: Tensor, tensors: list[Tensor | None], recompute: bool, running: Sequence[Any]
@@ -174,17 +174,17 @@ class ReplayedPasses:
     def _run(
         self, inputs: Sequence[Tensor | None], kind: tuple[Any, ...], run: Callable[[], list[Tensor | None]]
     ) -> list[Tensor | None]:
-        """``run()``, of whose tensors some may be the same, and some None."""
+        """``run()``; among its inputs and results some may be None, and some the same tensor."""
         given = [t for t in inputs if t is not None]
         present = tuple(map(is_not, inputs, repeat(None)))
         kind = (*kind, present, backends.selected(), precision(given[0].dtype), forced())
 
-        def different() -> list[Tensor]:
+        def distinct() -> list[Tensor]:
             results = run()
-            found = {id(t): t for t in results if t is not None}
-            numbers = {key: number for number, key in enumerate(found)}
-            self._places[kind] = [None if t is None else numbers[id(t)] for t in results]
-            return list(found.values())
+            unique = {id(t): t for t in results if t is not None}
+            numbers = {key: number for number, key in enumerate(unique)}
+            self._outputs[kind] = [None if t is None else numbers[id(t)] for t in results]
+            return list(unique.values())
 
-        outputs = self.tapes.run_all(given, kind, different)
-        return [None if place is None else outputs[place] for place in self._places[kind]]
+        outputs = self.tapes.run_all(given, kind, distinct)
+        return [None if number is None else outputs[number] for number in self._outputs[kind]]

@@ -1,7 +1,9 @@
-"""The operators of training on CUDA devices: checks, and for each convolution the form that is fastest on this GPU.
+"""The training operators on CUDA devices: check arguments, choose the fastest form of each convolution, and run it.
 
-There are two forms: PyTorch's convolution between passes that normalise and sum, and kernels that do both on the way in
-and out of the convolution. Forward, gradient of the data and gradient of the weight choose for themselves.
+There are two forms: aten's convolution between elementwise passes that normalise and reduce, and Triton kernels that do
+both in the prologue and epilogue of the convolution. Forward, data gradient and weight gradient are chosen separately.
+:mod:`.register` registers the operators; :mod:`.training` calls :func:`convolve`, :func:`sums` and :func:`gradients`,
+which leave reductions as partial sums.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def convolve(
     padding: Sequence[int],
     moments: bool,
 ) -> tuple[Tensor, PartialStats | None]:
-    """``y = conv2d([relu](scale * x + shift), weight) + bias``, with the first step of its statistics.
+    """``y = conv2d([relu](scale * x + shift), weight) + bias``, and partial sums of the statistics of y.
 
     filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
     already.
@@ -114,7 +116,7 @@ def bn_apply(
 def sums(
     grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """``grad`` where the ReLU let it pass, and its parts' sums: at least one pixel."""
+    """``g = grad`` where the ReLU passed, and partial sums of ``g`` and of ``g * (y - mean)`` for each of ``ys``."""
     op = "bn_backward_sums"
     check_image(op, "grad", grad)
     if positive is not None:
@@ -172,7 +174,7 @@ def gradients(
     ys: list[Tensor],
     means: list[Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x and of the weight, in its dtype and layout, and with ``finish`` the parts' sums of the first.
+    """Gradients of x and of the weight, in its dtype and layout; with ``finish``, also partial sums of the first.
 
     filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
     already.
@@ -202,50 +204,48 @@ def gradients(
 
     own = packed(weight, x.dtype) if filters is None else filters
 
-    def library(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+    def aten(gradient: Tensor, image: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
         return convolution_backward(gradient, image, own, None, [*stride], [*padding], mask)
 
-    def written() -> Tensor:
+    def output_gradient() -> Tensor:
         if y is None or coefficients is None:
             return grad
         dy = torch.empty_like(grad)
         batch_norm.bn_input_gradient(as_rows(grad), as_rows(y), coefficients, as_rows(dy))
         return dy
 
-    def data(choice: Choice, dy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def data_gradient(choice: Choice, dy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if isinstance(choice, Config):
             dx = torch.empty_like(x)
             operands = (grad, y, coefficients, own.permute(0, 2, 3, 1), residual, x, scale_shift)
             return dx, backward.data_gradient(data_layer, choice, *operands, finish, ys, means, dx)
-        found = library(written() if dy is None else dy, x, [True, False, False])[0]
-        assert found is not None
-        found = found.contiguous(memory_format=torch.channels_last)
+        result = aten(output_gradient() if dy is None else dy, x, [True, False, False])[0]
+        assert result is not None
+        result = result.contiguous(memory_format=torch.channels_last)
         if not finish:
-            return found if residual is None else bn_apply(found, None, residual, None, False), None
+            return result if residual is None else bn_apply(result, None, residual, None, False), None
         dx = torch.empty_like(x)
-        positive = x if relu or scale_shift is None else None
-        return dx, _sums(found, residual, positive, scale_shift, ys, means, dx)
+        relu_source = x if relu or scale_shift is None else None
+        return dx, _sums(result, residual, relu_source, scale_shift, ys, means, dx)
 
-    def of_weight(choice: Choice, dy: Tensor | None = None) -> Tensor:
+    def weight_gradient(choice: Choice, dy: Tensor | None = None) -> Tensor:
         if isinstance(choice, Config):
             dw = torch.empty_like(weight)
             backward.weight_gradient(weight_layer, choice, grad, y, coefficients, x, scale_shift, dw)
             return dw
         image = forward.activation(x, scale_shift, relu)
-        found = library(written() if dy is None else dy, image, [False, True, False])[1]
-        assert found is not None
-        return like(found, weight)
+        result = aten(output_gradient() if dy is None else dy, image, [False, True, False])[1]
+        assert result is not None
+        return like(result, weight)
 
     choose = tuner(x.device).choose
     data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
     weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
-    data_choice = choose(data_layer, lambda: [data]) if need_x else None
-    weight_choice = choose(weight_layer, lambda: [of_weight]) if need_weight else None
-    dy = written() if LIBRARY in (data_choice, weight_choice) else None
-    found: tuple[Tensor | None, Tensor | None] = (None, None)
-    if data_choice is not None:
-        found = data(data_choice, dy)
-    return found[0], None if weight_choice is None else of_weight(weight_choice, dy), found[1]
+    data_choice = choose(data_layer, lambda: [data_gradient]) if need_x else None
+    weight_choice = choose(weight_layer, lambda: [weight_gradient]) if need_weight else None
+    dy = output_gradient() if LIBRARY in (data_choice, weight_choice) else None
+    grad_x, partial = (None, None) if data_choice is None else data_gradient(data_choice, dy)
+    return grad_x, None if weight_choice is None else weight_gradient(weight_choice, dy), partial
 
 
 def conv_backward(

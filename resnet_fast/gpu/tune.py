@@ -1,13 +1,14 @@
-"""Which kernel runs a layer on this GPU: measured once for each shape, kept on disk.
+"""Chooses the kernel that runs a layer on this GPU: measured once for each shape, cached on disk.
 
-The candidates are the tiles of :mod:`.candidates.triton`, those of :mod:`.candidates.cuda` and
-:mod:`.candidates.hopper` where the extension holds them, the libraries' fused kernels of
-:mod:`resnet_fast.gpu.library` where filters may be folded, and PyTorch's own convolution followed by one fused pass: a
-fused layer is never slower than an unfused one, to the accuracy of the measurement (:mod:`resnet_fast.gpu.timing`).
-``backends.use("cuda")`` and ``backends.use("triton")`` leave one kind of them; a choice among those is kept apart.
-Choices are written to ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``): later
-processes run the same kernels and so give the same bits. What :mod:`resnet_fast.gpu.shipped` knows of a GPU is not
-measured again. ``RESNET_FAST_TUNE=0`` measures nothing and takes what the model of :mod:`.candidates.triton` expects.
+The candidates are the tiles of :mod:`.candidates.triton`, of :mod:`.candidates.cuda` and of :mod:`.candidates.hopper`
+if the extension holds them, cuDNN and cuBLASLt (:mod:`.library`) if filters may be folded, and aten's convolution
+followed by one fused pass: to the accuracy of the measurement (:mod:`.timing`) a fused layer is never slower than an
+unfused one. ``backends.use("cuda")`` and ``backends.use("triton")`` restrict the candidates to one kind, and cache
+choices of their own.
+
+Choices are cached in ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``), so that
+later processes run the same kernels and give the same bits. Choices of :mod:`.shipped` are not measured again.
+``RESNET_FAST_TUNE=0`` measures nothing and takes the first by the cost model of :mod:`.candidates.triton`.
 """
 
 from __future__ import annotations
@@ -40,17 +41,16 @@ from .layer import Gpu, Layer, gpu_of
 
 __all__ = ["Tuner", "choices", "tuner", "use"]
 
-LIBRARY = "library"
-# How a chain of convolutions runs: a stage of it a launch, a convolution and the pooling behind it a launch, or a
-# convolution a launch.
+LIBRARY = "library"  # aten's convolution, followed by one fused pass
+# Forms of a chain: one launch a stage, one launch for a convolution and its pooling, one launch a convolution.
 STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
 Choice = Config | CudaConfig | HopperConfig | str
 Run = Callable[[Any], object]
-# Seconds of a call of each candidate, and what those raised that cannot run here.
+# Returns seconds a call of each candidate, and the exceptions of those that cannot run here.
 Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
 _LIBRARIES = (library.CUDNN, library.CUBLASLT)
-# A faster tile must win by this much over an earlier candidate: the lists have the model's favourite first, and noise
-# should not decide.
+# A candidate must be faster than an earlier one by this much: the model's favourite is first, and noise should not
+# decide.
 _MARGIN = 0.01
 
 _forced: Choice | None = None
@@ -63,7 +63,7 @@ def forced() -> Choice | None:
 
 @contextlib.contextmanager
 def use(choice: Choice) -> Iterator[None]:
-    """Within the block every convolution runs with ``choice``, a configuration or ``"library"``, unmeasured."""
+    """Context manager: every convolution runs by ``choice``, a configuration or ``"library"``, unmeasured."""
     global _forced
     before, _forced = _forced, choice
     try:
@@ -73,7 +73,7 @@ def use(choice: Choice) -> Iterator[None]:
 
 
 def cache_file(name: str) -> Path:
-    """Choices depend on the GPU and on who compiles and who is compared with."""
+    """The cache file: choices depend on the GPU, and on the versions of PyTorch and Triton."""
     folder = os.environ.get("RESNET_FAST_CACHE") or Path.home() / ".cache" / "resnet_fast"
     versions = f"torch{torch.__version__}-triton{backends.triton_version()}"
     return Path(folder) / f"gpu-{re.sub(r'[^A-Za-z0-9.+-]+', '_', f'{name}-{versions}')}.json"
@@ -89,16 +89,15 @@ def _measured(device: torch.device) -> Measure:
 
 
 def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
-    """What is measured: all of ``backend``'s kernels that are worth it, and the library where none was named."""
+    """The kernels of ``backend`` that are worth measuring, and with "auto" those of aten, cuDNN and cuBLASLt."""
     found: list[Choice] = []
     if backend != "cuda" and backends.has_triton():
         found += configs.candidates(layer, gpu)
-    # On Hopper the tiles of mma.sync were the fastest for none of 104 layers (an H200, float16): wgmma's and the
-    # libraries' do without them.
+    # On Hopper the mma.sync tiles of CUDA C++ were fastest for none of 104 layers (an H200, float16): skip them.
     skipped = backend == "triton" or (backend == "auto" and gpu.family == 90 and layer.dtype != torch.float32)
     if not skipped and layer.role == "conv_bn_relu" and backends.has_cuda_convolution():
         found += cuda_configs.candidates(layer, gpu)
-    # Behind the others: these have been timed nowhere yet, and the first is what runs where times are equal.
+    # After the others: these have not been timed on a GPU yet, and the first candidate wins a tie.
     if backend != "triton" and backends.has_cuda_convolution():
         found += hopper_configs.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
@@ -107,16 +106,16 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
 
 
 def default(layer: Layer, gpu: Gpu, backend: str = "auto") -> Choice:
-    """What runs where nothing may be measured: inside a CUDA graph's capture, or with tuning switched off."""
+    """The choice where nothing may be measured: within a CUDA graph's capture, or with tuning switched off."""
     in_cuda = backend == "cuda" or not backends.has_triton()
     return cuda_configs.default(layer, gpu) if in_cuda else configs.default(layer, gpu)
 
 
 class Tuner:
-    """Choices for one GPU.
+    """The choices for one GPU.
 
-    file: where they are kept. measure: seconds of candidates; None to take the model's word. name: of the GPU.
-    known: entries as in the file that come with the package; what the file says counts more.
+    file: the cache. measure: measures candidates; None to trust the cost model. name: of the GPU. known: entries that
+    come with the package, in the form of the file, which takes precedence.
     """
 
     def __init__(
@@ -137,8 +136,8 @@ class Tuner:
     def choose(self, layer: Layer, trials: Callable[[], Sequence[Run]], backend: str = "auto") -> Choice:
         """The choice for ``layer``.
 
-        trials: makes runs of the layer for a measurement, on different operands; each ``run(choice)`` computes it once.
-        backend: ``"cuda"`` or ``"triton"`` where it was named, otherwise all take part.
+        trials: makes functions ``run(choice)`` that compute the layer, each on operands of its own, to be measured.
+        backend: ``"cuda"`` or ``"triton"`` to choose among their kernels alone.
         """
         if _forced is not None:
             return _forced
@@ -146,30 +145,30 @@ class Tuner:
         return self._choose(layer, backend, lambda: candidates(layer, self.gpu, backend), fallback, trials)
 
     def choose_form(self, chain: str, forms: dict[str, Callable[[], object]], backend: str = "auto") -> str:
-        """Which of ``forms`` runs the chain of convolutions ``chain``; the first where none is measured."""
+        """Which of ``forms`` runs the chain called ``chain``; the first if nothing is measured."""
         first = next(iter(forms))
         found = self._choose(chain, backend, lambda: list(forms), lambda: first, lambda: [lambda form: forms[form]()])
         assert isinstance(found, str)
         return found
 
     def wanted(self, layer: Layer, backend: str = "auto") -> list[Choice]:
-        """What :meth:`choose` would run: the choice, or where it would measure, all candidates."""
+        """What :meth:`choose` would run: the choice, or all candidates if it would measure them."""
         if _forced is not None:
             return [_forced]
-        known = self.chosen.get((layer, backend)) or self._kept(_key(layer, backend))
+        known = self.chosen.get((layer, backend)) or self._cached(_key(layer, backend))
         if known is not None:
             return [known]
         return candidates(layer, self.gpu, backend) if self.measures() else [default(layer, self.gpu, backend)]
 
-    def _kept(self, key: str) -> Choice | None:
+    def _cached(self, key: str) -> Choice | None:
         return self._stored.get(key) or self._known.get(key)
 
     def entries(self) -> dict[str, Any]:
-        """What the file holds, by key."""
+        """The entries of the file, by key."""
         return {k: c if isinstance(c, str) else dataclasses.asdict(c) for k, c in self._stored.items()}
 
     def measures(self) -> bool:
-        """Whether a choice that is missing would be measured now."""
+        """Whether a missing choice would be measured now."""
         return self.measure is not None and not capturing()
 
     def _choose(
@@ -183,10 +182,10 @@ class Tuner:
         choice = self.chosen.get((what, backend))
         if choice is None:
             key = _key(what, backend)
-            choice = self._kept(key)
+            choice = self._cached(key)
             if choice is None:
                 if not self.measures():
-                    return unmeasured()  # not kept: a later call may measure
+                    return unmeasured()  # not cached: a later call may measure
                 begin = time.perf_counter()
                 choice = self._measure(what, backend, among(), trials())
                 self._tell(time.perf_counter() - begin)
@@ -204,15 +203,15 @@ class Tuner:
             raise RuntimeError(f"none of {', '.join(map(str, among))} runs on this GPU") from next(
                 iter(refused.values())
             )
-        self._keep(what, backend, times)
+        self._store_fastest(what, backend, times)
         if isinstance(what, Layer) and what.folded:
-            # Measured by the way: what runs the layer where its filters may not be folded.
+            # The same times also decide for the layer with filters that may not be folded.
             unfolded = {c: s for c, s in times.items() if c not in _LIBRARIES}
             if unfolded:
-                self._keep(dataclasses.replace(what, folded=False), backend, unfolded)
+                self._store_fastest(dataclasses.replace(what, folded=False), backend, unfolded)
         return self._stored[_key(what, backend)]
 
-    def _keep(self, what: Layer | str, backend: str, times: dict[Choice, float]) -> None:
+    def _store_fastest(self, what: Layer | str, backend: str, times: dict[Choice, float]) -> None:
         best = next(iter(times))
         for candidate, seconds in times.items():
             if seconds < times[best] * (1 - _MARGIN):
@@ -222,7 +221,7 @@ class Tuner:
         self._store(key, best)
 
     def _tell(self, seconds: float) -> None:
-        """Says once what takes so long."""
+        """Prints once, after two seconds of measurements, what takes so long."""
         self._spent += seconds
         if self._spent > 2 and not self._told:
             self._told = True
@@ -239,13 +238,13 @@ class Tuner:
             return {}
 
     def _store(self, key: str, choice: Choice) -> None:
-        """Adds an entry to the file. Others may write it meanwhile: it is read again and replaced as a whole."""
+        """Adds an entry to the file. Other processes write it, too: reads it again, then replaces it atomically."""
         self._stored[key] = choice
         if self.file is None:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            # What another process found first stays, so that both run the same from then on.
+            # The entry of a process that was first stays, so that both run the same from then on.
             self._stored = {**self._stored, **self._load()}
             handle, partial = tempfile.mkstemp(dir=self.file.parent, prefix=self.file.name)
             with open(handle, "w") as out:
@@ -293,10 +292,9 @@ def tuner(device: torch.device) -> Tuner:
 
 
 def choices() -> dict[Layer | str, tuple[Choice, dict[str, float]]]:
-    """What runs each layer that this process has met, on any GPU, and the seconds of all that were measured for it.
+    """The choice for each layer that this process has met, on any GPU, and the seconds of the measured candidates.
 
-    Chains of layers that could run a stage a launch stand beside them, by name.
-    Where the choice was read from the file there are none.
+    Chains for which a form was chosen are included, by name. A choice read from a file comes without seconds.
     """
     return {
         layer: (choice, t.seconds.get(_key(layer, backend), {}))

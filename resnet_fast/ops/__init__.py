@@ -1,10 +1,11 @@
 """The fused operators as functions.
 
-Every function takes tensors of any memory format and returns a new tensor, ``channels_last`` where it is an image. On
-CPUs these functions compute in float32 for float32 and bfloat16, in float64 for float64; other dtypes, devices without
-a kernel, dilation, groups and filters of more than 1024 taps run on PyTorch's own operators, which
-:func:`resnet_fast.backends.fallbacks` then shows. So does everything within forward-mode differentiation and
-``torch.func``. The operators have derivatives of any order.
+Every function takes tensors of any memory format and returns a new tensor, an image in ``channels_last``. CPU kernels
+accumulate float32 and bfloat16 in float32, and float64 in float64. Derivatives of any order work.
+
+PyTorch's own operators run instead for other dtypes, for devices without a kernel, for dilation, groups and filters of
+more than 1024 taps, under forward-mode differentiation and under ``torch.func``;
+:func:`resnet_fast.backends.fallbacks` counts these calls.
 """
 
 from .add_relu import add_relu

@@ -1,4 +1,4 @@
-"""``relu(a + b)``: the operator as a function, its shapes and its gradient."""
+"""``relu(a + b)``: the public function, its fake and its gradient."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: any shape and layout; float32, float64 or bfloat16 (on CUDA devices float16, too).
-        b: shape, dtype and device of ``a``: there is no broadcasting.
+        b: shape, dtype and device of ``a``; it is not broadcast.
 
     Returns:
-        A new tensor with the layout of ``a``. NaN and the sign of zero are kept, as ``F.relu`` keeps them.
+        A new tensor with the layout of ``a``. NaN and the sign of zero pass through as in ``F.relu``.
 
     Raises:
-        RuntimeError: ``b`` differs from ``a`` in shape, dtype or device, one of them is sparse, or no operator of
-            PyTorch takes their dtype; the message names the argument.
-        TypeError: one is not a tensor.
+        RuntimeError: ``b`` differs from ``a`` in shape, dtype or device, either is sparse, or PyTorch has no operator
+            for their dtype; the message names the argument.
+        TypeError: ``a`` or ``b`` is not a tensor.
     """
     try:
         reason = unfused_reason("add_relu", a)

@@ -1,7 +1,8 @@
-"""Which argument of a fused operator is wrong, and how: asked when a call failed, and before PyTorch's operators run.
+"""Argument checks of the fused operators: each error names the argument, its value and what was wanted.
 
-Those name no argument in what they raise, and take what the kernels do not: they broadcast, and want no batch. A call
-that runs fused is not checked here: kernels check what they read.
+They run after a call has failed and before PyTorch's operators stand in for a kernel, because PyTorch's errors name no
+argument, and its operators accept what the kernels do not: broadcasting and images without a batch. Kernels check
+their own arguments, so a successful fused call pays nothing here.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ __all__ = [
     "shapeless",
 ]
 
-# What kernels compute in.
+# Dtypes with a kernel, by device.
 DTYPES: Final = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 VECTORS: Final = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
-# Of a filter: kMaxRuns in kernels/csrc/cpu/kernels/kernels.h.
+# Taps of a filter: kMaxRuns in kernels/csrc/cpu/kernels/kernels.h.
 MOST_TAPS: Final = 1024
-# Of strides and paddings: kMaxSize and kMaxPadding in kernels/csrc/checks.h.
+# Limits of strides and paddings: kMaxSize and kMaxPadding in kernels/csrc/checks.h.
 _MOST_SIZE: Final = 2**31 - 1
 _MOST_PADDING: Final = 65535
-# What all of PyTorch's operators take on CPUs.
+# Dtypes that all of PyTorch's operators take on CPUs.
 _FLOATS: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, t: Any, like: tuple[str, Tensor] | None = None) -> None:
-    """Whether it is a dense tensor, on the device of ``like``, which comes with its name.
+    """Checks that ``t`` is a dense tensor on the device of ``like``, a (name, tensor) pair.
 
     Raises:
-        TypeError: it is no tensor.
-        RuntimeError: it is sparse or nested, or on another device.
+        TypeError: ``t`` is not a tensor.
+        RuntimeError: ``t`` is sparse or nested, or on another device.
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is {'None' if t is None else f'a {type(t).__name__}'}, want a tensor")
@@ -58,10 +59,10 @@ def check_tensor(name: str, t: Any, like: tuple[str, Tensor] | None = None) -> N
 
 
 def check_dense(op: str, values: Sequence[Any]) -> None:
-    """Whether the tensors among the arguments of ``torch.ops.resnet_fast.<op>`` are such as kernels read.
+    """Checks that all tensors among the arguments of ``torch.ops.resnet_fast.<op>`` are dense.
 
     Raises:
-        RuntimeError: one is sparse, nested or quantized.
+        RuntimeError: a tensor is sparse, nested or quantized.
     """
     names = (argument.name for argument in getattr(torch.ops.resnet_fast, op).default._schema.arguments)
     for name, value in zip(names, values, strict=False):
@@ -73,7 +74,7 @@ def check_dense(op: str, values: Sequence[Any]) -> None:
 
 
 def shapeless(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``fake``, which gives the shapes of what ``torch.ops.resnet_fast.<op>`` returns, with errors that say of what."""
+    """Wraps the fake of ``torch.ops.resnet_fast.<op>``: where no shapes follow, the error names the arguments."""
 
     def named(*values: Any, **others: Any) -> Any:
         try:
@@ -96,7 +97,7 @@ def _described(value: Any) -> str:
 
 
 def raised(check: Callable[..., None], *arguments: Any) -> Exception | None:
-    """What a check raises, to be raised in the place of an error that names nothing."""
+    """The error that ``check`` raises, to replace one that names no argument; None if it passes."""
     try:
         check(*arguments)
     except (RuntimeError, TypeError) as error:
@@ -105,7 +106,7 @@ def raised(check: Callable[..., None], *arguments: Any) -> Exception | None:
 
 
 def check_add_relu(a: Any, b: Any, failed: bool = True) -> None:
-    """Raises what :func:`resnet_fast.ops.add_relu` says it raises; ``failed``: the call did."""
+    """Raises the errors that :func:`resnet_fast.ops.add_relu` documents. ``failed``: the call has raised already."""
     check_tensor("add_relu: a", a)
     check_tensor("add_relu: b", b, ("a", a))
     if b.shape != a.shape:
@@ -125,10 +126,10 @@ def check_conv(
     groups: Any,
     failed: bool = True,
 ) -> None:
-    """Raises what :func:`resnet_fast.ops.conv_bn_relu` says it raises; ``failed``: the call did.
+    """Raises the errors that :func:`resnet_fast.ops.conv_bn_relu` documents.
 
-    images: x, and the residual if there is one. vectors: those of VECTORS. steps: stride, padding and dilation, a pair
-    of integers each.
+    images: x, and the residual if there is one. vectors: in the order of VECTORS. steps: stride, padding and dilation,
+    two integers each. failed: the call has raised already.
     """
     named = dict(zip(("x", "residual"), images, strict=False)) | {"weight": weight}
     given = {name: t for name, t in zip(VECTORS, vectors, strict=True) if t is not None}
@@ -145,7 +146,7 @@ def check_conv(
     for name, t in named.items():
         if failed:
             _check_float(op, name, t)
-        if not is_autocast(x) or torch.float64 in (x.dtype, t.dtype):  # which casts all but float64
+        if not is_autocast(x) or torch.float64 in (x.dtype, t.dtype):  # autocast casts all but float64
             _check_dtype(op, name, t, "x", x)
     for name, t in given.items():
         if t.shape != weight.shape[:1]:
@@ -163,7 +164,7 @@ def check_conv(
 
 
 def _conv_size(op: str, x: Tensor, weight: Tensor, steps: Sequence[Sequence[int]], groups: Any) -> tuple[int, ...]:
-    """The shape of a convolution's output; raises where there is none."""
+    """The shape of the convolution's output; raises where it would be empty or the arguments do not fit."""
     for name, pair, least, most in zip(
         ("stride", "padding", "dilation"), steps, (1, 0, 1), (_MOST_SIZE, _MOST_PADDING, _MOST_SIZE), strict=True
     ):
@@ -200,5 +201,5 @@ def _check_float(op: str, name: str, t: Tensor) -> None:
 
 
 def is_autocast(t: Tensor) -> bool:
-    """Whether autocast is on for the device of ``t``; there is none for tensors that are shapes alone."""
+    """Whether autocast is on for the device of ``t``; meta tensors have no autocast."""
     return not t.is_meta and torch.is_autocast_enabled(t.device.type)

@@ -1,5 +1,7 @@
-"""Packed filters and chains of convolutions: shapes of ``pack_conv_bn``, ``residual_stage`` and ``residual_network``,
-and how a packed filter lies in memory on CUDA devices."""
+"""Fakes of ``pack_conv_bn``, ``residual_stage`` and ``residual_network``, and the layout of a filter packed for CUDA.
+
+:mod:`.register` registers the fakes; :mod:`resnet_fast.gpu` reads packed filters.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ def _fake_pack(
     if algorithm >= 3:  # in bfloat16, by pairs of channels (bf16_filters.h)
         k, c, r, s = weight.shape
         rows = (k + 15) // 16 * 16
-        products = r * s * ((c + 1) // 2 * 2) if algorithm == 3 else 16 * ((c + 15) // 16 * 16)
-        return weight.new_empty(32 + rows * (2 + products), dtype=torch.bfloat16)
+        row = r * s * ((c + 1) // 2 * 2) if algorithm == 3 else 16 * ((c + 15) // 16 * 16)
+        return weight.new_empty(32 + rows * (2 + row), dtype=torch.bfloat16)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     line = 64 // dtype.itemsize  # elements of a cache line
     k, c, r, s = weight.shape
@@ -40,9 +42,10 @@ def _fake_pack(
 
 
 def cuda_packed_size(weight: Tensor) -> Any:
-    """Length in floats of a filter packed for CUDA devices: scale, shift, bias, each padded to 16 bytes, and weights.
+    """Length in floats of a filter packed for CUDA: scale, shift and bias, each padded to 16 bytes, then the weights.
 
-    Where the scale is in the weights it is one, and the bias is the shift in their dtype, as libraries want it.
+    Where batch norm's scale is folded into the weights, the stored scale is one, and the bias is the shift in the dtype
+    of the weights, as cuDNN takes it.
     """
     return 3 * ((weight.shape[0] + 3) // 4 * 4) + (weight.numel() * weight.element_size() + 3) // 4
 
@@ -50,7 +53,7 @@ def cuda_packed_size(weight: Tensor) -> Any:
 def cuda_unpack(
     packed: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The filters ``shape`` = [K, R, S, C], scale, shift and bias of a filter packed for CUDA devices."""
+    """Weights of ``shape`` [K, R, S, C], scale, shift and bias of a filter packed for CUDA, as views."""
     k, r, s, c = shape
     at = (k + 3) // 4 * 4
     filters = packed[3 * at :].view(dtype)[: k * r * s * c]
@@ -71,7 +74,6 @@ def _fake_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0
     return _fake_stage(x, [], layers) if classes == 0 else x.new_empty((x.shape[0], classes))
 
 
-# By operator.
 FAKES: dict[str, Any] = {
     "pack_conv_bn": _fake_pack,
     "residual_stage": _fake_stage,

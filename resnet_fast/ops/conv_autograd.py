@@ -1,4 +1,4 @@
-"""Shapes, gradients and autocast of ``conv_bn``, ``conv_bn_relu`` and ``conv_bn_add_relu``."""
+"""Fakes, gradients and autocast of ``conv_bn``, ``conv_bn_relu`` and ``conv_bn_add_relu``, for :mod:`.register`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .unfused import channel, unfused_conv
 
 __all__ = ["OPERATORS", "fake_add_layer", "fake_conv", "register", "unfused_operator"]
 
-# By name, images that the operator takes.
+# Image arguments of each operator: x, and the residual.
 OPERATORS = {"conv_bn": 1, "conv_bn_relu": 1, "conv_bn_add_relu": 2}
 
 
@@ -63,15 +63,13 @@ def fake_add_layer(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> T
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *ctx.others, ctx.eps, ctx.stride, ctx.padding = inputs
-    tensors = ctx.others
+    *tensors, ctx.eps, ctx.stride, ctx.padding = inputs
     ctx.has_residual = len(inputs) == 11
-    ctx.others = None
     ctx.save_for_backward(*tensors, output)
 
 
 def _conv_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Any, ...]:
-    """Gradients of conv -> batch norm by fixed statistics -> [+ residual] -> [ReLU], each in its plain form."""
+    """Gradients of ``[relu](batch_norm(conv2d(x)) [+ residual])`` with fixed statistics, on aten's operators."""
     if ctx.has_residual:
         x, _, weight, bias, gamma, beta, mean, var, output = ctx.saved_tensors
     else:
@@ -85,7 +83,7 @@ def _conv_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Any, ...]:
     if mean is not None:
         inv_std = torch.rsqrt(var + ctx.eps)
         scale = inv_std if gamma is None else inv_std * gamma
-        scaled = grad * channel(scale)  # float32 where images are bfloat16 and statistics float32: sums need it
+        scaled = grad * channel(scale)  # float32 for bfloat16 images with float32 statistics: the reductions need it
         grad_z = scaled.to(grad.dtype)
         if need_gamma or need_var:
             z = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), ctx.stride, ctx.padding)
@@ -110,7 +108,7 @@ def _conv_backward(ctx: Any, grad: Tensor, relu: bool) -> tuple[Any, ...]:
 
 
 def _autocast_conv(op: str, inputs: int) -> Any:
-    """Images and filters in autocast's dtype; the statistics stay as they are."""
+    """The autocast kernel: casts images and filters; biases and statistics keep their dtype."""
 
     def kernel(*args: Any) -> Tensor:
         images, (weight, bias), rest = args[:inputs], args[inputs : inputs + 2], args[inputs + 2 :]
@@ -133,7 +131,7 @@ def _autocast_to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unfused_operator(op: str) -> Any:
-    """The operator's arguments run by PyTorch's own operators."""
+    """The operator on PyTorch's own operators, with the operator's signature."""
     inputs = OPERATORS[op]
 
     def unfused(*args: Any) -> Tensor:

@@ -1,9 +1,10 @@
-"""Convolution, batch norm by fixed statistics, [residual,] [ReLU]: the operators as functions.
+"""``[relu](batch_norm(conv2d(x)) [+ residual])`` with fixed statistics: the public functions.
 
-What PyTorch wants to know of them beside is in :mod:`.conv_autograd`.
+Their fakes, gradients and autocast rules are in :mod:`.conv_autograd`.
 
-Source: batch norm by fixed statistics is an affine map per channel (Ioffe and Szegedy 2015, section 3.1) and folds
-into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, ``s = bn_weight / sqrt(var + eps)``.
+Source: batch norm with fixed statistics is an affine function per channel (Ioffe and Szegedy 2015, section 3.1) and
+folds into the convolution before it: ``weight * s`` and ``(bias - mean) * s + bn_bias``, with
+``s = bn_weight / sqrt(var + eps)``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def conv_bn(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``batch_norm(conv2d(x, weight, bias))`` by the running statistics; arguments as for :func:`conv_bn_relu`."""
+    """``batch_norm(conv2d(x, weight, bias))`` with the running statistics; arguments as for :func:`conv_bn_relu`."""
     return _conv(
         "conv_bn",
         [x],
@@ -75,27 +76,27 @@ def conv_bn_relu(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``relu(batch_norm(conv2d(x, weight, bias)))`` by the running statistics.
+    """``relu(batch_norm(conv2d(x, weight, bias)))`` with the running statistics.
 
     Equivalent to ``F.relu(F.batch_norm(F.conv2d(x, weight, bias, stride, padding), running_mean, running_var,
-    bn_weight, bn_bias, training=False, eps=eps))``; without statistics the batch norm is left out.
+    bn_weight, bn_bias, training=False, eps=eps))``; without statistics there is no batch norm.
 
     Args:
         x: ``[N, C, H, W]``, float32, float64 or bfloat16, any memory format.
         weight: ``[K, C, R, S]``, dtype of ``x``.
-        bias, bn_weight, bn_bias, running_mean, running_var: ``[K]``, any of these dtypes. The statistics come
-            together or not at all, and ``bn_weight`` and ``bn_bias`` only with them.
+        bias, bn_weight, bn_bias, running_mean, running_var: ``[K]``, any of these dtypes. Give both statistics or
+            neither; ``bn_weight`` and ``bn_bias`` only with them.
         eps: added to the variance, at least 0.
-        stride, padding, dilation: an int or ``(height, width)``; ``groups``: as in ``F.conv2d``. With dilation, groups
-            or a filter of more than 1024 taps PyTorch's own operators run.
+        stride, padding, dilation: an int or ``(height, width)``; ``groups``: as in ``F.conv2d``. Dilation, groups and
+            filters of more than 1024 taps run on PyTorch's own operators.
 
     Returns:
-        ``[N, K, (H + 2 padding - R) // stride + 1, ...]``, dtype of ``x``, channels_last. NaN is kept by the ReLU.
+        ``[N, K, (H + 2 padding - R) // stride + 1, ...]``, dtype of ``x``, channels_last. NaN passes through the ReLU.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or numbers do not fit; the message names the argument.
-        TypeError: an argument is of another type.
-        ValueError: a pair is not a pair.
+        RuntimeError: a shape, dtype, device or number does not fit; the message names the argument.
+        TypeError: an argument has the wrong type.
+        ValueError: ``stride``, ``padding`` or ``dilation`` is neither an int nor two.
     """
     return _conv(
         "conv_bn_relu",
@@ -133,7 +134,7 @@ def conv_bn_add_relu(
     """``relu(batch_norm(conv2d(x, weight, bias)) + residual)``; arguments as for :func:`conv_bn_relu`.
 
     Args:
-        residual: shape of the result, dtype of ``x``, any memory format; it may be ``x`` itself.
+        residual: shape of the result, dtype of ``x``, any memory format; may be ``x`` itself.
     """
     return _conv(
         "conv_bn_add_relu",

@@ -1,9 +1,9 @@
-"""Derivatives that the fused kernels do not have: by running what they stand for again, on PyTorch's own operators.
+"""Derivatives without a fused kernel: the forward runs again on PyTorch's own operators, under autograd.
 
-A backward of ours finds gradients enabled exactly where its result is to be differentiated again: with
-``create_graph=True``, and so in ``torch.autograd.functional.jvp``, ``hvp`` and ``hessian``. ``once_differentiable``
-would return gradients without a graph there, and the second derivative would be missing from sums without a word. With
-``is_grads_batched=True`` gradients are batches of tensors, which kernels cannot read.
+Gradients are enabled within a backward exactly where its result is differentiated again: with ``create_graph=True``,
+hence in ``torch.autograd.functional.jvp``, ``hvp`` and ``hessian``. ``once_differentiable`` would return gradients
+without a graph there, and sums of gradients would silently lack the second derivative. With ``is_grads_batched=True``
+gradients are batches of tensors, which kernels cannot read.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ __all__ = ["Registry", "first_order", "gradients_again", "wanted"]
 
 
 def first_order(grad: Tensor) -> bool:
-    """Within a backward: whether plain gradients are all that is wanted of it. ``grad``: the incoming one."""
+    """Within a backward: whether plain first derivatives suffice. ``grad``: the incoming gradient."""
     if torch.is_grad_enabled() or backends.transform_reason() is not None:
         return False
-    return not torch._C._functorch.is_legacy_batchedtensor(grad)  # of a vmap that is no transform of torch.func
+    return not torch._C._functorch.is_legacy_batchedtensor(grad)  # the vmap of is_grads_batched
 
 
 def wanted(ctx: Any) -> list[bool]:
-    """Within a backward: for each argument of ``apply`` whether this pass goes on to its gradient.
+    """Within a backward: for each argument of ``apply``, whether this pass computes its gradient.
 
-    ``ctx.needs_input_grad`` says who might ever want one: ``torch.autograd.grad(y, x)`` goes on to ``x`` alone.
+    ``ctx.needs_input_grad`` says which arguments require one at all; ``torch.autograd.grad(y, x)`` wants that of ``x``
+    alone.
     """
-    nodes = iter(ctx.next_functions)  # of those arguments that are tensors
+    nodes = iter(ctx.next_functions)  # one for each tensor argument
     return [
         tensor and _goes_on(next(nodes)[0], need)
         for tensor, need in zip(ctx.tensors, ctx.needs_input_grad, strict=True)
@@ -45,35 +46,38 @@ def _goes_on(node: Any, need: bool) -> bool:
         return need
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # of leaves in torch.autograd.grad: of those that it was asked for, and of no others
+    except RuntimeError:  # raised for the leaves that torch.autograd.grad was asked for, and for no others
         return need
 
 
 def gradients_again(
     run: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``run(*tensors)``, by running it; differentiable themselves where gradients are enabled.
+    """Gradients of ``run(*tensors)``, by running it again; differentiable themselves where gradients are enabled.
 
-    tensors: of a backward's ``ctx.saved_tensors``, those that were its function's inputs. needed: whether the gradient
-    of each is wanted. grad: of the result.
+    tensors: the function's inputs, out of ``ctx.saved_tensors``. needed: whether the gradient of each is wanted. grad:
+    the gradient of the result.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, because one tensor may come twice, or be made from another: each gradient is that of its own place.
+        # Aliases: one tensor may come twice or be made from another, and each argument has a gradient of its own.
         own: list[Any] = [
             None if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(need)
             for t, need in zip(tensors, needed, strict=True)
         ]
         y = run(*own)
     wanted = [t for t, need in zip(own, needed, strict=True) if need]
-    # Given statistics have no gradient in PyTorch.
+    # PyTorch computes no gradient of given statistics: hence allow_unused.
     grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(grads) if need else None for need in needed]
 
 
 class Registry(torch.library.Library):
-    """A library whose operators drop no derivative. What PyTorch makes of a formula for the backward knows nothing of
-    tangents and of ``torch.func``: in these, operators run as ``unfused`` says, and others raise."""
+    """A library whose operators never drop a derivative silently.
+
+    Kernels that PyTorch generates from a backward formula ignore tangents and ``torch.func``. There, the operators in
+    ``unfused`` run on PyTorch's own operators, and the others raise.
+    """
 
     def __init__(self, namespace: str, kind: str, unfused: dict[str, Callable[..., Tensor]]) -> None:
         super().__init__(namespace, kind)
@@ -91,7 +95,7 @@ def _guarded(op: str, kernel: Callable[..., Any], unfused: Callable[..., Tensor]
         if reason is None:
             try:
                 return kernel(keyset, *args, **kwargs)
-            except NotImplementedError:  # of the dispatcher, which lists all backends but names no argument
+            except NotImplementedError:  # the dispatcher's lists all backends but names no argument
                 wrong = raised(check_dense, op, args)
                 if wrong is not None:
                     raise wrong from None

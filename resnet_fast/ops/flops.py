@@ -1,8 +1,8 @@
-"""What ``torch.utils.flop_counter`` counts for the operators: 2 a multiply-add of their convolutions as defined, as for
-PyTorch's own, whatever the algorithm. Batch norm, sums and ReLU count as nothing there.
+"""FLOP formulas of the operators for ``torch.utils.flop_counter``.
 
-Under ``FlopCounterMode`` modules run unfused, as it hooks every module; operators are what calls of
-:mod:`resnet_fast.ops` and programs of compilers hold.
+As for PyTorch's own convolutions: 2 FLOPs a multiply-add of the direct convolution, whatever algorithm runs; batch
+norm, additions and ReLU count as zero. ``FlopCounterMode`` hooks every module, so modules run unfused under it: the
+formulas serve calls of :mod:`resnet_fast.ops` and compiled programs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .spec import decode, shapes
 __all__ = ["register", "register_when_imported"]
 
 _COUNTER = "torch.utils.flop_counter"
-_TENSORS = 6  # of a layer in training, as resnet_fast.chain.training.driver has them
+_TENSORS = 6  # TENSORS of resnet_fast.chain.training.layers: tensors of a layer in training
 
 Shape = Sequence[int]
 
 
 def _layers(x: Shape, fields: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Of each convolution of a chain: the values that it reads and adds, and what its forward takes."""
+    """For each convolution of a chain: its source, its residual, and the FLOPs of its forward."""
     specs = decode(fields)
     sizes = shapes(specs, x[1:])
     return [
@@ -75,7 +75,7 @@ def _train_stage_backward(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    """The gradient of a weight takes what the forward does, and so does that of an input that wants one."""
+    """The gradients of a weight and of an input each take as many FLOPs as the forward."""
     given = iter(needs[1:])
     wanted = [next(given) if there else False for there in present]
     needed, total = [needs[0]], 0
@@ -99,18 +99,18 @@ _FORMULAS = {
 
 
 def register() -> None:
-    """Tells ``torch.utils.flop_counter`` of the operators."""
+    """Registers the formulas with ``torch.utils.flop_counter``."""
     from torch.utils import flop_counter
 
     for name, formula in _FORMULAS.items():
         op = getattr(torch.ops.resnet_fast, name)
         if op not in flop_counter.flop_registry:
-            tell: Any = flop_counter.register_flop_formula(op)
-            tell(formula)
+            decorate: Any = flop_counter.register_flop_formula(op)
+            decorate(formula)
 
 
 class _Finder:
-    """Finds the counter as Python would, and has it told of the operators behind its own code."""
+    """An import hook: registers the formulas once ``torch.utils.flop_counter`` has been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _COUNTER:
@@ -130,7 +130,7 @@ class _Finder:
 
 
 def register_when_imported() -> None:
-    """:func:`register`, now or when somebody imports the counter: that takes several times what this package does."""
+    """:func:`register` now if the counter is imported, else when it is: importing it takes longer than this package."""
     if _COUNTER in sys.modules:
         register()
     else:

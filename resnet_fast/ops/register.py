@@ -1,4 +1,4 @@
-"""Tells PyTorch of the operators that the extension defines: shapes, gradients, autocast."""
+"""Registers fakes, gradients, autocast rules and FLOP formulas of the extension's operators with PyTorch, on import."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Shapes of the operators of training, a convolution or a pass between two convolutions each; they have no gradient of
-their own: :mod:`resnet_fast.chain.training` calls them, forward and backward."""
+"""Fakes of the training operators, each a convolution or a pass between two.
+
+They have no autograd of their own: :mod:`resnet_fast.chain.training` calls them in its forward and its backward.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def _fake_conv_moments(
 
 
 def statistics_rows(like: Tensor, rows: int, channels: Any) -> Tensor:
-    """Statistics, in the type of the arithmetic."""
+    """Empty rows of per-channel statistics, in the dtype of the accumulators."""
     return like.new_empty((rows, channels), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
@@ -80,7 +82,6 @@ def _fake_max_pool_backward(grad: Tensor, places: Tensor, size: list[int], *rest
     return empty_image(grad, grad.shape[1], *size)
 
 
-# By operator.
 FAKES: dict[str, Any] = {
     "conv_moments": _fake_conv_moments,
     "bn_apply": _fake_bn_apply,
@@ -88,5 +89,5 @@ FAKES: dict[str, Any] = {
     "channel_sums": _fake_channel_sums,
     "conv_backward": _fake_conv_backward,
 }
-# Of kernels that CPUs alone have.
+# Only CPUs have kernels for these.
 FAKES_ON_CPUS: dict[str, Any] = {"max_pool": _fake_max_pool, "max_pool_backward": _fake_max_pool_backward}

@@ -1,4 +1,4 @@
-"""Convolution, batch norm by fixed statistics, residual and ReLU on PyTorch's own operators."""
+"""``[relu](batch_norm(conv2d(x)) [+ residual])`` with fixed statistics on PyTorch's own operators: the fallback."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["channel", "taps_reason", "unfused_conv", "unfused_reason"]
 
 
 def unfused_reason(op: str, x: Tensor) -> str | None:
-    """Why the kernel cannot run, or None. Autocast is the operator's own affair."""
+    """Why the kernel cannot run, or None. Autocast is left to the operator."""
     kind = backends.kind(x)
     reason = backends.unfused_reason(op, kind)
-    # add_relu has a kernel in CUDA C++ that takes float64, too; meta tensors are for shapes.
+    # The CUDA kernel of add_relu takes float64, too; on meta any dtype will do.
     if reason is None and x.dtype not in DTYPES.get(kind, (x.dtype,)) and (op, kind) != ("add_relu", "cuda"):
         return f"no kernel for {x.dtype}"
     if reason is None and not torch.compiler.is_compiling():
@@ -27,7 +27,7 @@ def unfused_reason(op: str, x: Tensor) -> str | None:
 
 
 def taps_reason(weight: Tensor) -> str | None:
-    """Why no kernel takes filters of this size, or None."""
+    """Why no kernel takes a filter of this size, or None."""
     *_, rows, columns = weight.shape
     return f"a filter of {rows} x {columns}, more than {MOST_TAPS} taps" if rows * columns > MOST_TAPS else None
 
@@ -46,8 +46,8 @@ def unfused_conv(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The same on PyTorch's own operators."""
-    # The kernels take vectors of another dtype than the images have; PyTorch's own operators do not.
+    """``[relu](batch_norm(conv2d(x)) [+ residual])``; ``inputs``: x, and the residual if there is one."""
+    # Kernels take vectors of another dtype than the images; F.conv2d does not.
     bias = bias if bias is None or is_autocast(weight) else bias.to(weight.dtype)
     y = F.conv2d(inputs[0], weight, bias, stride, padding, dilation, groups)
     bn_weight, bn_bias, running_mean, running_var = _batch_norm_vectors(y, bn[:4])
@@ -55,7 +55,7 @@ def unfused_conv(
     if running_mean is not None and not _differentiates(running_mean, running_var):
         y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training=False, eps=eps)
     elif running_mean is not None and running_var is not None:
-        # Written out: F.batch_norm has no derivatives by the statistics, these operators have.
+        # F.batch_norm has no derivatives with respect to the statistics; these operators do.
         scale = torch.rsqrt(running_var + eps)
         scale = scale if bn_weight is None else scale * bn_weight
         wide = (y - channel(running_mean)) * channel(scale)
@@ -66,15 +66,17 @@ def unfused_conv(
 
 
 def _differentiates(*statistics: Tensor | None) -> bool:
-    """Whether derivatives by the statistics may be asked for."""
+    """Whether derivatives with respect to the statistics may be asked for."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in statistics):
         return True
     return not torch.compiler.is_compiling() and backends.transform_reason() is not None
 
 
 def _batch_norm_vectors(y: Tensor, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """In the dtype of ``y``, or all in float32 beside a narrower one: what F.batch_norm takes. Dense, as PyTorch's
-    gradient for images in channels_last reads them."""
+    """The vectors as F.batch_norm takes them: in the dtype of ``y``, or all in float32 beside a 16-bit ``y``.
+
+    Contiguous: PyTorch's channels_last gradient reads them so.
+    """
     narrow = y.dtype in (torch.bfloat16, torch.float16)
     if narrow and all(t is None or t.dtype == y.dtype for t in vectors):
         return [t if t is None else t.contiguous() for t in vectors]
@@ -83,5 +85,5 @@ def _batch_norm_vectors(y: Tensor, vectors: Sequence[Tensor | None]) -> list[Ten
 
 
 def channel(t: Tensor) -> Tensor:
-    """A value a channel, to be broadcast over images."""
+    """A vector of one value a channel, shaped to broadcast over images."""
     return t[None, :, None, None]

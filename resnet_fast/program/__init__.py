@@ -1,1 +1,1 @@
-"""What ``python -m resnet_fast.train`` and ``python -m resnet_fast.predict`` are made of; needs the extra ``train``."""
+"""The modules behind ``python -m resnet_fast.train`` and ``resnet_fast.predict``; needs the extra ``train``."""

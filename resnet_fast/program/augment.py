@@ -1,7 +1,7 @@
-"""Random crops and flips whose dice depend on seed, epoch and image alone.
+"""Random crops and flips whose random numbers depend on seed, epoch and image alone.
 
-Not on the worker that loads an image, nor on the batch or the process that it falls into: a resumed run, another number
-of workers and another number of processes see the same pictures.
+They do not depend on the worker, the batch or the process: a resumed run and any number of workers or processes see the
+same augmented images. :mod:`.data` calls it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def draws(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), ``[len(indices), count]``: the same for the same seed, epoch and index."""
+    """Uniform random numbers in [0, 1), ``[len(indices), count]``, a function of seed, epoch and index."""
     step = np.uint64(0x9E3779B97F4A7C15)
     state = np.full(len(indices), seed, dtype=np.uint64)
     for part in (np.full(len(indices), epoch, dtype=np.uint64), indices.astype(np.uint64)):
@@ -29,23 +29,26 @@ def draws(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
 
 
 def crop_and_flip(images: np.ndarray, dice: np.ndarray, padding: int, flip: bool) -> np.ndarray:
-    """Each of ``[N, C, H, W]`` moved by up to ``padding`` pixels, zeros coming in, and mirrored half of the time.
+    """Shifts each of ``[N, C, H, W]`` by up to ``padding`` pixels, filling with zeros, and mirrors half of them.
 
-    He et al. 2015, section 4.2, with 4 pixels; ``dice`` is ``[N, 3]``.
+    He et al. 2015, section 4.2, with 4 pixels. dice: uniform numbers, ``[N, 3]``.
     """
     n, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
-    places = 2 * padding + 1
-    moved = windows[np.arange(n), :, (dice[:, 0] * places).astype(int), (dice[:, 1] * places).astype(int)]
+    shifts = 2 * padding + 1
+    cropped = windows[np.arange(n), :, (dice[:, 0] * shifts).astype(int), (dice[:, 1] * shifts).astype(int)]
     if flip:
         mirrored = dice[:, 2] < 0.5
-        moved[mirrored] = moved[mirrored][..., ::-1]
-    return moved
+        cropped[mirrored] = cropped[mirrored][..., ::-1]
+    return cropped
 
 
 def random_box(width: int, height: int, dice: np.ndarray) -> tuple[float, float, float, float]:
-    """A box of 8% to 100% of the area with sides from 3:4 to 4:3 (Szegedy et al. 2014), cut to the image; 4 dice."""
+    """A box of 8% to 100% of the area, of aspect ratio 3:4 to 4:3 (Szegedy et al. 2014), clipped to the image.
+
+    dice: four uniform numbers. Returns left, top, right and bottom.
+    """
     area = width * height * (0.08 + 0.92 * dice[0])
     ratio = (3 / 4) * (16 / 9) ** dice[1]
     w, h = min(width, (area * ratio) ** 0.5), min(height, (area / ratio) ** 0.5)

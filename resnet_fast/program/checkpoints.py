@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there, the newest few and the best.
+"""Checkpoints, written atomically: the newest few and the best are kept.
 
-Each is written to a file of another name, forced to the disk and renamed, so that a crash, a full disk or a lost
-machine leaves the one before. Loading unpickles tensors and plain values only (``weights_only``).
+Each is written to a temporary file, synced to disk and renamed, so that a crash or a full disk leaves the one before
+intact. Loading unpickles tensors and plain values only (``weights_only``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes the file whole, or raises OSError and leaves what was there."""
+    """Writes the file atomically; on OSError the old file stays."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:
@@ -37,7 +37,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name is on the disk, too."""
+    """Syncs the folder, so that the rename is on disk, too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,12 +56,12 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, state: dict[str, Any], *, keep: int, best: bool) -> Path:
-    """Writes ``folder/step-N.pt`` for ``state["step"]``, also as ``best.pt`` if so, and removes all but ``keep``.
+    """Writes ``folder/step-N.pt`` for ``state["step"]``, with ``best`` also ``best.pt``; removes all but ``keep``.
 
     Raises:
-        ProgramError: it could not be written; says which checkpoint is the last good one.
+        ProgramError: it could not be written; the message names the last good checkpoint.
     """
-    # In memory first: the archive writer of torch.save does not say why a disk refuses.
+    # Serialise in memory first: torch.save does not say why a write to disk failed.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     content = buffer.getvalue()
@@ -84,11 +84,11 @@ def load(path: Path) -> dict[str, Any]:
     """The state in ``path``.
 
     Raises:
-        ProgramError: no such file, a damaged one, one that holds more than tensors and plain values, another format.
+        ProgramError: the file is missing or damaged, holds more than tensors and plain values, or has another format.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises pickle, zip and runtime errors, by what is wrong with the file.
+    # torch.load raises pickle, zip or runtime errors, depending on the damage.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ProgramError(f"checkpoint {path} cannot be loaded: {reason}") from error

@@ -1,4 +1,4 @@
-"""Batches of images: from arrays in memory or from folders of files, in an order that can be taken up anywhere."""
+"""Batches of images from arrays in memory or from folders of files, in an order that a resumed run can continue."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .options import Options, ProgramError
 
 __all__ = ["Batch", "Batches", "Data", "Files", "Preparation", "Samples", "load", "loader", "open_image", "workers_of"]
 
-IGNORED = -1  # label of a place that holds no image
+IGNORED = -1  # label of a slot without an image
 
 
 class Batch(NamedTuple):
-    """Images ``uint8 [N, C, H, W]``, labels ``int64 [N]`` (-1: no image), and what was broken, by name and reason."""
+    """Images ``uint8 [N, C, H, W]``, labels ``int64 [N]`` (-1: no image), and broken files with the reasons."""
 
     images: Tensor
     labels: Tensor
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Preparation(NamedTuple):
-    """What a network's input is made of; kept in checkpoints, so that predictions see what training saw."""
+    """How images become a network's input; saved in checkpoints, so that prediction prepares them as training did."""
 
     classes: list[str]
     size: int
@@ -42,7 +42,7 @@ class Preparation(NamedTuple):
 
 
 class Samples(Dataset):
-    """Arrays in memory; with ``seed``, cropped and flipped at random. Keys are ``(epoch, index)``."""
+    """Images in memory; with ``seed``, randomly cropped and flipped. Keys are ``(epoch, index)``."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, padding: int, flip: bool, seed: int | None) -> None:
         self.images, self.labels, self.padding, self.flip, self.seed = images, labels, padding, flip, seed
@@ -60,17 +60,17 @@ class Samples(Dataset):
 
 
 def open_image(path: Path, channels: int) -> Image.Image:
-    """The image in colour, or in grey where ``channels`` is 1; raises OSError or ValueError where it is broken."""
+    """The image in colour, or in grey if ``channels`` is 1; raises OSError or ValueError if it is broken."""
     try:
         with Image.open(path) as image:
             return image.convert("L" if channels == 1 else "RGB")
-    # Pillow's decoders raise these, too, on damaged files.
+    # Pillow's decoders raise these for damaged files, too.
     except (SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from error
 
 
 def centred(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square, 7/8 of the shorter side, as ``[C, size, size]``; images of that size stay as they are."""
+    """The centre crop, 7/8 of the shorter side, resized to ``[C, size, size]``; images of that size are unchanged."""
     if image.size != (size, size):
         side = min(image.size) * 7 / 8
         left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -79,10 +79,10 @@ def centred(image: Image.Image, size: int) -> np.ndarray:
 
 
 class Files(Dataset):
-    """Image files; with ``seed``, random boxes of them, mirrored at random. Keys are ``(epoch, index)``.
+    """Image files; with ``seed``, random boxes of them, randomly mirrored. Keys are ``(epoch, index)``.
 
-    A broken file is named. In training the next one that can be read takes its place, so that batches stay full; when
-    testing, its place is ignored.
+    Broken files are reported. In training the next readable file replaces one, so that batches stay full; in testing
+    its slot is ignored.
     """
 
     def __init__(self, files: list[tuple[Path, int]], size: int, seed: int | None) -> None:
@@ -104,12 +104,12 @@ class Files(Dataset):
         images = np.zeros((len(keys), 3, self.size, self.size), np.uint8)
         labels = np.full(len(keys), IGNORED, np.int64)
         broken: list[str] = []
-        for place, (epoch, first) in enumerate(keys):
+        for slot, (epoch, first) in enumerate(keys):
             candidates = range(first, first + len(self)) if self.seed is not None else range(first, first + 1)
             for index in (i % len(self) for i in candidates if first >= 0):
                 try:
-                    images[place] = self._pixels(epoch, index)
-                    labels[place] = self.files[index][1]
+                    images[slot] = self._pixels(epoch, index)
+                    labels[slot] = self.files[index][1]
                     break
                 except (OSError, ValueError) as error:
                     broken.append(f"{self.files[index][0]}: {error}")
@@ -119,9 +119,9 @@ class Files(Dataset):
 class Batches(Sampler):
     """Keys of one process's batches in one epoch.
 
-    All processes shuffle alike (by seed and epoch), take whole batches in turn out of the same order, and drop what
-    does not fill a step: N processes see together what one process with N times the batch sees. ``first`` is the number
-    of batches that were had already. Without a seed: in order, all of them, padded so that each process has as many.
+    With a seed, all processes shuffle alike (by seed and epoch), take batches of the same order in turn, and drop what
+    does not fill a step: N processes together see what one process with N times the batch sees. Without a seed, all
+    samples come in order, padded so that each process has as many batches. ``first``: batches to skip when resuming.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Batches(Sampler):
         self.epoch = self.first = 0
 
     def total(self) -> int:
-        """Batches of a process in an epoch."""
+        """Batches of one process in an epoch."""
         if self.seed is not None:
             return self.length // (self.batch * self.world * self.accumulate) * self.accumulate
         return -(-self.length // (self.batch * self.world))
@@ -159,7 +159,7 @@ class Data(NamedTuple):
 
 
 def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, exactly, from counts of the 256 values."""
+    """Mean and standard deviation of each channel, exact, from a histogram of the 256 values."""
     values = np.arange(256) / 255
     mean, std = [], []
     for channel in range(images.shape[1]):
@@ -172,8 +172,8 @@ def _statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 def _in_memory(arrays: Arrays, options: Options, padding: int, flip: bool) -> Data:
     images, labels = arrays.train_images, arrays.train_labels
     if options.limit is not None:
-        kept = np.random.default_rng(0).permutation(len(labels))[: options.limit]
-        images, labels = images[kept], labels[kept]
+        subset = np.random.default_rng(0).permutation(len(labels))[: options.limit]
+        images, labels = images[subset], labels[subset]
     mean, std = _statistics(images)
     _, channels, size, _ = images.shape
     return Data(
@@ -211,13 +211,13 @@ def _folder(root: Path, options: Options) -> Data:
     train, test = _listed(root / "train", classes), _listed(root / "test", classes)
     if options.limit is not None:
         train = [train[i] for i in np.random.default_rng(0).permutation(len(train))[: options.limit]]
-    # Those of ImageNet, as photographs are alike.
+    # Mean and deviation of ImageNet serve for all photographs.
     preparation = Preparation(classes, options.image_size, 3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     return Data(Files(train, options.image_size, options.seed), Files(test, options.image_size, None), preparation)
 
 
 def load(options: Options) -> Data:
-    """What ``--data`` names: digits moved by up to 2 pixels, CIFAR by up to 4 and mirrored, boxes of photographs."""
+    """The data that ``--data`` names: digits shifted by up to 2 pixels, CIFAR by up to 4 and mirrored, photographs."""
     if options.data == "mnist5k":
         return _in_memory(digits(), options, padding=2, flip=False)
     path = Path(options.data)
@@ -228,7 +228,7 @@ def load(options: Options) -> Data:
     raise ProgramError(f"--data is {options.data}: no such file or folder; want mnist5k, a CIFAR archive or a folder")
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
@@ -236,31 +236,32 @@ GRACE = 60  # seconds
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and many schedulers signal every process; the main one decides, and its end is the workers' end, too.
+    """Makes a worker ignore SIGINT, and SIGTERM for a minute: the main process decides when loading ends.
 
-    It may want batches until the end of a step. A worker that is still there a minute later was left behind.
+    Ctrl-C and many schedulers signal every process, but the main one needs batches until the end of the step. A worker
+    alive a minute later was left behind.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) -> DataLoader:
-    # A worker loads whole batches, one NumPy call for all images: collating single images would cost more than that.
+    # A worker loads a whole batch in one NumPy call; collating single images would cost more than loading them.
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        collate_fn=_identity,  # type: ignore[arg-type]
         pin_memory=pin,
         worker_init_fn=_outlive_signals,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # the global one belongs to the network: iterating must not move it
+        generator=torch.Generator(),  # iterating must not advance the global generator, which is the network's
     )
 
 
 @contextlib.contextmanager
 def workers_of(*loaders: DataLoader) -> Iterator[None]:
-    """Ends the loading workers with the block. The interpreter's end would wait for them: they outlive its signal."""
+    """Context manager: shuts the loaders' workers down at the end; the interpreter would wait for them at exit."""
     try:
         yield
     finally:

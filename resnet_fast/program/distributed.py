@@ -1,4 +1,4 @@
-"""The processes that train together: what torchrun started, or one alone."""
+"""The processes that train together, started by torchrun, or a single one: the only user of torch.distributed here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Processes"]
 
 
 class Processes:
-    """One process's view of all. Its methods are collective: every process calls them, in the same order."""
+    """The process group. Methods are collective: every process calls them, in the same order."""
 
     def __init__(self, options: Options) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -33,7 +33,7 @@ class Processes:
         if cuda:
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
-            # Signals and sums of the report travel as CPU tensors beside the gradients.
+            # gloo carries signals and totals as CPU tensors, beside the gradients.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     def close(self) -> None:
@@ -41,7 +41,7 @@ class Processes:
             dist.destroy_process_group()
 
     def highest(self, value: int) -> int:
-        """The highest ``value`` that a process has."""
+        """The maximum of ``value`` over the processes."""
         if self.world == 1:
             return value
         t = torch.tensor(value)
@@ -49,7 +49,7 @@ class Processes:
         return int(t)
 
     def total(self, t: Tensor) -> Tensor:
-        """``t`` of all processes added up, on the CPU."""
+        """The sum of ``t`` over the processes, on the CPU."""
         t = t.cpu()
         if self.world > 1:
             dist.all_reduce(t)
@@ -64,19 +64,19 @@ class Processes:
         return values
 
     def share_buffers(self, network: nn.Module) -> None:
-        """Statistics of the first process for all, as DistributedDataParallel does before each step."""
+        """Broadcasts buffers of rank 0, as DistributedDataParallel does before each step."""
         if self.world > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
     def join(self, network: nn.Module, strategy: str) -> nn.Module:
-        """What to call in training: gradients are averaged over the processes."""
+        """``network`` wrapped so that gradients are averaged over the processes: call the result in training."""
         if not dist.is_initialized():
             return network
         if strategy == "fsdp":
             mesh = init_device_mesh(self.device.type, (self.world,))
             for child in network.children():
-                if isinstance(child, nn.Sequential):  # a stage: gathered while it computes, then let go
+                if isinstance(child, nn.Sequential):  # a stage: its weights are gathered while it computes
                     fully_shard(child, mesh=mesh)
             fully_shard(network, mesh=mesh)  # in place
             return network
@@ -85,7 +85,7 @@ class Processes:
 
     @staticmethod
     def pass_without_sync(network: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Gradients travel with the last pass of a step only."""
+        """Context manager of a pass: gradients are synchronised only in the ``last`` pass of a step."""
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
         elif isinstance(network, DistributedDataParallel) and not last:

@@ -1,4 +1,4 @@
-"""Training itself: steps, evaluation, checkpoints, and going on from one."""
+"""The training loop: steps, evaluation, checkpoints, and resuming from one."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .sync_batch_norm import convert
 
 __all__ = ["Trainer"]
 
-# The same files whether one process trained, or many with whole or sharded weights.
+# Checkpoints are the same for one process and for many, with whole or sharded weights.
 _WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM, so that the step that runs ends first; the impatient end the program with a second one.
+    """Context manager that records SIGINT and SIGTERM, so that the current step can end; a second one kills.
 
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: what follows within two seconds is the
-    same one.
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: signals within two seconds count as
+    one.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class _Signals:
 
 
 class Trainer:
-    """Everything that a run consists of; ``state`` and ``restore`` say all of it that changes."""
+    """A training run; ``state`` returns and ``restore`` sets all of it that changes."""
 
     def __init__(self, options: Options, data: Data, processes: Processes) -> None:
         self.options, self.data, self.processes = options, data, processes
@@ -67,7 +67,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.network = build(options.model, data.preparation).to(processes.device)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        if options.strategy != "fsdp":  # which shards contiguous weights only; the images decide then
+        if options.strategy != "fsdp":  # FSDP shards contiguous weights only; the images' format decides then
             self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         if processes.world > 1 and options.sync_bn:
             convert(self.network)
@@ -89,17 +89,16 @@ class Trainer:
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
-        self.epoch = self.done = 0  # whole epochs, and steps in the one after
-        self.sums = torch.zeros(
-            3, dtype=torch.float64, device=processes.device
-        )  # loss, right ones, images of this epoch
+        self.epoch = self.done = 0  # complete epochs, and steps done in the next one
+        # Totals of this epoch: loss, correct predictions, images.
+        self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self.lr = 0.0  # of the last step
         self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
         self.best = 0.0
         self.confusion: Tensor | None = None
         self.broken: set[str] = set()
-        # Dropout differs from process to process.
+        # Each process draws dropout masks of its own.
         torch.manual_seed(options.seed + 1 + processes.rank)
 
     def state(self) -> dict[str, Any]:
@@ -126,15 +125,15 @@ class Trainer:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        counted = {"epochs": self.recipe.epochs, "processes": self.processes.world, "images": len(self.data.train)}
-        return {**self.options.result(), **counted}
+        """What must be equal for a run to be resumed."""
+        counts = {"epochs": self.recipe.epochs, "processes": self.processes.world, "images": len(self.data.train)}
+        return {**self.options.result(), **counts}
 
     def restore(self, path: Path) -> None:
-        """Goes on from ``path``, as if there had been no interruption.
+        """Resumes from checkpoint ``path``, as if never interrupted.
 
         Raises:
-            ProgramError: the file cannot be loaded, or another run wrote it.
+            ProgramError: the file cannot be loaded, or was written by a run with other settings.
         """
         state = checkpoints.load(path)
         mine = self._identity()
@@ -159,7 +158,7 @@ class Trainer:
         self.lr, self.history, self.best = state["lr"], state["history"], state["best"]
 
     def run(self) -> int:
-        """Trains to the end, or until a signal; returns the number of that signal, or 0."""
+        """Trains to the end or until a signal; returns the signal's number, or 0."""
         pin = self.processes.device.type == "cuda"
         train = loader(self.data.train, self.batches, self.options.workers, pin)
         test = loader(self.data.test, self.test_batches, self.options.workers, pin)
@@ -177,7 +176,7 @@ class Trainer:
         return 0
 
     def save(self, best: bool) -> None:
-        """All processes gather, the first one writes; all hear of it when that fails."""
+        """Writes a checkpoint: all processes gather, rank 0 writes, all raise if that fails."""
         state, failure = self.state(), None
         if self.processes.rank == 0:
             try:
@@ -201,19 +200,19 @@ class Trainer:
         return images, batch.labels.to(self.processes.device, non_blocking=True)
 
     def _pass(self, batch: Batch, last: bool) -> None:
-        """Forward and backward of one batch; adds its gradients, its loss and its right answers."""
+        """Forward and backward of one batch; accumulates gradients, loss and correct predictions."""
         images, labels = self._inputs(batch)
         with self.processes.pass_without_sync(self.joined, last):
             with self._autocast():
                 scores = self.joined(images)
                 loss = F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
             self.scaler.scale(loss / self.options.accumulate).backward()
-        right = (scores.detach().argmax(1) == labels).sum()
+        correct = (scores.detach().argmax(1) == labels).sum()
         count = (labels != IGNORED).sum()
-        self.sums += torch.stack([loss.detach().double() * count, right.double(), count.double()])
+        self.sums += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
 
     def _train(self, batches: Any, signals: _Signals) -> int:
-        """The rest of an epoch."""
+        """Trains the rest of the epoch; returns the number of a signal that was received, or 0."""
         self.joined.train()
         self.batches.epoch, self.batches.first = self.epoch, self.done * self.options.accumulate
         first = self.done == 0
@@ -251,7 +250,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, batches: Any) -> tuple[float, float]:
-        """Loss and accuracy on the test images; keeps the confusion matrix."""
+        """Loss and accuracy on the test images; stores the confusion matrix."""
         self.processes.share_buffers(self.network)
         network = self.network if self.ema is None else self.ema.module
         network.eval()
@@ -287,9 +286,9 @@ class Trainer:
             "seconds": round(self._speed[1], 2),
         }
         self.history.append(row)
-        best = test[1] > self.best
+        is_best = test[1] > self.best
         self.best = max(self.best, test[1])
-        self.save(best)
+        self.save(is_best)
         if self.processes.rank == 0:
             folder = Path(self.options.out)
             report.log(folder / "log.csv", self.history)
@@ -305,15 +304,15 @@ class Trainer:
         folder = Path(self.options.out)
         report.curves(folder / "curves.png", {self.options.model: self.history})
         report.confusion_chart(folder / "confusion.png", self.confusion, self.data.preparation.classes)
-        right, count = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
-        report.say(f"final: {right} of {count} test images right, {right / count:.2%}; best epoch {self.best:.2%}")
+        correct, count = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
+        report.say(f"final: {correct} of {count} test images right, {correct / count:.2%}; best epoch {self.best:.2%}")
         if broken:
             report.say(f"{len(broken)} broken images were left out")
 
 
 @contextlib.contextmanager
 def _quiet_skipped_step(skipped: bool) -> Iterator[None]:
-    """After gradients that overflowed, the scaler skips the optimizer's step: the schedule goes on all the same."""
+    """Silences PyTorch's warning where the scaler skipped the optimizer's step: the schedule advances all the same."""
     with warnings.catch_warnings():
         if skipped:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)

@@ -1,4 +1,4 @@
-"""The networks that the program trains: built, given weights, asked for classes."""
+"""Builds the networks that the program trains, and prepares their input."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["build", "prepare"]
 
 
 class _Scores(models.ResNet32):
-    """ResNet32 whose result is the logits, as a loss wants them and as the other networks give them."""
+    """ResNet32 that returns logits, as the other networks do."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(x)
 
 
 def build(model: str, preparation: Preparation) -> nn.Module:
-    """The network called ``model``, from images to logits, with new weights."""
+    """The network called ``model``, images to logits, with initial weights."""
     classes = len(preparation.classes)
     try:
         if model == "ResNet32":
@@ -32,8 +32,8 @@ def build(model: str, preparation: Preparation) -> nn.Module:
 
 
 def prepare(images: Tensor, preparation: Preparation, like: Tensor, memory_format: Any) -> Tensor:
-    """``uint8 [N, 1 or 3, H, W] -> [N, 3, H, W]`` of the dtype and device of ``like``, with mean 0 and deviation 1."""
+    """``(images / 255 - mean) / std``: ``uint8 [N, 1 or 3, H, W] -> [N, 3, H, W]``, dtype and device of ``like``."""
     x = images.to(like.device, non_blocking=True).to(like.dtype)
     mean, std = (like.new_tensor(v)[:, None, None] for v in (preparation.mean, preparation.std))
-    # Digits are grey, the stems want three channels.
+    # The stems take three channels: repeat a grey one.
     return ((x / 255 - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=memory_format)

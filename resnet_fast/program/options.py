@@ -14,12 +14,12 @@ MODELS = [name for name in models.__all__ if name not in ("CifarResNet", "ResNet
 
 
 class ProgramError(Exception):
-    """Something that the user can mend; the program prints the message without a traceback and ends with status 2."""
+    """An error that the user can fix: the program prints the message without a traceback and exits with status 2."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """One field for each option of the command line, with its default; ``parse`` explains them."""
+    """The options of the command line with their defaults; ``parse`` holds their help texts."""
 
     data: str
     out: str = "runs/last"
@@ -49,12 +49,12 @@ class Options:
     resume: str | None = None
 
     def result(self) -> dict[str, Any]:
-        """The options that the trained weights depend on; a run can be resumed only with the same."""
-        elsewhere = ("data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume")
-        return {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        """The options that the trained weights depend on; a resumed run must have the same."""
+        others = ("data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume")
+        return {name: value for name, value in asdict(self).items() if name not in others}
 
     def check(self) -> None:
-        """Raises ProgramError where a value cannot be."""
+        """Raises ProgramError for a value out of range or options that exclude each other."""
         at_least = {"batch": 1, "accumulate": 1, "keep": 1, "workers": 0, "save_every": 0, "image_size": 1, "seed": 0}
         for name, least in [*at_least.items(), ("epochs", 1), ("limit", 1), ("threads", 1)]:
             value = getattr(self, name)

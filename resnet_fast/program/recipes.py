@@ -1,4 +1,4 @@
-"""How weights are moved: optimizer and learning rates of two published recipes."""
+"""Training recipes: optimizer and learning-rate schedule of two published ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RECIPES = {
 
 
 def of(options: Options) -> Recipe:
-    """The recipe that ``options`` name, with what they change of it."""
+    """The recipe that ``options`` name, with their overrides."""
     recipe = _RECIPES[options.recipe]
     return Recipe(
         recipe.epochs if options.epochs is None else options.epochs,
@@ -46,14 +46,14 @@ def optimizer(network: nn.Module, recipe: Recipe) -> SGD:
 
 
 def schedule(optimizer: SGD, options: Options, steps: int) -> LRScheduler:
-    """Learning rates for ``steps`` steps.
+    """The learning-rate schedule for ``steps`` steps.
 
-    ``he``: divided by 10 after 32,000 and 48,000 of 64,000 steps, that is at 1/2 and at 3/4; with 110 layers the first
-    400 steps take a tenth. ``onecycle``: up for a quarter, then down to nothing, along cosines.
+    ``he``: divided by 10 at 1/2 and 3/4 of the steps (32,000 and 48,000 of 64,000); with 110 layers, a tenth for the
+    first 400 steps. ``onecycle``: a cosine up for a quarter of the steps, then a cosine down to zero.
     """
     if options.recipe == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        # With fewer than five steps OneCycleLR divides by the zero length of its ascent.
+        # With fewer than five steps OneCycleLR's ascent has length zero, by which it divides.
         return OneCycleLR(optimizer, rates, total_steps=max(steps + 1, 5), pct_start=0.25, cycle_momentum=False)
     falls = MultiStepLR(optimizer, [steps // 2, steps * 3 // 4], gamma=0.1)
     if options.model == "cifar_resnet110":

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a progress bar, log.csv, curves.png and confusion.png.
+"""The reports of a run: a progress bar, log.csv, curves.png and confusion.png.
 
 ``python -m resnet_fast.program.report chart.png runs/a runs/b`` draws the curves of several runs in one chart.
 """
@@ -36,23 +36,23 @@ COLUMNS = (
 
 
 def say(text: str) -> None:
-    """A line above the progress bar."""
+    """Prints a line above the progress bar."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 def writable(folder: Path) -> None:
-    """Raises ProgramError where no file can be written into ``folder``, before hours are spent."""
+    """Raises ProgramError if no file can be written into ``folder``: before training, not after it."""
     probe = folder / ".writable"
     _write(probe, b"")
     probe.unlink(missing_ok=True)
 
 
 class Bar:
-    """Loss, accuracy, images/s and time left of an epoch; silent where the output is no terminal."""
+    """Progress bar of an epoch: loss, accuracy, images/s, time left; silent if the output is no terminal."""
 
     def __init__(self, epoch: int, epochs: int, steps: int, first: int, show: bool) -> None:
-        hidden = None if show else True  # None: where there is a terminal
+        hidden = None if show else True  # None: tqdm hides it if there is no terminal
         self._bar = tqdm(total=steps, initial=first, desc=f"epoch {epoch}/{epochs}", unit="step", disable=hidden)
         self.started = time.perf_counter()
         self._shown = 0.0
@@ -103,7 +103,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.csv as :func:`log` was given them."""
+    """The rows of a log.csv, as :func:`log` took them."""
     try:
         with path.open(newline="") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -112,14 +112,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _figure(**kwargs: Any) -> Any:
-    # The class, not pyplot: no display is looked for, no state is left.
+    # Figure, not pyplot: it looks for no display and leaves no global state.
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", **kwargs)
 
 
 def curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Loss and accuracy by epoch of one or more runs, by name."""
+    """Draws loss and accuracy by epoch of one or more runs, by name."""
     figure = _figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
     for number, (name, history) in enumerate(runs.items()):
@@ -137,7 +137,7 @@ def curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def confusion_chart(path: Path, matrix: Tensor, classes: list[str]) -> None:
-    """Rows are the true classes, columns the predicted ones, colour the share of the row, counts if there is room."""
+    """Draws the confusion matrix: rows true, columns predicted, colour the share of a row, counts if they fit."""
     side = max(4.0, min(0.45 * len(classes) + 2, 20.0))
     figure = _figure(figsize=(side, side))
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the images of all processes, on any device that can all-reduce.
+"""Synchronised batch norm on any device that can all-reduce; :class:`.loop.Trainer` converts networks to it.
 
 ``torch.nn.SyncBatchNorm`` refuses CPU tensors; this one computes the same from the same ``state_dict``.
 """
@@ -21,13 +21,13 @@ def _per_channel(t: Tensor) -> Tensor:
 class _Normalize(torch.autograd.Function):
     """y = (x - mean) * invstd * weight + bias, with mean and variance over the batches of all processes.
 
-    Forward: each process contributes count, mean and M2 = sum (x - mean)^2 of its batch; all add them up in the order
-    of ranks (Chan, Golub, LeVeque 1979), which has no cancellation and the same result everywhere. Backward, with
+    Forward: each process gathers count, mean and M2 = sum((x - mean)^2) of all batches and combines them in the order
+    of ranks (Chan, Golub, LeVeque 1979): without cancellation, and bitwise equal everywhere. Backward, with
     xhat = (x - mean) * invstd and sums over all processes:
 
         dx = weight * invstd * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n)
 
-    The gradients of weight and bias stay those of the own batch: data parallelism adds them up as any other.
+    The gradients of weight and bias are those of the process's own batch: data parallelism averages them like others.
     """
 
     @staticmethod
@@ -35,12 +35,12 @@ class _Normalize(torch.autograd.Function):
         wide = x.to(weight.dtype)
         count = x.numel() // x.shape[1]
         own = wide.new_zeros(3, x.shape[1])
-        if count > 0:  # an empty batch takes part with weight zero
+        if count > 0:  # an empty batch has weight zero
             variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             own.copy_(torch.stack([torch.full_like(mean, count), mean, variance * count]))
-        all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(all_of_them, own)
-        counts, means, m2s = torch.stack(all_of_them).double().unbind(1)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own)
+        counts, means, m2s = torch.stack(gathered).double().unbind(1)
         n = counts.sum(0)
         mean64 = (counts * means).sum(0) / n
         var64 = (m2s.sum(0) + (counts * (means - mean64) ** 2).sum(0)) / n
@@ -53,7 +53,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable says so only where the incoming gradient requires one
+        if torch.is_grad_enabled():  # once_differentiable raises only if the incoming gradient requires one
             raise RuntimeError("create_graph=True: SyncBatchNorm2d has no second derivatives, want create_graph=False")
         x, weight, mean, invstd, n = ctx.saved_tensors
         wide = grad.to(weight.dtype)
@@ -61,21 +61,21 @@ class _Normalize(torch.autograd.Function):
         grad_bias, grad_weight = wide.sum((0, 2, 3)), (wide * xhat).sum((0, 2, 3))
         sums = torch.stack([grad_bias, grad_weight]).double()
         dist.all_reduce(sums)
-        of_grad, of_product = (sums / n).to(weight.dtype)
-        dx = wide - _per_channel(of_grad) - xhat * _per_channel(of_product)
+        mean_grad, mean_grad_xhat = (sums / n).to(weight.dtype)
+        dx = wide - _per_channel(mean_grad) - xhat * _per_channel(mean_grad_xhat)
         return (dx * _per_channel(weight * invstd)).to(x.dtype), grad_weight, grad_bias, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` over the joined batches of all processes of the default group, in training mode.
 
-    Equivalent to ``nn.SyncBatchNorm``, and to ``nn.BatchNorm2d`` of one process that has all the images. Evaluation,
-    and one process alone, take the path of ``nn.BatchNorm2d``. All processes must call it alike.
+    Equivalent to ``nn.SyncBatchNorm``, and to ``nn.BatchNorm2d`` in one process with all the images. In eval mode, and
+    with one process, it runs ``nn.BatchNorm2d``. Collective: all processes must call it.
 
     Shape: ``[N, C, H, W] -> [N, C, H, W]``; float16 and bfloat16 images are computed in the weights' dtype.
 
     Raises:
-        ValueError: one value per channel in all processes together, as ``nn.BatchNorm2d`` does.
+        ValueError: as in ``nn.BatchNorm2d``, if all processes together have one value per channel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert(network: nn.Module) -> None:
-    """Makes every ``nn.BatchNorm2d`` in ``network`` a synchronised one, in place; parameters stay the same objects."""
+    """Makes every ``nn.BatchNorm2d`` in ``network`` a :class:`SyncBatchNorm2d`, in place; parameters are unchanged."""
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             if not module.affine:

@@ -258,7 +258,7 @@ PARTS = (reference.Block, reference.BasicBlock)
 @pytest.mark.parametrize("name", TOLD)
 @pytest.mark.parametrize("model", ["block", "small network, one image", "small network", "fused afterwards"])
 def test_what_is_seen_where_contents_cannot_be_read(model, name, monkeypatch):
-    monkeypatch.setattr(watch, "_place", lambda t: None)
+    monkeypatch.setattr(watch, "_extent", lambda t: None)
     make, shape = MODELS[model]
     x = torch.randn(shape)
     fast, eager = built(make)
@@ -274,7 +274,7 @@ def test_what_is_seen_where_contents_cannot_be_read(model, name, monkeypatch):
 def test_what_is_not_seen_where_contents_cannot_be_read(monkeypatch):
     """As the docstring of refresh says."""
     x = torch.randn(2, 16, 7, 7)
-    monkeypatch.setattr(watch, "_place", lambda t: None)
+    monkeypatch.setattr(watch, "_extent", lambda t: None)
     fast, _ = pair_of_blocks()
     before = fast(x)
     fast.conv1.weight.mul_(2)
@@ -297,11 +297,11 @@ def test_nothing_is_packed_twice():
 
 def test_watches_are_not_kept():
     """Those that are told of a change are found by weak references."""
-    before = len(watch._watches)
+    before = len(watch._guards)
     with torch.inference_mode():
         fast, _ = pair_of_blocks()
         fast(torch.randn(2, 16, 7, 7))
-    assert len(watch._watches) == before + 1
-    assert isinstance(next(w for w in watch._watches if id(fast) in w.modules), StalenessGuard)
+    assert len(watch._guards) == before + 1
+    assert isinstance(next(w for w in watch._guards if id(fast) in w.modules), StalenessGuard)
     fast._chain = None
-    assert len(watch._watches) == before
+    assert len(watch._guards) == before

@@ -292,7 +292,7 @@ def test_eval_of_a_part_of_a_network(images):
 @pytest.fixture
 def unreadable(monkeypatch):
     """As on GPUs, whose memory the host must not read at every call."""
-    monkeypatch.setattr(watch, "_place", lambda t: None)
+    monkeypatch.setattr(watch, "_extent", lambda t: None)
 
 
 STEPS = [name for name in ROUTES if "fused" in name or "optimizer" in name]
@@ -379,7 +379,7 @@ def test_frozen_slices_of_what_an_optimizer_holds(unreadable):
 def test_a_step_that_is_compiled(readable, monkeypatch):
     """PyTorch counts it, whatever the hook does there."""
     if not readable:
-        monkeypatch.setattr(watch, "_place", lambda t: None)
+        monkeypatch.setattr(watch, "_extent", lambda t: None)
     fast, eager = pair_of_blocks()
     x = torch.randn(2, 16, 7, 7)
     before = fast(x)

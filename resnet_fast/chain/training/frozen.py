@@ -1,14 +1,15 @@
-"""Eval mode with gradients: a chain whose batch norms take given statistics, as one autograd function.
+"""Eval mode with gradients on CPUs: a chain whose batch norms take given statistics, as one autograd function.
 
-With given statistics a batch norm is linear, ``z = a * y + shift`` with ``a = gamma / std``. So its backward waits for
-no sums, and is folded into that of the convolution before it:
+With given statistics batch norm is affine, ``z = a * y + shift`` with ``a = gamma / std``. Its backward needs no
+reduction first, and folds into that of the convolution before it:
 
-    forward    y_i = conv(relu(a * y_j + shift)), the batch norm of y_j applied as it is read
-    backward   g = the gradient of z behind the ReLU; of the input conv^T(g, a * W); of W a times that of a * W;
-               gamma (sum g * y - mean * sum g) / std; beta sum g; of the convolution's bias a * sum g
+    forward    y_i = conv(relu(a * y_j + shift)), the batch norm of y_j applied as y_j is read
+    backward   g = the gradient of z behind the ReLU
+               input: conv^T(g, a * W)     W: a * (the gradient of a * W)     bias: a * sum(g)
+               gamma: (sum(g * y) - mean * sum(g)) / std                      beta: sum(g)
 
-Kept for it is what these name, of the layers whose gradient someone may want: of a layer without a residual connection
-``y``, of one with it the sum behind the ReLU, and ``y`` as well where gamma wants a gradient.
+Saved, for layers whose gradients may be wanted: ``y``, or with a residual connection the result behind the ReLU, and
+``y`` as well where gamma needs a gradient.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from ...ops.differentiation import first_order, gradients_again, wanted
 from ..cpu_algorithm import DIRECT, training_algorithm
 from ..layout import laid_out
 from ..record import sources_of
-from .function import Program, _Again
+from .function import Program, _EagerChain
 from .layers import TENSORS, Layer, dense, unpacked
 
 __all__ = ["FrozenProgram", "frozen"]
 
 
 def frozen(program: Program) -> bool:
-    """Whether all batch norms of a chain on the CPU take given statistics, in training mode, too."""
+    """Whether the chain is on the CPU and all its batch norms take given statistics, whatever its mode."""
     on_cpu = all(backends.kind(conv.weight) == "cpu" for conv, _ in program.pairs)
     return on_cpu and any(program.normalized) and not any(program.batch)
 
 
 class FrozenProgram(Program):
-    """The chain that a recorder wrote down, to be run in eval mode where a gradient is wanted."""
+    """A recorded chain, to be run in eval mode where a gradient is wanted."""
 
     def sources(self) -> list[Tensor | None]:
         """``TENSORS`` of each layer."""
@@ -47,14 +48,14 @@ class FrozenProgram(Program):
         return any(t is not None and t.requires_grad for t in self.sources())
 
     def run(self, x: Tensor) -> Tensor:
-        # GPUs take the passes of training, which are replayed: their kernels know given statistics, too.
+        # GPUs run the training passes, which are replayed, and whose kernels take given statistics, too.
         if backends.training.recompute_outputs or backends.kind(x) != "cpu":
             return super().run(x)
         return _Frozen.apply(self.layers, x, *self.sources())
 
 
 class _Value(NamedTuple):
-    """A chain's input or a layer's result: a tensor, or one to which ``affine`` and ReLU are applied as it is read."""
+    """A chain's input or a layer's result: a tensor, with the affine and ReLU to apply as it is read."""
 
     tensor: Tensor
     affine: Tensor | None = None  # [a; shift]
@@ -62,34 +63,34 @@ class _Value(NamedTuple):
 
 
 class _Norms:
-    """``[a; shift]`` and ``1 / std`` of each layer, None where there is no batch norm."""
+    """By layer, ``[a; shift]`` and ``1 / std``; None without batch norm."""
 
     def __init__(self, layers: list[Layer], tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> None:
-        places = [i for i, layer in enumerate(layers) if layer.normalized]
+        normalized = [i for i, layer in enumerate(layers) if layer.normalized]
         self.affine: list[Tensor | None] = [None] * len(layers)
         self.inv_std: list[Tensor | None] = [None] * len(layers)
-        if not places:
+        if not normalized:
             return
 
         def wide(k: int) -> list[Any]:
-            found = (tensors[TENSORS * i + k] for i in places)
+            found = (tensors[TENSORS * i + k] for i in normalized)
             return [None if t is None else t.detach().to(dtype) for t in found]
 
         gammas, betas, means, variances = map(wide, range(2, 6))
-        inv_std = list(torch._foreach_add(variances, [layers[i].eps for i in places]))
+        inv_std = list(torch._foreach_add(variances, [layers[i].eps for i in normalized]))
         torch._foreach_rsqrt_(inv_std)
         scales: Any = [s if g is None else s * g for s, g in zip(inv_std, gammas, strict=True)]
         moved = torch._foreach_mul(means, scales)
-        for i, std, scale, move, beta in zip(places, inv_std, scales, moved, betas, strict=True):
+        for i, std, scale, move, beta in zip(normalized, inv_std, scales, moved, betas, strict=True):
             self.affine[i] = torch.stack((scale, -move if beta is None else beta - move))
             self.inv_std[i] = std
 
 
 class _Needs:
-    """What the backward pass of a chain may want, told from the arguments that require a gradient."""
+    """What the backward must compute, derived from the arguments that require a gradient."""
 
     def __init__(self, layers: list[Layer], needs: list[bool]) -> None:
-        """``needs``: of x, and of each of the tensors."""
+        """needs: whether the gradient of x, and of each of the tensors, is wanted."""
         self.of = needs
         self.values = [needs[0]]  # by value: whether its gradient is wanted
         self.readers: dict[int, list[int]] = {}
@@ -100,17 +101,17 @@ class _Needs:
             self.values.append(any(self.layer(i)) or any(self.values[value] for value in inputs))
 
     def layer(self, i: int) -> list[bool]:
-        """Of weight, bias, gamma and beta."""
+        """Whether the gradients of weight, bias, gamma and beta are wanted."""
         return self.of[1 + TENSORS * i : 5 + TENSORS * i]
 
     def operand(self, value: int) -> bool:
-        """Whether a weight's gradient is made of it."""
+        """Whether the gradient of a weight is computed from this value."""
         return any(self.layer(i)[0] for i in self.readers.get(value, ()))
 
 
 class _SavedTensors(NamedTuple):
-    """By layer: ``y`` before batch norm, and the result where it was written, None where the backward reads neither;
-    and their shape."""
+    """By layer: ``y`` before batch norm and the written result, each None where the backward does not read it; and
+    their shape."""
 
     ys: list[Tensor | None]
     results: list[Tensor | None]
@@ -120,7 +121,7 @@ class _SavedTensors(NamedTuple):
 def _forward(
     layers: list[Layer], x: Tensor, tensors: tuple[Tensor | None, ...], norms: _Norms, needs: _Needs, direct: bool
 ) -> tuple[Tensor, _SavedTensors, bool]:
-    """The result, what is kept, and whether an algorithm was used that spreads NaN; ``direct``: none such."""
+    """The result, the saved tensors, and whether Winograd ran, which spreads NaN; ``direct``: without Winograd."""
     convolve = torch.ops.resnet_fast.conv_moments.default
     values: dict[int, _Value] = {0: _Value(x)}
     saved, spreads = _SavedTensors([], [], []), False
@@ -137,22 +138,22 @@ def _forward(
         if layer.residual >= 0:
             value = _Value(_apply(value, values[layer.residual]))
         elif layer.normalized and (i + 1 == len(layers) or (layer.relu and i + 1 in added)):
-            value = _Value(_apply(value))  # a sum that reads it applies no ReLU
+            value = _Value(_apply(value))  # a residual sum cannot apply the ReLU as it reads
         values[i + 1] = value
         for read in {layer.source, layer.residual} - {-1}:
             if last_reader[read] == i:
                 del values[read]
-        _keep(saved, i, layer, y, value, needs)
+        _save(saved, i, layer, y, value, needs)
     return values[len(layers)].tensor, saved, spreads
 
 
-def _keep(saved: _SavedTensors, i: int, layer: Layer, y: Tensor, value: _Value, needs: _Needs) -> None:
-    """``y`` is what the convolution gave, ``value`` the layer's result."""
+def _save(saved: _SavedTensors, i: int, layer: Layer, y: Tensor, value: _Value, needs: _Needs) -> None:
+    """Appends what the backward reads of ``y``, the convolution's output, and ``value``, the layer's result."""
     masks = layer.relu and needs.values[i + 1]
     read = masks or needs.operand(i + 1)
     written = value.tensor is not y or value.affine is None
     wants_y = needs.layer(i)[2] or (read and not written)
-    # What was written for the forward pass alone is formed again of y as it is read.
+    # A result written for the forward alone is not saved: the backward recomputes it from y as it reads.
     saved.results.append(value.tensor if written and read and (not wants_y or layer.residual >= 0) else None)
     saved.ys.append(y if wants_y else None)
     saved.shapes.append(y.shape)
@@ -164,7 +165,7 @@ def _apply(value: _Value, residual: _Value | None = None) -> Tensor:
 
 
 class _Backward:
-    """One backward of a chain. Values are numbered as in the chain; ``value - 1`` is the layer that gives it."""
+    """One backward of a chain. Values are numbered as in the chain; layer ``value - 1`` computes ``value``."""
 
     def __init__(
         self,
@@ -175,79 +176,79 @@ class _Backward:
         saved: _SavedTensors,
         needs: _Needs,
     ) -> None:
-        """Empties ``saved``. ``tensors`` are the arguments of the chain."""
+        """Empties ``saved`` as it goes. tensors: the arguments of the chain."""
         self.layers, self.x, self.tensors, self.norms, self.saved, self.needs = layers, x, tensors, norms, saved, needs
-        self.pending: dict[int, Tensor] = {}  # gradients of values, as far as known
-        self.finished: dict[int, tuple[Tensor, Tensor]] = {}  # behind their ReLU, and its sums
-        self.found: list[Tensor | None] = [None] * len(needs.of)
+        self.pending: dict[int, Tensor] = {}  # gradients of values, as far as accumulated
+        self.masked: dict[int, tuple[Tensor, Tensor]] = {}  # the gradient behind a value's ReLU, and its reductions
+        self.grads: list[Tensor | None] = [None] * len(needs.of)
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
-        """Of x and of ``tensors``, None where they are not needed; ``grad``: of the chain's result."""
+        """Gradients of x and of ``tensors``, None where not needed; ``grad``: that of the chain's result."""
         self.pending[len(self.layers)] = dense(grad.to(self.x.dtype))
         for i in reversed(range(len(self.layers))):
             if self.needs.values[i + 1]:
                 self._layer(i)
             self.saved.ys[i] = self.saved.results[i] = None
-        self.found[0] = self.pending.get(0)
-        return self.found
+        self.grads[0] = self.pending.get(0)
+        return self.grads
 
     def _layer(self, i: int) -> None:
         layer, affine, at = self.layers[i], self.norms.affine[i], 1 + TENSORS * i
         need_weight, need_bias, need_gamma, need_beta = self.needs.layer(i)
-        grad, sums = self._finish(i + 1)
+        grad, sums = self._masked_gradient(i + 1)
         if layer.residual >= 0 and self.needs.values[layer.residual]:
             self._to_residual(i, grad, sums)
         if need_bias:
-            self._give(at + 1, sums[0] if affine is None else sums[0] * affine[0])
+            self._set_gradient(at + 1, sums[0] if affine is None else sums[0] * affine[0])
         if need_gamma:
             inv_std = self.norms.inv_std[i]
             assert inv_std is not None
-            self._give(at + 2, sums[1] * inv_std)
+            self._set_gradient(at + 2, sums[1] * inv_std)
         if need_beta:
-            self._give(at + 3, sums[0])
+            self._set_gradient(at + 3, sums[0])
         need_x = self.needs.values[layer.source]
         if need_x or need_weight:
             self._convolution(i, grad, need_x, need_weight)
 
-    def _give(self, place: int, gradient: Tensor) -> None:
-        """A gradient in the dtype of the parameter, with memory of its own."""
-        tensor = self.tensors[place - 1]
+    def _set_gradient(self, argument: int, gradient: Tensor) -> None:
+        """Stores a gradient in the dtype of its parameter, with memory of its own."""
+        tensor = self.tensors[argument - 1]
         assert tensor is not None
-        self.found[place] = gradient.to(tensor.dtype, copy=gradient._is_view())
+        self.grads[argument] = gradient.to(tensor.dtype, copy=gradient._is_view())
 
-    def _finish(self, value: int) -> tuple[Tensor, Tensor]:
-        """The gradient behind the ReLU of a value, and the sums of it and of its products."""
-        if value in self.finished:
-            return self.finished.pop(value)
+    def _masked_gradient(self, value: int) -> tuple[Tensor, Tensor]:
+        """The gradient g behind the ReLU of a value, and its reductions: sum(g), and sum(g * (y - mean)) for each y."""
+        if value in self.masked:
+            return self.masked.pop(value)
         i, grad = value - 1, self.pending.pop(value)
-        ys, means = self._sum_inputs(value)
+        ys, stats = self._reduction_inputs(value)
         if not self.layers[i].relu and not ys:
             wants = any(self.needs.layer(i)[1:])
             sums = torch.ops.resnet_fast.channel_sums.default(grad) if wants else grad.new_empty(0)
             return grad, sums[None]
-        positive, affine = self._positive(i)
-        return torch.ops.resnet_fast.bn_backward_sums.default(grad, positive, affine, ys, means)
+        relu_source, affine = self._relu_source(i)
+        return torch.ops.resnet_fast.bn_backward_sums.default(grad, relu_source, affine, ys, stats)
 
-    def _positive(self, i: int) -> tuple[Tensor | None, Tensor | None]:
-        """What is greater than zero where the ReLU of layer ``i`` lets a gradient through."""
+    def _relu_source(self, i: int) -> tuple[Tensor | None, Tensor | None]:
+        """A tensor, and an affine to apply to it: positive where the ReLU of layer ``i`` passes the gradient."""
         if not self.layers[i].relu:
             return None, None
         result = self.saved.results[i]
         return (self.saved.ys[i], self.norms.affine[i]) if result is None else (result, None)
 
-    def _sum_inputs(self, value: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The ys whose products with a value's gradient are wanted, and their means."""
+    def _reduction_inputs(self, value: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The ys that a value's gradient is multiplied with and reduced, and their statistics."""
         i = value - 1
         projection = self._projection(i)
         read = [j for j in (i, projection) if j is not None and self.needs.layer(j)[2]]
-        means = [torch.stack(self.tensors[TENSORS * j + 4 : TENSORS * j + 6]).to(self._wide()) for j in read]  # type: ignore[arg-type]
-        return [y for j in read if (y := self.saved.ys[j]) is not None], means
+        stats = [torch.stack(self.tensors[TENSORS * j + 4 : TENSORS * j + 6]).to(self._wide()) for j in read]  # type: ignore[arg-type]
+        return [y for j in read if (y := self.saved.ys[j]) is not None], stats
 
     def _wide(self) -> torch.dtype:
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
     def _projection(self, i: int) -> int | None:
-        """The layer whose batch norm layer ``i`` adds, if nobody else reads it: they share their sums."""
+        """The layer whose batch norm layer ``i`` adds, if no other layer reads it: they share reductions."""
         value = self.layers[i].residual
         if value <= 0 or self.needs.readers[value] != [i]:
             return None
@@ -258,14 +259,14 @@ class _Backward:
         value, projection = self.layers[i].residual, self._projection(i)
         if projection is not None:
             second = 2 if self.needs.layer(i)[2] else 1
-            self.finished[value] = (grad, sums[::second] if len(sums) > 1 else sums)
+            self.masked[value] = (grad, sums[::second] if len(sums) > 1 else sums)
         elif value in self.pending:
             self.pending[value] = self.pending[value] + grad
         else:
             self.pending[value] = grad
 
     def _convolution(self, i: int, grad: Tensor, need_x: bool, need_weight: bool) -> None:
-        """Adds to what is pending for the layer's input, or finishes it; gives the gradient of the weight."""
+        """Accumulates the gradient of the layer's input, and masks it if complete; stores that of the weight."""
         layer, value, affine = self.layers[i], self.layers[i].source, self.norms.affine[i]
         weight = self.tensors[TENSORS * i]
         assert weight is not None
@@ -274,7 +275,7 @@ class _Backward:
         if by_channel is not None and need_x:
             folded = folded * by_channel
         source = self._source(value)
-        # The last one that adds to a gradient goes on to what is behind the ReLU.
+        # The last contribution completes the gradient: the kernel also applies the ReLU's mask and reduces.
         last = need_x and value > 0 and self.needs.readers[value][0] == i and self.layers[value - 1].relu
         dx, dw, sums = torch.ops.resnet_fast.conv_backward.default(
             grad,
@@ -289,17 +290,17 @@ class _Backward:
             need_weight,
             self.pending.pop(value, None) if need_x else None,
             last,
-            *(self._sum_inputs(value) if last else ([], [])),
+            *(self._reduction_inputs(value) if last else ([], [])),
         )
         if last:
-            self.finished[value] = (dx, sums)
+            self.masked[value] = (dx, sums)
         elif need_x:
             self.pending[value] = dx
         if need_weight:
-            self.found[1 + TENSORS * i] = (dw if by_channel is None else dw.mul_(by_channel)).to(weight.dtype)
+            self.grads[1 + TENSORS * i] = (dw if by_channel is None else dw.mul_(by_channel)).to(weight.dtype)
 
     def _source(self, value: int) -> _Value:
-        """What a convolution read, as it was given to it; where no gradient is made of it, something of that shape."""
+        """The input that a convolution read; uninitialised memory of its shape where no gradient needs it."""
         if value == 0:
             return _Value(self.x)
         result, y, layer = self.saved.results[value - 1], self.saved.ys[value - 1], self.layers[value - 1]
@@ -312,20 +313,20 @@ class _Backward:
 
 
 class _Frozen(torch.autograd.Function):
-    """``forward(layers, x, *TENSORS tensors a layer) -> out``
+    """``forward(layers, x, *TENSORS a layer) -> out``
 
-    Of an ``x`` that is not channels_last no copy is kept: it is made again. More than first derivatives come of
-    PyTorch's own operators, by running these.
+    Saves ``x`` as given; if it is not channels_last, the backward copies it again. Second derivatives run the chain
+    again on PyTorch's own operators.
     """
 
     @staticmethod
     def forward(ctx: Any, layers: list[Layer], x: Tensor, *tensors: Tensor | None) -> Tensor:
         image, wide = dense(x), torch.float64 if x.dtype == torch.float64 else torch.float32
         norms, needs = _Norms(layers, tensors, wide), _Needs(layers, list(ctx.needs_input_grad[1:]))
-        # Their autograd keys only say that the operators have no gradient of their own.
+        # Skip the operators' autograd keys, which only raise.
         with torch._C._AutoDispatchBelowAutograd():
             out, saved, spreads = _forward(layers, image, tensors, norms, needs, False)
-            # A NaN goes into all outputs of a Winograd tile, further than the filter's window reaches.
+            # Winograd spreads a NaN over its whole tile, further than the filter's window: compute directly.
             if spreads and not math.isfinite(out.sum(dtype=wide).item()):
                 out, saved, _ = _forward(layers, image, tensors, norms, needs, True)
         ctx.layers, ctx.norms, ctx.shapes = layers, norms, saved.shapes
@@ -339,8 +340,8 @@ class _Frozen(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         tensors, needs = rest[2 * count :], wanted(ctx)[1:]
         if not first_order(grad):
-            return None, *gradients_again(_Again(layers), [x, *tensors], needs, grad)
-        # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
+            return None, *gradients_again(_EagerChain(layers), [x, *tensors], needs, grad)
+        # Unless the graph is retained, free each activation after its last use, not at the end of the backward.
         ctx.maybe_clear_saved_tensors()
         ys, results = ([unpacked(t) for t in rest[i * count : (i + 1) * count]] for i in range(2))
         saved = _SavedTensors(ys, results, ctx.shapes)

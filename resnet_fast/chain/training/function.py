@@ -1,7 +1,7 @@
-"""Training: a chain of convolutions and batch norms as one autograd function.
+"""Chain training as one autograd function: :class:`Program`, which the executor records and calls.
 
-What the function computes is in :mod:`.driver`. In eager mode it is a ``torch.autograd.Function``; under
-``torch.compile`` it is an operator, :mod:`.operator`.
+:mod:`.driver` computes forward and backward. In eager mode they are a ``torch.autograd.Function``; under
+``torch.compile``, the operators of :mod:`.operator`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ..guard import StalenessGuard
 from . import operator as train_stage  # noqa: F401  (registers the operator)
 from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
 from .passes import Passes
-from .running_statistics import Running, RunningStatistics, held, kept_memory
+from .running_statistics import Running, RunningStatistics, buffer_memory, held
 
 __all__ = ["Program"]
 
 
 class Program:
-    """The chain that a recorder wrote down, to be run in training mode.
+    """A recorded chain, to be run in training mode.
 
     Raises:
-        ValueError: a batch norm would have a single value per channel, as PyTorch raises it.
+        ValueError: in :meth:`run`, as in PyTorch, if a batch norm has a single value per channel.
     """
 
-    owner: Any = None  # who keeps it: attributes may be copied to another module
+    owner: Any = None  # the module that caches it: a copied attribute must not serve another module
 
     def __init__(self, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]], specs: list[ConvSpec]) -> None:
         self.pairs, self.specs, self.fields = pairs, specs, encode(specs)
@@ -47,7 +47,7 @@ class Program:
         self.passes = Passes(self.layers)
 
     def is_valid(self) -> bool:
-        """Whether the modules are as they were when ``guard`` was set."""
+        """Whether the modules are unchanged since ``guard`` was set."""
         return self.guard is not None and self.guard.is_valid()
 
     def reason(self) -> str | None:
@@ -58,8 +58,8 @@ class Program:
             if layer.residual >= 0 and not (layer.relu and layer.normalized):
                 return "a sum without batch norm and ReLU"
         norms = [bn for _, bn in self.pairs if bn is not None]
-        kept = {memory for bn in norms if bn.training for memory in kept_memory(bn)}
-        if any(memory in kept for bn in norms if not bn.training for memory in kept_memory(bn)):
+        tracked = {memory for bn in norms if bn.training for memory in buffer_memory(bn)}
+        if any(memory in tracked for bn in norms if not bn.training for memory in buffer_memory(bn)):
             return "statistics that one batch norm keeps and another one takes"
         return None
 
@@ -71,11 +71,11 @@ class Program:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         tensors = self._tensors()
         if torch.compiler.is_compiling():
-            out, moments = self._traced(x, tensors)
-            self.statistics.track(moments, pixels, ())
+            out, stats = self._traced(x, tensors)
+            self.statistics.track(stats, pixels, ())
             return out
         running = self.statistics.for_kernels(x.device) if self.passes.updates_statistics(x) else ()
-        # Outside of the function: what it saves is then its input, with which a second derivative is connected.
+        # Copy to channels_last outside of the function: it then saves its input, which second derivatives connect to.
         track = partial(self.statistics.track, pixels=pixels, done=running)
         recompute, copied = backends.training.recompute_outputs, dense(x)
         original = None if copied is x else x.detach()
@@ -103,13 +103,12 @@ class Program:
 
 
 class _Train(torch.autograd.Function):
-    """``forward(passes, recompute, running, track, original, x, *TENSORS tensors a layer) -> (out, [mean; variance] of
-    each layer)``
+    """``forward(passes, recompute, running, track, original, x, *TENSORS a layer) -> (out, *[mean; variance] a layer)``
 
-    ``x``: channels_last. ``original``: what it is a copy of, if it is one: changes of that raise, as in PyTorch.
-    ``running``: what kernels update on the way. ``track``: is given the means and variances before anything is saved,
-    because a checkpoint ends its second run when the last tensor is. More than first derivatives come of PyTorch's own
-    operators, by running these again.
+    x: channels_last. original: the tensor that x is a copy of, or None; saved so that in-place changes to it raise, as
+    in PyTorch. running: the statistics that kernels update. track: called with the batch statistics before anything is
+    saved, because activation checkpointing stops its second run at the last saved tensor. Second derivatives run the
+    chain again on PyTorch's own operators.
     """
 
     @staticmethod
@@ -123,15 +122,15 @@ class _Train(torch.autograd.Function):
         x: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        # Their autograd keys only say that the operators have no gradient of their own.
+        # Skip the operators' autograd keys, which only raise.
         with torch._C._AutoDispatchBelowAutograd():
             out, saved = passes.forward(x, list(tensors), recompute, running)
-        track(saved.moments)
+        track(saved.stats)
         ctx.passes = passes
         ctx.tensors = [False] * 4 + [t is not None for t in (original, x, *tensors)]
         ctx.save_for_backward(original, x, *(t for each in saved for t in each), *tensors)
-        ctx.mark_non_differentiable(*saved.moments)
-        return out, *saved.moments
+        ctx.mark_non_differentiable(*saved.stats)
+        return out, *saved.stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
@@ -140,9 +139,9 @@ class _Train(torch.autograd.Function):
         if not first_order(grad):
             _, x, *rest = ctx.saved_tensors
             tensors = [x, *rest[SAVED * count :]]
-            return None, None, None, None, None, *gradients_again(_Again(layers), tensors, wanted(ctx)[5:], grad)
+            return None, None, None, None, None, *gradients_again(_EagerChain(layers), tensors, wanted(ctx)[5:], grad)
         _, x, *rest = ctx.saved_tensors
-        # Unless the graph is kept, each map goes as soon as the backward pass has gone by, not at its end.
+        # Unless the graph is retained, free each activation after its last use, not at the end of the backward.
         ctx.maybe_clear_saved_tensors()
         saved = SavedTensors(*([unpacked(t) for t in rest[i * count : (i + 1) * count]] for i in range(SAVED)))
         x, tensors = dense(x), rest[SAVED * count :]
@@ -152,15 +151,15 @@ class _Train(torch.autograd.Function):
             return None, None, None, None, None, *found
 
 
-class _Again:
-    """The chain on PyTorch's own operators; running statistics stay as they are."""
+class _EagerChain:
+    """The chain on PyTorch's own operators, without updating running statistics."""
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
 
     def __call__(self, x: Tensor, *tensors: Any) -> Tensor:
         values = [x]
-        with torch.autocast(x.device.type, enabled=False):  # the chain was given x in autocast's dtype
+        with torch.autocast(x.device.type, enabled=False):  # x has autocast's dtype already
             for i, layer in enumerate(self.layers):
                 residual = None if layer.residual < 0 else values[layer.residual]
                 own = tensors[TENSORS * i : TENSORS * (i + 1)]

@@ -1,7 +1,7 @@
-"""What a chain in training asks of a device, on the operators that every device has.
+"""The kernel interface of chain training, implemented on the operators that every device has.
 
-Sums of gradients go from the method that gives them to :meth:`Gradients.of_layer` unseen: each device has them in a
-form of its own.
+:mod:`.driver` calls it; :mod:`resnet_fast.gpu.training` overrides it. Reductions of gradients are opaque to the driver,
+which passes them on to :meth:`Gradients.of_layer`: each device has its own form of them.
 """
 
 from __future__ import annotations
@@ -19,32 +19,36 @@ __all__ = ["Gradients", "Kernels"]
 
 
 class Kernels:
-    """The operators of training in ``kernels/csrc/ops.cpp``, and PyTorch's own for what is a few numbers a channel."""
+    """The training operators of ``kernels/csrc/ops.cpp``, with PyTorch's own for the per-channel arithmetic."""
 
     def convolve(
         self, layer: Layer, source: Value, tensors: Sequence[Tensor | None], running: Any = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The convolution's output; ``[mean; variance]`` of it, or those that are given; ``[scale; shift]`` of the
-        batch norm behind it; the filters as :meth:`backward` may take them. ``tensors``: of the layer."""
+        """``y = conv2d([relu](scale * source + shift), weight) + bias``.
+
+        Returns:
+            y; ``[mean; variance]``, of y or given; ``[scale; shift]`` of the batch norm of y; filters that
+            :meth:`backward` can reuse, or None.
+        """
         weight, bias, gamma, beta, mean, var = tensors
         assert weight is not None
         algorithm = training_algorithm(weight, layer.stride, source.tensor)
-        y, moments = torch.ops.resnet_fast.conv_moments.default(
+        y, stats = torch.ops.resnet_fast.conv_moments.default(
             *source, weight, bias, layer.stride, layer.padding, algorithm, layer.batch_statistics
         )
         if mean is not None and var is not None:
-            moments = torch.stack((mean, var)).to(moments.dtype)
-        affine = self.affine(layer, moments, gamma, beta) if layer.normalized else None
-        return y, moments, affine, None
+            stats = torch.stack((mean, var)).to(stats.dtype)
+        affine = self.affine(layer, stats, gamma, beta) if layer.normalized else None
+        return y, stats, affine, None
 
-    def affine(self, layer: Layer, moments: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        """``[scale; shift]`` of batch norm with ``[mean; variance]``."""
-        mean, var = moments.unbind(0)
+    def affine(self, layer: Layer, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        """``[scale; shift]`` of batch norm with ``stats`` = ``[mean; variance]``."""
+        mean, var = stats.unbind(0)
         scale = (var + layer.eps).rsqrt_()
         if gamma is not None:
             scale = scale * gamma
         shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-        return torch.stack((scale, shift)).to(moments.dtype)
+        return torch.stack((scale, shift)).to(stats.dtype)
 
     def apply(self, value: Value, residual: Value | None = None) -> Tensor:
         """``[relu](scale * value + shift [+ residual])``"""
@@ -54,26 +58,28 @@ class Kernels:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
-    def sums(
-        self, grad: Tensor, positive: Tensor | None, affine: Tensor | None, ys: list[Tensor], moments: list[Tensor]
+    def bn_backward_reduce(
+        self, grad: Tensor, relu_source: Tensor | None, affine: Tensor | None, ys: list[Tensor], stats: list[Tensor]
     ) -> tuple[Tensor, Any]:
-        """``grad`` where the ReLU of ``[scale * ]positive[ + shift]`` let it pass; its sums, and those of
-        ``grad * (y - mean)`` for each of up to two ys."""
-        return torch.ops.resnet_fast.bn_backward_sums.default(grad, positive, affine, ys, moments)
+        """``g = grad * ([scale * ]relu_source[ + shift] > 0)``, and its reductions per channel.
 
-    def bias_sums(self, grad: Tensor) -> Any:
-        """The sums of ``grad`` alone."""
+        These are ``sum(g)``, and ``sum(g * (y - mean))`` for each of up to two ys.
+        """
+        return torch.ops.resnet_fast.bn_backward_sums.default(grad, relu_source, affine, ys, stats)
+
+    def bias_reduce(self, grad: Tensor) -> Any:
+        """The reduction ``sum(grad)`` alone."""
         return torch.ops.resnet_fast.channel_sums.default(grad).expand(2, -1)
 
-    def second(self, sums: Any) -> Any:
-        """The sums of a layer whose y was the second one."""
-        return sums[::2].clone()  # gradients of two parameters: no alias
+    def second_reduction(self, sums: Any) -> Any:
+        """Reductions for the layer whose y was the second of the ys."""
+        return sums[::2].clone()  # they become gradients of other parameters: no alias
 
     def gradients(
-        self, layers: list[Layer], pixels: list[int], moments: list[Tensor], tensors: list[Tensor | None], needed: Any
+        self, layers: list[Layer], pixels: list[int], stats: list[Tensor], tensors: list[Tensor | None], needed: Any
     ) -> Gradients:
-        """Of one backward. needed: of each layer, whether the gradient of its output is."""
-        return Gradients(layers, pixels, moments, tensors, needed)
+        """The per-channel gradients of one backward. needed: whether the gradient of each layer's output is."""
+        return Gradients(layers, pixels, stats, tensors, needed)
 
     def backward(
         self,
@@ -88,40 +94,45 @@ class Kernels:
         residual: Tensor | None,
         finish: bool,
         ys: list[Tensor],
-        moments: list[Tensor],
+        stats: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
-        """Gradients of source and weight for ``a * grad + b * (y - mean) + constant``, as far as they are needed. To
-        the first ``residual`` is added. With ``finish`` it goes on through :meth:`sums`, as what gave the source."""
+        """Gradients of source and weight from ``dy = a * grad + b * (y - mean) + constant``, where ``needs`` says so.
+
+        ``residual`` is added to the gradient of the source. With ``finish``, that gradient is complete and goes on
+        through :meth:`bn_backward_reduce` of the layer that computed the source.
+        """
         x, affine, relu = source
         need_x, need_weight = needs
         dx, dw, sums = torch.ops.resnet_fast.conv_backward.default(
             *(grad, y, coefficients, x, affine, relu, weight, layer.stride, layer.padding),
             training_algorithm(weight, layer.stride, x, True, need_x),
-            *(need_x, need_weight, residual, finish, ys, moments),
+            *(need_x, need_weight, residual, finish, ys, stats),
         )
         return dx if need_x else None, dw if need_weight else None, sums
 
 
 class Gradients:
-    """Of bias, gamma and beta of each layer, and the coefficients ``[a; b; constant; mean]`` of
-    ``dy = a * g + b * (y - mean) + constant``. They are begun for all layers in one call of each operator; b and the
-    constant then lack the sums of g as a factor."""
+    """Gradients of bias, gamma and beta, and the coefficients of ``dy = a * g + b * (y - mean) + constant``.
+
+    ``coefficients[i]`` is ``[a; b; constant; mean]``. One call of each operator prepares all layers; b and the constant
+    then lack one factor each, the reductions of g.
+    """
 
     def __init__(
         self,
         layers: list[Layer],
         pixels: list[int],
-        moments: list[Tensor],
+        stats: list[Tensor],
         tensors: list[Tensor | None],
         needed: Sequence[bool],
     ) -> None:
         self.layers, self.tensors = layers, tensors
-        self._gammas: list[tuple[int, Tensor, Tensor]] = []  # the layer, and the factors
+        self._gammas: list[tuple[int, Tensor, Tensor]] = []  # the layer, and the factors of its gradient
         self.coefficients: dict[int, Tensor] = {}
         normalized = [i for i, layer in enumerate(layers) if layer.normalized and needed[i]]
         if not normalized:
             return
-        means, variances = zip(*(moments[i].unbind(0) for i in normalized), strict=True)
+        means, variances = zip(*(stats[i].unbind(0) for i in normalized), strict=True)
         inv_std = torch._foreach_add(variances, [layers[i].eps for i in normalized])
         torch._foreach_rsqrt_(inv_std)
         gammas = [self._tensor(i, 2) for i in normalized]
@@ -142,8 +153,10 @@ class Gradients:
     def of_layer(
         self, i: int, sums: Any, needs: Sequence[bool]
     ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """The coefficients, without batch norm None; the gradients of bias, gamma and beta that are needed, but for
-        those of gamma, which are in :meth:`rest`."""
+        """The coefficients, None without batch norm; and the needed gradients of bias, gamma and beta.
+
+        sums: the layer's reductions. A gradient of gamma may be left to :meth:`rest`.
+        """
         of_g, of_gy, *_ = sums.unbind(0)
         coefficients, batch = self.coefficients.get(i), self.layers[i].batch_statistics
         if coefficients is not None and batch:
@@ -153,7 +166,7 @@ class Gradients:
         bias, gamma, beta = (self._tensor(i, k) for k in (1, 2, 3))
         of_bias = of_beta = None
         if need_bias and bias is not None:
-            # A bias before batch norm by batch statistics moves the mean along: its gradient is zero.
+            # Batch statistics absorb a bias before the batch norm: its gradient is zero.
             of_bias = of_g if coefficients is None else of_g * coefficients[0]
             of_bias = torch.zeros_like(bias) if batch else of_bias.to(bias.dtype)
         if need_gamma and gamma is not None:
@@ -163,7 +176,7 @@ class Gradients:
         return coefficients, (of_bias, None, of_beta)
 
     def rest(self) -> Iterable[tuple[int, Tensor]]:
-        """Gradients of gamma that :meth:`of_layer` left, by layer, once all of them were asked for."""
+        """Gradients of gamma that :meth:`of_layer` left, by layer; after the last layer."""
         if not self._gammas:
             return
         layers, sums, inv_std = zip(*self._gammas, strict=True)

@@ -1,4 +1,4 @@
-"""What forward and backward of a chain in training tell each other: its layers, its values, what is saved."""
+"""The data that forward and backward of chain training share: layers, values, saved tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...ops.spec import ConvSpec, conv_size
 
 __all__ = ["SAVED", "TENSORS", "Layer", "SavedTensors", "Value", "counts", "dense", "layers_of", "unpacked"]
 
-# Of each layer: weight, bias, gamma, beta, and the mean and variance that batch norm in eval mode is given.
+# Tensors of a layer: weight, bias, gamma, beta, and the running mean and variance where batch norm is in eval mode.
 TENSORS = 6
 
 
 class Layer(NamedTuple):
-    """A convolution with its batch norm, and what the forward and the backward must know of them beside tensors."""
+    """A convolution with its batch norm: all that forward and backward must know besides tensors."""
 
     source: int
     residual: int
@@ -31,20 +31,20 @@ class Layer(NamedTuple):
 
 
 class SavedTensors(NamedTuple):
-    """What the backward pass needs of the forward pass, a list over the layers each."""
+    """What the forward saves for the backward, by layer."""
 
-    ys: list[Tensor | None]  # None for a last one without batch norm: nothing reads it
-    sums: list[Tensor | None]  # values that are no batch norm of a y: residual sums
+    ys: list[Tensor | None]  # outputs of the convolutions; None for a last one without batch norm: nothing reads it
+    sums: list[Tensor | None]  # results that are not the batch norm of a y: residual sums
     scales: list[Tensor | None]  # [scale; shift]
-    moments: list[Tensor]  # [mean; variance]
-    filters: list[Tensor | None]  # as kernels read them; None for those that they make anew
+    stats: list[Tensor]  # [mean; variance]
+    filters: list[Tensor | None]  # as the kernels read them; None where they pack them again
 
 
 SAVED = len(SavedTensors._fields)
 
 
 class Value(NamedTuple):
-    """A chain's input or a layer's result: a tensor, or a convolution's output that is normalised where it is read."""
+    """A chain's input or a layer's result: a tensor, or a convolution's output, normalised where it is read."""
 
     tensor: Tensor
     scale_shift: Tensor | None = None
@@ -52,7 +52,7 @@ class Value(NamedTuple):
 
 
 def layers_of(specs: Sequence[ConvSpec], eps: list[float], normalized: list[bool], batch: list[bool]) -> list[Layer]:
-    """The convolutions of a chain with what training wants to know of their batch norms."""
+    """The layers of a chain: ``specs`` with the attributes of their batch norms."""
     return [
         Layer(
             *(spec.source, spec.residual, spec.relu, list(spec.kernel), list(spec.stride), list(spec.padding)),
@@ -64,17 +64,18 @@ def layers_of(specs: Sequence[ConvSpec], eps: list[float], normalized: list[bool
 
 def counts(layers: list[Layer], shape: torch.Size) -> list[int]:
     """Values per channel of each layer's output, for an input of ``shape``."""
-    maps = [tuple(shape[2:])]
+    sizes = [tuple(shape[2:])]
     for layer in layers:
-        sizes = zip(maps[layer.source], layer.padding, layer.kernel, layer.stride, strict=True)
-        maps.append(tuple(conv_size(*size) for size in sizes))
-    return [shape[0] * h * w for h, w in maps[1:]]
+        sides = zip(sizes[layer.source], layer.padding, layer.kernel, layer.stride, strict=True)
+        sizes.append(tuple(conv_size(*side) for side in sides))
+    return [shape[0] * h * w for h, w in sizes[1:]]
 
 
 def dense(t: Tensor) -> Tensor:
+    """``t`` in channels_last, a copy only if need be."""
     return t.contiguous(memory_format=torch.channels_last)
 
 
 def unpacked(t: Tensor | None) -> Any:
-    """A saved tensor as it was when it was saved: hooks of saved tensors may give it back in another layout."""
+    """A saved tensor in the layout it was saved in: saved-tensor hooks may have changed it."""
     return t if t is None else dense(t) if t.dim() == 4 else t.contiguous()

@@ -1,8 +1,8 @@
-"""The operators ``train_stage`` and ``train_stage_backward``: a chain in training mode for ``torch.compile``.
+"""Chain training as operators for ``torch.compile``: ``train_stage`` and ``train_stage_backward``.
 
-``train_stage(x, tensors, present, fields, eps, batch, recompute)`` is the chain of :mod:`.driver` on any
-device whose operators it finds. ``tensors`` are those of ``TENSORS`` a layer that ``present`` marks: lists of tensors
-have no gaps. ``fields`` are the integers of ``residual_stage``; ``batch`` says whose statistics are the batch's.
+``train_stage(x, tensors, present, fields, eps, batch, recompute)`` runs :mod:`.driver` on the device of ``x``.
+``tensors`` are those of ``TENSORS`` a layer that ``present`` marks, because a list of tensors has no gaps. ``fields``
+are the integers of ``residual_stage``; ``batch`` marks the layers normalised by batch statistics.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def _layers(present: list[bool], fields: list[int], eps: list[float], batch: lis
     return layers
 
 
-@lru_cache(maxsize=64)  # chains that run at about the same time
+@lru_cache(maxsize=64)  # more chains than a network has
 def _passes(present: tuple[bool, ...], fields: tuple[int, ...], eps: tuple[float, ...], batch: tuple[bool, ...]) -> Any:
     return Passes(_layers(list(present), list(fields), list(eps), list(batch)))
 
 
 def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
-    """The result; [mean; variance] of each layer; then what else the backward pass wants: ys and residual sums."""
+    """The result, [mean; variance] of each layer, and what else the backward needs: ys, then residual sums."""
     try:
         return _forward(x, tensors, *rest)
     except Exception:
@@ -55,8 +55,11 @@ def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
 def train_stage_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any
 ) -> list[Tensor]:
-    """Gradients of x and of ``tensors``, those that ``needs`` marks. ``saved``: the results of ``train_stage`` but the
-    first, and the first, too, where it is a residual sum that is not formed again."""
+    """Gradients of x and of ``tensors``, those that ``needs`` marks.
+
+    saved: the results of ``train_stage`` without the first; the first at the end, if it is a residual sum that is not
+    recomputed.
+    """
     try:
         return _gradients(grad, x, tensors, saved, *rest)
     except Exception:
@@ -67,7 +70,7 @@ def train_stage_backward(
 
 
 def _check(op: str, images: dict[str, list[Tensor]], tensors: list[Tensor], *settings: Any) -> None:
-    """Raises what is wrong with the arguments, by name, ``images`` among them."""
+    """Raises RuntimeError for the first wrong argument, by name; ``images``: image arguments by name."""
     present, fields, eps, batch = settings
     count = len(eps)
     for name, values, wanted in (
@@ -111,11 +114,11 @@ def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[
     if len(saved) < 2 * count - (not layers[-1].normalized):
         raise RuntimeError(f"{op}: kept has {len(saved)} items, fewer than train_stage gives for {count} layers")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for layer, weight, moments in zip(layers, weights, saved, strict=False):
-        check_tensor(f"{op}: kept", moments, ("x", x))
+    for layer, weight, stats in zip(layers, weights, saved, strict=False):
+        check_tensor(f"{op}: kept", stats, ("x", x))
         channels = weight.shape[0] if layer.normalized and weight is not None else 0
-        if moments.shape != (2, channels) or moments.dtype != dtype:
-            got = f"{list(moments.shape)} of {moments.dtype}"
+        if stats.shape != (2, channels) or stats.dtype != dtype:
+            got = f"{list(stats.shape)} of {stats.dtype}"
             raise RuntimeError(f"{op}: kept has {got}, want mean and variance, [2, {channels}] of {dtype}")
     sizes = [tuple(x.shape[2:])]
     for i, layer in enumerate(layers):
@@ -132,39 +135,39 @@ def _forward(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, recompute = rest
     out, saved = _passes(*map(tuple, settings)).forward(dense(x), _spread(tensors, settings[0]), recompute, ())
     inner = [s for s, y in zip(saved.sums[:-1], saved.ys, strict=False) if s is not None and s is not y]
-    return [out, *saved.moments, *(y for y in saved.ys if y is not None), *inner]
+    return [out, *saved.stats, *(y for y in saved.ys if y is not None), *inner]
 
 
 def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, needs = rest
     passes, spread = _passes(*map(tuple, settings)), _spread(tensors, settings[0])
     layers, count = passes.layers, len(passes.layers)
-    moments, images = list(map(unpacked, saved[:count])), map(unpacked, saved[count:])
+    stats, images = list(map(unpacked, saved[:count])), map(unpacked, saved[count:])
     ys = [next(images) if i < count - 1 or layer.normalized else None for i, layer in enumerate(layers)]
     sums: list[Tensor | None] = []
     for i, layer in enumerate(layers):
         lazy = layer.normalized and layer.residual < 0
         sums.append(None if lazy else next(images, None) if layer.residual >= 0 else ys[i])
-    nothing: list[Tensor | None] = [None] * count
+    missing: list[Tensor | None] = [None] * count
     wanted = iter(needs[1:])
     needed = [needs[0], *(there and next(wanted) for there in settings[0])]
-    whole = SavedTensors(ys, sums, nothing.copy(), moments, nothing)
-    found = passes.backward(dense(x), whole, spread, needed, grad)
-    return [g for g, need in zip(found, needed, strict=True) if need and g is not None]
+    complete = SavedTensors(ys, sums, missing.copy(), stats, missing)
+    grads = passes.backward(dense(x), complete, spread, needed, grad)
+    return [g for g, need in zip(grads, needed, strict=True) if need and g is not None]
 
 
 def _fake(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     *settings, recompute = rest
     layers, weights = _layers(*settings), _spread(tensors, settings[0])[::TENSORS]
-    images, moments = [x], []
+    images, stats = [x], []
     for layer, weight in zip(layers, weights, strict=True):
         assert weight is not None
         sizes = zip(images[layer.source].shape[2:], layer.padding, layer.kernel, layer.stride, strict=True)
         images.append(empty_image(x, weight.shape[0], *(conv_size(*size) for size in sizes)))
-        moments.append(statistics_rows(x, 2, weight.shape[0] if layer.normalized else 0))
+        stats.append(statistics_rows(x, 2, weight.shape[0] if layer.normalized else 0))
     ys = images[1:] if layers[-1].normalized else images[1:-1]
     sums = [] if recompute else [y for y, layer in zip(images[1:-1], layers, strict=False) if layer.residual >= 0]
-    return [torch.empty_like(t) for t in (images[-1], *moments, *ys, *sums)]
+    return [torch.empty_like(t) for t in (images[-1], *stats, *ys, *sums)]
 
 
 def _fake_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -187,14 +190,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, *saved = ctx.saved_tensors
     tensors, saved = saved[: ctx.count], saved[ctx.count :]
-    # As in eager PyTorch, given statistics have no gradient.
+    # As in PyTorch, given statistics have no gradient.
     parameters = [i % TENSORS < 4 for i, there in enumerate(ctx.settings[0]) if there]
     own = zip(ctx.needs_input_grad[1], parameters, strict=True)
     needs = [ctx.needs_input_grad[0], *(need and parameter for need, parameter in own)]
-    found: Any = iter([])
+    results: Any = iter([])
     if grads[0] is not None:
-        found = iter(torch.ops.resnet_fast.train_stage_backward(grads[0], x, tensors, saved, *ctx.settings, needs))
-    grad_x, *others = (next(found, None) if need else None for need in needs)
+        results = iter(torch.ops.resnet_fast.train_stage_backward(grads[0], x, tensors, saved, *ctx.settings, needs))
+    grad_x, *others = (next(results, None) if need else None for need in needs)
     return grad_x, others, None, None, None, None, None
 
 

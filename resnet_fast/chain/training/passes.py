@@ -1,4 +1,4 @@
-"""Forward and backward passes of a chain in training, on the kernels of the device that its images are on."""
+"""Forward and backward of a chain in training, on the device of its images; the autograd functions call it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _OPERATORS = Kernels()
 
 
 class Passes:
-    """Of one chain. On a GPU the launches of a pass are recorded, and replayed for other inputs of its kind."""
+    """Forward and backward of one chain. On a GPU the launches of a pass are recorded, then replayed from C++."""
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
         self._replayed: Any = None
 
     def _on_gpu(self, x: Tensor) -> Any:
-        """What replays, or None."""
+        """The chain's replayed passes where ``x`` is on a GPU, else None."""
         if backends.kind(x) != "cuda":
             return None
         if self._replayed is None:
@@ -34,7 +34,7 @@ class Passes:
         return self._replayed
 
     def updates_statistics(self, x: Tensor) -> bool:
-        """Whether the kernels for ``x`` update running statistics."""
+        """Whether the forward itself updates the running statistics."""
         return backends.kind(x) == "cuda"
 
     def forward(
@@ -49,7 +49,7 @@ class Passes:
     def backward(
         self, x: Tensor, saved: SavedTensors, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
     ) -> list[Tensor | None]:
-        """As :class:`.driver.ChainBackward`. Empties ``saved``, so that each map may go once the pass has gone by."""
+        """As :class:`.driver.ChainBackward`. Empties ``saved``, so that each activation is freed after its last use."""
         replayed = self._on_gpu(x)
         if replayed is not None:
             return replayed.backward(x, saved, tensors, needs, grad)

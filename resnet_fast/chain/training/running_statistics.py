@@ -1,8 +1,9 @@
-"""Running statistics of the batch norms of a chain in training, as ``nn.BatchNorm2d`` keeps them.
+"""Running statistics of the batch norms of a chain in training, updated as ``nn.BatchNorm2d`` does.
 
-    running = (1 - momentum) * running + momentum * batch,   the batch's variance unbiased
+    running = (1 - momentum) * running + momentum * batch,   with the unbiased variance of the batch
 
-Kernels that end the sums of a layer may do that on the way (:class:`Running`); the rest is done here.
+GPU kernels that finalize a layer's statistics also update its running ones (:class:`Running`); all others are updated
+here. :class:`.function.Program` calls it once a forward.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Running(NamedTuple):
-    """What a kernel updates."""
+    """The tensors of a batch norm that a kernel updates."""
 
     mean: Tensor  # float32 [C]
-    var: Tensor
-    momentum: Tensor  # float32 [1]: it may change
-    batches: Tensor  # int64 []: how many there were
+    var: Tensor  # float32 [C]
+    momentum: Tensor  # float32 [1], a tensor because it may change
+    batches: Tensor  # int64 [], num_batches_tracked
 
 
 class RunningStatistics:
-    """Of these batch norms, one a layer or None. ``batch``: whether a layer is normalised by the batch's statistics."""
+    """norms: the batch norm of each layer, or None. batch: whether a layer is normalised by batch statistics."""
 
     def __init__(self, norms: Sequence[nn.BatchNorm2d | None], batch: Sequence[bool]) -> None:
         self.norms, self.batch = norms, batch
         self.rounds = _rounds(norms)
-        self._writable: list[Any] = []  # what was found to be so
-        # For kernels: of what, and what was found.
+        self._writable: list[Any] = []  # buffers known to be writable
+        # Caches of for_kernels, each with the key that it is valid for.
         self._momenta: tuple[Any, Tensor] | None = None
         self._found: tuple[list[Any], list[Running | None]] | None = None
 
     def writable(self) -> bool:
-        """Whether they may be written: those made in inference mode, not outside of it."""
+        """Whether the buffers may be written: outside of inference mode, not those made in it."""
         if torch.is_inference_mode_enabled():
             return True
         own = (bn for bn, batch in zip(self.norms, self.batch, strict=True) if bn is not None and batch)
@@ -53,7 +54,7 @@ class RunningStatistics:
         return True
 
     def for_kernels(self, device: torch.device) -> list[Running | None]:
-        """Those that a kernel can update, by layer: float32 statistics on ``device`` that are no other batch norm's."""
+        """By layer, the tensors that a kernel can update: float32 on ``device``, shared with no other batch norm."""
         if len(self.rounds) != 1:
             return [None] * len(self.norms)
         norms: list[Any] = [self.norms[i] for i in self.rounds[0]]
@@ -73,11 +74,14 @@ class RunningStatistics:
             self._found = buffers, found
         return self._found[1]
 
-    def track(self, moments: list[Tensor], pixels: list[int], done: Sequence[Running | None]) -> None:
-        """All but what kernels have ``done``. moments: [mean; variance] of what each layer gave, ``pixels`` values."""
+    def track(self, stats: list[Tensor], pixels: list[int], done: Sequence[Running | None]) -> None:
+        """Updates all but those that kernels have ``done``.
+
+        stats: [mean; variance] of each layer's output. pixels: how many values per channel they are of.
+        """
         with torch.no_grad():
-            for places in self.rounds:
-                calls = [(self.norms[i], moments[i], pixels[i]) for i in places if not done or done[i] is None]
+            for layers in self.rounds:
+                calls = [(self.norms[i], stats[i], pixels[i]) for i in layers if not done or done[i] is None]
                 _track([call for call in calls if call[0] is not None and call[0].track_running_stats])
         written = [t for r in done if r is not None for t in (r.mean, r.var, r.batches)]
         if written:
@@ -89,7 +93,7 @@ def _plain(t: Tensor | None, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def held(module: nn.Module, name: str) -> Any:
-    """A parameter or buffer, as ``module.name`` finds it, without the search through all that a module has."""
+    """``module.name`` for a parameter or buffer, without the slow path through ``__getattr__``."""
     for store in (module._parameters, module._buffers):
         if name in store:
             return store[name]
@@ -97,25 +101,25 @@ def held(module: nn.Module, name: str) -> Any:
 
 
 def _memory(t: Tensor) -> Any:
-    """The same for tensors that share their memory, as far as the compiler lets one ask."""
+    """Equal for tensors that share memory; under the compiler, which cannot tell, for the same tensor."""
     return id(t) if torch.compiler.is_compiling() else t.data_ptr() or id(t)
 
 
-def kept_memory(bn: nn.BatchNorm2d) -> list[Any]:
-    """Where its statistics lie."""
+def buffer_memory(bn: nn.BatchNorm2d) -> list[Any]:
+    """Keys of the memory of its running statistics: equal keys mean shared buffers."""
     tensors = (bn.running_mean, bn.running_var, bn.num_batches_tracked)
     return [_memory(t) for t in tensors if t is not None]
 
 
 def _rounds(norms: Sequence[nn.BatchNorm2d | None]) -> list[list[int]]:
-    """Places of those that may keep statistics; in each round of updates none that shares them with another in it.
+    """Layers that track statistics, in rounds of updates; within a round no two share a buffer.
 
-    A batch norm may be called twice, or hold buffers of another one: the later call starts from what the earlier left.
+    A batch norm may be called twice, or share buffers with another: the later update starts from the earlier's result.
     """
     rounds: list[list[int]] = []
     last: dict[Any, int] = {}
     for i, bn in enumerate(norms):
-        memory = [] if bn is None or not bn.training else kept_memory(bn)
+        memory = [] if bn is None or not bn.training else buffer_memory(bn)
         if memory:
             turn = 1 + max(last.get(m, -1) for m in memory)
             last.update((m, turn) for m in memory)
@@ -126,7 +130,7 @@ def _rounds(norms: Sequence[nn.BatchNorm2d | None]) -> list[list[int]]:
 
 
 def _track(calls: list[Any]) -> None:
-    """calls: batch norms that share nothing, [mean; variance] of what each was given, and its pixels."""
+    """Updates batch norms that share nothing; calls: (batch norm, [mean; variance] of its input, pixels)."""
     counters = [n for n in (held(bn, "num_batches_tracked") for bn, *_ in calls) if n is not None]
     if counters:
         torch._foreach_add_(counters, 1)
@@ -150,8 +154,8 @@ def _track(calls: list[Any]) -> None:
 
 
 def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
-    """``momentum=None``: the plain mean of all batches, of which there must be a count. It stays a tensor, which graphs
-    can hold."""
+    """``momentum=None``: the cumulative average over all batches. Their count stays a tensor, so that CUDA graphs and
+    compiled graphs can capture it."""
     assert bn.num_batches_tracked is not None
     assert bn.running_mean is not None
     assert bn.running_var is not None

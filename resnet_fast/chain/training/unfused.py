@@ -1,4 +1,4 @@
-"""Eval mode with gradients where no kernels have the backward: a fused forward, whose gradients PyTorch computes."""
+"""Eval mode with gradients, without kernels for the backward: a fused forward, and PyTorch's own backward."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["UnfusedBackward"]
 
 
 class UnfusedBackward(torch.autograd.Function):
-    """A chain in eval mode whose gradient someone may want: fused forward; the backward runs it again, unfused.
+    """``forward(chain, x, autocast, *sources) -> out``: fused; the backward runs the chain again, unfused.
 
-    Kept are the input and the tensors that the chain was packed from, not the module, which may be in training mode or
-    changed in other ways by then. Eval mode keeps no statistics, so running it again gives the same values. Where the
-    backward itself is to be differentiated, that run stays connected with what the chain was called with.
+    Saved are the input and the tensors that the chain was packed from, not the module, which may have changed by then.
+    Eval mode updates no statistics, so the second run gives the same values. Where the backward is differentiated in
+    turn, that run is connected with the saved tensors.
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class UnfusedBackward(torch.autograd.Function):
 
 
 def _unfused(specs: Sequence[ConvSpec], eps: list[float], x: Tensor, *sources: Any) -> Tensor:
-    """The chain on PyTorch's own operators; ``sources`` are those of all layers in a row."""
+    """The chain on PyTorch's own operators; ``sources``: six tensors a layer, in a row."""
     values = [x]
     for i, (spec, epsilon) in enumerate(zip(specs, eps, strict=True)):
         weight, bias, gamma, beta, mean, var = sources[i * 6 : (i + 1) * 6]

@@ -1,4 +1,4 @@
-"""Which tiles of the CUDA C++ convolution may run a layer, and which of them a model of its cost expects to be best.
+"""Tiles of the CUDA C++ convolution that can run a layer, ranked by a cost model; candidates for :mod:`..tune`.
 
 The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/conv/conv_plan.h``, asked for through the
 extension: there is one copy of them. The model needs no GPU.
@@ -22,7 +22,7 @@ _LOADS = ("halo", "gather", "scalar")
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of ``conv_bn_relu_tiles``; a block computes at most ``pixels``, and works as for ``least`` of them."""
+    """A row of ``conv_bn_relu_tiles``; a block computes at most ``pixels``, at the cost of at least ``least``."""
 
     load: str
     simt: bool  # exact float32 on the FMA units
@@ -46,7 +46,7 @@ def tiles() -> tuple[Tile, ...]:
 
 @dataclass(frozen=True)
 class CudaConfig:
-    """A block computes ``tile_pixels`` pixels with tile ``tile``; ``splits`` blocks share a sum."""
+    """A block computes ``tile_pixels`` pixels with tile ``tile``; split-K over ``splits`` blocks."""
 
     tile: int
     tile_pixels: int
@@ -60,7 +60,7 @@ class CudaConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch: its grid is ``(blocks, splits)``; the workspace of split sums; and what the kernel is told."""
+    """A launch: its grid is ``(blocks, splits)``; with the split-K workspace and the kernel's argument struct."""
 
     blocks: int
     threads: int
@@ -71,20 +71,20 @@ class Plan:
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Plan | None:
-        """What the extension says of a launch; None where it says nothing."""
+        """The plan that the extension returned; None if it returned nothing."""
         if not numbers:
             return None
         blocks, threads, shared, partial_floats, counters, *args = numbers
         return cls(blocks, threads, shared, partial_floats, counters, tuple(args))
 
 
-# Where each field of ConvArgs lies that is asked for here.
+# Index in ConvArgs of a field that the model reads.
 _K_BLOCKS = 18
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(layer: Layer, config: CudaConfig, aligned: bool = True, vectors: bool = True) -> Plan | None:
-    """The launch of a layer, or None where the tile cannot compute it.
+    """The launch of a layer, or None if the tile cannot compute it.
 
     aligned: input and filters begin at multiples of 16 bytes. vectors: residual and output do, too.
     """
@@ -100,18 +100,18 @@ def plan(layer: Layer, config: CudaConfig, aligned: bool = True, vectors: bool =
 
 
 def estimate(layer: Layer, config: CudaConfig, gpu: Gpu) -> float:
-    """Clocks of the busiest multiprocessor, by the rule of :func:`.triton.estimate`; good for ranking alone."""
+    """Clocks of the busiest multiprocessor, by the rule of :func:`.triton.estimate`; for ranking only."""
     made, tile = plan(layer, config), tiles()[config.tile]
     assert made is not None
     load = made.blocks * config.splits / gpu.multiprocessors
-    rounds = math.ceil(load) + 0.1 * load  # of two that take the same rounds, the one with less work
+    rounds = math.ceil(load) + 0.1 * load  # with equal rounds, prefer less work
     k_blocks = -(-made.args[_K_BLOCKS] // config.splits)
     taps = layer.kernel[0] * layer.kernel[1] if tile.load == "halo" else 1
     row = k_blocks * taps * tile.row_bytes  # bytes of a pixel along k
     pixels = max(tile.least, -(-config.tile_pixels // (16 * tile.warps_m)) * 16 * tile.warps_m)
     rate = 64 if tile.simt else 1024 * 2 / layer.dtype.itemsize
     multiply = pixels * tile.channels * row / layer.dtype.itemsize / rate
-    # One element at a time: some 8 instructions on 4 schedulers of 32 lanes.
+    # Scalar loads: some 8 instructions an element, on 4 schedulers of 32 lanes.
     if tile.load == "scalar":
         multiply += (pixels + tile.channels) * row / layer.dtype.itemsize * 8 / 128
     reads = (pixels * tile.warps_n + tile.channels * tile.warps_m) * row / 128
@@ -120,7 +120,7 @@ def estimate(layer: Layer, config: CudaConfig, gpu: Gpu) -> float:
     cached = fetched / (2800 / gpu.multiprocessors)
     sums = 4 * pixels * tile.channels
     partial = 2 * sums / (2800 / gpu.multiprocessors) if config.splits > 1 else 0
-    start = 1500  # until the first operands are there, and from the last product to the end
+    start = 1500  # prologue and epilogue: until the first operands arrive, and after the last mma
     return rounds * (max(multiply, reads + fetched / 128, cached) + partial + start)
 
 
@@ -129,7 +129,7 @@ _RUNS = 6
 
 
 def _configs(layer: Layer, gpu: Gpu, load: str) -> Iterator[CudaConfig]:
-    """All that fit a multiprocessor, with tiles that are not much wider than the layer."""
+    """All configurations that fit a multiprocessor, with tiles not much wider than the layer."""
     simt = layer.dtype == torch.float32 and layer.precision == "ieee"
     fits = [i for i, t in enumerate(tiles()) if t.simt == simt and t.load == load]
     fits = [i for i in fits if plan(layer, CudaConfig(i, min(16, tiles()[i].pixels))) is not None]
@@ -140,7 +140,7 @@ def _configs(layer: Layer, gpu: Gpu, load: str) -> Iterator[CudaConfig]:
             continue
         fewest = -(-layer.pixels // t.pixels)
         for runs in range(fewest, fewest + _RUNS):
-            # Pixels shared out evenly, in eights: rows of eight are what a load of fragments takes.
+            # Distribute the pixels evenly, in multiples of 8: ldmatrix loads 8 rows.
             pixels = min(t.pixels, -(-layer.pixels // (8 * runs)) * 8)
             for splits in _SPLITS:
                 config = CudaConfig(i, pixels, splits)
@@ -154,7 +154,7 @@ def _configs(layer: Layer, gpu: Gpu, load: str) -> Iterator[CudaConfig]:
 def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
     """The configurations worth a measurement, at most ``most``, best expected first.
 
-    Halos fall out where an image is too wide for shared memory; elements go one by one only where they must.
+    Halo tiles do not fit where an image is too wide for shared memory; scalar loads are the last resort.
     """
     found = [*_configs(layer, gpu, "halo"), *_configs(layer, gpu, "gather")] or list(_configs(layer, gpu, "scalar"))
     unique = list(dict.fromkeys(found))
@@ -162,5 +162,5 @@ def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
 
 
 def default(layer: Layer, gpu: Gpu) -> CudaConfig:
-    """What runs where nothing may be measured."""
+    """The configuration where nothing may be measured."""
     return candidates(layer, gpu, 1)[0]

@@ -1,4 +1,4 @@
-"""Which tiles of the 3x3 convolution for Hopper, with wgmma, may run a layer, and which a model of its cost prefers.
+"""Tiles of the 3x3 wgmma convolution for Hopper that can run a layer, ranked by a cost model.
 
 The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/hopper/conv_halo_plan.h``, asked for
 through the extension. They have run in a simulator alone: they are candidates of a measurement, never a default.
@@ -35,7 +35,7 @@ def tiles() -> tuple[Tile, ...]:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile ``halo``; ``splits`` blocks share a sum."""
+    """Tile ``halo``; split-K over ``splits`` blocks."""
 
     halo: int
     splits: int = 1
@@ -46,14 +46,13 @@ class HopperConfig:
         return f"wgmma halo {64 * t.warpgroups}x{t.positions}{split}"
 
 
-# Of a tile.
-KERNELS = 6
-# Where fields of HaloArgs lie that are asked for here.
+KERNELS = 6  # of a tile
+# Indices in HaloArgs of fields that are read here.
 _CHUNK, _CHUNKS = 13, 14
 
 
 def computes(layer: Layer) -> bool:
-    """Whether there are such kernels for the layer, if its sizes fit: 3x3, stride 1 or 2, padding 1, 16 bits."""
+    """Whether the kernels compute such layers, if the sizes fit: 3x3, stride 1 or 2, padding 1, 16 bits."""
     return (
         layer.role == "conv_bn_relu"
         and layer.dtype in (torch.float16, torch.bfloat16)
@@ -66,7 +65,7 @@ def computes(layer: Layer) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def plan(layer: Layer, config: HopperConfig) -> Plan | None:
-    """The launch of a layer, or None where the tile cannot compute it. Operands begin at multiples of 16 bytes."""
+    """The launch of a layer, or None if the tile cannot compute it. Operands are aligned to 16 bytes."""
     if not computes(layer):
         return None
     sizes = (layer.batch, layer.height, layer.width, layer.channels, layer.out_channels, layer.stride[0])
@@ -76,14 +75,14 @@ def plan(layer: Layer, config: HopperConfig) -> Plan | None:
 
 
 def instance(layer: Layer, config: HopperConfig) -> int:
-    """The kernel's number: six to a tile, for strides 1 and 2, and slices of 64, 32 and 16 channels."""
+    """The kernel's number: six a tile, for strides 1 and 2, and slices of 64, 32 and 16 channels."""
     made = plan(layer, config)
     assert made is not None
     return KERNELS * config.halo + 3 * (layer.stride[0] - 1) + (64, 32, 16).index(made.args[_CHUNK])
 
 
 def estimate(layer: Layer, config: HopperConfig, gpu: Gpu) -> float:
-    """Clocks of the busiest multiprocessor, computed: no such kernel has been timed. Good for ranking alone."""
+    """Clocks of the busiest multiprocessor, computed: no such kernel has been timed. For ranking only."""
     made, tile = plan(layer, config), tiles()[config.halo]
     assert made is not None
     blocks = made.blocks * config.splits
@@ -91,7 +90,7 @@ def estimate(layer: Layer, config: HopperConfig, gpu: Gpu) -> float:
     rounds = math.ceil(load) + 0.1 * load
     chunk, parts = made.args[_CHUNK], -(-made.args[_CHUNKS] // config.splits)
     rows = 64 * tile.warpgroups
-    # 2048 products a clock; of shared memory 128 bytes, each operand once a step of a warpgroup.
+    # 2048 multiply-accumulates and 128 bytes of shared memory a clock; a warpgroup reads each operand once a step.
     multiply = 9 * parts * chunk * rows * tile.positions / 2048
     reads = 9 * parts * chunk * 2 * tile.warpgroups * (64 + tile.positions) / 128
     halo = layer.stride[0] ** 2 * tile.positions + 2 * (layer.width + 1)

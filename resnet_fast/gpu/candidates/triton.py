@@ -1,7 +1,7 @@
-"""Which tiles a convolution may run with on which GPU, and which of them a model of its cost expects to be best.
+"""Tiles of the Triton convolutions for each family of GPUs, ranked by a cost model; candidates for :mod:`..tune`.
 
-The lists are short, because each entry is compiled and measured once for each shape on the user's GPU; every entry says
-why it is there. The model needs no GPU: it counts clocks of the busiest multiprocessor.
+The lists are short, because the user's GPU compiles and measures the candidates once for each shape; each entry states
+its purpose. The model needs no GPU: it counts clocks of the busiest multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["Config", "candidates", "default", "estimate"]
 
 @dataclass(frozen=True)
 class Config:
-    """A block computes ``block_m`` pixels x ``block_n`` channels, ``block_k`` products at a time, in ``num_warps``
-    warps with ``num_stages`` slices of its operands on the way; ``split_k`` blocks share a sum."""
+    """A block computes ``block_m`` pixels x ``block_n`` channels in steps of ``block_k`` along K, by ``num_warps``
+    warps, with ``num_stages`` slices of the operands in flight; split-K over ``split_k`` blocks."""
 
     block_m: int
     block_n: int
@@ -38,70 +38,70 @@ class Config:
         return -(-layer.pixels // self.block_m) * -(-layer.out_channels // self.block_n) * self.split_k
 
     def steps(self, layer: Layer) -> int:
-        """Slices of ``block_k`` products that a sum has."""
+        """Steps of ``block_k`` along K."""
         return -(-layer.products // self.block_k)
 
 
-# (block_m, block_n, num_warps): why. The products of a step come from _block_k.
+# (block_m, block_n, num_warps), with the purpose of each. block_k comes from _block_k.
 _TILES: dict[int, list[tuple[int, int, int]]] = {
     80: [
-        (256, 64, 4),  # 64 x 64 for each warp: below 2 wavefronts of shared memory for each mma; 64 channels at once
-        (128, 128, 4),  # the same warps, for 128 channels and more
-        (128, 64, 4),  # twice the blocks, where pixels are few
-        (64, 128, 2),  # again 64 x 64 for each warp; 7 x 7 maps, where 128 rows would be a third empty
+        (256, 64, 4),  # 64 x 64 a warp: less than 2 shared-memory wavefronts an mma; layers of 64 channels
+        (128, 128, 4),  # the same warp tile, for 128 channels and more
+        (128, 64, 4),  # twice the blocks, for few pixels
+        (64, 128, 2),  # again 64 x 64 a warp; 7 x 7 images, where a third of 128 rows would be empty
         (64, 64, 2),  # small batches
-        (256, 32, 4),  # layers of 32 channels: each filter once for many pixels
+        (256, 32, 4),  # layers of 32 channels: each filter is read once for many pixels
         (256, 16, 4),  # layers of 16 channels
     ],
     90: [
         (128, 128, 8),  # wide layers: two warpgroups of 64 x 128
-        (256, 64, 8),  # 64 channels at once, many pixels
+        (256, 64, 8),  # layers of 64 channels, many pixels
         (128, 64, 4),  # twice the blocks
-        (64, 128, 4),  # 7 x 7 maps
-        (64, 64, 4),  # small batches: 64 rows are the least a warpgroup takes
+        (64, 128, 4),  # 7 x 7 images
+        (64, 64, 4),  # small batches: 64 rows are the minimum of a warpgroup
         (128, 32, 4),
         (128, 16, 4),
     ],
     100: [
         (128, 128, 8),  # wide layers: 128 rows fill the tensor memory's lanes
-        (256, 64, 8),  # 64 channels at once, many pixels
+        (256, 64, 8),  # layers of 64 channels, many pixels
         (128, 64, 4),  # twice the blocks
-        (64, 128, 4),  # 7 x 7 maps
+        (64, 128, 4),  # 7 x 7 images
         (64, 64, 4),  # small batches
         (128, 32, 4),
         (128, 16, 4),
     ],
 }
-# On 8.x operands pass through registers: in 32 bits they leave room for 64 sums a thread.
+# On 8.x operands pass through registers: 32-bit ones leave room for 64 accumulators a thread.
 _TF32_TILES = [
     (128, 128, 8),  # wide layers
-    (128, 64, 4),  # 64 channels at once
+    (128, 64, 4),  # layers of 64 channels
     (64, 64, 4),  # small batches
     (128, 32, 4),
     (128, 16, 4),
 ]
-# Where a step mixes taps and channels, the offsets of all its elements are computed anew and take the registers.
+# A step over taps and channels together recomputes the offsets of all its elements, which take registers.
 _MIXED_TILES = [
     (128, 64, 8),  # stems
     (64, 64, 4),  # small batches
     (128, 32, 4),
     (128, 16, 4),
 ]
-# Exact float32 runs on the plain units; a thread holds 32 sums.
+# Exact float32 runs on the FMA units, with 32 accumulators a thread.
 _EXACT_TILES = [(64, 64, 4), (128, 32, 4), (128, 16, 4)]
 _SPLITS = (2, 3, 4, 6, 8)
 
 
 def tables() -> str:
-    """All lists of tiles, as a text that changes with them."""
+    """All lists of tiles as text, to detect that they have changed."""
     return repr([_TILES, _TF32_TILES, _MIXED_TILES, _EXACT_TILES, _TRAINING_TILES, _SPLITS])
 
 
 def _block_k(layer: Layer, family: int) -> int:
-    """Products a step. They come as whole cache lines where the channels allow it: 64 of 16 bits, 32 of 32 bits.
+    """``block_k``: whole cache lines if the channels allow it, 64 of 16 bits or 32 of 32 bits.
 
-    On 8.x 32 of 16 bits: the same traffic, and room for another stage. Where no such slice divides the channels, the
-    kernel mixes taps and channels in steps of 32.
+    On 8.x 32 of 16 bits: the same traffic, and room for another stage. If no such slice divides the channels, the
+    kernel steps over taps and channels together, 32 at a time.
     """
     narrow = layer.dtype.itemsize == 2
     most = 16 if not narrow and layer.precision == "ieee" else 64 if narrow and family >= 90 else 32
@@ -109,13 +109,13 @@ def _block_k(layer: Layer, family: int) -> int:
 
 
 def _stages(tile: tuple[int, int, int], block_k: int, itemsize: int, shared: int) -> int:
-    """Up to 4, as far as the slices of both operands fit shared memory, with room for two blocks where 3 are enough."""
+    """Pipeline stages: 4 if two such blocks fit in ``shared`` bytes, else 3 if one block fits, else 2."""
     slice_bytes = (tile[0] + tile[1]) * block_k * itemsize
     return 4 if 4 * slice_bytes <= shared // 2 else 3 if 3 * slice_bytes <= shared else 2
 
 
 def tiles(layer: Layer, gpu: Gpu) -> Iterator[Config]:
-    """Every tile of the list that suits the layer's channels, with undivided sums."""
+    """All tiles of the list that suit the layer's channels, without split-K."""
     block_k = _block_k(layer, gpu.family)
     if layer.dtype == torch.float32 and layer.precision == "ieee":
         shapes = _EXACT_TILES
@@ -129,17 +129,17 @@ def tiles(layer: Layer, gpu: Gpu) -> Iterator[Config]:
     suitable = [t for t in shapes if t[1] <= padded]
     widest = max(t[1] for t in suitable)
     for tile in suitable:
-        # Narrow tiles read the input once for every block_n channels: they are for narrow layers.
+        # Tiles reread the input for every block_n channels: narrow ones are for narrow layers.
         if tile[1] >= min(widest, 64):
             yield Config(*tile[:2], block_k, tile[2], _stages(tile, block_k, layer.dtype.itemsize, gpu.shared))
 
 
 def estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
-    """Clocks of the busiest multiprocessor; good for ranking alone.
+    """Clocks of the busiest multiprocessor; for ranking only.
 
-    The larger of: the products at 1024 multiply-adds of 16 bits a clock; both operands through shared memory at 128
-    bytes a clock (written once, read once for each warp's share); and all reads of the operands through the
-    second-level cache at its share of 2800 bytes a clock. Split sums are written and read once more.
+    The maximum of: the arithmetic at 1024 16-bit multiply-accumulates a clock; both operands through shared memory at
+    128 bytes a clock (written once, read once for each warp that uses them); and all reads of the operands from the
+    second-level cache at its share of 2800 bytes a clock. Split-K writes and reads the partial sums once more.
     """
     rounds = -(-config.blocks(layer) // gpu.multiprocessors)
     steps = -(-config.steps(layer) // config.split_k)
@@ -160,12 +160,13 @@ def estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
 
 
 def measured_estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
-    """The same for wgmma on Hopper in 16 bits, with constants fitted to times of 104 layers of ImageNet networks on an
-    H200: the fastest of the six configurations that :func:`estimate` likes best is among its first two, but for 0.03%
-    of a layer's time on average and 3.4% of one (by the order of :func:`estimate` 0.44% and 12%).
+    """:func:`estimate` for 16-bit wgmma on Hopper, with constants fitted to 104 ImageNet layers timed on an H200.
 
-    Products at 512 multiply-adds a clock, a third fewer where a tile has less than 128 channels; operands through
-    shared memory at 256 bytes a clock, through the second-level cache at its share of 4000.
+    Of the six configurations that :func:`estimate` ranks first, the better of the two that this ranks first loses 0.03%
+    to the fastest on average, and 3.4% at most (0.44% and 12% by the ranking of :func:`estimate`).
+
+    512 multiply-accumulates a clock, a third fewer for tiles of less than 128 channels; operands through shared memory
+    at 256 bytes a clock, and from the second-level cache at its share of 4000.
     """
     blocks, count = config.blocks(layer), gpu.multiprocessors
     rounds = (-(-blocks // count) + max(1.0, blocks / count)) / 2  # the last one may be short
@@ -181,11 +182,11 @@ def measured_estimate(layer: Layer, config: Config, gpu: Gpu) -> float:
     return rounds * (max(multiply, shared, cached) + ends + split) + (6000 if config.split_k > 1 else 0)
 
 
-# Of so many that the model likes best, so many are compiled and measured; on Hopper by a model that knows more.
-_LIKED, _MEASURED, _MEASURED_ON_HOPPER = 6, 4, 2
+# Of the _RANKED that estimate ranks first, so many are measured; on Hopper those that measured_estimate ranks first.
+_RANKED, _MEASURED, _MEASURED_ON_HOPPER = 6, 4, 2
 
 
-def candidates(layer: Layer, gpu: Gpu, most: int = _LIKED) -> list[Config]:
+def candidates(layer: Layer, gpu: Gpu, most: int = _RANKED) -> list[Config]:
     """The configurations worth a measurement, at most ``most``, best expected first."""
     if layer.role != "conv_bn_relu":
         return training_candidates(layer, gpu)[:most]
@@ -199,20 +200,23 @@ def candidates(layer: Layer, gpu: Gpu, most: int = _LIKED) -> list[Config]:
             found += [
                 Config(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, s) for s in splits
             ]
-    found = sorted(found, key=lambda c: (estimate(layer, c, gpu), c.blocks(layer)))[:_LIKED]
+    found = sorted(found, key=lambda c: (estimate(layer, c, gpu), c.blocks(layer)))[:_RANKED]
     if gpu.family != 90 or layer.dtype == torch.float32:
         return found[: min(most, _MEASURED)]
     return sorted(found, key=lambda c: measured_estimate(layer, c, gpu))[: min(most, _MEASURED_ON_HOPPER)]
 
 
-# Kernels of training hold more registers: operands are normalised on their way, so they pass through them, and a
-# gradient is made of two maps. (block_m, block_n, num_warps), as above, for few blocks last.
+# Training kernels use more registers: operands are normalised in registers, and dy is computed from two tensors.
+# (block_m, block_n, num_warps) as above; the tiles for few blocks are last.
 _TRAINING_TILES = [(128, 64, 8), (64, 64, 4), (128, 32, 4), (64, 32, 4), (64, 16, 4)]
 
 
 def training_candidates(layer: Layer, gpu: Gpu) -> list[Config]:
-    """Tiles of the kernels with batch norm at their ends. Of a weight gradient, ``block_m`` are output channels and
-    ``block_n`` input channels of one tap, ``block_k`` pixels, and ``split_k`` blocks share the pixels."""
+    """Tiles of the training kernels, which have batch norm in prologue and epilogue.
+
+    For a weight gradient, ``block_m`` are output channels, ``block_n`` input channels of one tap, ``block_k`` pixels,
+    and ``split_k`` blocks share the pixels.
+    """
     exact = layer.dtype == torch.float32 and layer.precision == "ieee"
     if layer.role == "weight gradient":
         taps = layer.kernel[0] * layer.kernel[1]
@@ -220,14 +224,14 @@ def training_candidates(layer: Layer, gpu: Gpu) -> list[Config]:
         for side in (64, 32):
             m, n = (max(16, min(side, 1 << (c - 1).bit_length())) for c in (layer.out_channels, layer.channels))
             blocks = -(-layer.out_channels // m) * -(-layer.channels // n) * taps
-            # Sums of 1024 pixels at least, and as many blocks as two rounds of the GPU have.
+            # At least 1024 pixels a block, and at most two rounds of blocks.
             splits = max(1, min(layer.pixels // 1024, 2 * gpu.multiprocessors // blocks))
             found.append(Config(m, n, 16 if exact else 32, 4, 2, splits))
         return list(dict.fromkeys(found))
     columns = layer.channels if layer.role == "data gradient" else layer.out_channels
-    products = layer.out_channels if layer.role == "data gradient" else layer.channels
+    reduced = layer.out_channels if layer.role == "data gradient" else layer.channels
     padded = max(16, 1 << (columns - 1).bit_length())
-    block_k = next((k for k in (32, 16) if products % k == 0), 32)
+    block_k = next((k for k in (32, 16) if reduced % k == 0), 32)
     suitable = [t for t in _TRAINING_TILES if t[1] <= padded and (not exact or t[0] * t[1] <= 4096)]
     widest = max(t[1] for t in suitable)
     found = [Config(m, n, min(block_k, 16) if exact else block_k, w, 2) for m, n, w in suitable if n == min(widest, 64)]
@@ -235,5 +239,5 @@ def training_candidates(layer: Layer, gpu: Gpu) -> list[Config]:
 
 
 def default(layer: Layer, gpu: Gpu) -> Config:
-    """What runs where nothing may be measured: inside a CUDA graph's capture, or with tuning switched off."""
+    """The configuration where nothing may be measured: within a CUDA graph's capture, or with tuning switched off."""
     return candidates(layer, gpu, 1)[0]

@@ -1,5 +1,5 @@
 """``flatten(avg_pool2d(x, kernel, stride), 1)`` by the CUDA C++ kernel of
-``kernels/csrc/cuda/avg_pool_flatten.cuh``: what stands before the classifier, without the copy that flattens."""
+``kernels/csrc/cuda/avg_pool_flatten.cuh``: the pooling before a classifier, without a copy to flatten it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STRUCT = "10i"
 
 
 def kernel_name(dtype: torch.dtype) -> str:
-    """Under this name the launch seam knows a kernel."""
+    """The kernel's name in the launch seam."""
     return f"avg_pool_flatten_fwd_kernel<{str(dtype).removeprefix('torch.')}, 0>"
 
 
 def suits(x: Tensor) -> bool:
-    """Whether the kernel takes ``x``: four dimensions, dense in channels_last, pixels in packs of 16 bytes."""
+    """Whether the kernel takes ``x``: four dimensions, dense channels_last, aligned pixels of whole 16 bytes."""
     return (
         x.dim() == 4
         and x.dtype in DTYPES
@@ -44,9 +44,9 @@ def _strides(shape: torch.Size) -> tuple[int, int, int, int]:
 
 
 def avg_pool_flatten(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """``torch.flatten(F.avg_pool2d(x, kernel, stride), 1)``, of ``x`` that :func:`suits`.
+    """``torch.flatten(F.avg_pool2d(x, kernel, stride), 1)``, for ``x`` that :func:`suits`.
 
-    x: ``[N, C, H, W]`` -> ``[N, C * ceil((H - kernel[0] + 1) / stride[0]) * ...]``, same dtype, sums in float32.
+    ``[N, C, H, W] -> [N, C * ceil((H - kernel[0] + 1) / stride[0]) * ...]``, same dtype, float32 accumulators.
     """
     n, c, h, w = x.shape
     for size, k, s in zip((h, w), kernel, stride, strict=True):
@@ -69,6 +69,6 @@ def _start(grid: tuple[int, ...], block: tuple[int, ...], shared: int, args: tup
 
 
 def register() -> None:
-    """Tells the launch seam of the kernels that the extension holds."""
+    """Registers the extension's kernels with the launch seam."""
     for dtype in DTYPES:
         launch.gpu.register(kernel_name(dtype), _start)

@@ -19,7 +19,7 @@ _ALIGN = 16
 
 
 def kernel_name(dtype: torch.dtype, tile: int) -> str:
-    """Under this name the launch seam knows a kernel."""
+    """The kernel's name in the launch seam."""
     return f"conv_bn_relu_fwd_kernel<{str(dtype).removeprefix('torch.')}, {tile}>"
 
 
@@ -27,14 +27,14 @@ def _aligned(*tensors: Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % _ALIGN == 0 for t in tensors)
 
 
-# For each device behind the launch seam, by GPU, stream and whether that is being captured: the capture, and counters.
-_Kept = dict[tuple[int, int, bool], tuple[int, Tensor]]
-_counters: weakref.WeakKeyDictionary[launch.Device, _Kept] = weakref.WeakKeyDictionary()
+# By (GPU, stream, whether it is being captured): the capture, and the counters; for each device of the launch seam.
+_Counters = dict[tuple[int, int, bool], tuple[int, Tensor]]
+_counters: weakref.WeakKeyDictionary[launch.Device, _Counters] = weakref.WeakKeyDictionary()
 _FEWEST = 4096
 
 
 def _stream(x: Tensor) -> tuple[int, int, int]:
-    """The GPU of ``x``, the stream of its launches, and the capture of a CUDA graph that this takes part in, or 0."""
+    """The GPU of ``x``, its current stream, and the CUDA graph capture that the stream is part of, or 0."""
     if not x.is_cuda:  # simulated
         return 0, 0, 0
     stream, capture = torch.ops.resnet_fast.current_capture(x)
@@ -42,24 +42,24 @@ def _stream(x: Tensor) -> tuple[int, int, int]:
 
 
 def counters_of(x: Tensor, count: int) -> Tensor:
-    """At least ``count`` integers, all zero whenever a kernel on the current stream begins: kernels leave them so.
+    """At least ``count`` integers that are zero before every kernel on the current stream: kernels reset them.
 
-    They are kept, so that no launch has to zero them. Kernels that may run at the same time do not share them: each
-    stream has its own, and so has each graph, which may be replayed on any stream. Those of a graph are made inside of
-    its capture, in its own memory, and zeroed once in it, before the first kernel that takes them: whatever else lies
-    there between two replays does no harm.
+    They are cached, so that no launch needs a memset. Kernels that may run at the same time must not share them: each
+    stream has its own, and so does each CUDA graph, which may be replayed on any stream. A graph's counters are
+    allocated within its capture, in its memory, and zeroed there by the graph before the first kernel that uses them,
+    so that other uses of that memory between two replays do no harm.
     """
-    kept = _counters.setdefault(launch.device(), {})
+    cached = _counters.setdefault(launch.device(), {})
     device, stream, capture = _stream(x)
     if capture == 0:
-        kept.pop((device, stream, True), None)  # that capture is over
+        cached.pop((device, stream, True), None)  # that capture is over
     key = (device, stream, capture != 0)
-    known, counters = kept.get(key, (0, None))
+    known, counters = cached.get(key, (0, None))
     if counters is None or known != capture or counters.numel() < count:
-        # A tensor made in inference mode could not be written outside of it.
+        # A tensor made in inference mode cannot be written outside of it.
         with torch.inference_mode(False), launch.unrecorded():
             counters = torch.zeros(max(count, _FEWEST), dtype=torch.int32, device=x.device)
-        kept[key] = capture, counters
+        cached[key] = capture, counters
     return counters
 
 
@@ -75,9 +75,9 @@ def conv_bn_relu(
 ) -> None:
     """Writes ``[relu](conv2d(x, weight) * scale + shift [+ residual])`` to ``y``; arguments as for the Triton kernel.
 
-    Split sums meet in a workspace of float32, with :func:`counters_of` blocks that have arrived.
+    Split-K reduces float32 partial sums in a workspace; :func:`counters_of` count the blocks that have arrived.
     """
-    # Tiles that copy 16 bytes at a time need them aligned; slices that are not get a copy that is.
+    # Tiles that load 16 bytes at a time need aligned operands: copy views that are not.
     if not _aligned(x) and tiles()[config.tile].load != "scalar":
         x = x.clone(memory_format=torch.channels_last)
     if not _aligned(weight) and tiles()[config.tile].load != "scalar":
@@ -107,7 +107,7 @@ def _launcher(tile: int) -> Any:
 
 
 def register() -> None:
-    """Tells the launch seam of the kernels that the extension holds."""
+    """Registers the extension's kernels with the launch seam."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for i, tile in enumerate(tiles()):
             if not tile.simt or dtype == torch.float32:

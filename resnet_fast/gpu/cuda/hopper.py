@@ -19,7 +19,7 @@ __all__ = ["conv_bn_relu", "kernel_name", "verify"]
 
 
 def kernel_name(dtype: torch.dtype, number: int) -> str:
-    """Under this name the launch seam knows a kernel."""
+    """The kernel's name in the launch seam."""
     return f"conv_halo_fwd_kernel<{str(dtype).removeprefix('torch.')}, {number}>"
 
 
@@ -35,7 +35,8 @@ def conv_bn_relu(
 ) -> None:
     """Writes ``[relu](conv2d(x, weight) * scale + shift [+ residual])`` to ``y``; arguments as for the Triton kernel.
 
-    ``y`` must be aligned to 16 bytes; others are copied if they are not. Split sums meet in a workspace of float32.
+    ``y`` must be aligned to 16 bytes; other operands are copied if they are not. Split-K reduces float32 partial sums
+    in a workspace.
     """
     made = plan(layer, config)
     if made is None:
@@ -59,9 +60,9 @@ def conv_bn_relu(
 
 @functools.cache
 def verify(layer: Layer, config: HopperConfig, device: torch.device) -> None:
-    """Raises RuntimeError unless ``config`` computes ``layer`` exactly on numbers for which all sums are.
+    """Raises RuntimeError unless ``config`` computes ``layer`` exactly on small integers, whose sums are exact.
 
-    Once for each: a measurement begins with it, since no GPU has run these kernels in the tests of a release.
+    Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
     """
 
     def whole(most: int, *shape: int) -> Tensor:
@@ -91,7 +92,7 @@ def _launcher(tile: int) -> Any:
 
 
 def register() -> None:
-    """Tells the launch seam of the kernels that the extension holds."""
+    """Registers the extension's kernels with the launch seam."""
     for dtype in (torch.float16, torch.bfloat16):
         for i in range(KERNELS * len(tiles())):
             launch.gpu.register(kernel_name(dtype, i), _launcher(i // KERNELS))

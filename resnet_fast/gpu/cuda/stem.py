@@ -22,13 +22,13 @@ __all__ = ["StemPlan", "conv_bn_relu_pool", "kernel_name", "kernel_of", "plan", 
 _ALIGN = 16
 _CHANNELS = 3
 _FILTERS = 64  # output channels of a block
-# Window, stride and padding of the pooling that a kernel has, by whether its windows overlap.
+# The poolings that kernels have, as window, stride and padding, and whether their windows overlap.
 _POOLS: dict[tuple[int, ...], int] = {(2, 2, 2, 2, 0, 0): 0, (3, 3, 2, 2, 1, 1): 1}
 _STRUCT = "4q20i"
 
 
 def kernel_name(dtype: torch.dtype, kernel: int) -> str:
-    """Under this name the launch seam knows a kernel."""
+    """The kernel's name in the launch seam."""
     return f"conv_bn_relu_pool_fwd_kernel<{str(dtype).removeprefix('torch.')}, {kernel}>"
 
 
@@ -59,8 +59,8 @@ def kernel_of(layer: Layer, pool: Sequence[int]) -> int | None:
 def pooled_layer(
     specs: tuple[ConvSpec, ...], shape: torch.Size, dtype: torch.dtype, precision: str, pool: tuple[int, ...]
 ) -> Layer | None:
-    """The one layer of the chain ``specs`` for ``x`` of ``shape``, where there is a kernel for it and ``pool`` behind
-    it; or None."""
+    """The layer of the one-layer chain ``specs`` for ``x`` of ``shape``, if a kernel computes it with ``pool``; else
+    None."""
     found = _layer_and_kernel(specs, shape, dtype, precision, pool)
     return None if found is None or not launch.has_cuda(kernel_name(dtype, found[1])) else found[0]
 
@@ -81,7 +81,7 @@ def _layer_and_kernel(
 
 @dataclass(frozen=True)
 class StemPlan:
-    """A launch: its grid is ``(blocks, groups of 64 filters)``; and what the kernel is told."""
+    """A launch: its grid is ``(blocks, groups of 64 filters)``; with the kernel's argument struct."""
 
     blocks: int
     threads: int
@@ -93,10 +93,9 @@ class StemPlan:
 def plan(
     layer: Layer, kernel: int, strides: tuple[int, ...], aligned: bool, gpu: Gpu, rows: int = 0, tiles: int = 0
 ) -> StemPlan | None:
-    """The launch of a layer for an input of these strides, or None where nothing fits the GPU's shared memory.
+    """The launch of a layer for an input of these strides, or None if nothing fits the GPU's shared memory.
 
-    rows, tiles: pooled rows of a warp, and tiles of eight pooled pixels that it goes across; 0 where a model of the
-    cost chooses.
+    rows, tiles: pooled rows of a warp, and tiles of eight pooled pixels across; 0 to let a cost model choose.
     """
     args = [
         *(*strides, layer.batch, layer.height, layer.width, layer.out_channels, *layer.padding, int(layer.relu)),
@@ -107,8 +106,8 @@ def plan(
     )
     if not numbers:
         return None
-    blocks, threads, shared, *told = numbers
-    return StemPlan(blocks, threads, shared, tuple(told))
+    blocks, threads, shared, *args = numbers
+    return StemPlan(blocks, threads, shared, tuple(args))
 
 
 def conv_bn_relu_pool(
@@ -116,9 +115,9 @@ def conv_bn_relu_pool(
 ) -> None:
     """Writes ``max_pool2d([relu](conv2d(x, weight) * scale + shift))`` to ``y``.
 
-    layer: of three channels, 7x7 or 3x3 filters, stride 2. x: ``[N, 3, H, W]`` in any layout; what is not NCHW or
-    channels_last with 16-byte rows is read element by element. weight: ``[K, R, S, 3]``; scale, shift: float32 ``[K]``.
-    pool: window, stride and padding, 2x2 / 2 / 0 or 3x3 / 2 / 1. y: channels_last, ``[N, K, ...]``.
+    layer: three channels, 7x7 or 3x3 filters, stride 2. x: ``[N, 3, H, W]`` in any layout; unless it is NCHW or
+    channels_last with 16-byte rows, it is read element by element. weight: ``[K, R, S, 3]``; scale, shift: float32
+    ``[K]``. pool: window, stride and padding, 2x2 / 2 / 0 or 3x3 / 2 / 1. y: channels_last, ``[N, K, ...]``.
 
     Raises:
         RuntimeError: no kernel computes this.
@@ -151,7 +150,7 @@ def _launcher(kernel: int) -> Any:
 
 
 def register() -> None:
-    """Tells the launch seam of the kernels that the extension holds."""
+    """Registers the extension's kernels with the launch seam."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for (_, _, simt), kernel in _kernels().items():
             if not simt or dtype == torch.float32:
