@@ -16,7 +16,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("kernels/csrc")
-CLONE = runpy.run_path(str(ROOT / "resnet_fast/clone.py"))  # the package itself wants torch
+CLONE = runpy.run_path(str(ROOT / "resnet_fast/backends/clone.py"))  # the package itself wants torch
 # The stable ABI as of this release is used, whatever torch the build finds: the result loads into it and later ones.
 ABI_FLOOR = (2, 11)
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"

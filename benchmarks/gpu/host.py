@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import resnet_fast
-from resnet_fast import backends, launch
+from resnet_fast import backends
+from resnet_fast.backends import launch
 from resnet_fast.gpu.tape import Tape
 
 NETWORKS = ("ResNet32", "resnet18", "resnet50", "cifar_resnet32")

@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_bn_add_relu(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? running_mean, Tensor? running_var, float eps, int[2] stride, int[2] padding) -> Tensor");
 
-  // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
+  // Batch norm folded into the weights, in the layout that conv_chain reads. It depends on the CPU: never store it.
   // algorithm: 0 for direct convolution; for 3x3 filters with stride 1 also 1 for Winograd's F(4x4, 3x3), and 2 for the
   // same with filters that are transformed when they are used, a quarter of the size. 3 and 4 multiply in bfloat16, for
   // activations in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
   // A chain of convolutions, one packed filter and kLayerFields integers (cpu/conv/chain.h) each.
-  m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers, int[] pool=[]) -> Tensor");
+  m.def("conv_chain(Tensor x, Tensor[] filters, int[] layers, int[] pool=[]) -> Tensor");
 
   // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
   // packs; the last map, or where classes > 0 the scores of a linear layer behind its average pooling. CUDA only.
@@ -47,37 +47,38 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // Training. A batch norm is [scale; shift] of its convolution's output y, applied where y is read.
   // y = conv2d([relu](scale * x + shift), weight, bias), and [mean; variance] of y
   m.def(
-      "conv_moments(Tensor x, Tensor? scale_shift, bool relu, Tensor weight, Tensor? bias, int[2] stride, int[2] "
-      "padding, int algorithm, bool moments) -> (Tensor, Tensor)");
+      "conv_bn_stats(Tensor x, Tensor? scale_shift, bool relu, Tensor weight, Tensor? bias, int[2] stride, int[2] "
+      "padding, int algorithm, bool stats) -> (Tensor, Tensor)");
   // [relu](scale * y + shift [+ residual [* its scale + its shift]])
   m.def("bn_apply(Tensor y, Tensor scale_shift, Tensor? residual, Tensor? residual_scale_shift, bool relu) -> Tensor");
-  // g = grad where positive [* scale + shift] > 0, else 0, and its sums over pixels: of g, and of g * (y - mean) for
-  // up to two ys; means are [mean; variance].
+  // g = grad where relu_source [* scale + shift] > 0, else 0, and its sums over pixels: of g, and of g * (y - mean) for
+  // up to two ys; stats are [mean; variance].
   m.def(
-      "bn_backward_sums(Tensor grad, Tensor? positive, Tensor? scale_shift, Tensor[] ys, Tensor[] means) -> (Tensor, "
+      "bn_backward_reduce(Tensor grad, Tensor? relu_source, Tensor? scale_shift, Tensor[] ys, Tensor[] stats) -> "
+      "(Tensor, "
       "Tensor)");
   // Sums over images and pixels: the gradient of a bias.
   m.def("channel_sums(Tensor grad) -> Tensor");
-  // Gradients of conv_moments' convolution for dy = a * grad + b * (y - mean) + constant, coefficients = [a; b;
+  // Gradients of conv_bn_stats' convolution for dy = a * grad + b * (y - mean) + constant, coefficients = [a; b;
   // constant; mean], or for dy = grad: of its input before scale_shift is applied to it (plus residual), and of the
-  // weight. With finish, the first goes on through bn_backward_sums.
+  // weight. With reduce, the first goes on through bn_backward_reduce.
   m.def(
       "conv_backward(Tensor grad, Tensor? y, Tensor? coefficients, Tensor x, Tensor? scale_shift, bool relu, Tensor "
       "weight, int[2] stride, int[2] padding, int algorithm, bool need_x, bool need_weight, Tensor? residual, bool "
-      "finish, Tensor[] ys, Tensor[] means) -> (Tensor, Tensor, Tensor)");
+      "reduce, Tensor[] ys, Tensor[] stats) -> (Tensor, Tensor, Tensor)");
 
   // Max pooling, and for its backward the place of each result in its window, two in a byte. CPU only.
   m.def("max_pool(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> (Tensor, Tensor)");
   m.def(
-      "max_pool_backward(Tensor grad, Tensor places, int[2] size, int[2] kernel, int[2] stride, int[2] padding) -> "
+      "max_pool_backward(Tensor grad, Tensor argmax, int[2] size, int[2] kernel, int[2] stride, int[2] padding) -> "
       "Tensor");
 
-  // A chain of those as one operator for torch.compile, in Python (resnet_fast/train_stage.py).
+  // A chain of those as one operator for torch.compile, in Python (resnet_fast/chain/training/operator.py).
   m.def(
-      "train_stage(Tensor x, Tensor[] tensors, bool[] present, int[] fields, float[] eps, bool[] batch, bool "
+      "train_chain(Tensor x, Tensor[] tensors, bool[] present, int[] fields, float[] eps, bool[] batch, bool "
       "recompute) -> Tensor[]");
   m.def(
-      "train_stage_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] kept, bool[] present, int[] fields, "
+      "train_chain_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] saved, bool[] present, int[] fields, "
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
 
   // conv_bn_relu on CUDA devices: the tiles (cuda/conv/conv_plan.h); the geometry of a launch as [blocks, threads,

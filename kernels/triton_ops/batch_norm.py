@@ -1,7 +1,7 @@
 """Batch norm of a training chain on NVIDIA GPUs, as passes over rows [pixels, channels], which are dense.
 
     bn_apply            [relu](scale * y + shift [+ residual [* its scale + its shift]])
-    bn_backward_sums    g = grad where the ReLU passed; partial sums of g, and of g * (y - mean) for up to two ys
+    bn_backward_reduce    g = grad where the ReLU passed; partial sums of g, and of g * (y - mean) for up to two ys
     bn_input_gradient   a * g + b * (y - mean) + constant
 
 A pass reads each activation once and writes its result once. The convolutions of :mod:`.implicit_gemm` do the same to
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fast import launch
+from resnet_fast.backends import launch
 
 from .tiles import WARPS, reduction, tiling, vector_hint
 
@@ -87,7 +87,7 @@ def _bn_input_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "vectors", "rows"])
-def _bn_backward_sums_kernel(
+def _bn_backward_reduce_kernel(
     grad,
     added,
     relu_source,
@@ -186,7 +186,7 @@ def bn_input_gradient(grad: Tensor, y: Tensor, coefficients: Tensor, dy: Tensor)
     )
 
 
-def bn_backward_sums(
+def bn_backward_reduce(
     grad: Tensor,
     added: Tensor | None,
     relu_source: Tensor | None,
@@ -207,7 +207,7 @@ def bn_backward_sums(
     y, y2 = [*ys, None, None][:2]
     stats1, stats2 = [*stats, None, None][:2]
     launch.launch(
-        _bn_backward_sums_kernel,
+        _bn_backward_reduce_kernel,
         plan.grid,
         (grad, added, relu_source, scale_shift, y, y2, stats1, stats2, out, partial, m, channels // vector, plan.rows),
         SAME=same,

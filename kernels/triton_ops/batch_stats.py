@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fast import launch
+from resnet_fast.backends import launch
 
 from .finalize import PartialStats
 from .tiles import WARPS, reduction, vector_hint

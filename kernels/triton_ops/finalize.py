@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fast import launch
+from resnet_fast.backends import launch
 
 from .tiles import WARPS, cdiv
 

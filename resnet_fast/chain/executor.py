@@ -274,7 +274,7 @@ class ChainExecutor:
             )
             for conv, bn in recorder.pairs
         ]
-        y = torch.ops.resnet_fast.residual_stage(x, filters, encode(recorder.specs))
+        y = torch.ops.resnet_fast.conv_chain(x, filters, encode(recorder.specs))
         return y if channels_last else self._laid_out(y, x, recorder.specs, recorder.pairs)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..native import extension
+from ..backends.native import extension
 from . import patches
 
 __all__ = ["DROPOUTS", "HOOKS", "StalenessGuard", "attributes", "hooks_reason", "refresh", "touched"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..native import extension
+from ..backends.native import extension
 from ..ops.spec import encode
 from . import devices
 from .cpu_algorithm import COMPACT_WINOGRAD, DIRECT, WINOGRAD, algorithms
@@ -99,8 +99,8 @@ class Chain:
             return self.gpu.run(x, pool)
         # No gradient flows through this call: skip the operator's autograd key, which runs Python.
         with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.resnet_fast.residual_stage(x, self.filters(x), self.layers, pool)
+            y = torch.ops.resnet_fast.conv_chain(x, self.filters(x), self.layers, pool)
             # Winograd spreads a NaN over its whole tile, further than the filter's window: compute directly.
             if extension.take_spread():
-                y = torch.ops.resnet_fast.residual_stage(x, self.filters(x, direct=True), self.layers, pool)
+                y = torch.ops.resnet_fast.conv_chain(x, self.filters(x, direct=True), self.layers, pool)
         return y

@@ -84,7 +84,7 @@ def flat_average(pool: nn.Module, x: Tensor) -> Tensor | None:
         or backends.kind(x) != "cuda"
         or torch.compiler.is_compiling()
         or not backends.has_kernel("avg_pool_flatten_launch", "cuda")
-        or not backends.has_kernel("residual_stage", "cuda")  # the launchers
+        or not backends.has_kernel("conv_chain", "cuda")  # the launchers
         or backends.selected() not in ("auto", "cuda")
         or (torch.is_grad_enabled() and x.requires_grad)
         or type(x) is not Tensor

@@ -118,7 +118,7 @@ def sources_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> list[Tensor | None
 
 def operator(training: bool) -> str:
     """The operator that a chain cannot run without."""
-    return "conv_moments" if training else "residual_stage"
+    return "conv_bn_stats" if training else "conv_chain"
 
 
 class ChainRecorder:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import backends, launch
+from .. import backends
+from ..backends import launch
 from ..ops.arguments import DTYPES
 from .guard import StalenessGuard
 from .record import operator

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import backends
-from ..native import extension
+from ..backends.native import extension
 from . import system
 
 __all__ = ["diagnosis"]

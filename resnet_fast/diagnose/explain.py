@@ -260,7 +260,7 @@ def _chain_rows(event: _Event, names: dict[Any, str], runs: int) -> list[Row]:
     chain: Chain = event.module._chain
     recorder = ChainRecorder()  # for the modules of the chain
     event.module.emit(recorder, 0)
-    run = torch.ops.resnet_fast.residual_stage
+    run = torch.ops.resnet_fast.conv_chain
     autocast = autocast_dtype(event.x)
     exact = torch.float64 in (event.x.dtype, chain.dtype)
     x = event.x.to(chain.dtype if autocast is None or exact else autocast)

@@ -20,7 +20,7 @@ from ..ops.spec import FOLDED, ConvSpec, encode
 from . import plan, residual_network, tune
 from .cuda import stem as cuda_stem
 from .layer import precision
-from .operators import residual_stage, run_steps, steps
+from .operators import conv_chain, run_steps, steps
 from .packing import packed, scale_shift
 from .tape import Tapes
 
@@ -64,7 +64,7 @@ class GpuChain:
         return self.tapes.run(x, (*self._key(x), "scores"), lambda: self.run_stages(x, stages, head))
 
     def run_layers(self, x: Tensor) -> Tensor:
-        """One launch a convolution. Caches the steps that the operator ``residual_stage`` derives at each call."""
+        """One launch a convolution. Caches the steps that the operator ``conv_chain`` derives at each call."""
         key = self._key(x)
         planned = self._steps.get(key)
         if planned is None:
@@ -91,7 +91,7 @@ class GpuChain:
 
     def _run_pooled(self, x: Tensor, pool: Sequence[int]) -> Tensor:
         filters = [self._filter(i, x.dtype, False) for i in range(len(self.sources))]
-        return residual_stage(x, filters, self.layers, pool)
+        return conv_chain(x, filters, self.layers, pool)
 
     def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
         """The stages of the chain, if each can run as one launch on the GPU of ``x`` and that is faster; else None."""
@@ -100,7 +100,7 @@ class GpuChain:
         found = residual_network.stages(self.specs, x.shape[1:], x.dtype)
         if found is None or not residual_network.runs(found, x.dtype):
             return None
-        if x.shape[0] == 0 or not backends.has_kernel("residual_stage", "cuda"):
+        if x.shape[0] == 0 or not backends.has_kernel("conv_chain", "cuda"):
             return found
         forms: dict[str, Callable[[], object]] = {
             tune.STAGES: lambda: self.run_stages(x, found),

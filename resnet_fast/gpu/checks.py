@@ -75,9 +75,9 @@ def check_rows(op: str, name: str, t: Tensor | None, rows: int, like: Tensor) ->
         )
 
 
-def check_sums(op: str, like: tuple[str, Tensor], ys: list[Tensor], means: list[Tensor]) -> None:
-    if len(ys) != len(means) or len(ys) > 2:
-        fail(op, f"there are {len(ys)} ys and {len(means)} means, want as many of both, at most 2")
-    for y, mean in zip(ys, means, strict=True):
+def check_sums(op: str, like: tuple[str, Tensor], ys: list[Tensor], stats: list[Tensor]) -> None:
+    if len(ys) != len(stats) or len(ys) > 2:
+        fail(op, f"there are {len(ys)} ys and {len(stats)} stats, want as many of both, at most 2")
+    for y, mean in zip(ys, stats, strict=True):
         check_image(op, "ys", y, like)
-        check_rows(op, "means", mean, 2, like[1])
+        check_rows(op, "stats", mean, 2, like[1])

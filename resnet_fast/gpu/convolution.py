@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, launch
+from .. import backends
+from ..backends import launch
 from ..ops.spec import empty_image
-from . import library
+from . import library, tune
 from .candidates.cuda import CudaConfig
 from .candidates.hopper import HopperConfig
 from .candidates.triton import Config
 from .cuda import conv as cuda_conv
 from .cuda import hopper as hopper_conv
 from .layer import Layer, layer_of, precision
-from .tune import LIBRARY, Choice, tuner
+from .tune import LIBRARY, Choice
 
 __all__ = ["Filter", "choose", "layer_of", "precision", "prepare", "run", "trials", "wants_folded"]
 
@@ -82,7 +83,7 @@ def _library(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None) 
 
 def choose(layer: Layer, device: torch.device) -> Choice:
     """What runs ``layer`` on ``device``; measured on random operands if it is not known."""
-    return tuner(device).choose(layer, lambda: trials(layer, device), _named())
+    return tune.tuner(device).choose(layer, lambda: trials(layer, device), _named())
 
 
 def wants_folded(layer: Layer, device: torch.device) -> bool:
@@ -130,7 +131,7 @@ def prepare(layers: Sequence[Layer], device: torch.device) -> None:
     """Compiles the Triton kernels that choosing for ``layers`` may run, in parallel: one by one takes a minute."""
     if launch.is_simulated():
         return
-    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tuner(device).wanted(layer, _named())]
+    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tune.tuner(device).wanted(layer, _named())]
     compiled = [(layer, c) for layer, c in wanted if isinstance(c, Config)]
     if len(compiled) < 2:
         return

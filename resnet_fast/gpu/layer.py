@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import launch
+from ..backends import launch
 
 __all__ = ["A100", "Gpu", "Layer", "gpu_of", "layer_of", "precision"]
 
@@ -28,7 +28,7 @@ class Layer:
     precision: str  # of the multiplications: "tf32" or "ieee" in float32, "ieee" otherwise
     residual: bool
     relu: bool
-    role: str = "conv_bn_relu"  # in training: "conv_moments", "data gradient" or "weight gradient"
+    role: str = "conv_bn_relu"  # in training: "conv_bn_stats", "data gradient" or "weight gradient"
     folded: bool = False  # whether batch norm's scale may be folded into the filters, which rounds them once more
     shifted: bool = True  # whether a shift is added here; if not, the layer that reads the result may add it
 

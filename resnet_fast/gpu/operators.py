@@ -95,7 +95,7 @@ _NO_POOL = (
 )
 
 
-def residual_stage(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
+def conv_chain(x: Tensor, filters: list[Tensor], layers: list[int], pool: Sequence[int] = ()) -> Tensor:
     if pool and len(filters) == 1:
         return _pooled_stage(x, filters[0], decode(layers), pool)
     planned = steps(x, filters, decode(layers))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import launch
+from ..backends import launch
 
 __all__ = ["Buffer", "Call", "Launch", "LaunchRecorder", "arrange"]
 

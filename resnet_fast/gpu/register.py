@@ -19,7 +19,7 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 """Python implementations of the operators of ``torch.ops.resnet_fast`` on CUDA devices, by name."""
 
 # They need the kernels of Triton or of CUDA C++, either will do.
-_CONVOLUTIONS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "residual_stage")
+_CONVOLUTIONS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "conv_chain")
 _LAUNCHES = (
     "conv_bn_relu_launch",
     "conv_bn_relu_pool_launch",

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import launch
+from ..backends import launch
 from ..ops.chain import cuda_unpack
 from ..ops.spec import RELU, ConvSpec, decode, empty_image
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, launch
-from ..native import extension
+from .. import backends
+from ..backends import launch
+from ..backends.native import extension
 from .recorder import Launch, LaunchRecorder
 
 __all__ = ["Tape", "Tapes", "record"]

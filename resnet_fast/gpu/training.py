@@ -47,7 +47,7 @@ class _GpuKernels(Kernels):
         packed = filters.packed(weight, x.dtype)
         y, partial = training.convolve(
             *(x, source.scale_shift, source.relu, weight, packed, bias, layer.stride, layer.padding),
-            moments=layer.batch_statistics,
+            stats=layer.batch_statistics,
         )
         stats, affine = torch.empty(2, 0, device=x.device), None
         if partial is not None:
@@ -94,13 +94,13 @@ class _GpuKernels(Kernels):
         filters: Tensor | None,
         needs: tuple[bool, bool],
         residual: Tensor | None,
-        finish: bool,
+        reduce: bool,
         ys: list[Tensor],
         stats: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         dx, dw, partial = training.gradients(
             *(grad, y, coefficients, *source, weight, filters, layer.stride, layer.padding),
-            *(*needs, residual, finish, ys, stats),
+            *(*needs, residual, reduce, ys, stats),
         )
         return dx, dw, None if partial is None else _PartialSums(partial)
 

@@ -22,10 +22,11 @@ from .._triton.finalize import PartialStats, finalize_stats, finalize_sums
 from ..ops.conv_autograd import fake_conv
 from ..ops.conv_gradient import convolution_backward
 from ..ops.training import statistics_rows
+from . import tune
 from .candidates.triton import Config
 from .checks import check_algorithm, check_dtype, check_image, check_pixels, check_rows, check_sums, fail
 from .layer import Layer, layer_of
-from .tune import LIBRARY, Choice, tuner
+from .tune import LIBRARY, Choice
 
 
 def _layer(
@@ -46,14 +47,14 @@ def convolve(
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
-    moments: bool,
+    stats: bool,
 ) -> tuple[Tensor, PartialStats | None]:
     """``y = conv2d([relu](scale * x + shift), weight) + bias``, and partial sums of the statistics of y.
 
     filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
     already.
     """
-    op = "conv_moments"
+    op = "conv_bn_stats"
     check_image(op, "x", x)
     check_dtype(f"{op}: weight", weight)
     shaped = weight.to(x.dtype) if filters is None else filters
@@ -61,7 +62,7 @@ def convolve(
     if bias is not None and bias.shape != (weight.shape[0],):
         fail(op, f"bias has shape {tuple(bias.shape)}, want ({weight.shape[0]},)")
     check_rows(op, "scale_shift", scale_shift, 2, x)
-    if moments and x.shape[0] == 0:
+    if stats and x.shape[0] == 0:
         fail(op, "x has no images, want at least one for mean and variance")
     if min(*x.shape[2:], *y.shape[2:]) < 1:
         fail(op, f"x is {x.shape[2]} x {x.shape[3]}, smaller than the filter")
@@ -73,13 +74,13 @@ def convolve(
     def run(choice: Choice) -> tuple[Tensor, PartialStats | None]:
         if isinstance(choice, Config):
             rows = own.permute(0, 2, 3, 1)
-            return y, forward.conv_bn_stats(layer, choice, x, scale_shift, rows, bias, y, moments)
-        return forward.aten(layer, x, scale_shift, own, bias, moments)
+            return y, forward.conv_bn_stats(layer, choice, x, scale_shift, rows, bias, y, stats)
+        return forward.aten(layer, x, scale_shift, own, bias, stats)
 
-    return run(tuner(x.device).choose(layer, lambda: [run]))
+    return run(tune.tuner(x.device).choose(layer, lambda: [run]))
 
 
-def conv_moments(
+def conv_bn_stats(
     x: Tensor,
     scale_shift: Tensor | None,
     relu: bool,
@@ -88,12 +89,12 @@ def conv_moments(
     stride: list[int],
     padding: list[int],
     algorithm: int,
-    moments: bool,
+    stats: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_algorithm("conv_moments", algorithm)
-    y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, moments)
+    check_algorithm("conv_bn_stats", algorithm)
+    y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, stats)
     if found is None:
-        return y, statistics_rows(x, 2, weight.shape[0] if moments else 0)
+        return y, statistics_rows(x, 2, weight.shape[0] if stats else 0)
     return y, finalize_stats(found)[0]
 
 
@@ -114,25 +115,25 @@ def bn_apply(
 
 
 def sums(
-    grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
+    grad: Tensor, relu_source: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], stats: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """``g = grad`` where the ReLU passed, and partial sums of ``g`` and of ``g * (y - mean)`` for each of ``ys``."""
-    op = "bn_backward_sums"
+    op = "bn_backward_reduce"
     check_image(op, "grad", grad)
-    if positive is not None:
-        check_image(op, "positive", positive, ("grad", grad))
+    if relu_source is not None:
+        check_image(op, "relu_source", relu_source, ("grad", grad))
     check_rows(op, "scale_shift", scale_shift, 2, grad)
-    check_sums(op, ("grad", grad), ys, means)
+    check_sums(op, ("grad", grad), ys, stats)
     out = torch.empty_like(grad)
     if grad.numel() == 0:
         return out, torch.empty(0, 1 + len(ys), grad.shape[1], dtype=torch.float32, device=grad.device)
-    return out, _sums(grad, None, positive, scale_shift, ys, means, out)
+    return out, _sums(grad, None, relu_source, scale_shift, ys, stats, out)
 
 
-def bn_backward_sums(
-    grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
+def bn_backward_reduce(
+    grad: Tensor, relu_source: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], stats: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    out, partial = sums(grad, positive, scale_shift, ys, means)
+    out, partial = sums(grad, relu_source, scale_shift, ys, stats)
     return out, finalize_sums(partial)
 
 
@@ -144,15 +145,15 @@ def channel_sums(grad: Tensor) -> Tensor:
 def _sums(
     grad: Tensor,
     added: Tensor | None,
-    positive: Tensor | None,
+    relu_source: Tensor | None,
     scale_shift: Tensor | None,
     ys: list[Tensor],
-    means: list[Tensor],
+    stats: list[Tensor],
     out: Tensor,
 ) -> Tensor:
-    images = [None if t is None else as_rows(t) for t in (added, positive)]
-    return batch_norm.bn_backward_sums(
-        as_rows(grad), *images, scale_shift, [as_rows(y) for y in ys], means, as_rows(out)
+    images = [None if t is None else as_rows(t) for t in (added, relu_source)]
+    return batch_norm.bn_backward_reduce(
+        as_rows(grad), *images, scale_shift, [as_rows(y) for y in ys], stats, as_rows(out)
     )
 
 
@@ -170,11 +171,11 @@ def gradients(
     need_x: bool,
     need_weight: bool,
     residual: Tensor | None,
-    finish: bool,
+    reduce: bool,
     ys: list[Tensor],
-    means: list[Tensor],
+    stats: list[Tensor],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and of the weight, in its dtype and layout; with ``finish``, also partial sums of the first.
+    """Gradients of x and of the weight, in its dtype and layout; with ``reduce``, also partial sums of the first.
 
     filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
     already.
@@ -194,13 +195,13 @@ def gradients(
     check_rows(op, "scale_shift", scale_shift, 2, x)
     if residual is not None:
         check_image(op, "residual", residual, ("x", x))
-    check_sums(op, ("x", x), ys, means)
-    if finish and not need_x:
-        fail(op, "finish without need_x")
+    check_sums(op, ("x", x), ys, stats)
+    if reduce and not need_x:
+        fail(op, "reduce without need_x")
     if min(x.numel(), grad.numel()) == 0:
         nothing = torch.zeros(0, 1 + len(ys), x.shape[1], dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if residual is None else residual.clone()
-        return dx if need_x else None, torch.zeros_like(weight) if need_weight else None, nothing if finish else None
+        return dx if need_x else None, torch.zeros_like(weight) if need_weight else None, nothing if reduce else None
 
     own = packed(weight, x.dtype) if filters is None else filters
 
@@ -218,15 +219,15 @@ def gradients(
         if isinstance(choice, Config):
             dx = torch.empty_like(x)
             operands = (grad, y, coefficients, own.permute(0, 2, 3, 1), residual, x, scale_shift)
-            return dx, backward.data_gradient(data_layer, choice, *operands, finish, ys, means, dx)
+            return dx, backward.data_gradient(data_layer, choice, *operands, reduce, ys, stats, dx)
         result = aten(output_gradient() if dy is None else dy, x, [True, False, False])[0]
         assert result is not None
         result = result.contiguous(memory_format=torch.channels_last)
-        if not finish:
+        if not reduce:
             return result if residual is None else bn_apply(result, None, residual, None, False), None
         dx = torch.empty_like(x)
         relu_source = x if relu or scale_shift is None else None
-        return dx, _sums(result, residual, relu_source, scale_shift, ys, means, dx)
+        return dx, _sums(result, residual, relu_source, scale_shift, ys, stats, dx)
 
     def weight_gradient(choice: Choice, dy: Tensor | None = None) -> Tensor:
         if isinstance(choice, Config):
@@ -238,7 +239,7 @@ def gradients(
         assert result is not None
         return like(result, weight)
 
-    choose = tuner(x.device).choose
+    choose = tune.tuner(x.device).choose
     data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
     weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
     data_choice = choose(data_layer, lambda: [data_gradient]) if need_x else None
@@ -262,13 +263,13 @@ def conv_backward(
     need_x: bool,
     need_weight: bool,
     residual: Tensor | None,
-    finish: bool,
+    reduce: bool,
     ys: list[Tensor],
-    means: list[Tensor],
+    stats: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_algorithm("conv_backward", algorithm)
     operands = (grad, y, coefficients, x, scale_shift, relu, weight, None, stride, padding)
-    dx, dw, partial = gradients(*operands, need_x, need_weight, residual, finish, ys, means)
+    dx, dw, partial = gradients(*operands, need_x, need_weight, residual, reduce, ys, stats)
     return (
         x.new_empty((0, *x.shape[1:])) if dx is None else dx,
         torch.empty_like(weight) if dw is None else dw,

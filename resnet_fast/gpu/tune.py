@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from .. import backends, launch
+from .. import backends
+from ..backends import launch
 from . import library, shipped, timing
 from .candidates import cuda as cuda_configs
 from .candidates import hopper as hopper_configs
@@ -232,7 +233,9 @@ class Tuner:
         if self.file is None or not self.file.exists():
             return {}
         try:
-            return {k: _parse(v) for k, v in json.loads(self.file.read_text()).items()}
+            # An earlier version called the role of a layer so.
+            read = json.loads(self.file.read_text())
+            return {k.replace(" conv_moments ", " conv_bn_stats "): _parse(v) for k, v in read.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             warnings.warn(f"resnet_fast: {self.file} is not readable and is measured anew: {error}", stacklevel=2)
             return {}

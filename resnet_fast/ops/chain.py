@@ -1,4 +1,4 @@
-"""Fakes of ``pack_conv_bn``, ``residual_stage`` and ``residual_network``, and the layout of a filter packed for CUDA.
+"""Fakes of ``pack_conv_bn``, ``conv_chain`` and ``residual_network``, and the layout of a filter packed for CUDA.
 
 :mod:`.register` registers the fakes; :mod:`resnet_fast.gpu` reads packed filters.
 """
@@ -76,6 +76,6 @@ def _fake_network(x: Tensor, packed: Tensor, layers: list[int], classes: int = 0
 
 FAKES: dict[str, Any] = {
     "pack_conv_bn": _fake_pack,
-    "residual_stage": _fake_stage,
+    "conv_chain": _fake_stage,
     "residual_network": _fake_network,
 }

@@ -44,7 +44,7 @@ def _conv_add(x: Shape, residual: Shape, weight: Shape, *_: Any, out_shape: Any,
     return 2 * prod(out_shape) * prod(weight[1:])
 
 
-def _conv_moments(x: Shape, affine: Any, relu: bool, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
+def _conv_bn_stats(x: Shape, affine: Any, relu: bool, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
     return 2 * prod(out_shape[0]) * prod(weight[1:])
 
 
@@ -59,11 +59,11 @@ def _stage(x: Shape, filters: Any, layers: Sequence[int], *_: Any, **__: Any) ->
     return sum(flops for *_, flops in _layers(x, layers))
 
 
-def _train_stage(x: Shape, tensors: Any, present: Any, fields: Sequence[int], *_: Any, **__: Any) -> int:
+def _train_chain(x: Shape, tensors: Any, present: Any, fields: Sequence[int], *_: Any, **__: Any) -> int:
     return sum(flops for *_, flops in _layers(x, fields))
 
 
-def _train_stage_backward(
+def _train_chain_backward(
     grad: Shape,
     x: Shape,
     tensors: Any,
@@ -90,11 +90,11 @@ _FORMULAS = {
     "conv_bn": _conv,
     "conv_bn_relu": _conv,
     "conv_bn_add_relu": _conv_add,
-    "conv_moments": _conv_moments,
+    "conv_bn_stats": _conv_bn_stats,
     "conv_backward": _conv_backward,
-    "residual_stage": _stage,
-    "train_stage": _train_stage,
-    "train_stage_backward": _train_stage_backward,
+    "conv_chain": _stage,
+    "train_chain": _train_chain,
+    "train_chain_backward": _train_chain_backward,
 }
 
 

@@ -17,7 +17,7 @@ from .spec import empty_image
 __all__ = ["FAKES", "FAKES_ON_CPUS", "statistics_rows"]
 
 
-def _fake_conv_moments(
+def _fake_conv_bn_stats(
     x: Tensor,
     scale_shift: Tensor | None,
     relu: bool,
@@ -26,10 +26,10 @@ def _fake_conv_moments(
     stride: list[int],
     padding: list[int],
     algorithm: int,
-    moments: bool,
+    stats: bool,
 ) -> tuple[Tensor, Tensor]:
     y = fake_conv(x, weight.to(x.dtype), bias, None, None, None, None, 0.0, stride, padding)
-    return y, statistics_rows(x, 2, weight.shape[0] if moments else 0)
+    return y, statistics_rows(x, 2, weight.shape[0] if stats else 0)
 
 
 def statistics_rows(like: Tensor, rows: int, channels: Any) -> Tensor:
@@ -41,7 +41,7 @@ def _fake_bn_apply(y: Tensor, *rest: Any) -> Tensor:
     return empty_image(y, *y.shape[1:])
 
 
-def _fake_bn_backward_sums(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_bn_backward_reduce(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_image(grad, *grad.shape[1:]), statistics_rows(grad, 3, grad.shape[1])
 
 
@@ -63,12 +63,12 @@ def _fake_conv_backward(
     need_x: bool,
     need_weight: bool,
     residual: Tensor | None,
-    finish: bool,
+    reduce: bool,
     ys: list[Tensor],
-    means: list[Tensor],
+    stats: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = empty_image(x if need_x else x[:0], *x.shape[1:])
-    return dx, torch.empty_like(weight), statistics_rows(x, 3 if finish else 0, x.shape[1])
+    return dx, torch.empty_like(weight), statistics_rows(x, 3 if reduce else 0, x.shape[1])
 
 
 def _fake_max_pool(
@@ -78,14 +78,14 @@ def _fake_max_pool(
     return empty_image(x, *out.shape[1:]), x.new_empty((out.numel() + 1) // 2, dtype=torch.uint8)
 
 
-def _fake_max_pool_backward(grad: Tensor, places: Tensor, size: list[int], *rest: Any) -> Tensor:
+def _fake_max_pool_backward(grad: Tensor, argmax: Tensor, size: list[int], *rest: Any) -> Tensor:
     return empty_image(grad, grad.shape[1], *size)
 
 
 FAKES: dict[str, Any] = {
-    "conv_moments": _fake_conv_moments,
+    "conv_bn_stats": _fake_conv_bn_stats,
     "bn_apply": _fake_bn_apply,
-    "bn_backward_sums": _fake_bn_backward_sums,
+    "bn_backward_reduce": _fake_bn_backward_reduce,
     "channel_sums": _fake_channel_sums,
     "conv_backward": _fake_conv_backward,
 }

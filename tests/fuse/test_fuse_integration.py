@@ -105,7 +105,7 @@ def test_distributed_data_parallel(first, process_group):
 
 
 def operators(graph_module):
-    return [str(n.target) for n in graph_module.graph.nodes if "residual_stage" in str(n.target)]
+    return [str(n.target) for n in graph_module.graph.nodes if "conv_chain" in str(n.target)]
 
 
 @torch.no_grad()

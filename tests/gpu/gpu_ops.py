@@ -85,7 +85,7 @@ def test_pooled_stems_give_exact_integers(gpu, shape, pool, dtype, precision):
     wide = torch.zeros(batch, 4, size[0], size[1] + 3, dtype=dtype)
     wide[:, 1:, :, 2:-1] = x
     for image in (x.to(gpu), channels_last(x).to(gpu), wide.to(gpu)[:, 1:, :, 2:-1]):
-        y = torch.ops.resnet_fast.residual_stage(image, filters, layers, pool)
+        y = torch.ops.resnet_fast.conv_chain(image, filters, layers, pool)
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(y.cpu().nan_to_num(7), expected)
 
@@ -103,9 +103,9 @@ def test_pooled_stems_of_full_size(gpu, pool, dtype):
         z = F.conv2d(x.float(), weight.float(), None, 2, 3)
         expected = F.max_pool2d(z, pool[:2], pool[2:4], pool[4:]).to(dtype)
         for image in (x, channels_last(x)):
-            y = torch.ops.resnet_fast.residual_stage(image, filters, layers, pool)
+            y = torch.ops.resnet_fast.conv_chain(image, filters, layers, pool)
             assert torch.equal(y, expected)
-            assert torch.equal(y, torch.ops.resnet_fast.residual_stage(image, filters, layers, pool))
+            assert torch.equal(y, torch.ops.resnet_fast.conv_chain(image, filters, layers, pool))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

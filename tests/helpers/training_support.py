@@ -66,13 +66,13 @@ def affine(y, scale_shift):
 
 def opcheck_arguments(dtype=torch.float32):
     x, weight, scale_shift = layer(2, 5, (6, 7), 8, (3, 3), (1, 1), (1, 1), dtype)
-    y = ops.conv_moments(x, None, False, weight, None, [1, 1], [1, 1], 0, True)[0]
+    y = ops.conv_bn_stats(x, None, False, weight, None, [1, 1], [1, 1], 0, True)[0]
     coefficients, moments, in_moments = rows(4, 8, dtype), rows(2, 8, dtype), rows(2, 5, dtype)
     settings = ([1, 1], [1, 1], 0)
     return {
-        "conv_moments": (x, scale_shift, True, weight, weight[:, 0, 0, 0].clone(), *settings, True),
+        "conv_bn_stats": (x, scale_shift, True, weight, weight[:, 0, 0, 0].clone(), *settings, True),
         "bn_apply": (y, moments, y, moments, True),
-        "bn_backward_sums": (y, y, moments, [y, y], [moments, moments]),
+        "bn_backward_reduce": (y, y, moments, [y, y], [moments, moments]),
         "channel_sums": (y,),
         "conv_backward": (
             *(y, y, coefficients, x, scale_shift, True, weight, *settings, True, True, x, True, [x], [in_moments]),
@@ -81,26 +81,26 @@ def opcheck_arguments(dtype=torch.float32):
 
 
 BROKEN = [
-    ("conv_moments", 0, lambda x: x[0], "x has 3 dimensions|x has shape"),
-    ("conv_moments", 0, lambda x: x.int(), "x has dtype"),
-    ("conv_moments", 0, lambda x: x[:, :4], "channels|scale_shift"),
-    ("conv_moments", 0, lambda x: x[:0], "no images"),
-    ("conv_moments", 0, lambda x: x[..., :0], "smaller (than the filter|with padding)"),
-    ("conv_moments", 1, lambda t: t[:, :3], "scale_shift"),
-    ("conv_moments", 1, lambda t: t.double(), "scale_shift"),
-    ("conv_moments", 3, lambda w: w.double(), "weight has dtype"),
-    ("conv_moments", 4, lambda b: b[:3], "bias"),
-    ("conv_moments", 5, lambda _: [0, 1], "stride"),
-    ("conv_moments", 6, lambda _: [-1, 1], "padding"),
-    ("conv_moments", 7, lambda _: 3, "algorithm is 3"),
+    ("conv_bn_stats", 0, lambda x: x[0], "x has 3 dimensions|x has shape"),
+    ("conv_bn_stats", 0, lambda x: x.int(), "x has dtype"),
+    ("conv_bn_stats", 0, lambda x: x[:, :4], "channels|scale_shift"),
+    ("conv_bn_stats", 0, lambda x: x[:0], "no images"),
+    ("conv_bn_stats", 0, lambda x: x[..., :0], "smaller (than the filter|with padding)"),
+    ("conv_bn_stats", 1, lambda t: t[:, :3], "scale_shift"),
+    ("conv_bn_stats", 1, lambda t: t.double(), "scale_shift"),
+    ("conv_bn_stats", 3, lambda w: w.double(), "weight has dtype"),
+    ("conv_bn_stats", 4, lambda b: b[:3], "bias"),
+    ("conv_bn_stats", 5, lambda _: [0, 1], "stride"),
+    ("conv_bn_stats", 6, lambda _: [-1, 1], "padding"),
+    ("conv_bn_stats", 7, lambda _: 3, "algorithm is 3"),
     ("bn_apply", 1, lambda t: t[:, :3], "scale_shift"),
     ("bn_apply", 2, lambda t: t[:1], "residual"),
     ("bn_apply", 2, lambda t: t.double(), "residual"),
     ("bn_apply", 3, lambda t: t[:1], "residual_scale_shift"),
-    ("bn_backward_sums", 1, lambda t: t[:1], "positive"),
-    ("bn_backward_sums", 3, lambda ys: ys[:1], "1 ys and 2 means"),
-    ("bn_backward_sums", 3, lambda ys: [ys[0], ys[0][:1]], "ys has shape"),
-    ("bn_backward_sums", 4, lambda ms: [ms[0], ms[0][:, :2]], "means"),
+    ("bn_backward_reduce", 1, lambda t: t[:1], "relu_source"),
+    ("bn_backward_reduce", 3, lambda ys: ys[:1], "1 ys and 2 stats"),
+    ("bn_backward_reduce", 3, lambda ys: [ys[0], ys[0][:1]], "ys has shape"),
+    ("bn_backward_reduce", 4, lambda ms: [ms[0], ms[0][:, :2]], "stats"),
     ("channel_sums", 0, lambda g: g[0], "grad has"),
     ("channel_sums", 0, lambda g: g.int(), "grad has dtype"),
     ("channel_sums", 0, lambda g: g.contiguous(), "not contiguous in channels_last"),
@@ -113,7 +113,7 @@ BROKEN = [
     ("conv_backward", 7, lambda _: [2, 2], "grad"),
     ("conv_backward", 9, lambda _: -1, "algorithm is -1"),
     ("conv_backward", 9, lambda _: 3, "algorithm is 3"),
-    ("conv_backward", 10, lambda _: False, "finish without need_x"),
+    ("conv_backward", 10, lambda _: False, "reduce without need_x"),
     ("conv_backward", 12, lambda t: t[:1], "residual"),
     ("conv_backward", 14, lambda ys: [ys[0][:1]], "ys has shape"),
 ]

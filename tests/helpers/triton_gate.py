@@ -88,8 +88,8 @@ def inspect_launch(kernel, args, meta: dict, arch: int) -> Sass:
 
 
 def launches(function, *args, **kwargs) -> list[tuple]:
-    """(kernel, args, meta) of each launch `function` makes through resnet_fast.launch; none is executed."""
-    from resnet_fast import launch
+    """(kernel, args, meta) of each launch `function` makes through resnet_fast.backends.launch; none is executed."""
+    from resnet_fast.backends import launch
 
     seen: list[tuple] = []
 

@@ -50,7 +50,7 @@ def test_a_graph_without_gradients_has_one_operator_a_stage():
     compiled = torch.compile(fast, fullgraph=True, backend=recording_backend(seen))
     assert_same_model(compiled, eager, x)
     assert len(seen) == 1
-    assert sum("residual_stage" in name for name in seen[0]) == 4
+    assert sum("conv_chain" in name for name in seen[0]) == 4
 
 
 def test_a_graph_with_gradients_has_one_operator_a_layer():
@@ -113,7 +113,7 @@ def test_compiled_guards_on_the_choice_of_backend_and_mode():
     fast.train()
     compiled(x)
     assert [bool(names) for names in seen] == [True, False, True]
-    assert all("train_stage" in name for name in seen[2])
+    assert all("train_chain" in name for name in seen[2])
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def test_opcheck_of_packing_and_stages(dtype, algorithm):
     filters = [torch.ops.resnet_fast.pack_conv_bn(*args)]
     for layout in (lambda t: t, channels_last, sliced):
         layers = [0, -1, 1, 17, 3, 3, 1, 1, 1, 1]
-        torch.library.opcheck(torch.ops.resnet_fast.residual_stage, (layout(case.x), filters, layers))
+        torch.library.opcheck(torch.ops.resnet_fast.conv_chain, (layout(case.x), filters, layers))
 
 
 def test_fakes_are_as_large_as_the_packed_filters():

@@ -290,10 +290,10 @@ def test_operators_without_derivatives_raise():
     filters = chain.filters(x)
 
     def stage(x):
-        return torch.ops.resnet_fast.residual_stage(x, filters, chain.layers)
+        return torch.ops.resnet_fast.conv_chain(x, filters, chain.layers)
 
     for name in ("dual", "dual, no_grad", "func.jvp"):
-        with pytest.raises(RuntimeError, match="residual_stage has no derivative in forward mode"):
+        with pytest.raises(RuntimeError, match="conv_chain has no derivative in forward mode"):
             DERIVATIVES[name](stage, x)
     with torch.no_grad(), forward_ad.dual_level():
         assert torch.equal(stage(x), m(x)) or torch.allclose(stage(x), m(x), rtol=1e-4, atol=1e-5)

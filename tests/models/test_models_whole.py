@@ -57,7 +57,7 @@ def test_one_operator_for_a_few_images(batch, calls):
     model(x)
     with Calls() as seen:
         model(x)
-    assert seen.names == ["residual_stage"] * calls
+    assert seen.names == ["conv_chain"] * calls
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_a_hook_inside_leaves_the_other_stages_fused():
     assert seen == [1]
     with Calls() as calls:
         model(x)
-    assert "residual_stage" in calls.names
+    assert "conv_chain" in calls.names
     assert any("hook" in reason for reason in backends.fallbacks())
 
 
@@ -139,11 +139,11 @@ def test_gradients_and_other_classes_go_stage_by_stage():
     assert len(names(model)) > 1  # weights want gradients
     with torch.no_grad():
         model(x)
-        assert names(model) == ["residual_stage"]
+        assert names(model) == ["conv_chain"]
         with backends.use("eager"):
             assert names(model) == []
         model.__class__ = type("Mine", (resnet_fast.CifarResNet,), {})
-        assert names(model).count("residual_stage") == 4
+        assert names(model).count("conv_chain") == 4
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from resnet_fast.backends.native import extension
 from resnet_fast.chain.guard import StalenessGuard, refresh
-from resnet_fast.native import extension
 
 
 class Owner(nn.Module):

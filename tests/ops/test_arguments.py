@@ -207,14 +207,14 @@ REGISTERED = [
     ("conv_bn", (X, WEIGHT, *NO_VECTORS, 0.0, [1, 1, 1], [1, 1]), r"stride is \[1, 1, 1\], want two integers"),
     ("conv_bn", (X, WEIGHT, *NO_VECTORS, 0.0, [1, 1], [1, 2**63 - 1]), r"padding is \[1, \d+\], want two integers"),
     ("pack_conv_bn", (WEIGHT, None, None, None, ROWS[0], ROWS[1], -1.0), "eps is -1, want at least 0"),
-    ("residual_stage", (None, stage_filters(), LAYER), "x is None"),
-    ("residual_stage", (X, stage_filters(), [*LAYER[:8], 2**62, 1]), "padding is"),
-    ("residual_stage", (X, stage_filters(), [*LAYER[:4], 2**62, 4, *LAYER[6:]]), "layer 0 has a filter of"),
-    ("residual_stage", (X, stage_filters(), LAYER, [2, 2, 1, 2**63 - 1, 0, 0]), "pool has a window"),
-    ("conv_moments", (X, None, False, None, None, *PAIRS, 0, True), "weight is None"),
-    ("conv_moments", (X, None, False, WEIGHT, None, [1, 1], [0, 2**62], 0, True), "padding is"),
+    ("conv_chain", (None, stage_filters(), LAYER), "x is None"),
+    ("conv_chain", (X, stage_filters(), [*LAYER[:8], 2**62, 1]), "padding is"),
+    ("conv_chain", (X, stage_filters(), [*LAYER[:4], 2**62, 4, *LAYER[6:]]), "layer 0 has a filter of"),
+    ("conv_chain", (X, stage_filters(), LAYER, [2, 2, 1, 2**63 - 1, 0, 0]), "pool has a window"),
+    ("conv_bn_stats", (X, None, False, None, None, *PAIRS, 0, True), "weight is None"),
+    ("conv_bn_stats", (X, None, False, WEIGHT, None, [1, 1], [0, 2**62], 0, True), "padding is"),
     ("bn_apply", (X, None, None, None, True), "scale_shift is None"),
-    ("bn_backward_sums", (None, X, None, [], []), "grad is None"),
+    ("bn_backward_reduce", (None, X, None, [], []), "grad is None"),
     ("channel_sums", (X[:, :, :3],), "grad of shape"),
     ("conv_backward", (X, None, None, None, None, False, WEIGHT, *PAIRS, 0, True, True, None, False, [], []), "x is N"),
     ("max_pool", (X, [3, 3], [1, 2**63 - 1], [1, 1], False), "stride is"),
@@ -240,15 +240,15 @@ def test_layouts_that_have_no_kernel(name, change):
 
 
 def test_lists_that_have_no_kernel():
-    with pytest.raises(RuntimeError, match=r"^bn_backward_sums: ys is torch.sparse_coo"):
-        registered.bn_backward_sums(X, None, None, [X.contiguous().to_sparse()], [ROWS])
+    with pytest.raises(RuntimeError, match=r"^bn_backward_reduce: ys is torch.sparse_coo"):
+        registered.bn_backward_reduce(X, None, None, [X.contiguous().to_sparse()], [ROWS])
 
 
 def test_no_channels():
     """Sums of nothing: pieces are counted in channels."""
     empty = channels_last(torch.empty(2, 0, 6, 6))
     assert registered.channel_sums(empty).shape == (0,)
-    assert registered.bn_backward_sums(empty, None, None, [], [])[1].shape == (3, 0)
+    assert registered.bn_backward_reduce(empty, None, None, [], [])[1].shape == (3, 0)
 
 
 @pytest.mark.parametrize("stride", [7, 100, 2**31 - 1])
@@ -294,33 +294,33 @@ TRAIN = {
         ("batch", [False]),
     ],
 )
-def test_train_stage(name, value):
-    assert len(registered.train_stage(*TRAIN.values(), False)) == 3
-    with pytest.raises(RuntimeError, match=rf"^train_stage: .*\b{name}\b"):
-        registered.train_stage(*{**TRAIN, name: value}.values(), False)
+def test_train_chain(name, value):
+    assert len(registered.train_chain(*TRAIN.values(), False)) == 3
+    with pytest.raises(RuntimeError, match=rf"^train_chain: .*\b{name}\b"):
+        registered.train_chain(*{**TRAIN, name: value}.values(), False)
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("grad", lambda t: t[..., :3]),
-        ("kept", lambda ts: ts[:1]),
-        ("kept", lambda ts: [ts[0][:1], *ts[1:]]),
-        ("kept", lambda ts: [ts[0], ts[1][0]]),
+        ("saved", lambda ts: ts[:1]),
+        ("saved", lambda ts: [ts[0][:1], *ts[1:]]),
+        ("saved", lambda ts: [ts[0], ts[1][0]]),
         ("needs", lambda bs: bs[:2]),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_train_stage_backward(name, change):
-    out, *kept = registered.train_stage(*TRAIN.values(), False)
+def test_train_chain_backward(name, change):
+    out, *saved = registered.train_chain(*TRAIN.values(), False)
     x, tensors, *settings = TRAIN.values()
-    call = {"grad": out, "x": x, "tensors": tensors, "kept": kept, "settings": settings, "needs": [True] * 4}
+    call = {"grad": out, "x": x, "tensors": tensors, "saved": saved, "settings": settings, "needs": [True] * 4}
 
-    def run(grad, x, tensors, kept, settings, needs):
-        return registered.train_stage_backward(grad, x, tensors, kept, *settings, needs)
+    def run(grad, x, tensors, saved, settings, needs):
+        return registered.train_chain_backward(grad, x, tensors, saved, *settings, needs)
 
     assert len(run(**call)) == 4
-    with pytest.raises(RuntimeError, match=rf"^train_stage_backward: {name}"):
+    with pytest.raises(RuntimeError, match=rf"^train_chain_backward: {name}"):
         run(**{**call, name: change(call[name])})
 
 
@@ -329,7 +329,7 @@ def test_train_stage_backward(name, change):
     [
         ("channel_sums", (torch.empty(3),)),
         ("bn_apply", (torch.empty(2, 3), ROWS, None, None, True)),
-        ("residual_stage", (X, [], [*LAYER, 5, *LAYER[1:]])),
+        ("conv_chain", (X, [], [*LAYER, 5, *LAYER[1:]])),
         ("conv_bn", (X, WEIGHT, *NO_VECTORS, 0.0, [], [])),
         ("max_pool_backward", (X, torch.empty(288), [6], [3, 3], [1, 1], [1, 1])),
     ],

@@ -12,7 +12,7 @@ from resnet_fast.ops.spec import decode
 
 DIRECT, WINOGRAD = choose.BF16_DIRECT, choose.BF16_WINOGRAD
 pack = torch.ops.resnet_fast.pack_conv_bn
-stage = torch.ops.resnet_fast.residual_stage
+stage = torch.ops.resnet_fast.conv_chain
 
 # batch, channels, size, out_channels, kernel, stride, padding: blocks of channels and panels with and without a rest,
 # odd channels, tiles that are cut off, more tiles than a call takes, one pixel.

@@ -23,7 +23,7 @@ CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 # As setup.py builds; -Wno-psabi: vectors that AVX2 passes in two halves stay inside of one file.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CSRC}"]
 SUITES = [
-    *(f"ops/test_{name}.py" for name in ("conv_bn_relu", "residual_stage", "add_relu", "bf16")),
+    *(f"ops/test_{name}.py" for name in ("conv_bn_relu", "conv_chain", "add_relu", "bf16")),
     "training/test_training_ops.py",
 ]
 
@@ -39,7 +39,7 @@ def test_the_suites_of_the_operators_on_lesser_instruction_sets(capability, isa,
     caps = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn}
     assert isa_under(pytest_environment(**caps)) == isa
     selection = "error_rule or exact or winograd or layouts or special or equals_eager or 36"
-    selection += " or weight_gradient or ((conv_moments or conv_backward) and bfloat16)"
+    selection += " or weight_gradient or ((conv_bn_stats or conv_backward) and bfloat16)"
     result = run_pytest("-q", "-x", "-k", selection, *SUITES, cwd=TESTS, **caps)
     assert result.returncode == 0, result.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 500

@@ -141,7 +141,7 @@ def test_threads():
 def huge_map(padding):
     """From one pixel."""
     pixel, weight = torch.zeros(1, 1, 1, 1), torch.zeros(40, 1, 1, 1)
-    return torch.ops.resnet_fast.conv_moments(pixel, None, False, weight, None, [1, 1], [padding] * 2, 0, False)
+    return torch.ops.resnet_fast.conv_bn_stats(pixel, None, False, weight, None, [1, 1], [padding] * 2, 0, False)
 
 
 def test_too_much():

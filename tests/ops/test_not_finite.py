@@ -9,10 +9,10 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, models, reference
+from resnet_fast.backends.native import extension
 from resnet_fast.chain import cpu_algorithm as choose
 from resnet_fast.chain import inference
 from resnet_fast.chain.cpu_algorithm import COMPACT_WINOGRAD, WINOGRAD
-from resnet_fast.native import extension
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
 
@@ -121,12 +121,12 @@ def test_what_another_call_met_does_not_count(runs, winograd):
     fast(x)
     own = copy.copy(fast._resnet_fast.plans[False].segments[0]._chain)
     bad = torch.full_like(x, torch.nan)
-    torch.ops.resnet_fast.residual_stage(bad, own.filters(x), own.layers)
+    torch.ops.resnet_fast.conv_chain(bad, own.filters(x), own.layers)
     runs.clear()
     fast(x)
     assert runs == [False]
     assert not extension.take_spread()
-    torch.ops.resnet_fast.residual_stage(bad, own.filters(x), own.layers)
+    torch.ops.resnet_fast.conv_chain(bad, own.filters(x), own.layers)
     assert [extension.take_spread() for _ in range(2)] == [True, False]
 
 

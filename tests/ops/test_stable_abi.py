@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from resnet_fast import backends
+from resnet_fast.backends.native import extension
 from resnet_fast.diagnose import doctor
-from resnet_fast.native import extension
 
 ROOT = Path(__file__).parents[2]
 

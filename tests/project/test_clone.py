@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast import clone
-from resnet_fast.native import extension
+from resnet_fast.backends import clone
+from resnet_fast.backends.native import extension
 
 ROOT = Path(__file__).parents[2]
 

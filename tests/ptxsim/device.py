@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from resnet_fast.launch import Compiled
+from resnet_fast.backends.launch import Compiled
 
 from .compilers import compile_cuda, compile_triton
 from .fresh import FreshTensors
@@ -29,7 +29,7 @@ def _entry(ptx: str, part: str) -> str:
 
 
 class SimulatedDevice:
-    """Takes the launches of `resnet_fast.launch`; keeps the report of each in `launches`, as (kernel name, Report)."""
+    """Takes the launches of `resnet_fast.backends.launch`; `launches` keeps (kernel name, Report) of each."""
 
     def __init__(self, seed: int = 0, limit: int = 10**9, fresh: FreshTensors | None = None, find_cuda=None):
         """find_cuda: (source, flags, part of the mangled name) of a CUDA kernel that was not given by `add_cuda`, by
@@ -116,7 +116,7 @@ class SimulatedDevice:
 @contextlib.contextmanager
 def simulated(**options):
     """While open, the package's operators take their GPU path on CPU tensors, and its launches run in the simulator."""
-    from resnet_fast import launch
+    from resnet_fast.backends import launch
     from resnet_fast.gpu.register import KERNELS
 
     with FreshTensors({"resnet_fast": KERNELS}) as fresh:

@@ -131,7 +131,7 @@ def operator_arguments(grad=True):
     seen = []
 
     def backend(graph, inputs):
-        nodes = [n for n in graph.graph.nodes if "train_stage" in str(n.target)]
+        nodes = [n for n in graph.graph.nodes if "train_chain" in str(n.target)]
         values = dict(zip((n for n in graph.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         seen.append(torch.fx.map_arg(nodes[0].args, lambda n: values[n].detach().requires_grad_(grad)))
         return graph
@@ -144,15 +144,15 @@ def operator_arguments(grad=True):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_opcheck(recompute, grad):
     *arguments, _ = operator_arguments(grad)
-    torch.library.opcheck(torch.ops.resnet_fast.train_stage, (*arguments, recompute))
+    torch.library.opcheck(torch.ops.resnet_fast.train_chain, (*arguments, recompute))
 
 
 def test_opcheck_of_the_backward():
     x, tensors, *settings, recompute = operator_arguments(False)
-    out, *kept = torch.ops.resnet_fast.train_stage(x, tensors, *settings, recompute)
+    out, *kept = torch.ops.resnet_fast.train_chain(x, tensors, *settings, recompute)
     needs = [True, *(i not in GIVEN for i in range(len(tensors)))]
     arguments = (torch.randn_like(out), x, tensors, [*kept, out], *settings, needs)
-    torch.library.opcheck(torch.ops.resnet_fast.train_stage_backward, arguments)
+    torch.library.opcheck(torch.ops.resnet_fast.train_chain_backward, arguments)
 
 
 def test_the_operator_in_float64_by_differences():
@@ -160,11 +160,11 @@ def test_the_operator_in_float64_by_differences():
     given = [t.double().requires_grad_(i - 1 not in GIVEN) for i, t in enumerate([x, *tensors])]
 
     def run(x, *tensors):
-        return torch.ops.resnet_fast.train_stage(x, list(tensors), *settings, recompute)[0]
+        return torch.ops.resnet_fast.train_chain(x, list(tensors), *settings, recompute)[0]
 
     assert torch.autograd.gradcheck(run, given, nondet_tol=0)
     y = run(*given)
     (grad,) = torch.autograd.grad(y.square().sum(), given[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="train_stage_backward has no gradient of its own"):
+    with pytest.raises(RuntimeError, match="train_chain_backward has no gradient of its own"):
         grad.sum().backward()
     assert F.relu(y).equal(y)

@@ -1,4 +1,4 @@
-"""The operators of training: conv_moments, bn_apply, bn_backward_sums, channel_sums, conv_backward, against float64."""
+"""Operators of training against float64: conv_bn_stats, bn_apply, bn_backward_reduce, channel_sums, conv_backward."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ CASES = [(shape, dtype, a) for shape in SHAPES for dtype in DTYPES for a in algo
 
 
 @pytest.mark.parametrize(("shape", "dtype", "algorithm"), CASES, ids=name_of)
-def test_conv_moments(shape, dtype, algorithm):
+def test_conv_bn_stats(shape, dtype, algorithm):
     *_, k, _, stride, padding = shape
     x, weight, scale_shift = layer(*shape, dtype)
     bias = torch.randn(k).to(arithmetic(dtype)) + 3
@@ -62,7 +62,7 @@ def test_conv_moments(shape, dtype, algorithm):
         a, w, b = (t.to(narrow or wide) for t in (a, weight, bias))
         return F.conv2d(a, w, b, stride, padding)
 
-    y, moments = ops.conv_moments(x, scale_shift, True, weight, bias, list(stride), list(padding), algorithm, True)
+    y, moments = ops.conv_bn_stats(x, scale_shift, True, weight, bias, list(stride), list(padding), algorithm, True)
     # By products of bfloat16 what is normalised is rounded first, as under autocast.
     exact, eager = plain(torch.float64), plain(arithmetic(dtype), dtype if algorithm in BF16 else None)
     assert y.dtype == dtype
@@ -94,18 +94,18 @@ def test_bn_apply(dtype, relu, residual):
     assert_error_rule(out, plain(torch.float64), [plain(arithmetic(dtype)).to(dtype)])
 
 
-@pytest.mark.parametrize("positive", [None, "plain", "scaled"])
+@pytest.mark.parametrize("relu_source", [None, "plain", "scaled"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_bn_backward_sums(dtype, count, positive):
+def test_bn_backward_reduce(dtype, count, relu_source):
     grad, mask, *ys = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(2 + count))
     scale_shift = rows(2, 19, dtype) - 1
     means = [rows(2, 19, dtype) for _ in ys]
-    out, sums = ops.bn_backward_sums(
-        grad, None if positive is None else mask, scale_shift if positive == "scaled" else None, ys, means
+    out, sums = ops.bn_backward_reduce(
+        grad, None if relu_source is None else mask, scale_shift if relu_source == "scaled" else None, ys, means
     )
-    shown = affine(mask.double(), scale_shift.double() if positive == "scaled" else None) > 0
-    assert torch.equal(out, grad if positive is None else torch.where(shown, grad, 0))
+    shown = affine(mask.double(), scale_shift.double() if relu_source == "scaled" else None) > 0
+    assert torch.equal(out, grad if relu_source is None else torch.where(shown, grad, 0))
 
     def plain(wide):
         g = out.to(wide)
@@ -220,21 +220,21 @@ def test_conv_backward_of_a_plain_convolution():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("op", ["conv_moments", "bn_apply", "bn_backward_sums", "channel_sums", "conv_backward"])
+@pytest.mark.parametrize("op", ["conv_bn_stats", "bn_apply", "bn_backward_reduce", "channel_sums", "conv_backward"])
 def test_opcheck(op, dtype):
     torch.library.opcheck(getattr(ops, op), opcheck_arguments(dtype)[op])
 
 
 def test_they_have_no_gradient_of_their_own():
-    x, *rest = opcheck_arguments()["conv_moments"]
-    y, _ = ops.conv_moments(x.requires_grad_(), *rest)
-    with pytest.raises(RuntimeError, match="conv_moments has no gradient of its own"):
+    x, *rest = opcheck_arguments()["conv_bn_stats"]
+    y, _ = ops.conv_bn_stats(x.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="conv_bn_stats has no gradient of its own"):
         y.sum().backward()
 
 
 def test_what_the_data_gradient_in_bf16_cannot_do():
     x, weight, _ = layer(2, 5, (7, 7), 8, (3, 3), (1, 1), (1, 1), torch.bfloat16)
-    y, _ = ops.conv_moments(x, None, False, weight, None, [1, 1], [1, 1], 3, False)
+    y, _ = ops.conv_bn_stats(x, None, False, weight, None, [1, 1], [1, 1], 3, False)
     rest = ([1, 1], [1, 1], 3, True, False, None, False, [], [])
     with pytest.raises(RuntimeError, match="multiple of 16"):
         ops.conv_backward(y, None, None, x, None, False, weight, *rest)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import backends, launch, reference
+from resnet_fast import backends, reference
+from resnet_fast.backends import launch
 
 from ..options import Options
 from ..worker import Emit

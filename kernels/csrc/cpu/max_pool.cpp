@@ -129,10 +129,10 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& argmax, const std::ve
   check_nhwc(op, "grad", grad);
   const Window w = check_window(op, kernel, stride, padding);
   const NhwcShape out(grad);
-  check_defined(op, "places", argmax);
+  check_defined(op, "argmax", argmax);
   RESNET_FAST_CHECK(argmax.scalar_type() == ScalarType::Byte && argmax.dim() == 1 && argmax.stride(0) == 1 &&
                         argmax.size(0) == (out.images * out.image() + 1) / 2,
-                    op, ": places has shape ", shape(argmax), ", want a byte for each two of grad ", shape(grad));
+                    op, ": argmax has shape ", shape(argmax), ", want a byte for each two of grad ", shape(grad));
   check_pair(op, "size", size, 1, kMaxSize);
   const NhwcShape in(out.images, out.channels, size[0], size[1]);
   Tensor dx = empty_nhwc(in, grad);

@@ -122,7 +122,7 @@ def _forward(
     layers: list[Layer], x: Tensor, tensors: tuple[Tensor | None, ...], norms: _Norms, needs: _Needs, direct: bool
 ) -> tuple[Tensor, _SavedTensors, bool]:
     """The result, the saved tensors, and whether Winograd ran, which spreads NaN; ``direct``: without Winograd."""
-    convolve = torch.ops.resnet_fast.conv_moments.default
+    convolve = torch.ops.resnet_fast.conv_bn_stats.default
     values: dict[int, _Value] = {0: _Value(x)}
     saved, spreads = _SavedTensors([], [], []), False
     last_reader = {value: i for i, layer in enumerate(layers) for value in (layer.source, layer.residual)}
@@ -227,7 +227,7 @@ class _Backward:
             sums = torch.ops.resnet_fast.channel_sums.default(grad) if wants else grad.new_empty(0)
             return grad, sums[None]
         relu_source, affine = self._relu_source(i)
-        return torch.ops.resnet_fast.bn_backward_sums.default(grad, relu_source, affine, ys, stats)
+        return torch.ops.resnet_fast.bn_backward_reduce.default(grad, relu_source, affine, ys, stats)
 
     def _relu_source(self, i: int) -> tuple[Tensor | None, Tensor | None]:
         """A tensor, and an affine to apply to it: positive where the ReLU of layer ``i`` passes the gradient."""

@@ -18,7 +18,7 @@ from ... import backends
 from ...ops.differentiation import first_order, gradients_again, wanted
 from ...ops.spec import ConvSpec, encode
 from ..guard import StalenessGuard
-from . import operator as train_stage  # noqa: F401  (registers the operator)
+from . import operator as train_chain  # noqa: F401  (registers the operator)
 from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
 from .passes import Passes
 from .running_statistics import Running, RunningStatistics, buffer_memory, held
@@ -96,7 +96,7 @@ class Program:
     def _traced(self, x: Tensor, tensors: list[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         present = [t is not None for t in tensors]
         given = [t for t in tensors if t is not None]
-        results = torch.ops.resnet_fast.train_stage(
+        results = torch.ops.resnet_fast.train_chain(
             x, given, present, self.fields, self.eps, self.batch, backends.training.recompute_outputs
         )
         return results[0], results[1 : 1 + len(self.layers)]

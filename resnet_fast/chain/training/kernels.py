@@ -33,7 +33,7 @@ class Kernels:
         weight, bias, gamma, beta, mean, var = tensors
         assert weight is not None
         algorithm = training_algorithm(weight, layer.stride, source.tensor)
-        y, stats = torch.ops.resnet_fast.conv_moments.default(
+        y, stats = torch.ops.resnet_fast.conv_bn_stats.default(
             *source, weight, bias, layer.stride, layer.padding, algorithm, layer.batch_statistics
         )
         if mean is not None and var is not None:
@@ -65,7 +65,7 @@ class Kernels:
 
         These are ``sum(g)``, and ``sum(g * (y - mean))`` for each of up to two ys.
         """
-        return torch.ops.resnet_fast.bn_backward_sums.default(grad, relu_source, affine, ys, stats)
+        return torch.ops.resnet_fast.bn_backward_reduce.default(grad, relu_source, affine, ys, stats)
 
     def bias_reduce(self, grad: Tensor) -> Any:
         """The reduction ``sum(grad)`` alone."""
@@ -92,13 +92,13 @@ class Kernels:
         filters: Tensor | None,
         needs: tuple[bool, bool],
         residual: Tensor | None,
-        finish: bool,
+        reduce: bool,
         ys: list[Tensor],
         stats: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         """Gradients of source and weight from ``dy = a * grad + b * (y - mean) + constant``, where ``needs`` says so.
 
-        ``residual`` is added to the gradient of the source. With ``finish``, that gradient is complete and goes on
+        ``residual`` is added to the gradient of the source. With ``reduce``, that gradient is complete and goes on
         through :meth:`bn_backward_reduce` of the layer that computed the source.
         """
         x, affine, relu = source
@@ -106,7 +106,7 @@ class Kernels:
         dx, dw, sums = torch.ops.resnet_fast.conv_backward.default(
             *(grad, y, coefficients, x, affine, relu, weight, layer.stride, layer.padding),
             training_algorithm(weight, layer.stride, x, True, need_x),
-            *(need_x, need_weight, residual, finish, ys, stats),
+            *(need_x, need_weight, residual, reduce, ys, stats),
         )
         return dx if need_x else None, dw if need_weight else None, sums
 

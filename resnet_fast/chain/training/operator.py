@@ -1,8 +1,8 @@
-"""Chain training as operators for ``torch.compile``: ``train_stage`` and ``train_stage_backward``.
+"""Chain training as operators for ``torch.compile``: ``train_chain`` and ``train_chain_backward``.
 
-``train_stage(x, tensors, present, fields, eps, batch, recompute)`` runs :mod:`.driver` on the device of ``x``.
+``train_chain(x, tensors, present, fields, eps, batch, recompute)`` runs :mod:`.driver` on the device of ``x``.
 ``tensors`` are those of ``TENSORS`` a layer that ``present`` marks, because a list of tensors has no gaps. ``fields``
-are the integers of ``residual_stage``; ``batch`` marks the layers normalised by batch statistics.
+are the integers of ``conv_chain``; ``batch`` marks the layers normalised by batch statistics.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def _passes(present: tuple[bool, ...], fields: tuple[int, ...], eps: tuple[float
     return Passes(_layers(list(present), list(fields), list(eps), list(batch)))
 
 
-def train_stage(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+def train_chain(x: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     """The result, [mean; variance] of each layer, and what else the backward needs: ys, then residual sums."""
     try:
         return _forward(x, tensors, *rest)
     except Exception:
-        wrong = raised(_check, "train_stage", {"x": [x]}, tensors, *rest[:-1])
+        wrong = raised(_check, "train_chain", {"x": [x]}, tensors, *rest[:-1])
         if wrong is not None:
             raise wrong from None
         raise
 
 
-def train_stage_backward(
+def train_chain_backward(
     grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any
 ) -> list[Tensor]:
     """Gradients of x and of ``tensors``, those that ``needs`` marks.
 
-    saved: the results of ``train_stage`` without the first; the first at the end, if it is a residual sum that is not
+    saved: the results of ``train_chain`` without the first; the first at the end, if it is a residual sum that is not
     recomputed.
     """
     try:
@@ -105,21 +105,21 @@ def _check(op: str, images: dict[str, list[Tensor]], tensors: list[Tensor], *set
 
 
 def _check_backward(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tensor], *rest: Any) -> None:
-    op, (*settings, needs) = "train_stage_backward", rest
+    op, (*settings, needs) = "train_chain_backward", rest
     count = len(settings[2])
     _check(op, {"x": [x], "grad": [grad], "saved": saved[count:]}, tensors, *settings)
     if len(needs) != 1 + len(tensors):
         raise RuntimeError(f"{op}: needs has {len(needs)} items, want {1 + len(tensors)}: of x and of tensors")
     layers, weights = _layers(*settings), _spread(tensors, settings[0])[::TENSORS]
     if len(saved) < 2 * count - (not layers[-1].normalized):
-        raise RuntimeError(f"{op}: kept has {len(saved)} items, fewer than train_stage gives for {count} layers")
+        raise RuntimeError(f"{op}: saved has {len(saved)} items, fewer than train_chain gives for {count} layers")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for layer, weight, stats in zip(layers, weights, saved, strict=False):
-        check_tensor(f"{op}: kept", stats, ("x", x))
+        check_tensor(f"{op}: saved", stats, ("x", x))
         channels = weight.shape[0] if layer.normalized and weight is not None else 0
         if stats.shape != (2, channels) or stats.dtype != dtype:
             got = f"{list(stats.shape)} of {stats.dtype}"
-            raise RuntimeError(f"{op}: kept has {got}, want mean and variance, [2, {channels}] of {dtype}")
+            raise RuntimeError(f"{op}: saved has {got}, want mean and variance, [2, {channels}] of {dtype}")
     sizes = [tuple(x.shape[2:])]
     for i, layer in enumerate(layers):
         if min(layer.stride) < 1:
@@ -196,20 +196,20 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[0], *(need and parameter for need, parameter in own)]
     results: Any = iter([])
     if grads[0] is not None:
-        results = iter(torch.ops.resnet_fast.train_stage_backward(grads[0], x, tensors, saved, *ctx.settings, needs))
+        results = iter(torch.ops.resnet_fast.train_chain_backward(grads[0], x, tensors, saved, *ctx.settings, needs))
     grad_x, *others = (next(results, None) if need else None for need in needs)
     return grad_x, others, None, None, None, None, None
 
 
 def _register() -> None:
     library = Registry("resnet_fast", "IMPL", {})
-    library.impl("train_stage", train_stage, "CompositeExplicitAutograd")
-    library.impl("train_stage_backward", train_stage_backward, "CompositeExplicitAutograd")
-    for op, fake in (("train_stage", _fake), ("train_stage_backward", _fake_backward)):
+    library.impl("train_chain", train_chain, "CompositeExplicitAutograd")
+    library.impl("train_chain_backward", train_chain_backward, "CompositeExplicitAutograd")
+    for op, fake in (("train_chain", _fake), ("train_chain_backward", _fake_backward)):
         torch.library.register_fake(f"resnet_fast::{op}", shapeless(op, fake), lib=library)
-    torch.library.register_autograd("resnet_fast::train_stage", _backward, setup_context=_setup, lib=library)
+    torch.library.register_autograd("resnet_fast::train_chain", _backward, setup_context=_setup, lib=library)
     torch.library.register_autograd(
-        "resnet_fast::train_stage_backward", without_gradient("train_stage_backward"), lib=library
+        "resnet_fast::train_chain_backward", without_gradient("train_chain_backward"), lib=library
     )
     # Registrations live as long as their library object.
     globals()["_library"] = library

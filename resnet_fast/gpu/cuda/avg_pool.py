@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import launch
+from ...backends import launch
 
 __all__ = ["avg_pool_flatten", "kernel_name", "register", "suits"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import launch
+from ...backends import launch
 from ..candidates.cuda import CudaConfig, plan, tiles
 from ..layer import Layer
 

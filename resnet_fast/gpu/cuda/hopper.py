@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import launch
+from ...backends import launch
 from ..candidates.hopper import KERNELS, HopperConfig, instance, plan, tiles
 from ..layer import Layer
 from .conv import counters_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import launch
+from ...backends import launch
 from ...ops.spec import ConvSpec
 from ..layer import Gpu, Layer, gpu_of
 

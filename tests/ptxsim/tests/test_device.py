@@ -8,7 +8,7 @@ import torch
 
 from ptxsim import Fault
 from ptxsim import triton_kernels as kernels
-from resnet_fast import launch
+from resnet_fast.backends import launch
 
 CUDA = """
 extern "C" __global__ void add_relu(const float* x, const float* y, float* out, int n) {

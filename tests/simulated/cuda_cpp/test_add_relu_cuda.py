@@ -8,7 +8,7 @@ import torch
 from ptxsim import Kernel
 from ptxsim.compilers import compile_cuda
 
-from resnet_fast import launch
+from resnet_fast.backends import launch
 
 INCLUDE = (f"-I{Path(__file__).parents[3] / 'kernels/csrc'}", "-std=c++20", "--expt-relaxed-constexpr")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}

@@ -12,7 +12,7 @@ from resnet_fast import backends, reference
 from resnet_fast.gpu.cuda import stem as cuda_stem
 from resnet_fast.gpu.layer import A100, Gpu, Layer
 
-stage = torch.ops.resnet_fast.residual_stage
+stage = torch.ops.resnet_fast.conv_chain
 pack = torch.ops.resnet_fast.pack_conv_bn
 MMA = 2 * 16 * 8 * 16
 POOLS = ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1])

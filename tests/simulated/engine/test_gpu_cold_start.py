@@ -9,8 +9,9 @@ import pytest
 import torch
 import triton
 
-from resnet_fast import backends, launch
+from resnet_fast import backends
 from resnet_fast._triton import conv_bn_relu
+from resnet_fast.backends import launch
 from resnet_fast.gpu import convolution as layers
 from resnet_fast.gpu import library, shipped, tune
 from resnet_fast.gpu.candidates.triton import Config
@@ -42,7 +43,7 @@ def hopper(monkeypatch, tmp_path):
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(torch.cuda, "device", lambda device: launch.contextlib.nullcontext())
     gpu = tune.Tuner(Gpu(90, 132, 227 * 1024), None, lambda calls: pytest.fail("nothing is to be measured"))
-    monkeypatch.setattr(layers, "tuner", lambda device: gpu)
+    monkeypatch.setattr(tune, "tuner", lambda device: gpu)
     return gpu, lambda: [len(kernel.device_caches[0][0]) for kernel in kernels]
 
 

@@ -11,7 +11,7 @@ from resnet_fast import backends, models, reference
 from resnet_fast.chain.pooling import MaxPool2d, pooling_window
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-stage = torch.ops.resnet_fast.residual_stage
+stage = torch.ops.resnet_fast.conv_chain
 pack = torch.ops.resnet_fast.pack_conv_bn
 
 

@@ -16,11 +16,12 @@ from torch import nn
 
 import resnet_fast
 from benchmarks.gpu.host import Nothing
-from resnet_fast import backends, blocks, launch
+from resnet_fast import backends, blocks
+from resnet_fast.backends import launch
+from resnet_fast.backends.native import extension
 from resnet_fast.gpu import recorder
 from resnet_fast.gpu.recorder import LaunchRecorder
 from resnet_fast.gpu.tape import Tape, record
-from resnet_fast.native import extension
 
 
 @pytest.fixture

@@ -63,8 +63,8 @@ def test_cuda_inference():
 @pytest.mark.parametrize("channels", [16, 5])
 def test_triton_training_forward(simulated_device, channels):
     x, weight = channels_last(positive(2, channels, 6, 5)), positive(FILTERS, channels, 3, 3)
-    with tune.use(configs.default(dataclasses.replace(role("conv_moments"), channels=channels), A100)):
-        y, _ = torch.ops.resnet_fast.conv_moments(x, None, False, weight, None, [1, 1], [1, 1], 0, True)
+    with tune.use(configs.default(dataclasses.replace(role("conv_bn_stats"), channels=channels), A100)):
+        y, _ = torch.ops.resnet_fast.conv_bn_stats(x, None, False, weight, None, [1, 1], [1, 1], 0, True)
     assert_rounded(y, F.conv2d(x.double(), weight.double(), padding=1))
 
 

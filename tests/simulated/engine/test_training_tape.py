@@ -12,8 +12,9 @@ from torch import nn
 import resnet_fast
 from benchmarks.gpu import host
 from benchmarks.gpu.host import Nothing
-from resnet_fast import backends, blocks, launch, reference
-from resnet_fast.chain.training import operator as train_stage
+from resnet_fast import backends, blocks, reference
+from resnet_fast.backends import launch
+from resnet_fast.chain.training import operator as train_chain
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.recorder import Launch
 from resnet_fast.gpu.tape import Tape, Tapes
@@ -278,7 +279,7 @@ def test_the_operator_of_compiled_training(simulated_device):
             assert other[-1] == results[0][-1]
             assert same(other[:-1], results[0][:-1])
     settings = ([t is not None for t in program._tensors()], program.fields, program.eps, program.batch)
-    passes = train_stage._passes(*map(tuple, settings))
+    passes = train_chain._passes(*map(tuple, settings))
     assert [type(t) for t in passes._replayed.tapes.found.values()] == [Tape] * 2
 
 

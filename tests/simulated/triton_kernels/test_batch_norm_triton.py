@@ -34,7 +34,7 @@ def ours(x, residual, dy, gamma, beta, eps=EPS):
     batch_norm.bn_apply(rows, scale_shift, added, None, as_rows(y), True)
     # The sign of the ReLU's argument follows from x alone, or from y where there is a residual.
     relu_source = (rows, scale_shift) if residual is None else (as_rows(y), None)
-    partial = batch_norm.bn_backward_sums(as_rows(dy), None, *relu_source, [rows], [stats], as_rows(dz))
+    partial = batch_norm.bn_backward_reduce(as_rows(dy), None, *relu_source, [rows], [stats], as_rows(dz))
     dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
     coefficients = finalize.finalize_gradients(partial, 1, len(rows), stats, eps, True, gamma, (None, dgamma, dbeta))
     batch_norm.bn_input_gradient(as_rows(dz), rows, coefficients, as_rows(dx))
@@ -165,7 +165,7 @@ def test_traffic(simulated_device, dtype):
     assert moved["_batch_stats_kernel"] == [{"x": reads}] * 2
     assert moved["_bn_apply_kernel"] == [{"y": reads, "residual": reads, "out": writes}, {"y": reads, "out": writes}]
     sums = {"grad": reads, "out": writes}
-    assert moved["_bn_backward_sums_kernel"] == [
+    assert moved["_bn_backward_reduce_kernel"] == [
         sums | {"y": reads, "relu_source": reads},
         sums | {"relu_source / y": reads},
     ]

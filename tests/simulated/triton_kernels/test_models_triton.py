@@ -8,7 +8,8 @@ from helpers.support import assert_error_rule
 from ptxsim.device import simulated
 
 import resnet_fast
-from resnet_fast import backends, launch, reference
+from resnet_fast import backends, reference
+from resnet_fast.backends import launch
 
 
 @pytest.fixture(autouse=True)

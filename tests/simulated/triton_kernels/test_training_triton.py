@@ -77,11 +77,11 @@ def test_every_tile_gives_exact_integers(simulated_device, channels, filters, st
     )
     plain = torch.stack((torch.ones(channels), torch.zeros(channels)))
     size = (2, 10, 9, channels, filters, (3, 3), (stride, stride), (1, 1), torch.bfloat16, "ieee", True, True)
-    for role in ("conv_moments", "data gradient", "weight gradient") if split == 1 else ("weight gradient",):
+    for role in ("conv_bn_stats", "data gradient", "weight gradient") if split == 1 else ("weight gradient",):
         for config in candidates(Layer(*size, role), A100):
             with tune.use(dataclasses.replace(config, split_k=split)):
-                if role == "conv_moments":
-                    y, _ = ops.conv_moments(x, plain, True, weight, None, *settings, True)
+                if role == "conv_bn_stats":
+                    y, _ = ops.conv_bn_stats(x, plain, True, weight, None, *settings, True)
                     assert torch.equal(y.double(), exact.bfloat16().double()), config
                     continue
                 need = (role == "data gradient", role == "weight gradient")
@@ -100,7 +100,7 @@ def test_filters_of_more_than_32_taps_in_a_row(simulated_device, kernel, stride,
     """Which taps lie on the map is a bit each, of a stride's phase in the gradient: longer filters need another way."""
     padding = [kernel[0] // 2, kernel[1] // 2]
     x, weight = whole(1, 16, *size), whole(16, 16, *kernel)
-    y, _ = ops.conv_moments(x, None, False, weight, None, [*stride], padding, 0, False)
+    y, _ = ops.conv_bn_stats(x, None, False, weight, None, [*stride], padding, 0, False)
     exact = F.conv2d(x.double(), weight.double(), None, stride, padding)
     assert torch.equal(y.double(), exact.bfloat16().double())
     grad = whole(*y.shape)
@@ -127,7 +127,7 @@ def test_operators(simulated_device, shape, dtype, which):
         return F.conv2d(a.to(wide), weight.to(wide), bias.to(wide), stride, padding)
 
     with form(which):
-        y, moments = ops.conv_moments(x, scale_shift, True, weight, bias, *settings, True)
+        y, moments = ops.conv_bn_stats(x, scale_shift, True, weight, bias, *settings, True)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_error_rule(y, forward(torch.float64), [forward(torch.float32).to(dtype)])
     var, mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
@@ -173,7 +173,7 @@ def test_operators(simulated_device, shape, dtype, which):
 
 @pytest.mark.parametrize(("dtype", "count"), [*zip(DTYPES, (2, 0, 1), strict=True), (torch.float32, 2)], ids=name_of)
 def test_passes(simulated_device, dtype, count):
-    """bn_apply and bn_backward_sums, each in all its variants."""
+    """bn_apply and bn_backward_reduce, each in all its variants."""
     y, other, grad, *ys = (channels_last(torch.randn(3, 19, 5, 7).to(dtype)) for _ in range(3 + count))
     affines = [None, rows(2, 19) - 0.7]
     for residual, own, relu in ((None, affines[1], True), (other, affines[0], True), (other, affines[1], False)):
@@ -186,10 +186,10 @@ def test_passes(simulated_device, dtype, count):
             return z.relu() if relu else z
 
         assert_error_rule(out, plain(torch.float64), [plain(torch.float32).to(dtype)])
-    for positive, own in ((None, None), (y, None), (y, affines[1])):
+    for relu_source, own in ((None, None), (y, None), (y, affines[1])):
         means = [rows(2, 19) for _ in ys]
-        out, sums = ops.bn_backward_sums(grad, positive, own, ys, means)
-        shown = torch.ones(1, dtype=torch.bool) if positive is None else affine(positive.float(), own) > 0
+        out, sums = ops.bn_backward_reduce(grad, relu_source, own, ys, means)
+        shown = torch.ones(1, dtype=torch.bool) if relu_source is None else affine(relu_source.float(), own) > 0
         assert torch.equal(out, torch.where(shown, grad, 0))
         terms = [out.double(), *(out.double() * (t - m[0][:, None, None]) for t, m in zip(ys, means, strict=True))]
         for ours, term in zip(sums.double(), terms, strict=False):
@@ -308,7 +308,7 @@ def test_broken_arguments(simulated_device, op, index, change, message):
     assert not simulated_device.launches
 
 
-@pytest.mark.parametrize("role", ["conv_moments", "data gradient", "weight gradient"])
+@pytest.mark.parametrize("role", ["conv_bn_stats", "data gradient", "weight gradient"])
 def test_the_choice_is_measured_for_each_role(tmp_path, role):
     """Kept apart from the choice for inference, with the library as a candidate."""
     sizes = (8, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), torch.bfloat16, "ieee", False, True)
@@ -333,9 +333,9 @@ def test_the_choice_is_measured_for_each_role(tmp_path, role):
 def layer_and_back(x, weight, scale_shift, coefficients):
     """The operators of one layer, forward and backward, with everything that they can be given."""
     arguments = (weight, [1, 1], [1, 1], 0)
-    y, moments = training.conv_moments(x, scale_shift, True, weight, None, *arguments[1:], True)
+    y, moments = training.conv_bn_stats(x, scale_shift, True, weight, None, *arguments[1:], True)
     training.bn_apply(y, moments, x, None, True)
-    training.bn_backward_sums(y, x, None, [y, x], [moments, moments])
+    training.bn_backward_reduce(y, x, None, [y, x], [moments, moments])
     training.conv_backward(y, y, coefficients, x, scale_shift, True, *arguments, True, True, y, True, [x], [moments])
     with tune.use(tune.LIBRARY):
         training.conv_backward(y, y, coefficients, x, None, False, *arguments, False, True, None, False, [], [])
@@ -359,7 +359,7 @@ def test_code(arch, channels):
             assert any(sass.count(opcode) for opcode in TENSOR_CORES[arch]), name
             assert sass.count("LDG.128") + sass.count("LDGSTS.128") > 0, name
             assert sass.blocks_per_sm >= 2, name
-    assert seen >= {*CONVOLUTIONS, "_bn_apply_kernel", "_bn_backward_sums_kernel", "_bn_input_gradient_kernel"}
+    assert seen >= {*CONVOLUTIONS, "_bn_apply_kernel", "_bn_backward_reduce_kernel", "_bn_input_gradient_kernel"}
 
 
 CONVOLUTIONS = ("_conv_bn_stats_kernel", "_data_gradient_kernel", "_weight_gradient_kernel")

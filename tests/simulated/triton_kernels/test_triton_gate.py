@@ -5,7 +5,7 @@ import torch
 from helpers import triton_gate as gate
 from ptxsim import triton_kernels as kernels
 
-from resnet_fast import launch
+from resnet_fast.backends import launch
 
 POINTERS = {"a": "*fp16:16", "b": "*fp16:16", "c": "*fp16:16"}
 SIZES = {"M": "i32:16", "N": "i32:16", "K": "i32:16"}

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import triton
 from helpers.support import channels_last
 
-from resnet_fast import _triton, launch
+from resnet_fast import _triton
 from resnet_fast._triton import batch_norm, batch_stats, conv_backward, finalize
+from resnet_fast.backends import launch
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.candidates.triton import candidates
 from resnet_fast.gpu.layer import A100, Layer
@@ -126,7 +127,7 @@ def no_rows():
             {},  # a mean of no values is NaN
         ),
         (
-            batch_norm._bn_backward_sums_kernel,
+            batch_norm._bn_backward_reduce_kernel,
             (empty, None, None, None, empty, empty, two, two, empty, three.clone(), 0, C // 16, 1),
             {"SAME": False, "ROWS": 3, **vector, **TILE},
             {9: 0.0},

@@ -109,7 +109,7 @@ class Chain {
     const Value& out = layout.values[inputs.size() + i];
     const ActivationView<T> none{};
     return {l,
-            read_layout<T>("residual_stage", i, l, in.channels, filters[i]),
+            read_layout<T>("conv_chain", i, l, in.channels, filters[i]),
             static_cast<const T*>(filters[i].data_ptr()),
             images,
             out.height,

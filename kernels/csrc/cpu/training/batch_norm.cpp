@@ -1,4 +1,4 @@
-// The operators bn_apply, bn_backward_sums and channel_sums, each a single pass over memory.
+// The operators bn_apply, bn_backward_reduce and channel_sums, each a single pass over memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -63,10 +63,10 @@ void sum_pixels(const MaskedSums<S, T>& masked, const Tensor& grad, S* out, T* s
   add_partial_sums(partial, sums);
 }
 
-std::tuple<Tensor, Tensor> bn_backward_sums(const Tensor& grad, const OptionalTensor& relu_source,
-                                            const OptionalTensor& scale_shift, const std::vector<Tensor>& ys,
-                                            const std::vector<Tensor>& stats) {
-  constexpr const char* op = "bn_backward_sums";
+std::tuple<Tensor, Tensor> bn_backward_reduce(const Tensor& grad, const OptionalTensor& relu_source,
+                                              const OptionalTensor& scale_shift, const std::vector<Tensor>& ys,
+                                              const std::vector<Tensor>& stats) {
+  constexpr const char* op = "bn_backward_reduce";
   check_nhwc(op, "grad", grad);
   const NhwcShape image(grad);
   check_sum_inputs(op, grad, relu_source, ys, stats);
@@ -100,7 +100,7 @@ Tensor channel_sums(const Tensor& grad) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) {
   m.impl("bn_apply", TORCH_BOX(&bn_apply));
-  m.impl("bn_backward_sums", TORCH_BOX(&bn_backward_sums));
+  m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
   m.impl("channel_sums", TORCH_BOX(&channel_sums));
 }
 

@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
                                                  const OptionalTensor& scale_shift, bool relu, const Tensor& weight,
                                                  const std::vector<int64_t>& stride,
                                                  const std::vector<int64_t>& padding, int64_t algorithm, bool need_x,
-                                                 bool need_weight, const OptionalTensor& residual, bool finish,
+                                                 bool need_weight, const OptionalTensor& residual, bool reduce,
                                                  const std::vector<Tensor>& ys, const std::vector<Tensor>& stats) {
   check_nhwc(kOp, "grad", grad);
   check_nhwc(kOp, "x", x);
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
     check_same_dtype(kOp, "residual", *residual, "x", x);
   }
   check_sum_inputs(kOp, x, std::nullopt, ys, stats);
-  RESNET_FAST_CHECK(!finish || need_x, kOp, ": finish without need_x");
+  RESNET_FAST_CHECK(!reduce || need_x, kOp, ": reduce without need_x");
   const bool winograd = layer.kernel_h == 3 && layer.kernel_w == 3 && stride[0] == 1 && stride[1] == 1;
   const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
   RESNET_FAST_CHECK((algorithm >= 0 && algorithm <= (winograd ? 2 : 0)) || (bf16 && algorithm == 3) ||
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const Optio
                             static_cast<Algorithm>(algorithm),
                             need_x,
                             need_weight,
-                            finish,
+                            reduce,
                             ys,
                             stats};
   if (in_bf16(a.algorithm)) return bf16_conv_backward(a);

@@ -17,7 +17,7 @@ struct BackwardArguments {
   bool relu;
   Layer layer;
   Algorithm algorithm;
-  bool need_x, need_weight, finish;
+  bool need_x, need_weight, reduce;
   const std::vector<Tensor>&ys, &stats;
 };
 

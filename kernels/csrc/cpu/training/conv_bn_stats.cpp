@@ -1,4 +1,4 @@
-// The operator conv_moments: a convolution whose input is normalised as it is read, and the mean and variance of its
+// The operator conv_bn_stats: a convolution whose input is normalised as it is read, and the mean and variance of its
 // output. In bfloat16 these are those of the rounded output, as PyTorch has them under autocast.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,7 @@
 namespace resnet_fast {
 namespace {
 
-constexpr const char* kOp = "conv_moments";
+constexpr const char* kOp = "conv_bn_stats";
 
 struct Arguments {
   const Tensor& x;
@@ -177,6 +177,6 @@ std::tuple<Tensor, Tensor> conv_bn_stats(const Tensor& x, const OptionalTensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("conv_moments", TORCH_BOX(&conv_bn_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CPU, m) { m.impl("conv_bn_stats", TORCH_BOX(&conv_bn_stats)); }
 
 }  // namespace resnet_fast

@@ -26,11 +26,11 @@ class DataGradient {
   DataGradient(const BackwardArguments& a, const NhwcShape& in, const NhwcShape& out, int64_t threads)
       : in_(in), layer_(a.layer), lanes_(kernels_in_use<T>().lanes),
         in_place_(sizeof(S) == sizeof(T) && in.channels % lanes_ == 0), dx_(empty_nhwc(NhwcShape(a.x), a.x)),
-        sums_(empty_rows(a.finish ? 3 : 0, in.channels, a.x)), dx_data_(static_cast<S*>(dx_.data_ptr())),
+        sums_(empty_rows(a.reduce ? 3 : 0, in.channels, a.x)), dx_data_(static_cast<S*>(dx_.data_ptr())),
         residual_(a.residual ? static_cast<S*>(a.residual->data_ptr()) : nullptr),
         result_layout_{in.channels, in.height, in.width, round_up(in.channels, lanes_), {}},
         partial_(static_cast<size_t>(threads),
-                 std::vector<double>(static_cast<size_t>(a.finish ? 3 * in.channels : 1))) {
+                 std::vector<double>(static_cast<size_t>(a.reduce ? 3 * in.channels : 1))) {
     RESNET_FAST_CHECK((!std::is_same_v<T, BFloat16>) || in_place_, a.op, ": x has ", in.channels,
                       " channels, want a multiple of 16 for an algorithm in bfloat16");
     phases_ = phases_of<T>(layer_, in, out.channels, a.weight, a.algorithm, complete_);
@@ -41,7 +41,7 @@ class DataGradient {
                    std::max<int64_t>(l.pad_w, 0), far_halo(out.width, p.width, l.pad_w, l.kernel_w, 1, tile)});
       units_ = std::min(units_, units_of(p.layout, p.height, p.width));
     }
-    if (a.finish) {
+    if (a.reduce) {
       masked_.emplace(a.op, a.relu || !a.scale_shift ? OptionalTensor(a.x) : std::nullopt, a.scale_shift, a.ys, a.stats,
                       in.channels);
     }

@@ -16,9 +16,9 @@ inline void check_sum_inputs(const char* op, const Tensor& like, const OptionalT
     check_same_shape(op, name, t, "the gradient", like);
     check_same_dtype(op, name, t, "the gradient", like);
   };
-  if (relu_source) check("positive", *relu_source);
+  if (relu_source) check("relu_source", *relu_source);
   RESNET_FAST_CHECK(ys.size() == stats.size() && ys.size() <= 2, op, ": ", ys.size(), " ys and ", stats.size(),
-                    " means, want as many of both and at most two");
+                    " stats, want as many of both and at most two");
   for (const Tensor& y : ys) check("ys", y);
 }
 
@@ -33,7 +33,7 @@ class MaskedSums {
     call_.scale = affine, call_.shift = affine ? affine + channels : nullptr;
     if (relu_source) relu_source_ = static_cast<const S*>(relu_source->data_ptr());
     for (size_t i = 0; i < ys.size(); ++i) {
-      const T* mean = check_rows<T>(op, "means", stats[i], 2, channels);
+      const T* mean = check_rows<T>(op, "stats", stats[i], 2, channels);
       (i == 0 ? call_.mean : call_.second_mean) = mean;
       (i == 0 ? y_ : second_) = static_cast<const S*>(ys[i].data_ptr());
     }

@@ -172,13 +172,13 @@ def unfused_reason(op: str, device: str) -> str | None:
     if _missing is not None:
         return "the extension is not loaded"
     if not has_kernel(op, device):
-        needs_triton = op == "conv_moments" and device == "cuda" and not has_triton()
+        needs_triton = op == "conv_bn_stats" and device == "cuda" and not has_triton()
         return "no training without Triton: pip install triton" if needs_triton else f"no kernel for {device} tensors"
     if _selected == "cpu" and device != "cpu":
         return f"{device} tensors"
     if _selected in ("cuda", "triton") and device != "cuda":
         return f"{device} tensors"
-    if _selected == "cuda" and op == "conv_moments":
+    if _selected == "cuda" and op == "conv_bn_stats":
         return "no training in CUDA C++: backends.use('triton') has it"
     if _selected == "cuda" and op != "add_relu" and not has_cuda_convolution():
         return "no kernel in CUDA C++ was compiled: backends.use('triton') has one"

@@ -1,4 +1,4 @@
-"""pack_conv_bn and residual_stage: chains of convolutions, direct and by Winograd."""
+"""pack_conv_bn and conv_chain: chains of convolutions, direct and by Winograd."""
 
 from dataclasses import dataclass, field
 
@@ -22,7 +22,7 @@ from helpers.support import (
 
 DIRECT, WINOGRAD, COMPACT_WINOGRAD = 0, 1, 2  # `algorithm` of pack_conv_bn
 ALGORITHMS = (DIRECT, WINOGRAD, COMPACT_WINOGRAD)
-stage = torch.ops.resnet_fast.residual_stage
+stage = torch.ops.resnet_fast.conv_chain
 pack = torch.ops.resnet_fast.pack_conv_bn
 
 
@@ -315,5 +315,5 @@ def test_the_operators_have_no_gradient_and_say_so():
     with pytest.raises(RuntimeError, match="pack_conv_bn has no gradient of its own"):
         pack(weight, *[None] * 5, 0.0).sum().backward()
     x = torch.randn(1, 4, 6, 6, requires_grad=True)
-    with pytest.raises(RuntimeError, match="residual_stage has no gradient of its own"):
+    with pytest.raises(RuntimeError, match="conv_chain has no gradient of its own"):
         stage(x, [pack(weight.detach(), *[None] * 5, 0.0)], [0, -1, 1, 8, 3, 3, 1, 1, 1, 1]).sum().backward()

@@ -23,7 +23,7 @@ __all__ = ["DIGEST", "digest", "find_triton_kernels", "hidden_extension", "load_
 # The file beside an installed extension that holds the digest of its sources.
 DIGEST = "_C.sources.sha256"
 _SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _BUILD = "build it with a C++ compiler, pip install -e ."
 
 
@@ -80,7 +80,7 @@ def misfit(clone: Path, installed: Path) -> str | None:
 def load_extension() -> tuple[Any, str | None]:
     """``resnet_fast._C`` and None; or None, and why it cannot be loaded and what to type."""
     try:
-        return import_module("._C", __package__), None
+        return import_module("resnet_fast._C"), None
     except ModuleNotFoundError:
         spec = hidden_extension(_PACKAGE)
     except ImportError as error:
