@@ -58,7 +58,7 @@ def extension():
     cxx = [*optimize, "-std=c++20", target, "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", "-fopenmp"]
     nvcc = [*optimize[:1], "-std=c++20", target, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
     nvcc.append("-Xcompiler=-fvisibility=hidden")
-    sources = [path for folder in (".", "chain", "cpu") for path in sorted(CSRC.glob(f"{folder}/*.cpp"))]
+    sources = [path for files in ("*.cpp", "chain/*.cpp", "cpu/**/*.cpp") for path in sorted(CSRC.glob(files))]
     link: dict[str, list[str]] = {"extra_link_args": ["-fopenmp"]}
 
     home = cuda_home()
@@ -70,7 +70,7 @@ def extension():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
             nvcc.append("-DRESNET_FAST_SM90A")  # wgmma exists there alone
-        sources += [path for folder in ("cuda", "cuda/hopper") for path in sorted(CSRC.glob(f"{folder}/*.cu"))]
+        sources += sorted(CSRC.glob("cuda/**/*.cu"))
         # Static: the module loads on machines without a driver or a toolkit.
         link["libraries"] = ["cudart_static", "dl", "rt", "pthread"]
         link["library_dirs"] = [str(Path(home, part)) for part in ("lib64", "lib") if Path(home, part).exists()]

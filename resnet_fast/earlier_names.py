@@ -9,26 +9,41 @@ from typing import Any
 
 __all__ = ["install"]
 
-# By earlier module: where its classes are now, and those that have another name.
+# By earlier module: where its names are now, and those that are elsewhere or have another name.
 _MOVED: dict[str, tuple[str, dict[str, str]]] = {
-    "convert": ("fusion.convert", {"Fusion": "FusionState", "FusedTraced": "ConvertedModule"}),
+    "convert": (
+        "fusion.convert",
+        {
+            "Fusion": "fusion.convert.FusionState",
+            "FusedTraced": "fusion.converted_module.ConvertedModule",
+            "_again": "fusion.converted_module._rebuild",
+        },
+    ),
     "frozen_norm": ("chain.frozen_norm", {}),
-    "plan": ("fusion.plan", {"Opened": "ModuleGuard"}),
+    "plan": (
+        "fusion.execution_plan",
+        {
+            "Opened": "fusion.module_guard.ModuleGuard",
+            "Plan": "fusion.execution_plan.ExecutionPlan",
+            "_Named": "fusion.execution_plan._FunctionName",
+        },
+    ),
     "pooling": ("chain.pooling", {}),
 }
 
 
 class _EarlierModule(ModuleType):
-    def __init__(self, name: str, now: str, renamed: dict[str, str]) -> None:
+    def __init__(self, name: str, now: str, elsewhere: dict[str, str]) -> None:
         super().__init__(name)
-        self._now, self._renamed = now, renamed
+        self._now, self._elsewhere = now, elsewhere
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self._now), self._renamed.get(name, name))
+        module, _, now = self._elsewhere.get(name, f"{self._now}.{name}").rpartition(".")
+        return getattr(import_module(f"{__package__}.{module}"), now)
 
 
 def install() -> None:
     """Puts the aliases where ``pickle`` looks modules up."""
-    for name, (now, renamed) in _MOVED.items():
+    for name, (now, elsewhere) in _MOVED.items():
         earlier = f"{__package__}.{name}"
-        sys.modules.setdefault(earlier, _EarlierModule(earlier, f"{__package__}.{now}", renamed))
+        sys.modules.setdefault(earlier, _EarlierModule(earlier, now, elsewhere))

@@ -94,12 +94,12 @@ def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> No
 def _cuda_choices(layer: Any, shared: int) -> list[Any]:
     from resnet_fast.gpu.candidates import cuda as cuda_configs
 
-    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
+    simt = layer.dtype == torch.float32 and layer.precision == "ieee"
     found = []
     for i, tile in enumerate(cuda_configs.tiles()):
         for splits in (1, 3):
             config = cuda_configs.CudaConfig(i, min(tile.pixels, 64), splits)
-            made = cuda_configs.plan(layer, config) if tile.plain == plain else None
+            made = cuda_configs.plan(layer, config) if tile.simt == simt else None
             if made is not None and made.shared <= shared:
                 found.append(config)
     return found
@@ -154,26 +154,6 @@ def pooled_stems(device: str, small: bool) -> None:
                         twin.pooled_stem(x),
                         f"pooled stem of {name}, {shape} {dtype}",
                     )
-
-
-def batch_norm(device: str, small: bool) -> None:
-    from resnet_fast._triton import bn_add_relu, bn_relu, cuda_batch_norm
-
-    modules: list[tuple[object, object]] = [(bn_relu, bn_add_relu)]
-    if backends.has_cuda_convolution() and not small:
-        modules.append((cuda_batch_norm, cuda_batch_norm))
-    for plain, add in modules:
-        for dtype in DTYPES[:1] if small else DTYPES:
-            for shape in ((3, 24, 5, 5),) if small else ((4, 64, 16, 17), (3, 24, 5, 5), (2, 19, 5, 7)):
-                x, residual, dy = (_last(torch.randn(shape, device=device).to(dtype)) for _ in range(3))
-                gamma, beta = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
-                z = F.batch_norm(x.float(), None, None, gamma, beta, training=True, eps=1e-5)
-                y, mean, _, invstd = plain.bn_relu_fwd(x, gamma, beta)  # type: ignore[attr-defined]
-                _close(y, F.relu(z), f"bn_relu {shape} {dtype}")
-                plain.bn_relu_bwd(dy, x, mean, invstd, gamma, beta)  # type: ignore[attr-defined]
-                y, mean, _, invstd, mask = add.bn_add_relu_fwd(x, residual, gamma, beta)  # type: ignore[attr-defined]
-                _close(y, F.relu(z + residual.float()), f"bn_add_relu {shape} {dtype}")
-                add.bn_add_relu_bwd(dy, x, mask, mean, invstd, gamma)  # type: ignore[attr-defined]
 
 
 def training(device: str, small: bool) -> None:
@@ -234,7 +214,7 @@ FAMILIES: dict[str, Callable[[str, bool], None]] = {
         for kind in ("triton", "cuda", "library")
         for dtype in DTYPES
     },
-    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, batch_norm, training, steps)},
+    **{f.__name__: f for f in (add_relu, stages, chains, pooled_stems, training, steps)},
 }
 
 

@@ -19,12 +19,12 @@ __all__ = ["commands", "errors", "items", "run"]
 # By name, so that torch is not needed to list them; ``families`` has them all. What takes longest comes first.
 _DTYPES = ("float16", "bfloat16", "float32")
 NAMES = (
-    *("chains", "training", "stages", "batch_norm", "pooled_stems"),
+    *("chains", "training", "stages", "pooled_stems"),
     *(f"conv_{kind}_{dtype}" for kind in ("triton", "cuda", "library") for dtype in _DTYPES),
     *("add_relu", "steps"),
 )
 # A rehearsal takes one of those that are alike; CUDA C++ would be compiled first there.
-REHEARSED = ("training", "stages", "batch_norm", "pooled_stems", "conv_triton_float16", "add_relu", "steps")
+REHEARSED = ("training", "stages", "pooled_stems", "conv_triton_float16", "add_relu", "steps")
 TOOLS = ("memcheck", "racecheck")
 LONG = "steps of training"
 ERROR_STATUS = 66

@@ -42,7 +42,7 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-// Python's None may stand for any tensor. Before anything is asked of it: PyTorch's own error names no argument.
+// Python's None may be passed for any tensor. Checked before it is used: PyTorch's own error names no argument.
 inline void check_defined(const char* op, const char* name, const Tensor& t) {
   RESNET_FAST_CHECK(t.defined(), op, ": ", name, " is None, want a tensor");
 }
@@ -77,7 +77,7 @@ inline void check_rank(const char* op, const char* name, const Tensor& t, int64_
   RESNET_FAST_CHECK(t.dim() == rank, op, ": ", name, " has shape ", shape(t), ", want ", rank, " dimensions ", meaning);
 }
 
-// The most that a stride, a window or a count of channels may be, and a padding: the sizes of padded maps fit 64 bits.
+// The largest stride, window or number of channels, and the largest padding: sizes of padded activations fit 64 bits.
 constexpr int64_t kMaxSize = INT32_MAX;
 constexpr int64_t kMaxPadding = 65535;
 

@@ -5,8 +5,8 @@
 #include <torch/headeronly/version.h>
 
 #include "chain/tape.h"
-#include "cpu/stage.h"
-#include "watch.h"
+#include "cpu/conv/chain.h"
+#include "staleness_guard.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // y = relu(a + b)
@@ -26,11 +26,11 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // Batch norm folded into the weights, in the layout that residual_stage reads. It depends on the CPU: never store it.
   // algorithm: 0 for direct convolution; for 3x3 filters with stride 1 also 1 for Winograd's F(4x4, 3x3), and 2 for the
   // same with filters that are transformed when they are used, a quarter of the size. 3 and 4 multiply in bfloat16, for
-  // maps in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
+  // activations in bfloat16: direct convolution, and for 3x3 filters with stride 1 Winograd's F(2x2, 3x3).
   m.def(
       "pack_conv_bn(Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, int algorithm=0) -> Tensor");
-  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/stage.h) each.
+  // A chain of convolutions, one packed filter and kLayerFields integers (cpu/conv/chain.h) each.
   m.def("residual_stage(Tensor x, Tensor[] filters, int[] layers, int[] pool=[]) -> Tensor");
 
   // The chain of a network made of residual stages, a launch for each stage, from filters that residual_network.py
@@ -80,29 +80,29 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "train_stage_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] kept, bool[] present, int[] fields, "
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
 
-  // Convolution on CUDA devices: the tiles that there are (cuda/conv_plan.h), the geometry of a launch as [blocks,
-  // threads, shared bytes, floats and integers of workspace, completed args], and the launch itself, which takes
-  // integers of zero and leaves them at zero.
+  // conv_bn_relu on CUDA devices: the tiles (cuda/conv/conv_plan.h); the geometry of a launch as [blocks, threads,
+  // shared bytes, floats and counters of the split-K workspace, completed args]; the launch, whose counters are zero
+  // before and after.
   m.def("conv_bn_relu_tiles() -> int[]");
   m.def("conv_bn_relu_plan(int tile, int[] args, int element_size, bool aligned) -> int[]");
   m.def(
       "conv_bn_relu_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
-  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/halo_plan.h); of a tile its columns, warpgroups and
-  // stages.
+  // The same for 3x3 convolutions of 16 bits on Hopper (cuda/hopper/conv_halo_plan.h); a tile is its positions,
+  // warpgroups and stages.
   m.def("conv_halo_tiles() -> int[]");
   m.def("conv_halo_plan(int tile, int[] args) -> int[]");
   m.def(
       "conv_halo_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
-  // The stream of launches on the device of x, and the capture of a CUDA graph that it takes part in, 0 where in none.
+  // PyTorch's current stream on the device of x, and the CUDA graph capture that it takes part in, 0 if none.
   m.def("current_capture(Tensor x) -> int[]");
 
-  // A convolution of an image and the max pooling behind it on CUDA devices: the kernels that there are
-  // (cuda/conv_bn_relu_pool_plan.h) as filter, overlapping windows or not, and plain products or not; the geometry of a
-  // launch as [blocks, threads, shared bytes, completed args]; and the launch itself.
+  // A stem's convolution and max pooling on CUDA devices: the kernels (cuda/stem/conv_bn_relu_pool_plan.h) as filter,
+  // whether windows overlap, whether it is SIMT; the geometry of a launch as [blocks, threads, shared bytes, completed
+  // args]; the launch.
   m.def("conv_bn_relu_pool_kernels() -> int[]");
   m.def(
       "conv_bn_relu_pool_plan(int kernel, int[] args, int element_size, bool aligned, int multiprocessors, int shared) "
@@ -114,20 +114,14 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // y = flatten(avg_pool2d(x, kernel, stride), 1) on CUDA devices, of x in channels_last.
   m.def("avg_pool_flatten_launch(Tensor x, Tensor(a!) y, int[2] kernel, int[2] stride) -> ()");
 
-  // Batch norm on CUDA devices: the geometry for an image of rows x channels (cuda/batch_norm_plan.h), and the
-  // launches.
-  m.def("batch_norm_plan(int rows, int channels) -> int[]");
-  m.def("batch_norm_launch(int kernel, bool vector, Tensor(a!)[] tensors, int[] grid, int[] args, float eps) -> ()");
-
-  // The tape `number` (chain/tape.h) for these inputs, in their order; no tensors where they are not like those which
-  // it was recorded with.
+  // Replays tape `number` (chain/tape.h) for these inputs; returns no tensors if it was recorded with inputs of another
+  // kind.
   m.def("run_tape(Tensor[] inputs, int number) -> Tensor[]");
 
-  // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises where there is none.
+  // The address of PyTorch's current stream on a CUDA device; 0 for the default stream. Raises if there is no device.
   m.def("cuda_stream(int device) -> int");
 
-  // Whether memory of maps that go is kept for the next ones (cpu/kept_memory.cpp); bytes that are kept, and bytes
-  // in use.
+  // Whether freed memory of activations is kept for the next ones (cpu/kept_memory.cpp); bytes kept, and bytes in use.
   m.def("keep_memory(bool keep) -> ()");
   m.def("kept_memory() -> int[]");
 
@@ -141,7 +135,7 @@ static PyObject* take_spread(PyObject*, PyObject*) { return PyBool_FromLong(resn
 
 // Importing the module runs the registrations.
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyMethodDef methods[] = {{"unchanged", unchanged, METH_O, nullptr},
+  static PyMethodDef methods[] = {{"unchanged", is_valid, METH_O, nullptr},
                                   {"fingerprint", fingerprint, METH_O, nullptr},
                                   {"tape", resnet_fast::add_tape, METH_VARARGS, nullptr},
                                   {"drop_tape", resnet_fast::drop_tape, METH_O, nullptr},

@@ -1,5 +1,7 @@
 """add_relu on NVIDIA GPUs: one flat pass over two tensors of one layout."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,6 @@ from torch import Tensor
 
 from resnet_fast import launch
 
-from .arguments import check_tensor
 from .tiles import cdiv
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,13 +50,30 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     The result has a's layout; NaN and the sign of zero are kept. A tensor that is not dense, or a b of another layout,
     is copied first. Raises TypeError and ValueError.
     """
-    check_tensor("a", a, dtypes=DTYPES)
-    check_tensor("b", b, like=a, dtypes=(a.dtype,), shape=a.shape)
+    _check_tensor("a", a, DTYPES)
+    _check_tensor("b", b, (a.dtype,), like=a)
     out = torch.empty_like(a)
     grid, block = geometry(a.numel(), a.dtype.itemsize)
     args = (_laid_out_as(out, a), _laid_out_as(out, b), out, a.numel())
     launch.launch(_add_relu_fwd_kernel, grid, args, BLOCK=block, num_warps=WARPS)
     return out
+
+
+def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
+    """Raises TypeError or ValueError that names the argument, what it got and what it wants.
+
+    like: whose device and shape the tensor has to share; without one, it has to be where kernels run.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is {type(t).__name__}, want a tensor")
+    if like is None and not t.is_cuda and not launch.is_simulated():
+        raise ValueError(f"{name} is on {t.device}, want a CUDA device")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, want {like.device}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} is {t.dtype}, want {' or '.join(map(str, dtypes))}")
+    if like is not None and t.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, want {tuple(like.shape)}")
 
 
 def _laid_out_as(pattern: Tensor, t: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Batch norm of a training chain on NVIDIA GPUs where it is a pass of its own, not part of a convolution.
+"""Batch norm of a training chain on NVIDIA GPUs, as passes over rows [pixels, channels], which are dense.
 
     bn_apply            [relu](scale * y + shift [+ residual [* its scale + its shift]])
-    bn_backward_sums    g = grad where the ReLU let it pass; sums of g, and of g * (y - mean) for up to two ys
+    bn_backward_sums    g = grad where the ReLU passed; partial sums of g, and of g * (y - mean) for up to two ys
     bn_input_gradient   a * g + b * (y - mean) + constant
 
-Each reads every map once and writes its result once. All take rows [pixels, channels], dense.
+A pass reads each activation once and writes its result once. The convolutions of :mod:`.implicit_gemm` do the same to
+the tiles that they load.
 """
 
 import torch
@@ -14,8 +15,13 @@ from torch import Tensor
 
 from resnet_fast import launch
 
-from .bn_backward import relu_keeps
 from .tiles import WARPS, reduction, tiling, vector_hint
+
+
+@triton.jit
+def relu_passes(z):
+    """False where ReLU gives 0. NaN passes, and its gradient with it, as in torch."""
+    return not (z <= 0)
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def _bn_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C = vectors * VECTOR
+    C = vectors * VECTOR  # the compiler sees what divides it
     first = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK_M  # last rows first: they are in the cache
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i = tl.arange(0, BLOCK_M)
@@ -62,7 +68,7 @@ def _bn_apply_kernel(
     if residual is not None:
         z += affine(tl.load(residual + offsets, inside, 0.0), residual_scale_shift, c, C)
     if RELU:
-        z = tl.where(relu_keeps(z), z, 0.0)
+        z = tl.where(relu_passes(z), z, 0.0)
     tl.store(out + offsets, z.to(out.dtype.element_ty), inside)
 
 
@@ -84,12 +90,12 @@ def _bn_input_gradient_kernel(
 def _bn_backward_sums_kernel(
     grad,
     added,
-    positive,
+    relu_source,
     scale_shift,
     y,
     y2,
-    moments,
-    moments2,
+    stats,
+    stats2,
     out,
     partial,
     M,
@@ -101,40 +107,45 @@ def _bn_backward_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Block p, rows p * rows ...: writes grad [+ added] where the ReLU passes, and sums it. SAME: y is positive."""
+    """Block p, rows p * rows ...: writes grad [+ added] where the ReLU passes, and sums it. SAME: y is relu_source."""
     C = vectors * VECTOR
     part = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i = tl.arange(0, BLOCK_M)
     first = part.to(tl.int64) * rows
     n = tl.minimum(M - first, rows).to(tl.int32)
-    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    total_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    total_y2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    acc_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    acc_y2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, n, BLOCK_M):
         inside = (i < n - start)[:, None] & (c < C)[None, :]
         offsets = (first + start) * C + i[:, None] * C + c[None, :]
         g = tl.load(grad + offsets, inside, 0.0)
         if added is not None:
             g = (g.to(tl.float32) + tl.load(added + offsets, inside, 0.0).to(tl.float32)).to(out.dtype.element_ty)
-        if positive is not None:
-            v = tl.load(positive + offsets, inside, 0.0)
-            g = tl.where(relu_keeps(affine(v, scale_shift, c, C)), g, 0.0).to(out.dtype.element_ty)
+        if relu_source is not None:
+            v = tl.load(relu_source + offsets, inside, 0.0)
+            g = tl.where(relu_passes(affine(v, scale_shift, c, C)), g, 0.0).to(out.dtype.element_ty)
         tl.store(out + offsets, g, inside)
         g = g.to(tl.float32)
-        total += g
+        acc += g
         if y is not None:
             w = v if SAME else tl.load(y + offsets, inside, 0.0)
-            total_y += g * tl.where(inside, w.to(tl.float32) - tl.load(moments + c, c < C, 0.0)[None, :], 0.0)
+            acc_y += g * tl.where(inside, w.to(tl.float32) - tl.load(stats + c, c < C, 0.0)[None, :], 0.0)
         if y2 is not None:
             w = tl.load(y2 + offsets, inside, 0.0)
-            total_y2 += g * tl.where(inside, w.to(tl.float32) - tl.load(moments2 + c, c < C, 0.0)[None, :], 0.0)
+            acc_y2 += g * tl.where(inside, w.to(tl.float32) - tl.load(stats2 + c, c < C, 0.0)[None, :], 0.0)
     partial += part.to(tl.int64) * ROWS * C
-    tl.store(partial + c, tl.sum(total, 0), c < C)
+    tl.store(partial + c, tl.sum(acc, 0), c < C)
     if y is not None:
-        tl.store(partial + C + c, tl.sum(total_y, 0), c < C)
+        tl.store(partial + C + c, tl.sum(acc_y, 0), c < C)
     if y2 is not None:
-        tl.store(partial + 2 * C + c, tl.sum(total_y2, 0), c < C)
+        tl.store(partial + 2 * C + c, tl.sum(acc_y2, 0), c < C)
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[N, C, H, W] as [N H W, C] with dense rows: a view of a channels_last tensor, a copy of any other."""
+    return t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1])
 
 
 def bn_apply(
@@ -145,6 +156,7 @@ def bn_apply(
     out: Tensor,
     relu: bool,
 ) -> None:
+    """Writes ``out = [relu](scale * y + shift [+ residual [* its scale + its shift]])``."""
     m, channels = y.shape
     plan, vector = tiling(m, channels, y.dtype.itemsize), vector_hint(channels)
     launch.launch(
@@ -160,6 +172,7 @@ def bn_apply(
 
 
 def bn_input_gradient(grad: Tensor, y: Tensor, coefficients: Tensor, dy: Tensor) -> None:
+    """Writes ``dy = a * grad + b * (y - mean) + constant``; coefficients: their four rows."""
     m, channels = y.shape
     plan, vector = tiling(m, channels, y.dtype.itemsize), vector_hint(channels)
     launch.launch(
@@ -176,24 +189,27 @@ def bn_input_gradient(grad: Tensor, y: Tensor, coefficients: Tensor, dy: Tensor)
 def bn_backward_sums(
     grad: Tensor,
     added: Tensor | None,
-    positive: Tensor | None,
+    relu_source: Tensor | None,
     scale_shift: Tensor | None,
     ys: list[Tensor],
-    means: list[Tensor],
+    stats: list[Tensor],
     out: Tensor,
 ) -> Tensor:
-    """Writes ``out``, which may be ``grad``; returns the parts' sums, float32 [parts, 1 + ys, C]. ``added``: to the
-    gradient before the ReLU."""
+    """Writes ``out = grad [+ added]`` where ``relu_source [* scale + shift]`` passes the ReLU; ``out`` may be ``grad``.
+
+    Returns partial sums of out, and of out * (y - mean) for each y of ``ys`` and its mean, the first row of its
+    ``stats``: float32 ``[parts, 1 + ys, C]``.
+    """
     m, channels = grad.shape
     plan, vector = reduction(m, channels, grad.dtype.itemsize), vector_hint(channels)
     partial = torch.empty(plan.parts, 1 + len(ys), channels, dtype=torch.float32, device=grad.device)
-    same = positive is not None and len(ys) > 0 and ys[0].data_ptr() == positive.data_ptr()
+    same = relu_source is not None and len(ys) > 0 and ys[0].data_ptr() == relu_source.data_ptr()
     y, y2 = [*ys, None, None][:2]
-    moments, moments2 = [*means, None, None][:2]
+    stats1, stats2 = [*stats, None, None][:2]
     launch.launch(
         _bn_backward_sums_kernel,
         plan.grid,
-        (grad, added, positive, scale_shift, y, y2, moments, moments2, out, partial, m, channels // vector, plan.rows),
+        (grad, added, relu_source, scale_shift, y, y2, stats1, stats2, out, partial, m, channels // vector, plan.rows),
         SAME=same,
         ROWS=1 + len(ys),
         VECTOR=vector,

@@ -1,4 +1,4 @@
-"""Filters of training between the layout and dtype of their parameters and those of kernels, on NVIDIA GPUs."""
+"""Copies of filters between the layout and dtype of parameters and those of kernels, for training on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from resnet_fast import launch
 
 from .tiles import cdiv
 
-__all__ = ["copy", "is_wide", "like", "packed", "strides"]
+__all__ = ["copy_filters", "filter_offsets", "is_wide", "like", "packed", "strides"]
 
 _BLOCK = 1024
 
 
 @triton.jit
 def filter_offsets(i, channels, height, width, stride_k, stride_c, stride_r, stride_s):
-    """Of element i, counted in the order [K, R, S, C], in a tensor of these strides."""
+    """Offset of element i, counted in the order [K, R, S, C], in a tensor of these strides."""
     c = i % channels
     s = i // channels % width
     r = i // channels // width % height
@@ -55,17 +55,17 @@ def _copy_filters_kernel(
 
 
 def is_wide(*filters: Tensor) -> bool:
-    """Whether offsets of elements need 64 bits, in which a GPU divides slowly."""
+    """Whether offsets need 64 bits, in which a GPU divides slowly."""
     return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 - _BLOCK for t in filters)
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
-    """What :func:`filter_offsets` wants to know of ``[K, C, R, S]``."""
+    """Sizes and strides of ``[K, C, R, S]`` as :func:`filter_offsets` takes them."""
     return (t.shape[1], *t.shape[2:], *t.stride())
 
 
-def copy(source: Tensor, out: Tensor) -> Tensor:
-    """``out``, which gets the filters ``source``: both ``[K, C, R, S]``, in any layouts and dtypes."""
+def copy_filters(source: Tensor, out: Tensor) -> Tensor:
+    """Copies ``source`` to ``out`` and returns it: both ``[K, C, R, S]``, in any layouts and dtypes."""
     elements = out.numel()
     launch.launch(
         _copy_filters_kernel,
@@ -83,7 +83,7 @@ def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         return weight
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)
-    return copy(weight, out)
+    return copy_filters(weight, out)
 
 
 def like(found: Tensor, weight: Tensor) -> Tensor:
@@ -91,4 +91,4 @@ def like(found: Tensor, weight: Tensor) -> Tensor:
     sizes = zip(weight.shape, found.stride(), weight.stride(), strict=True)
     if found.dtype == weight.dtype and all(own == wanted for size, own, wanted in sizes if size > 1):
         return found
-    return copy(found, torch.empty_like(weight))
+    return copy_filters(found, torch.empty_like(weight))

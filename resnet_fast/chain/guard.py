@@ -100,7 +100,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 class _Snapshot:
-    """Counts and objects in a row, for ``unchanged`` of ``kernels/csrc/watch.cpp``, which reads them in this order."""
+    """Counts and objects in a row, in the order in which ``kernels/csrc/staleness_guard.cpp`` reads them."""
 
     def __init__(self) -> None:
         self.words = array("Q")

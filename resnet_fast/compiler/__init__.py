@@ -21,8 +21,8 @@ from .rest import with_compiled_rest
 __all__ = ["backend"]
 
 _log = logging.getLogger(__name__)
-# In the names that Dynamo gives to inputs that are a module's.
-_KEPT = ("_parameters_", "_buffers_")
+# In the names that Dynamo gives to parameters and buffers among the inputs.
+_OF_MODULES = ("_parameters_", "_buffers_")
 
 
 def backend(
@@ -48,7 +48,7 @@ def backend(
         torch._dynamo.exc.InvalidBackend: ``rest`` is not the name of a backend.
     """
     rest = _rest(options or {})
-    made, apart = _with_chains(graph_module, _held(graph_module, inputs))
+    made, apart = _with_chains(graph_module, _lasting(graph_module, inputs))
     return (made if rest == "eager" else with_compiled_rest(made, apart, lookup_backend(rest))).forward
 
 
@@ -62,14 +62,14 @@ def _rest(options: dict[str, Any]) -> str:
     return options.get("rest", "eager")
 
 
-def _with_chains(graph_module: fx.GraphModule, held: dict[fx.Node, Tensor]) -> tuple[fx.GraphModule, set[Any]]:
-    """The graph with its chains, and what it calls for them."""
-    found = chains_of(graph_module.graph, held)
+def _with_chains(graph_module: fx.GraphModule, lasting: dict[fx.Node, Tensor]) -> tuple[fx.GraphModule, set[Any]]:
+    """The graph with its chains, and the functions that it calls for them."""
+    found = chains_of(graph_module.graph, lasting)
     if found.layers:
         _log.info("%s", found)
     made = fx.GraphModule(graph_module, found.graph)
     calls = {*found.calls}
-    named = {n.name: t for n, t in held.items()}
+    named = {n.name: t for n, t in lasting.items()}
     for call in made.graph.nodes:
         body = plain_checkpoint(made, call)
         if body is not None:
@@ -84,15 +84,15 @@ def _with_chains(graph_module: fx.GraphModule, held: dict[fx.Node, Tensor]) -> t
     return made, calls
 
 
-def _held(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
-    """Parameters, buffers and attributes: tensors that last from call to call."""
+def _lasting(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
+    """Tensors that last from call to call: parameters, buffers and attributes."""
     found: dict[fx.Node, Tensor] = {}
     given = iter(inputs)
     for n in graph_module.graph.nodes:
         value = next(given, None) if n.op == "placeholder" else None
         if n.op == "get_attr":
             value = getattr(graph_module, str(n.target), None)
-        elif not isinstance(value, nn.Parameter) and not any(name in str(n.target) for name in _KEPT):
+        elif not isinstance(value, nn.Parameter) and not any(name in str(n.target) for name in _OF_MODULES):
             continue
         if isinstance(value, Tensor):
             found[n] = value

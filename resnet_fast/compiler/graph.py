@@ -1,4 +1,8 @@
-"""Dynamo's graph with its chains of layers in the place of the nodes that they were."""
+"""Dynamo's graph with a call of a :class:`.runner.Runner` in the place of each chain of layers.
+
+:func:`resnet_fast.compiler.backend` hands the graph in: :mod:`.lift` makes its layers modules,
+:mod:`resnet_fast.fusion.pattern` finds chains of them, :mod:`.stages` cuts these, and :func:`chains_of` replaces them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..fusion.pattern import Layer, Run, match
-from ..fusion.plan import LayerPaths
-from .lift import Lifted, lift, path_of
-from .runner import Chain, Runner, nodes_of
+from ..fusion.execution_plan import LayerPaths
+from ..fusion.pattern import MatchedChain, MatchedLayer, match
+from .lift import LiftedGraph, lift, path_of
+from .runner import GraphChain, Runner, nodes_of
 from .stages import stages
 
 __all__ = ["ChainGraph", "chains_of"]
@@ -22,12 +26,12 @@ _NO_LAYER = "its weights are no parameters, its settings no numbers, or its batc
 
 @dataclass
 class ChainGraph:
-    """``graph`` runs ``chains``. ``reasons``: the other convolutions, and why they are in none."""
+    """``graph`` runs ``chains``. reasons: the other convolutions, and why they are in none."""
 
     graph: fx.Graph
-    chains: list[Chain] = field(default_factory=list)
+    chains: list[GraphChain] = field(default_factory=list)
     reasons: list[tuple[str, str]] = field(default_factory=list)
-    calls: list[Any] = field(default_factory=list)  # targets of the calls
+    calls: list[Any] = field(default_factory=list)  # functions that the graph calls for the chains
 
     @property
     def fused(self) -> int:
@@ -46,8 +50,8 @@ class ChainGraph:
 
 
 @dataclass
-class _Piece:
-    """A run as nodes of Dynamo's graph: ``inside`` is what it stands for, in order."""
+class _Subgraph:
+    """A matched chain as nodes of Dynamo's graph: ``inside`` are those that it replaces, in order."""
 
     runner: Runner
     entry: fx.Node
@@ -55,46 +59,46 @@ class _Piece:
     inside: list[fx.Node]
 
 
-def chains_of(graph: fx.Graph, held: dict[fx.Node, torch.Tensor]) -> ChainGraph:
-    """``graph`` with its chains found; see :func:`resnet_fast.compiler.lift.lift` for ``held``."""
-    lifted = lift(graph, held)
+def chains_of(graph: fx.Graph, lasting: dict[fx.Node, torch.Tensor]) -> ChainGraph:
+    """``graph`` with its chains found; see :func:`resnet_fast.compiler.lift.lift` for ``lasting``."""
+    lifted = lift(graph, lasting)
     matched = match(lifted.root, lifted.graph, lifted.training, {})
-    cut = _Cut(lifted, graph, matched.alias)
-    pieces = [cut.piece(run) for run in matched.runs]
-    inside = {n for piece in pieces for n in piece.inside}
+    extractor = _Extractor(lifted, graph, matched.alias)
+    subgraphs = [extractor.subgraph(chain) for chain in matched.chains]
+    inside = {n for subgraph in subgraphs for n in subgraph.inside}
     known = {lifted.layers[call].node: reason for call, reason in matched.reasons.items()}
     left = [n for n in graph.nodes if n.target is torch.conv2d and n not in inside]
     reasons = [(_name(n), known.get(n, _NO_LAYER)) for n in left]
-    calls = {piece.end: _function(piece.runner) for piece in pieces}
-    chains = [chain for piece in pieces for chain in piece.runner.chains]
-    return ChainGraph(_written(graph, pieces, calls), chains, reasons, list(calls.values()))
+    calls = {subgraph.end: _function(subgraph.runner) for subgraph in subgraphs}
+    chains = [chain for subgraph in subgraphs for chain in subgraph.runner.chains]
+    return ChainGraph(_with_calls(graph, subgraphs, calls), chains, reasons, list(calls.values()))
 
 
 def _name(node: fx.Node) -> str:
     return ".".join(path_of(node)) or node.name
 
 
-class _Cut:
-    """Takes runs of layers out of a graph."""
+class _Extractor:
+    """Takes chains of layers out of a graph."""
 
-    def __init__(self, lifted: Lifted, graph: fx.Graph, alias: dict[fx.Node, fx.Node]) -> None:
+    def __init__(self, lifted: LiftedGraph, graph: fx.Graph, alias: dict[fx.Node, fx.Node]) -> None:
         self.lifted, self.alias = lifted, alias
         self.position = {n: i for i, n in enumerate(graph.nodes)}
 
-    def piece(self, run: Run) -> _Piece:
-        runner = Runner(self.lifted.training, [self._chain(layers) for layers in stages(run)])
-        inside = {o for n in run.nodes for o in self.lifted.origin[n]}
-        through = {o for n in run.through for o in self.lifted.origin[n]}
-        for n in sorted(through, key=self.position.__getitem__, reverse=True):
+    def subgraph(self, chain: MatchedChain) -> _Subgraph:
+        runner = Runner(self.lifted.training, [self._chain(layers) for layers in stages(chain)])
+        inside = {o for n in chain.nodes for o in self.lifted.origin[n]}
+        noops = {o for n in chain.noops for o in self.lifted.origin[n]}
+        for n in sorted(noops, key=self.position.__getitem__, reverse=True):
             if all(user in inside for user in n.users):
                 inside.add(n)
-        entry, end = self._end(run.entry), self._end(run.layers[-1].value)
-        return _Piece(runner, entry, end, sorted(inside, key=self.position.__getitem__))
+        entry, end = self._end(chain.entry), self._end(chain.layers[-1].value)
+        return _Subgraph(runner, entry, end, sorted(inside, key=self.position.__getitem__))
 
     def _end(self, value: fx.Node) -> fx.Node:
         return self.lifted.origin[value][-1]
 
-    def _chain(self, matched: list[Layer]) -> Chain:
+    def _chain(self, matched: list[MatchedLayer]) -> GraphChain:
         calls, origin = self.lifted.layers, self.lifted.origin
         numbers = {matched[0].source: 0, **{layer.value: i for i, layer in enumerate(matched, 1)}}
         layers = [calls[n] for layer in matched for n in (layer.conv, layer.bn) if n is not None]
@@ -110,13 +114,13 @@ class _Cut:
             for layer in matched
         ]
         nodes = set().union(*(layer.nodes for layer in matched))
-        nodes = {o for n in (*nodes, *self._through(nodes)) for o in origin[n]}
+        nodes = {o for n in (*nodes, *self._noops(nodes)) for o in origin[n]}
         inputs = [self._end(matched[0].source), *nodes_of(layers)]
         unfused = _unfused(sorted(nodes, key=self.position.__getitem__), inputs, self._end(matched[-1].value))
-        return Chain(f"{_name(layers[0].node)} and what follows", paths, layers, unfused)
+        return GraphChain(f"{_name(layers[0].node)} and what follows", paths, layers, unfused)
 
-    def _through(self, nodes: set[fx.Node]) -> list[fx.Node]:
-        """What does nothing on the way to ``nodes``, such as a dropout that is off."""
+    def _noops(self, nodes: set[fx.Node]) -> list[fx.Node]:
+        """Nodes that do nothing on the way to ``nodes``, such as a dropout that is off."""
         found: dict[fx.Node, None] = {}
         for n in nodes:
             for a in n.all_input_nodes:
@@ -136,25 +140,25 @@ def _unfused(nodes: list[fx.Node], inputs: list[fx.Node], end: fx.Node) -> Any:
     return fx.GraphModule({}, graph).forward
 
 
-def _written(graph: fx.Graph, pieces: list[_Piece], calls: dict[fx.Node, Any]) -> fx.Graph:
-    """``graph`` with ``calls`` where the last nodes of ``pieces`` were."""
-    ends = {piece.end: piece for piece in pieces}
-    inside = {n for piece in pieces for n in piece.inside}
-    written = fx.Graph()
+def _with_calls(graph: fx.Graph, subgraphs: list[_Subgraph], calls: dict[fx.Node, Any]) -> fx.Graph:
+    """``graph`` with ``calls`` where the last nodes of ``subgraphs`` were."""
+    ends = {subgraph.end: subgraph for subgraph in subgraphs}
+    inside = {n for subgraph in subgraphs for n in subgraph.inside}
+    made = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for n in graph.nodes:
-        piece = ends.get(n)
-        if piece is not None:
-            args = tuple(copies[a] for a in (piece.entry, *piece.runner.nodes))
-            copies[n] = written.call_function(calls[n], args)
+        subgraph = ends.get(n)
+        if subgraph is not None:
+            args = tuple(copies[a] for a in (subgraph.entry, *subgraph.runner.nodes))
+            copies[n] = made.call_function(calls[n], args)
             copies[n].meta = dict(n.meta)
         elif n not in inside:
-            copies[n] = written.node_copy(n, copies.__getitem__)
-    return written
+            copies[n] = made.node_copy(n, copies.__getitem__)
+    return made
 
 
 def _function(runner: Runner) -> Any:
-    """What the code of a graph can call by a name."""
+    """``runner`` as a function: the graph's generated code calls it by its name."""
 
     def chain(x: torch.Tensor, *inputs: Any) -> torch.Tensor:
         return runner(x, *inputs)

@@ -1,8 +1,8 @@
-"""Dynamo's graph with convolutions and batch norms as modules: so :mod:`resnet_fast.fusion.pattern` finds chains in it.
+"""Lifts convolutions and batch norms in Dynamo's graph into modules, so :mod:`resnet_fast.fusion.pattern` can match it.
 
-Dynamo writes ``nn.Conv2d`` and ``nn.BatchNorm2d`` down as calls of ``torch.conv2d`` and ``F.batch_norm`` on tensors
-that are inputs of the graph. Each such call whose tensors are parameters, buffers or attributes is lifted back into a
-module; the count of batches that ``nn.BatchNorm2d`` keeps beside it in training mode becomes part of the module.
+:mod:`.graph` hands the graph in and gets a :class:`LiftedGraph`. Dynamo traces ``nn.Conv2d`` and ``nn.BatchNorm2d``
+into calls of ``torch.conv2d`` and ``F.batch_norm`` on inputs of the graph. Each such call whose tensors are parameters,
+buffers or attributes becomes a module again, together with the count of batches that ``nn.BatchNorm2d`` keeps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from ..chain.frozen_norm import FrozenCode, read_frozen
 
-__all__ = ["Layer", "Lifted", "lift", "path_of"]
+__all__ = ["LiftedGraph", "LiftedLayer", "lift", "path_of"]
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -27,34 +27,34 @@ _INCREMENTS = {"add_", torch.Tensor.add_}
 
 
 @dataclass(eq=False)
-class Layer:
-    """A convolution or a batch norm of the graph. ``inputs``: what its module holds, by name: nodes, or values."""
+class LiftedLayer:
+    """A convolution or a batch norm of the graph. inputs: what its module holds, by name: nodes, or values."""
 
     name: str
-    path: str  # of the module that it was in, as far as the graph tells
+    path: str  # of the module that it was in, as far as the graph knows
     node: fx.Node
     inputs: dict[str, Any]
     settings: dict[str, Any]
     image: fx.Node
-    aside: list[fx.Node]  # what else it stands for: the count of a batch, or the code of a frozen batch norm
-    frozen_eps: float | None = None  # of such a one
+    aside: list[fx.Node]  # its other nodes: the count of batches, or the code of a frozen batch norm
+    frozen_eps: float | None = None  # of a frozen batch norm
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """Of the graph, those that the module stands for."""
+        """Nodes of the graph that the module stands for."""
         return [*self.aside, self.node]
 
     def module(self, given: dict[fx.Node, Any]) -> nn.Module:
-        """The layer as a module that holds what is ``given`` for the nodes of its inputs."""
-        held = {
+        """The layer as a module that holds the tensors ``given`` for its inputs."""
+        values = {
             name: given.get(value, value) if isinstance(value, fx.Node) else value
             for name, value in self.inputs.items()
         }
-        return _convolution(held, self.settings) if "stride" in self.settings else _batch_norm(held, self.settings)
+        return _convolution(values, self.settings) if "stride" in self.settings else _batch_norm(values, self.settings)
 
 
-def _convolution(held: dict[str, Any], settings: dict[str, Any]) -> nn.Conv2d:
-    weight, bias = held["weight"], held["bias"]
+def _convolution(values: dict[str, Any], settings: dict[str, Any]) -> nn.Conv2d:
+    weight, bias = values["weight"], values["bias"]
     channels, kernel = weight.shape[:2], weight.shape[2:]
     conv = nn.Conv2d(
         channels[1] * settings["groups"], channels[0], tuple(kernel), bias=bias is not None, device="meta", **settings
@@ -63,23 +63,23 @@ def _convolution(held: dict[str, Any], settings: dict[str, Any]) -> nn.Conv2d:
     return conv
 
 
-def _batch_norm(held: dict[str, Any], settings: dict[str, Any]) -> nn.BatchNorm2d:
-    tensors = [t for name in ("running_mean", "weight", "bias") if (t := held[name]) is not None]
+def _batch_norm(values: dict[str, Any], settings: dict[str, Any]) -> nn.BatchNorm2d:
+    tensors = [t for name in ("running_mean", "weight", "bias") if (t := values[name]) is not None]
     bn = nn.BatchNorm2d(
         len(tensors[0]) if tensors else 1,
-        eps=float(held["eps"]),
-        momentum=float(held["momentum"]),
-        affine=held["weight"] is not None or held["bias"] is not None,
-        track_running_stats=held["running_mean"] is not None or held["running_var"] is not None,
+        eps=float(values["eps"]),
+        momentum=float(values["momentum"]),
+        affine=values["weight"] is not None or values["bias"] is not None,
+        track_running_stats=values["running_mean"] is not None or values["running_var"] is not None,
         device="meta",
     )
-    bn._parameters.update(weight=held["weight"], bias=held["bias"])
-    bn._buffers.update({name: held[name] for name in ("running_mean", "running_var", "num_batches_tracked")})
+    bn._parameters.update(weight=values["weight"], bias=values["bias"])
+    bn._buffers.update({name: values[name] for name in ("running_mean", "running_var", "num_batches_tracked")})
     return bn.train(settings["training"])
 
 
 class _Root(nn.Module):
-    """Holds the layers; whatever other modules a graph calls are no layers."""
+    """Holds the layers; any other module that a graph calls is no layer."""
 
     def get_submodule(self, target: str) -> nn.Module:
         return self._modules.get(target) or _OTHER
@@ -89,17 +89,17 @@ _OTHER = nn.Module()
 
 
 @dataclass
-class Lifted:
-    """``graph`` calls the modules of ``root``, which tell the structure alone: their tensors have no values."""
+class LiftedGraph:
+    """``graph`` calls the modules of ``root``, which hold the structure alone: their tensors are on the meta device."""
 
     root: nn.Module
     graph: fx.Graph
-    layers: dict[fx.Node, Layer]  # by the node of ``graph`` that calls its module
+    layers: dict[fx.Node, LiftedLayer]  # by the node of ``graph`` that calls its module
     origin: dict[fx.Node, list[fx.Node]]  # the nodes of Dynamo's graph, in order
 
     @property
     def training(self) -> bool:
-        """Whether a batch norm takes the statistics of the batch: what the graph tells of the mode of its modules."""
+        """Whether a batch norm takes the statistics of the batch: all that a graph knows of the mode of its modules."""
         return any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.root.children())
 
 
@@ -108,7 +108,7 @@ def _arguments(node: fx.Node, names: Sequence[str], defaults: dict[str, Any]) ->
 
 
 def path_of(node: fx.Node) -> tuple[str, ...]:
-    """The module whose code the node comes from: the names that lead there, or none that are known."""
+    """Names that lead to the module whose code the node comes from, as far as they are known."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     if not stack:
         return ()
@@ -119,17 +119,17 @@ def path_of(node: fx.Node) -> tuple[str, ...]:
 
 
 class _Lifting:
-    def __init__(self, graph: fx.Graph, held: set[fx.Node]) -> None:
-        self.nodes, self.held = list(graph.nodes), held
+    def __init__(self, graph: fx.Graph, lasting: set[fx.Node]) -> None:
+        self.nodes, self.lasting = list(graph.nodes), lasting
         self.counters = self._counters()
-        self.frozen = {code.end: code for code in read_frozen(graph, held.__contains__)}
+        self.frozen = {code.end: code for code in read_frozen(graph, lasting.__contains__)}
         self.names: set[str] = set()
 
     def _holds(self, value: Any) -> bool:
-        return value is None or (isinstance(value, fx.Node) and value in self.held)
+        return value is None or (isinstance(value, fx.Node) and value in self.lasting)
 
     def _counters(self) -> dict[fx.Node, fx.Node]:
-        """The nodes that count a batch, by the batch norm that follows: nothing else reads or writes the count."""
+        """Nodes that count a batch, by the batch norm that follows; nothing else reads or writes the count."""
         found: dict[fx.Node, fx.Node] = {}
         waiting: fx.Node | None = None
         for n in self.nodes:
@@ -142,7 +142,7 @@ class _Lifting:
                 waiting = None
         return found
 
-    def layer(self, n: fx.Node) -> Layer | None:
+    def layer(self, n: fx.Node) -> LiftedLayer | None:
         """``n`` as a layer, if it is one that a module can stand for."""
         if n in self.frozen:
             return self._frozen_norm(self.frozen[n])
@@ -169,17 +169,17 @@ class _Lifting:
             inputs |= {name: given[name] for name in ("momentum", "eps")}
             inputs["num_batches_tracked"] = aside[0].args[0] if aside else None
         path = ".".join(path_of(n))
-        return Layer(self._name(path or n.name), path, n, inputs, settings, given["input"], aside)
+        return LiftedLayer(self._name(path or n.name), path, n, inputs, settings, given["input"], aside)
 
-    def _frozen_norm(self, code: FrozenCode) -> Layer:
+    def _frozen_norm(self, code: FrozenCode) -> LiftedLayer:
         path = ".".join(path_of(code.end))
         inputs = {**code.tensors, "momentum": 0.0, "eps": code.eps, "num_batches_tracked": None}
         aside = sorted(code.aside, key=self.nodes.index)
         name = self._name(path or code.end.name)
-        return Layer(name, path, code.end, inputs, {"training": False}, code.input, aside, code.eps)
+        return LiftedLayer(name, path, code.end, inputs, {"training": False}, code.input, aside, code.eps)
 
     def _norm_is_plain(self, n: fx.Node, given: dict[str, Any]) -> bool:
-        """Settings are numbers, at the latest when the graph runs; statistics that it keeps are nobody else's."""
+        """Settings are numbers, at the latest when the graph runs; no other node uses the running statistics."""
         if any(not isinstance(given[name], (float, int, fx.Node)) for name in ("momentum", "eps")):
             return False
         kept = [given[name] for name in ("running_mean", "running_var") if given["training"]]
@@ -196,7 +196,7 @@ class _Lifting:
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, strings and rows of them, none of which is known only when the graph runs."""
+    """Whether it is made of numbers and strings that are known before the graph runs."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if isinstance(value, (tuple, list)):
@@ -204,19 +204,19 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (int, str))
 
 
-def _shaped(node: fx.Node, held: dict[fx.Node, torch.Tensor]) -> Any:
-    """A tensor without values in the shape of what ``node`` holds; of a number that only a call tells, any."""
-    return torch.empty(tuple(held[node].shape), device="meta") if node in held else 1.0
+def _shaped(node: fx.Node, lasting: dict[fx.Node, torch.Tensor]) -> Any:
+    """A meta tensor in the shape of what ``node`` holds; any number for one that only the call knows."""
+    return torch.empty(tuple(lasting[node].shape), device="meta") if node in lasting else 1.0
 
 
-def lift(graph: fx.Graph, held: dict[fx.Node, torch.Tensor]) -> Lifted:
-    """``graph`` as Dynamo made it, lifted; ``held``: examples of its inputs and attributes that last from call to call,
-    as parameters and buffers do, so that it pays to pack them."""
-    lifting = _Lifting(graph, {n for n, t in held.items() if all(isinstance(size, int) for size in t.shape)})
+def lift(graph: fx.Graph, lasting: dict[fx.Node, torch.Tensor]) -> LiftedGraph:
+    """Dynamo's ``graph``, lifted. lasting: examples of the inputs and attributes that last from call to call, as
+    parameters and buffers do, so that packing them pays."""
+    lifting = _Lifting(graph, {n for n, t in lasting.items() if all(isinstance(size, int) for size in t.shape)})
     found = [layer for n in lifting.nodes if (layer := lifting.layer(n)) is not None]
     by_node = {layer.node: layer for layer in found}
     aside = {n for layer in found for n in layer.aside}
-    lifted = Lifted(_Root(), fx.Graph(), {}, {})
+    lifted = LiftedGraph(_Root(), fx.Graph(), {}, {})
     copies: dict[fx.Node, fx.Node] = {}
     for n in lifting.nodes:
         if n in aside:
@@ -225,7 +225,7 @@ def lift(graph: fx.Graph, held: dict[fx.Node, torch.Tensor]) -> Lifted:
         if layer is None:
             copies[n] = lifted.graph.node_copy(n, copies.__getitem__)
         else:
-            shapes = {value: _shaped(value, held) for value in layer.inputs.values() if isinstance(value, fx.Node)}
+            shapes = {value: _shaped(value, lasting) for value in layer.inputs.values() if isinstance(value, fx.Node)}
             lifted.root.add_module(layer.name, layer.module(shapes))
             copies[n] = lifted.graph.call_module(layer.name, (copies[layer.image],))
             copies[n].meta = dict(n.meta)

@@ -1,4 +1,7 @@
-"""What is no chain in a graph, compiled by another backend: in pieces, between the chains."""
+"""Compiles what is no chain in a graph by another backend, in pieces between the chains.
+
+:func:`resnet_fast.compiler.backend` calls :func:`with_compiled_rest` where ``options`` name one.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ __all__ = ["with_compiled_rest"]
 
 
 def _parts(graph: fx.Graph, apart: set[Any]) -> dict[fx.Node, int]:
-    """The number of the part that a node goes into; those that are compiled have odd ones. ``apart``: targets of calls
-    that stay as they are, as calls do that switch a context."""
+    """The number of the part that each node goes into; parts with odd numbers are compiled.
+
+    apart: targets of calls that stay as they are; so do calls that switch a context.
+    """
     number, found = 0, {}
     for n in graph.nodes:
         if n.op in ("placeholder", "get_attr", "output"):
@@ -56,7 +61,7 @@ def with_compiled_rest(
 
 
 def _compiled(part: fx.GraphModule, inputs: list[Any], compiler: Callable[..., Callable[..., Any]]) -> Any:
-    """Backends want a graph to give a tuple."""
+    """``part`` by ``compiler``, which wants a graph that returns a tuple."""
     output = part.graph.output_node()
     if isinstance(output.args[0], tuple):
         return compiler(part, inputs)
@@ -67,7 +72,7 @@ def _compiled(part: fx.GraphModule, inputs: list[Any], compiler: Callable[..., C
 
 
 def _named(call: Callable[..., Any]) -> Callable[..., Any]:
-    """What the code of a graph can call by a name."""
+    """``call`` as a function: the graph's generated code calls it by its name."""
 
     def part(*args: Any) -> Any:
         return call(*args)
@@ -76,5 +81,5 @@ def _named(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _example(node: fx.Node) -> Any:
-    """The value without contents that Dynamo computed with."""
+    """The fake tensor that Dynamo traced the node with."""
     return node.meta.get("example_value")

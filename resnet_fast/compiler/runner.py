@@ -1,4 +1,7 @@
-"""One run of layers in a compiled graph at work: on the executor that fused modules have, or as the graph had it."""
+"""What a compiled graph calls for its chains: a :class:`Runner`, on the chain executor or as the graph had it.
+
+:mod:`.graph` makes one for each chain that it finds. At a call the image and the layers' tensors come in.
+"""
 
 from __future__ import annotations
 
@@ -13,47 +16,47 @@ from torch import Tensor, fx, nn
 
 from .. import backends
 from ..chain.executor import autocast_dtype
-from ..chain.inference import Chain as Packed
+from ..chain.inference import Chain
 from ..chain.layout import any_channels_last, laid_out
-from ..fusion.plan import LayerPaths, Segment
-from .lift import Layer
+from ..fusion.execution_plan import LayerPaths, Segment
+from .lift import LiftedLayer
 
-__all__ = ["Chain", "Runner", "nodes_of"]
+__all__ = ["GraphChain", "Runner", "nodes_of"]
 
-# A graph serves all modules of a class that differ in their tensors alone, such as blocks that are compiled one by one.
+# Bindings of one graph, which serves all modules that differ in their tensors alone, as blocks compiled one by one do.
 _BINDINGS = 64
-# Beyond so few images on a CPU what a call costs besides the kernels does not count, and each stage has its own order.
-_FEW_IMAGES = 4
+# In larger batches on CPUs the overhead of a call does not count, and each stage has a loop order of its own.
+_SMALL_BATCH = 4
 
 
-def nodes_of(layers: Sequence[Layer]) -> list[fx.Node]:
+def nodes_of(layers: Sequence[LiftedLayer]) -> list[fx.Node]:
     """The inputs of the graph that ``layers`` hold, each once."""
     values = (value for layer in layers for value in layer.inputs.values())
     return list(dict.fromkeys(value for value in values if isinstance(value, fx.Node)))
 
 
 @dataclass(eq=False)
-class Chain:
-    """Layers with one input and one result. ``unfused(x, *inputs)``: the nodes of the graph that they were, where
-    ``inputs`` are what the graph has for ``nodes_of(layers)``."""
+class GraphChain:
+    """Layers with one input and one result. ``unfused(x, *inputs)`` runs them as the graph had them; ``inputs`` are the
+    values of ``nodes_of(layers)``."""
 
     name: str
     paths: list[LayerPaths]
-    layers: list[Layer]
+    layers: list[LiftedLayer]
     unfused: Callable[..., Tensor]
 
 
-class _Layers(nn.Module):
-    """The modules of a chain, holding the tensors that the graph was called with."""
+class _Owner(nn.Module):
+    """Holds the modules of a chain, with the tensors that the graph was called with."""
 
 
-class _Bound(Segment):
-    """A chain whose modules are made for the tensors of a graph's inputs."""
+class _BoundChain(Segment):
+    """A chain whose modules hold the tensors that the graph was called with."""
 
     def __init__(self, name: str, paths: list[LayerPaths], modules: dict[str, nn.Module], training: bool) -> None:
         super().__init__(paths, [], [], [])
         self.name = name
-        self.owner = _Layers()
+        self.owner = _Owner()
         for layer in paths:
             for path in filter(None, layer[:2]):
                 self.owner.add_module(path[0], modules[path[0]])
@@ -63,15 +66,15 @@ class _Bound(Segment):
         return self.name
 
 
-class _Together(_Bound):
-    """Several chains in a row as one, which run one by one where that does not work, and say why."""
+class _JoinedChain(_BoundChain):
+    """Consecutive chains as one. Where it declines, they run one by one, and report why."""
 
     def _declined(self, reason: str | None) -> Tensor | None:
         return None
 
 
 class _Binding:
-    """A run of chains and the tensors that it was called with."""
+    """The chains of a runner, bound to the tensors that it was called with."""
 
     def __init__(self, runner: Runner, inputs: tuple[Any, ...]) -> None:
         self.inputs = inputs
@@ -79,64 +82,65 @@ class _Binding:
         modules = {layer.name: layer.module(given) for chain in runner.chains for layer in chain.layers}
         self.chains = [
             (
-                _Bound(chain.name, chain.paths, modules, runner.training),
+                _BoundChain(chain.name, chain.paths, modules, runner.training),
                 chain.unfused,
                 [given[n] for n in nodes_of(chain.layers)],
             )
             for chain in runner.chains
         ]
-        self._row: _Row | None = None
-        self.together = None
+        self._sequence: _Sequence | None = None
+        self.joined = None
         if len(runner.chains) > 1:
-            self.together = _Together(runner.chains[0].name, _joined(runner.chains), modules, runner.training)
-        # What PyTorch gives for contiguous images is contiguous, whatever the chains hand on to one another.
+            self.joined = _JoinedChain(runner.chains[0].name, _joined_paths(runner.chains), modules, runner.training)
+        # For contiguous images PyTorch returns contiguous ones, whatever the layout between the chains.
         self.contiguous = not any_channels_last(m for m in modules.values() if isinstance(m, nn.Conv2d))
 
     def run(self, x: Tensor) -> Tensor:
-        if self.together is not None and _few(x):
-            y = self.together.fused(x)
+        if self.joined is not None and _is_small_batch(x):
+            y = self.joined.fused(x)
             if y is not None:
                 return y
-        joint = self._joint(x)
-        if joint is not None and self._row is not None and self._row.serves(joint, x):
-            return self._laid_out(self._row.run(x), x)
+        whole = self._packed_whole(x)
+        if whole is not None and self._sequence is not None and self._sequence.serves(whole, x):
+            return self._laid_out(self._sequence.run(x), x)
         y = x
         for chain, unfused, inputs in self.chains:
             z = chain.fused(y, channels_last=self.contiguous)
             y = unfused(y, *inputs) if z is None else z
-        self._row = None if joint is None else _Row.of(joint, x, [chain for chain, *_ in self.chains], self.contiguous)
+        bound = [chain for chain, *_ in self.chains]
+        self._sequence = None if whole is None else _Sequence.of(whole, x, bound, self.contiguous)
         return self._laid_out(y, x)
 
     def _laid_out(self, y: Tensor, x: Tensor) -> Tensor:
         return laid_out(y, x) if self.contiguous else y
 
-    def _joint(self, x: Tensor) -> Packed | None:
-        """All layers as one, if they can run as they are: asked once, not for each chain."""
-        together = self.together
-        if together is None or together.training or backends.kind(x) != "cpu" or autocast_dtype(x) is not None:
+    def _packed_whole(self, x: Tensor) -> Chain | None:
+        """All layers as one packed chain, if they can run as they are: checked once, not for each chain."""
+        joined = self.joined
+        if joined is None or joined.training or backends.kind(x) != "cpu" or autocast_dtype(x) is not None:
             return None
-        joint, _, _ = together.packed(x, None)
-        return None if joint is None or (torch.is_grad_enabled() and joint.requires_grad()) else joint
+        whole, _, _ = joined.packed(x, None)
+        return None if whole is None or (torch.is_grad_enabled() and whole.requires_grad()) else whole
 
 
 @dataclass(eq=False)
-class _Row:
-    """Chains that ran one after the other while ``joint`` was fresh, which watches the modules of all of them."""
+class _Sequence:
+    """Chains that ran one after the other while ``whole`` was valid: its guard watches the modules of all of them."""
 
-    joint: Packed
+    whole: Chain
     dtype: torch.dtype
-    chains: list[Packed]
+    chains: list[Chain]
     contiguous: bool
 
     @classmethod
-    def of(cls, joint: Packed, x: Tensor, chains: list[_Bound], contiguous: bool) -> _Row | None:
+    def of(cls, whole: Chain, x: Tensor, chains: list[_BoundChain], contiguous: bool) -> _Sequence | None:
         packed = [chain._chain for chain in chains]
-        if not all(isinstance(chain, Packed) for chain in packed):
+        if not all(isinstance(chain, Chain) for chain in packed):
             return None
-        return cls(joint, x.dtype, cast(list[Packed], packed), contiguous)
+        return cls(whole, x.dtype, cast(list[Chain], packed), contiguous)
 
-    def serves(self, joint: Packed, x: Tensor) -> bool:
-        return self.joint is joint and self.dtype == x.dtype and not (x.requires_grad and torch.is_grad_enabled())
+    def serves(self, whole: Chain, x: Tensor) -> bool:
+        return self.whole is whole and self.dtype == x.dtype and not (x.requires_grad and torch.is_grad_enabled())
 
     def run(self, x: Tensor) -> Tensor:
         for chain in self.chains:
@@ -145,12 +149,12 @@ class _Row:
         return x
 
 
-def _few(x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[0] <= _FEW_IMAGES and backends.kind(x) == "cpu"
+def _is_small_batch(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[0] <= _SMALL_BATCH and backends.kind(x) == "cpu"
 
 
-def _joined(chains: Sequence[Chain]) -> list[LayerPaths]:
-    """Each chain reads what the one before it gives: values are numbered on."""
+def _joined_paths(chains: Sequence[GraphChain]) -> list[LayerPaths]:
+    """The paths of all layers: each chain reads the result of the one before it."""
     paths: list[LayerPaths] = []
     for chain in chains:
         start = len(paths)
@@ -161,14 +165,13 @@ def _joined(chains: Sequence[Chain]) -> list[LayerPaths]:
 
 
 class Runner:
-    """``runner(x, *inputs)``: chains in a row on ``x``; ``inputs`` are what the graph has for ``nodes`` in this call.
+    """``runner(x, *inputs)`` runs chains one after the other on ``x``; ``inputs`` are the values of ``nodes``.
 
-    Modules are made for the first call with these tensors and kept for the next one, with all that is packed from them.
-    What is kept holds the tensors: it goes with the compiled graph (``torch.compiler.reset()``), or as soon as so many
-    others were given.
+    The first call with these tensors makes modules of them, kept for the next call with all that is packed from them.
+    They hold the tensors until the compiled graph goes (``torch.compiler.reset()``) or 64 others were given since.
     """
 
-    def __init__(self, training: bool, chains: list[Chain]) -> None:
+    def __init__(self, training: bool, chains: list[GraphChain]) -> None:
         self.training, self.chains = training, chains
         self.nodes = nodes_of([layer for chain in chains for layer in chain.layers])
         self._bound: OrderedDict[tuple[Any, ...], _Binding] = OrderedDict()

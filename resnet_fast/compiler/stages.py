@@ -1,7 +1,7 @@
-"""Where runs of layers are cut: stages of residual blocks run apart, lest small filters wait for large ones.
+"""Cuts a matched chain at stages of residual blocks, lest a stage's small filters wait for the next stage's large ones.
 
-``fuse`` sees modules and takes a stage at a time. Dynamo's graph has no modules, but tells of each node whose code it
-comes from.
+``fuse`` sees modules and takes a stage at a time. Dynamo's graph has no modules, but knows whose code each node comes
+from; :mod:`.graph` calls :func:`stages` for each chain that it finds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from itertools import groupby
 
 from torch import fx
 
-from ..fusion.pattern import Layer, Run
+from ..fusion.pattern import MatchedChain, MatchedLayer
 from .lift import path_of
 
 __all__ = ["stages"]
@@ -18,7 +18,7 @@ __all__ = ["stages"]
 Path = tuple[str, ...]
 
 
-def _path(layer: Layer) -> Path:
+def _path(layer: MatchedLayer) -> Path:
     """The innermost module that all of the layer's code is in."""
     paths = [path_of(n) for n in (layer.conv, layer.bn, layer.add, layer.relu) if n is not None]
     common: list[str] = []
@@ -29,12 +29,14 @@ def _path(layer: Layer) -> Path:
     return tuple(common)
 
 
-def _groups(layers: list[Layer], paths: dict[fx.Node, Path], depth: int) -> list[tuple[Path, list[Layer]]]:
-    """Layers in a row that are in one module of this depth; the paths of those outside of such a module are shorter."""
+def _groups(
+    layers: list[MatchedLayer], paths: dict[fx.Node, Path], depth: int
+) -> list[tuple[Path, list[MatchedLayer]]]:
+    """Consecutive layers in one module of this depth; the paths of those outside of such a module are shorter."""
     return [(key, list(of)) for key, of in groupby(layers, lambda layer: paths[layer.value][:depth])]
 
 
-def _is_stage(key: Path, layers: list[Layer], paths: dict[fx.Node, Path], depth: int) -> bool:
+def _is_stage(key: Path, layers: list[MatchedLayer], paths: dict[fx.Node, Path], depth: int) -> bool:
     """Whether there are residual blocks among the modules in the module ``key`` of this depth."""
     if len(key) < depth:
         return False
@@ -42,13 +44,13 @@ def _is_stage(key: Path, layers: list[Layer], paths: dict[fx.Node, Path], depth:
     return any(len(inner) > depth and any(layer.add is not None for layer in block) for inner, block in blocks)
 
 
-def _cut(layers: list[Layer], paths: dict[fx.Node, Path], depth: int) -> list[list[Layer]]:
+def _cut(layers: list[MatchedLayer], paths: dict[fx.Node, Path], depth: int) -> list[list[MatchedLayer]]:
     groups = _groups(layers, paths, depth)
     if len(groups) == 1:
         return _cut(layers, paths, depth + 1) if len(groups[0][0]) == depth else [layers]
     if not any(_is_stage(key, of, paths, depth) for key, of in groups):
         return [layers]
-    pieces: list[list[Layer]] = []
+    pieces: list[list[MatchedLayer]] = []
     apart = True
     for key, of in groups:
         stage = _is_stage(key, of, paths, depth)
@@ -60,17 +62,17 @@ def _cut(layers: list[Layer], paths: dict[fx.Node, Path], depth: int) -> list[li
     return pieces
 
 
-def stages(run: Run) -> list[list[Layer]]:
-    """The layers of ``run``, cut in front of and behind stages where one value is all that goes on."""
-    paths = {layer.value: _path(layer) for layer in run.layers}
-    pieces: list[list[Layer]] = []
-    for piece in _cut(run.layers, paths, 1):
+def stages(chain: MatchedChain) -> list[list[MatchedLayer]]:
+    """The layers of ``chain``, cut in front of and behind stages where one value is all that goes on."""
+    paths = {layer.value: _path(layer) for layer in chain.layers}
+    pieces: list[list[MatchedLayer]] = []
+    for piece in _cut(chain.layers, paths, 1):
         while pieces and not _reads_only(piece, pieces[-1][-1].value):
             piece = pieces.pop() + piece
         pieces.append(piece)
     return pieces
 
 
-def _reads_only(piece: list[Layer], value: fx.Node) -> bool:
+def _reads_only(piece: list[MatchedLayer], value: fx.Node) -> bool:
     known = {value, *(layer.value for layer in piece)}
     return all(layer.inputs <= known for layer in piece)

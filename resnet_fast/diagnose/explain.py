@@ -18,7 +18,8 @@ from ..chain.executor import ChainExecutor, FusedModule, autocast_dtype
 from ..chain.inference import Chain
 from ..chain.pooling import pair, pooling_window
 from ..chain.record import ChainRecorder
-from ..fusion.convert import ConvertedModule, FusionState
+from ..fusion.convert import FusionState
+from ..fusion.converted_module import ConvertedModule
 from ..models import CifarResNet
 from ..ops.spec import encode
 from .machine import Peak, measure_peak
@@ -193,8 +194,8 @@ def _chains(model: nn.Module) -> dict[ChainExecutor, str]:
     for name, m in model.named_modules():
         if isinstance(m, FusedModule):
             chains[m] = name
-        elif isinstance(m, ConvertedModule) and (fusion := FusionState.of(m)) is not None:
-            chains.update((segment, name) for plan in fusion.each() for segment in plan.segments)
+        elif isinstance(m, ConvertedModule) and (state := FusionState.of(m)) is not None:
+            chains.update((segment, name) for plan in state.each_plan() for segment in plan.segments)
     return chains
 
 

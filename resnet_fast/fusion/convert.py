@@ -1,196 +1,115 @@
-"""``fuse``: the fused operators in networks that people already have; ``unfuse``: and back."""
+"""``fuse``: gives the modules of any network plans that run its chains as fused operators; ``unfuse`` takes them back.
+
+:class:`.partition.GraphPartitioner` finds the plans. Each module that has one gets a class of :mod:`.converted_module`
+and a :class:`FusionState`, which chooses and runs the plan at each call.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import backends
-from ..chain import patches
-from ..chain.guard import touched
-from ..chain.plain import as_plain
-from .plan import Plan, Unplanned, original
+from .converted_module import ConvertedModule, are_tensors, fused_class, has_proxies, tensor_inputs
+from .execution_plan import ExecutionPlan, Unplanned
+from .module_guard import original
 
-__all__ = ["ConvertedModule", "FusionState", "check_model", "fuse", "fused_class", "unfuse"]
+__all__ = ["FusionState", "check_model", "fuse", "unfuse"]
 
 
 class FusionState:
-    """What a fused module carries: its plan for each mode, or the reason why it has none."""
+    """What a converted module carries: its plan for each mode, or the reason why it has none.
 
-    def __init__(self, owner: nn.Module, plans: dict[bool, Plan | str]) -> None:
+    variants: the state for calls that give tensors to these arguments, which have a default of None. one: the segment
+    of a module that is one chain, the same in both modes.
+    """
+
+    def __init__(self, owner: nn.Module, plans: dict[bool, ExecutionPlan | str]) -> None:
         self.owner, self.plans = owner, plans
         self.variants: dict[tuple[str, ...], FusionState] = {}
-        for own in self.each():
+        for own in self.each_plan():
             own.bind(owner)
-        # Where both modes do the same, it does not matter in which mode a part is.
+        # With one plan for both modes, the modes of the modules inside do not matter.
         plan, training = plans[False], plans[True]
         self.same = plan is training
-        self.one = plan.segments[0] if self.same and isinstance(plan, Plan) and plan.whole else None
+        self.one = plan.segments[0] if self.same and isinstance(plan, ExecutionPlan) and plan.whole else None
 
     @classmethod
     def of(cls, owner: ConvertedModule) -> FusionState | None:
-        """The owner's; made now for a shallow copy, which came with that of another module."""
-        fusion = owner._resnet_fast
-        if fusion is not None and fusion.owner is not owner:
-            bound = {id(plan): plan.bound_to(owner) for plan in fusion.each()}
-            fusion = FusionState(owner, {mode: bound.get(id(plan), plan) for mode, plan in fusion.plans.items()})
-            owner.__dict__["_resnet_fast"] = fusion
-        return fusion
+        """The owner's, if ``fuse`` has seen it; made now for a shallow copy, which shares that of its original."""
+        state = owner._resnet_fast
+        if not isinstance(state, FusionState):
+            return None
+        if state.owner is not owner:
+            bound = {id(plan): plan.bound_to(owner) for plan in state.each_plan()}
+            state = FusionState(owner, {mode: bound.get(id(plan), plan) for mode, plan in state.plans.items()})
+            owner.__dict__["_resnet_fast"] = state
+        return state
 
-    def plan_for(self, training: bool) -> Plan | str:
-        plan = self.plans[training]
-        if isinstance(plan, Plan) and not self.same and plan.mixed(self.owner):
-            return "parts of it are in another mode"
-        return plan
-
-    def each(self) -> list[Plan]:
-        return list({id(p): p for p in self.plans.values() if isinstance(p, Plan)}.values())
-
-    def variant(self, given: tuple[str, ...]) -> FusionState:
-        """For calls with tensors as these arguments, which have a default: found at the first such call."""
-        if not given:
-            return self
-        if given not in self.variants:
-            from .partition import GraphPartitioner
-
-            finding = GraphPartitioner(self.owner, given).findings[self.owner]
-            reason = finding.refused or f"nothing to fuse in calls with {', '.join(given)}"
-            self.variants[given] = FusionState(
-                self.owner, finding.plans if finding.fuses else {False: reason, True: reason}
-            )
-        return self.variants[given]
-
-    def outdated(self) -> bool:
-        """Whether the owner has changed so that a plan is not its own any more."""
-        return any(plan.outdated(self.owner) is not None for plan in self.each())
-
-    def forget(self) -> None:
-        for plan in self.each():
-            for segment in plan.segments:
-                segment._chain = segment._program = segment._eval_program = None
-        for variant in self.variants.values():
-            variant.forget()
-
-
-class ConvertedModule(nn.Module):
-    """Mixin of the classes that :func:`fuse` makes: runs the plan, or else the forward of the class behind it."""
-
-    fused_from: ClassVar[type[nn.Module]]
-    _resnet_fast: FusionState | None = None  # of one that its class has made, as slices are, not fuse
-
-    def _fused_or_original(self, *args: Any, **kwargs: Any) -> Any:
-        fusion = FusionState.of(self)
-        plan = "made since by its class: fuse it" if fusion is None else fusion.plan_for(self.training)
+    def run(self, module: ConvertedModule, args: Any, kwargs: Any) -> Any:
+        """``module(*args, **kwargs)``, by a plan or by the forward of the class behind."""
+        forward = module.fused_from.forward
+        plan = self._plan(module.training)
         inputs: list[Any] | None = list(args)
-        if isinstance(plan, Unplanned):
-            return super().forward(*args, **kwargs)
-        if kwargs or isinstance(plan, str) or len(args) != plan.inputs:
-            if any(map(_is_symbol, (*args, *kwargs.values()))):
-                return super().forward(*args, **kwargs)
-            given, inputs = _inputs(self.fused_from.forward, self, args, kwargs)
-            if given and fusion is not None:
-                new = torch.compiler.is_compiling() and given not in fusion.variants
-                plan = f"compiled, with {', '.join(given)}" if new else fusion.variant(given).plan_for(self.training)
-        if isinstance(plan, Unplanned) or (inputs is not None and not all(isinstance(a, Tensor) for a in inputs)):
-            return super().forward(*args, **kwargs)  # symbols of a tracer, lists: nothing was promised for them
+        if not isinstance(plan, Unplanned) and (kwargs or isinstance(plan, str) or len(args) != plan.inputs):
+            if has_proxies(args, kwargs):
+                return forward(module, *args, **kwargs)
+            given, inputs = tensor_inputs(forward, module, args, kwargs)
+            if given:
+                new = torch.compiler.is_compiling() and given not in self.variants
+                plan = f"compiled, with {', '.join(given)}" if new else self._variant(given)._plan(module.training)
+        if isinstance(plan, Unplanned) or not are_tensors(inputs):
+            return forward(module, *args, **kwargs)  # lists, a tracer's proxies: no plan was promised for them
         if isinstance(plan, str):
             reason = plan
         elif inputs is None:
             reason = "called with other arguments than it was traced with"
         elif plan.whole:
             y = plan.segments[0].fused(inputs[0])
-            return super().forward(*args, **kwargs) if y is None else y
+            return forward(module, *args, **kwargs) if y is None else y
         else:
-            changed = plan.reason(self)
-            if changed is None:
-                return plan.run(self, inputs)
-            reason = changed
-        backends.decline(type(self).__name__, reason)
-        return super().forward(*args, **kwargs)
+            stale = plan.stale_reason(module)
+            if stale is None:
+                return plan.run(module, inputs)
+            reason = stale
+        backends.decline(type(module).__name__, reason)
+        return forward(module, *args, **kwargs)
 
-    def train(self, mode: bool = True) -> ConvertedModule:
-        if mode != self.training and self._resnet_fast is not None:
-            self._resnet_fast.forget()
-        touched(self)
-        return super().train(mode)
+    def _plan(self, training: bool) -> ExecutionPlan | str:
+        plan = self.plans[training]
+        if isinstance(plan, ExecutionPlan) and not self.same and plan.modes_differ(self.owner):
+            return "parts of it are in another mode"
+        return plan
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """By ``load_state_dict`` of this module and of those around it."""
-        super()._load_from_state_dict(*args, **kwargs)
-        touched(self)
+    def each_plan(self) -> list[ExecutionPlan]:
+        return list({id(p): p for p in self.plans.values() if isinstance(p, ExecutionPlan)}.values())
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead."""
-        return as_plain(self, original(self), ("_resnet_fast",))
+    def _variant(self, given: tuple[str, ...]) -> FusionState:
+        """For calls that give tensors to these arguments: partitioned at the first such call."""
+        if given not in self.variants:
+            from .partition import GraphPartitioner
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """By the class behind, as there is no name to find this one by."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        function, args, *rest = reduced
-        if type(self) not in args:
-            return (function, args, *rest)
-        place = args.index(type(self))
-        return (_again, (self.fused_from, function, args[:place], args[place + 1 :]), *rest)
+            result = GraphPartitioner(self.owner, given).results[self.owner]
+            reason = result.refused or f"nothing to fuse in calls with {', '.join(given)}"
+            self.variants[given] = FusionState(
+                self.owner, result.plans if result.fuses else {False: reason, True: reason}
+            )
+        return self.variants[given]
 
+    def outdated(self) -> bool:
+        """Whether the owner has changed so that ``fuse`` would make other plans."""
+        return any(plan.outdated_reason(self.owner) is not None for plan in self.each_plan())
 
-def _is_symbol(value: Any) -> bool:
-    """What ``torch.fx`` traces with."""
-    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
-
-
-def _inputs(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[str, ...], list[Any] | None]:
-    """The arguments without a default and the tensors that were given in the place of None, if all others are left at
-    their defaults; and the names of these tensors."""
-    signature = inspect.signature(forward)
-    try:
-        given = signature.bind(module, *args, **kwargs).arguments
-    except TypeError:  # which the forward itself will raise
-        return (), None
-    inputs, names = [], []
-    for name, p in list(signature.parameters.items())[1:]:
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            inputs.append(given[name])
-        elif name in given and given[name] is not p.default:
-            if p.default is not None or p.kind is not p.POSITIONAL_OR_KEYWORD or not isinstance(given[name], Tensor):
-                return (), None
-            inputs.append(given[name])
-            names.append(name)
-    return tuple(names), inputs
-
-
-def _again(kind: type[nn.Module], function: Any, before: Any, after: Any) -> Any:
-    return function(*before, fused_class(kind), *after)
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``kind`` that runs plans, the same at every call: ``forward`` has the signature of the original."""
-    if kind in _classes:
-        return _classes[kind]
-
-    @functools.wraps(kind.forward)
-    def forward(self: ConvertedModule, *args: Any, **kwargs: Any) -> Any:
-        fusion = self._resnet_fast
-        if fusion is not None and fusion.owner is not self:
-            fusion = FusionState.of(self)
-        # Most calls: a module that is one chain in both modes, and the tensor that it wants.
-        one = None if fusion is None else fusion.one
-        if one is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            y = one.fused(args[0])
-            return kind.forward(self, *args) if y is None else y
-        return self._fused_or_original(*args, **kwargs)
-
-    names = {"fused_from": kind, "forward": forward, "__doc__": kind.__doc__, "__module__": __name__}
-    _classes[kind] = type(f"Fused{kind.__name__}", (ConvertedModule, kind), names)
-    patches.register(_classes[kind], alone=True)  # what is behind it may be another at the next fuse
-    return _classes[kind]
+    def forget(self) -> None:
+        """Lets packed weights go."""
+        for plan in self.each_plan():
+            for segment in plan.segments:
+                segment._chain = segment._program = segment._eval_program = None
+        for variant in self.variants.values():
+            variant.forget()
 
 
 def check_model(model: Any) -> None:
@@ -225,14 +144,14 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a module, or compiled by TorchScript.
     """
-    from .partition import GraphPartitioner  # with what traces: not needed where nothing is fused
+    from .partition import GraphPartitioner  # imports the tracer, which few programs need
 
     check_model(model)
     model = model if inplace else copy.deepcopy(model)
-    for module, finding in GraphPartitioner(model).findings.items():
-        fusion = FusionState.of(module) if isinstance(module, ConvertedModule) else None
-        if finding.fuses and (fusion is None or fusion.outdated()):
-            module.__dict__["_resnet_fast"] = FusionState(module, finding.plans)
+    for module, result in GraphPartitioner(model).results.items():
+        state = FusionState.of(module) if isinstance(module, ConvertedModule) else None
+        if result.fuses and (state is None or state.outdated()):
+            module.__dict__["_resnet_fast"] = FusionState(module, result.plans)
             module.__class__ = fused_class(original(module))
     return model
 

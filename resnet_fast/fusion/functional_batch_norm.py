@@ -1,7 +1,8 @@
-"""Batch norm written out in a module's own ``forward``, as classes do that put an activation behind it.
+"""Batch norm as a call of ``F.batch_norm`` in a module's own ``forward``, as classes with an activation behind it have.
 
-Such a module is a ``nn.BatchNorm2d`` by its tensors and settings. Whether it is one by what it computes is read from
-the graph: ``F.batch_norm`` of its own tensors with its own settings, and in training its batches counted.
+:mod:`.pattern` hands a traced graph in and gets the calls that compute what ``nn.BatchNorm2d`` would: the module is a
+``nn.BatchNorm2d`` by its tensors and settings, the call takes these tensors and settings, and in training mode the code
+counts batches. Frozen batch norms (:mod:`resnet_fast.chain.frozen_norm`) come along.
 """
 
 from __future__ import annotations
@@ -16,36 +17,38 @@ from torch import fx, nn
 
 from ..chain.frozen_norm import find_frozen
 
-__all__ = ["WrittenNorm", "find_written", "vacuous_checks"]
+__all__ = ["FunctionalNorm", "find_functional_norms", "vacuous_checks"]
 
 _ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _DEFAULTS = dict(zip(_ARGUMENTS[3:], (None, None, False, 0.1, 1e-5), strict=True))
 
 
 @dataclass(frozen=True)
-class WrittenNorm:
-    """A batch norm by its code: the module whose it is, and the nodes beside the call that are part of it."""
+class FunctionalNorm:
+    """A batch norm that a module computes itself. aside: its nodes beside the one that ends it."""
 
     path: str
     module: nn.Module
     aside: frozenset[fx.Node]
     input: fx.Node
-    frozen_eps: float | None = None  # of one whose class is no batch norm
+    frozen_eps: float | None = None  # of a frozen one
 
 
-def find_written(root: nn.Module, graph: fx.Graph, training: bool) -> dict[fx.Node, WrittenNorm]:
-    """Calls of ``F.batch_norm`` that do what ``nn.BatchNorm2d`` would do in this mode, and frozen batch norms, by the
-    nodes that end them."""
+def find_functional_norms(root: nn.Module, graph: fx.Graph, training: bool) -> dict[fx.Node, FunctionalNorm]:
+    """Calls of ``F.batch_norm`` that compute what ``nn.BatchNorm2d`` would in this mode, and frozen batch norms; by the
+    node that ends them."""
     attributes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
-    found = ((n, _written(root, n, training, attributes)) for n in graph.nodes if n.target is F.batch_norm)
+    found = ((n, _functional_norm(root, n, training, attributes)) for n in graph.nodes if n.target is F.batch_norm)
     norms = {n: norm for n, norm in found if norm is not None}
     for path, code in find_frozen(root, graph):
         aside = frozenset(code.aside | {*code.tensors.values()})
-        norms[code.end] = WrittenNorm(path, root.get_submodule(path), aside, code.input, code.eps)
+        norms[code.end] = FunctionalNorm(path, root.get_submodule(path), aside, code.input, code.eps)
     return norms
 
 
-def _written(root: nn.Module, call: fx.Node, training: bool, attributes: dict[str, fx.Node]) -> WrittenNorm | None:
+def _functional_norm(
+    root: nn.Module, call: fx.Node, training: bool, attributes: dict[str, fx.Node]
+) -> FunctionalNorm | None:
     given: dict[str, Any] = {**_DEFAULTS, **dict(zip(_ARGUMENTS, call.args, strict=False)), **call.kwargs}
     tensors = {name: given[name] for name in _ARGUMENTS[1:5] if given.get(name) is not None}
     if not all(isinstance(t, fx.Node) and t.op == "get_attr" and set(t.users) == {call} for t in tensors.values()):
@@ -65,7 +68,7 @@ def _written(root: nn.Module, call: fx.Node, training: bool, attributes: dict[st
     aside = set(tensors.values())
     counter = attributes.get(f"{path}.num_batches_tracked")
     if training:
-        # Without a momentum the mean of all batches is taken, for which code would read the counter's value.
+        # Without a momentum, nn.BatchNorm2d averages over all batches, and would read the counter's value.
         if given["momentum"] != module.momentum or (counter is not None) != (
             module.track_running_stats and module.num_batches_tracked is not None
         ):
@@ -75,13 +78,13 @@ def _written(root: nn.Module, call: fx.Node, training: bool, attributes: dict[st
             if len(users) != 1 or users[0].target != "add_" or users[0].args != (counter, 1) or users[0].users:
                 return None
             aside |= {counter, users[0]}
-    return WrittenNorm(path, module, frozenset(aside), given["input"])
+    return FunctionalNorm(path, module, frozenset(aside), given["input"])
 
 
 def vacuous_checks(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """``torch._assert(value.ndim == 4, ...)`` by value, also with ``value.ndim`` in the message.
+    """Nodes of ``torch._assert(value.ndim == 4, ...)``, by value; the message may contain ``value.ndim``.
 
-    What convolutions of images give has as many, and fused modules take nothing else.
+    They always hold: fused modules take images alone, and convolutions return images.
     """
     found: dict[fx.Node, set[fx.Node]] = {}
     for n in graph.nodes:

@@ -1,4 +1,9 @@
-"""Which modules of a network can be fused, wholly or in part, and why not the others: found from what they compute."""
+"""Which modules of a network can be fused, wholly or in part, and why not the others.
+
+:func:`.convert.fuse` and :func:`.report.report` hand a network in. :class:`GraphPartitioner` traces each module's
+``forward`` (:mod:`.trace`), matches chains of layers in the graph (:mod:`.pattern`), and turns them into an
+:class:`.execution_plan.ExecutionPlan` for each mode, in a :class:`PartitionResult` a module.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +14,38 @@ from torch import fx, nn
 
 from ..chain.executor import FusedModule
 from ..chain.guard import hooks_reason
-from .convert import fused_class
-from .pattern import ALONE, Match, Run, match, what
-from .plan import LayerPaths, ModuleGuard, Path, Plan, Ref, Segment, Step, Unplanned, find, original
+from .converted_module import fused_class
+from .execution_plan import ExecutionPlan, LayerPaths, Ref, Segment, Step, Unplanned
+from .module_guard import ModuleGuard, Path, find, original
+from .pattern import ALONE, Match, MatchedChain, describe, match
 from .purity import Purity, purity
-from .trace import RefusedError, Trace, follow, is_foreign
+from .trace import Trace, UntraceableError, is_foreign, trace_forward
 
 __all__ = ["GraphPartitioner", "PartitionResult"]
 
 _NOTHING = "nothing to fuse in this mode"
-_ATTEMPTS = 64  # at a trace; after each, one more module is not looked into
+_MAX_TRACES = 64  # of one module; each failure makes one more module inside of it a leaf
 
 
 @dataclass
 class PartitionResult:
-    """What came out for one module: a plan for each mode, or why there is none."""
+    """Of one module: a plan for each mode, or why there is none."""
 
-    plans: dict[bool, Plan | str] = field(default_factory=dict)
-    layers: int = 0
-    whole: bool = False
-    residual: bool = False
-    refused: str | None = None  # it could not be traced
-    leftover: str | None = None  # its own code does more with a layer's result than the pattern
-    reasons: dict[nn.Module, str] = field(default_factory=dict)  # of convolutions outside of runs
+    plans: dict[bool, ExecutionPlan | str] = field(default_factory=dict)
+    layers: int = 0  # convolutions in the chains
+    whole: bool = False  # one chain is all of it, in one mode at least
+    residual: bool = False  # that chain has a residual add
+    refused: str | None = None  # why it could not be traced
+    leftover: str | None = None  # what its own code does with a layer's result beside the pattern
+    reasons: dict[nn.Module, str] = field(default_factory=dict)  # of convolutions outside of chains
 
     @property
     def fuses(self) -> bool:
-        return any(isinstance(plan, Plan) for plan in self.plans.values())
+        return any(isinstance(plan, ExecutionPlan) for plan in self.plans.values())
 
 
 class GraphPartitioner:
-    """Studies every module of ``model`` that has convolutions below it; ``findings`` has them, the outer ones last.
+    """Partitions every module of ``model`` that has convolutions below it: see ``results``, the outer modules last.
 
     given: arguments of the model's own forward that are tensors though they have a default.
     """
@@ -48,12 +54,12 @@ class GraphPartitioner:
         self.model, self.given = model, given
         self.covered = {part for m in model.modules() if isinstance(m, FusedModule) for part in m.parts()}
         self.barred = self._barred()
-        self.findings: dict[nn.Module, PartitionResult] = {}
+        self.results: dict[nn.Module, PartitionResult] = {}
         self._purities: dict[tuple[nn.Module, bool], Purity] = {}
-        self._study_below(model)
+        self._partition_below(model)
 
     def _barred(self) -> dict[nn.Module, str]:
-        """Layers that are left alone, whatever is around them."""
+        """Layers that no chain may take, and why."""
         parents: dict[nn.Module, int] = {}
         for parent in self.model.modules():
             for child in parent._modules.values():
@@ -69,7 +75,7 @@ class GraphPartitioner:
         return barred
 
     def _is_leaf(self, module: nn.Module, training: bool) -> bool:
-        """What no trace looks into: layers of PyTorch, wrappers, what is fused by its author, modules with hooks."""
+        """Whether no trace inlines it: PyTorch's layers, wrappers, ``FusedModule``, impure code, modules with hooks."""
         return (
             is_foreign(module) is not None
             or isinstance(module, FusedModule)
@@ -83,23 +89,23 @@ class GraphPartitioner:
             self._purities[key] = purity(module, training)
         return self._purities[key]
 
-    def _study_below(self, module: nn.Module) -> None:
+    def _partition_below(self, module: nn.Module) -> None:
         for child in module._modules.values():
-            if child is not None and child not in self.findings:
-                self._study_below(child)
-        if module in self.findings or module in self.covered:
+            if child is not None and child not in self.results:
+                self._partition_below(child)
+        if module in self.results or module in self.covered:
             return
         if any(isinstance(m, nn.Conv2d) for m in module.modules()) and not isinstance(module, nn.Conv2d):
-            self.findings[module] = self._study(module)
+            self.results[module] = self._partition(module)
 
-    def _study(self, module: nn.Module) -> PartitionResult:
-        finding = PartitionResult()
+    def _partition(self, module: nn.Module) -> PartitionResult:
+        result = PartitionResult()
         foreign = is_foreign(module) or _closed_class(module)
         if foreign is not None:
-            finding.refused = foreign
-            return finding
+            result.refused = foreign
+            return result
         stage = any(
-            (below := self.findings.get(child)) is not None and below.whole and self._has_blocks(child)
+            (below := self.results.get(child)) is not None and below.whole and self._has_blocks(child)
             for child in module.children()
         )
         found: dict[bool, tuple[Trace, Match] | str] = {}
@@ -107,71 +113,71 @@ class GraphPartitioner:
             try:
                 trace = self._trace(module, training, set())
                 found[training] = trace, match(module, trace.graph, training, self.barred)
-            except RefusedError as error:
+            except UntraceableError as error:
                 found[training] = str(error)
         seen = found[False]
         if isinstance(seen, str):
-            finding.refused = seen
-            return finding
+            result.refused = seen
+            return result
         trace, matched = seen
-        finding.reasons = {module.get_submodule(str(n.target)): why for n, why in matched.reasons.items()}
-        finding.leftover = self._leftover(module, trace, matched)
+        result.reasons = {module.get_submodule(str(n.target)): why for n, why in matched.reasons.items()}
+        result.leftover = self._leftover(module, trace, matched)
         if not stage and any(not isinstance(f, str) and f[1].is_all(f[0].graph) for f in found.values()):
-            self._take_whole(module, finding, found)
+            self._take_whole(module, result, found)
         else:
-            self._take_parts(module, finding)
-        for training, plan in finding.plans.items():
-            other, at = finding.plans.get(not training), found[training]
-            if plan == _NOTHING and isinstance(other, Plan) and not isinstance(at, str):
-                finding.plans[training] = self._unplanned(module, other, at[1], training)
-        return finding
+            self._take_parts(module, result)
+        for training, plan in result.plans.items():
+            other, at = result.plans.get(not training), found[training]
+            if plan == _NOTHING and isinstance(other, ExecutionPlan) and not isinstance(at, str):
+                result.plans[training] = self._unplanned(module, other, at[1], training)
+        return result
 
-    def _unplanned(self, module: nn.Module, other: Plan, matched: Match, training: bool) -> str:
-        """Why there is no plan in this mode where the other mode has ``other``."""
+    def _unplanned(self, module: nn.Module, other: ExecutionPlan, matched: Match, training: bool) -> str:
+        """Why there is no plan in this mode though the other mode has ``other``."""
         alone = {module.get_submodule(str(n.target)) for n, why in matched.reasons.items() if why is ALONE}
         inside: set[Any] = set()
         for m in module.modules():
-            found = None if m is module or m not in self.findings else self.findings[m].plans.get(training)
-            inside |= _convolutions(m, found) if isinstance(found, Plan) else set()
+            found = None if m is module or m not in self.results else self.results[m].plans.get(training)
+            inside |= _convolutions(m, found) if isinstance(found, ExecutionPlan) else set()
         wanted = _convolutions(module, other)
         if not wanted <= inside | alone:
             return _NOTHING
         return Unplanned("the modules inside of it are fused by themselves" if wanted & inside else ALONE)
 
     def _has_blocks(self, module: nn.Module) -> bool:
-        """Whether it is a stage: stages are not run together, lest small filters wait for large ones."""
-        below = (self.findings.get(child) for child in module.children())
+        """Whether it is a stage. Stages run one by one, lest small filters wait for those of a later stage."""
+        below = (self.results.get(child) for child in module.children())
         return any(f is not None and f.whole and f.residual for f in below)
 
     def _trace(self, module: nn.Module, training: bool, leaves: set[nn.Module]) -> Trace:
         reason = self._purity(module, training).reason
         if reason is not None:
-            raise RefusedError(module, reason)
+            raise UntraceableError(module, reason)
         leaves = set(leaves)
-        for _ in range(_ATTEMPTS):
+        for _ in range(_MAX_TRACES):
             try:
                 given = self.given if module is self.model else ()
-                trace = follow(module, training, lambda m: m in leaves or self._is_leaf(m, training), given)
-                return self._with_what_is_asked(module, training, trace)
-            except RefusedError as error:
+                trace = trace_forward(module, training, lambda m: m in leaves or self._is_leaf(m, training), given)
+                return self._with_asked_modules(module, training, trace)
+            except UntraceableError as error:
                 if error.module is module or error.module in leaves:
                     raise
                 leaves.add(error.module)
-        raise RefusedError(module, "too much of it cannot be traced")
+        raise UntraceableError(module, "too much of it cannot be traced")
 
-    def _with_what_is_asked(self, module: nn.Module, training: bool, trace: Trace) -> Trace:
-        """Modules of which the code asks for attributes count as read, by one of their paths."""
+    def _with_asked_modules(self, module: nn.Module, training: bool, trace: Trace) -> Trace:
+        """Modules whose attributes the code reads count as inlined, by one of their paths."""
         paths = {m: path for path, m in module.named_modules()}
-        for path in list(trace.opened):
+        for path in list(trace.inlined):
             for asked, names in self._purity(module.get_submodule(path), training).asked.items():
                 where = paths.get(asked)
-                if where is not None and (where in trace.opened or names - asked._modules.keys()):
+                if where is not None and (where in trace.inlined or names - asked._modules.keys()):
                     trace.asked.setdefault(where, set()).update(names)
-        trace.opened.extend(path for path in trace.asked if path not in trace.opened)
+        trace.inlined.extend(path for path in trace.asked if path not in trace.inlined)
         return trace
 
     def _leftover(self, module: nn.Module, trace: Trace, matched: Match) -> str | None:
-        """What reads a layer's result though it is not in the pattern, if its code meets the layer's in ``module``."""
+        """What reads a layer's result beside the pattern, if ``module`` is the innermost that has both."""
         if matched.leftover is None:
             return None
         node, value = matched.leftover
@@ -179,56 +185,56 @@ class GraphPartitioner:
         if layer & set(around) - {""}:
             return None
         top = module._modules.get(around[-1])
-        name = what(module, node) if top is None else f"{type(top).__name__} ({around[-1]})"
+        name = describe(module, node) if top is None else f"{type(top).__name__} ({around[-1]})"
         return f"{name} is not part of the pattern"
 
     def _take_whole(
-        self, module: nn.Module, finding: PartitionResult, found: dict[bool, tuple[Trace, Match] | str]
+        self, module: nn.Module, result: PartitionResult, found: dict[bool, tuple[Trace, Match] | str]
     ) -> None:
         for training, f in found.items():
             if isinstance(f, str):
-                finding.plans[training] = f
+                result.plans[training] = f
             elif not f[1].is_all(f[0].graph):
-                finding.plans[training] = self._parts_plan(module, training)
+                result.plans[training] = self._parts_plan(module, training)
             else:
                 trace, matched = f
-                run = matched.runs[0]
-                opened = [ModuleGuard(module, _path(name), trace.asked.get(name, ())) for name in trace.opened]
-                segment = _segment(module, run, opened, list(matched.alias), [])
-                finding.plans[training] = Plan([segment])
-                finding.layers = len(run.layers)
-                finding.residual = any(layer.add is not None for layer in run.layers)
-        finding.whole = True
-        _share(finding)
+                chain = matched.chains[0]
+                guards = _guards(module, trace)
+                segment = _segment(module, chain, guards, list(matched.alias), [])
+                result.plans[training] = ExecutionPlan([segment])
+                result.layers = len(chain.layers)
+                result.residual = any(layer.add is not None for layer in chain.layers)
+        result.whole = True
+        _share(result)
 
-    def _take_parts(self, module: nn.Module, finding: PartitionResult) -> None:
+    def _take_parts(self, module: nn.Module, result: PartitionResult) -> None:
         for training in (False, True):
-            plan = finding.plans[training] = self._parts_plan(module, training)
-            if isinstance(plan, Plan):
-                finding.layers = sum(len(segment.layers) for segment in plan.segments)
-        if not finding.fuses:
-            finding.plans.clear()
-        _share(finding)
+            plan = result.plans[training] = self._parts_plan(module, training)
+            if isinstance(plan, ExecutionPlan):
+                result.layers = sum(len(segment.layers) for segment in plan.segments)
+        if not result.fuses:
+            result.plans.clear()
+        _share(result)
 
-    def _parts_plan(self, module: nn.Module, training: bool) -> Plan | str:
-        """Runs that are spread over the module's children; those inside of one child are the child's own affair."""
-        inner = {m for m, f in self.findings.items() if f.fuses and (f.layers > 1 or not f.whole)}
+    def _parts_plan(self, module: nn.Module, training: bool) -> ExecutionPlan | str:
+        """A plan of the chains that spread over the module's children; those inside of one child are the child's."""
+        inner = {m for m, f in self.results.items() if f.fuses and (f.layers > 1 or not f.whole)}
         try:
             trace = self._trace(module, training, inner)
-            runs = match(module, trace.graph, training, self.barred).runs
-            runs = [run for run in runs if self._is_spread(module, trace, run)]
-            if not runs:
+            chains = match(module, trace.graph, training, self.barred).chains
+            chains = [chain for chain in chains if self._is_spread(module, trace, chain)]
+            if not chains:
                 return _NOTHING
-            opened = {name for run in runs for n in (*run.nodes, *run.through) for name in _around(trace, n)}
-            others = {m for name, m in module.named_modules() if name not in opened}
+            inlined = {name for chain in chains for n in (*chain.nodes, *chain.noops) for name in _around(trace, n)}
+            others = {m for name, m in module.named_modules() if name not in inlined}
             trace = self._trace(module, training, others)
-            return _plan(module, trace, match(module, trace.graph, training, self.barred).runs)
-        except RefusedError as error:
+            return _plan(module, trace, match(module, trace.graph, training, self.barred).chains)
+        except UntraceableError as error:
             return str(error)
 
-    def _is_spread(self, module: nn.Module, trace: Trace, run: Run) -> bool:
-        common = set.intersection(*(set(_around(trace, n, itself=True)) for n in run.nodes)) - {""}
-        below = (self.findings.get(module.get_submodule(name)) for name in common)
+    def _is_spread(self, module: nn.Module, trace: Trace, chain: MatchedChain) -> bool:
+        common = set.intersection(*(set(_around(trace, n, itself=True)) for n in chain.nodes)) - {""}
+        below = (self.results.get(module.get_submodule(name)) for name in common)
         return not any(f is not None and f.fuses for f in below)
 
 
@@ -240,15 +246,19 @@ def _closed_class(module: nn.Module) -> str | None:
     return None
 
 
-def _convolutions(module: nn.Module, plan: Plan) -> set[Any]:
+def _convolutions(module: nn.Module, plan: ExecutionPlan) -> set[Any]:
     return {find(module, layer.conv) for segment in plan.segments for layer in segment.layers}
 
 
-def _share(finding: PartitionResult) -> None:
-    """One plan for both modes, where they are the same: filters are packed once."""
-    evaluation, training = finding.plans.get(False), finding.plans.get(True)
-    if isinstance(evaluation, Plan) and isinstance(training, Plan) and evaluation.data() == training.data():
-        finding.plans[True] = evaluation
+def _share(result: PartitionResult) -> None:
+    """Takes one plan for both modes where they are equal: filters are packed once."""
+    evaluation, training = result.plans.get(False), result.plans.get(True)
+    if (
+        isinstance(evaluation, ExecutionPlan)
+        and isinstance(training, ExecutionPlan)
+        and evaluation.data() == training.data()
+    ):
+        result.plans[True] = evaluation
 
 
 def _path(name: str) -> Path:
@@ -256,7 +266,7 @@ def _path(name: str) -> Path:
 
 
 def _around(trace: Trace, node: fx.Node, itself: bool = False) -> list[str]:
-    """The modules whose code runs for ``node``, the innermost first, and with ``itself`` the module that it calls."""
+    """The modules whose code makes ``node``, the innermost first; with ``itself`` also the module that it calls."""
     name = str(node.target) if itself and node.op == "call_module" else trace.owners[node]
     names = [name]
     while "." in name:
@@ -266,67 +276,71 @@ def _around(trace: Trace, node: fx.Node, itself: bool = False) -> list[str]:
 
 
 def _segment(
-    module: nn.Module, run: Run, opened: list[ModuleGuard], through: list[fx.Node], steps: list[Step]
+    module: nn.Module, chain: MatchedChain, guards: list[ModuleGuard], noops: list[fx.Node], steps: list[Step]
 ) -> Segment:
-    number = {run.entry: 0, **{layer.value: i for i, layer in enumerate(run.layers, 1)}}
+    number = {chain.entry: 0, **{layer.value: i for i, layer in enumerate(chain.layers, 1)}}
     layers = []
-    for layer in run.layers:
+    for layer in chain.layers:
         relu = None if layer.relu is None else _path(str(layer.relu.target)) if layer.relu.op == "call_module" else ()
         layers.append(
             LayerPaths(
                 _path(str(layer.conv.target)),
-                None if layer.norm is None else _path(layer.norm),
+                None if layer.bn_path is None else _path(layer.bn_path),
                 relu,
                 number[layer.source],
                 None if layer.residual is None else number[layer.residual],
                 layer.frozen_eps,
             )
         )
-    paths = [_path(str(n.target)) for n in through if n.op == "call_module"]
+    paths = [_path(str(n.target)) for n in noops if n.op == "call_module"]
     kinds = [(path, type(module.get_submodule(".".join(path)))) for path in dict.fromkeys(paths)]
-    return Segment(layers, kinds, opened, steps)
+    return Segment(layers, kinds, guards, steps)
 
 
-def _plan(module: nn.Module, trace: Trace, runs: list[Run]) -> Plan:
-    """Every node in its order; a run stands where its last node stood."""
+def _plan(module: nn.Module, trace: Trace, chains: list[MatchedChain]) -> ExecutionPlan:
+    """Every node in its order; a chain runs where its last node stood."""
     nodes = list(trace.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     number = {n: i for i, n in enumerate(inputs)}
     for n in nodes:
         number.setdefault(n, len(number))
-    inside = {n: run for run in runs for n in run.nodes}
-    for run in runs:
-        # The last first: whether one is inside depends on those that read it.
-        for n in sorted(run.through, key=number.__getitem__, reverse=True):
+    inside = {n: chain for chain in chains for n in chain.nodes}
+    for chain in chains:
+        # From the last to the first: a node is inside if all that read it are.
+        for n in sorted(chain.noops, key=number.__getitem__, reverse=True):
             if all(user in inside for user in n.users):
-                inside[n] = run
-    ends = {run.layers[-1].value: run for run in runs}
+                inside[n] = chain
+    ends = {chain.layers[-1].value: chain for chain in chains}
     last_reader: dict[fx.Node, fx.Node] = {}
     for n in nodes:
         at = inside[n].layers[-1].value if n in inside else n
         for a in (*n.all_input_nodes, *([ends[n].entry] if n in ends else [])):
             if a not in last_reader or number[last_reader[a]] < number[at]:
                 last_reader[a] = at
-    opened = [ModuleGuard(module, _path(name), trace.asked.get(name, ())) for name in trace.opened]
-    plan = Plan([], opened, inputs=len(inputs), count=len(number))
+    guards = _guards(module, trace)
+    plan = ExecutionPlan([], guards, inputs=len(inputs), slots=len(number))
     for n in nodes:
         free = tuple(number[a] for a, reader in last_reader.items() if reader is n and a is not n)
         if n.op == "output":
             plan.result = _refs(n.args[0], number)
         elif n in ends:
-            run = ends[n]
-            steps = [_step(m, number, ()) for m in nodes if inside.get(m) is run]
-            plan.steps.append(Step("run", len(plan.segments), (Ref(number[run.entry]),), {}, number[n], free))
-            plan.segments.append(_segment(module, run, _opened(trace, run, opened), run.through, steps))
+            chain = ends[n]
+            steps = [_step(m, number, ()) for m in nodes if inside.get(m) is chain]
+            plan.steps.append(Step("run", len(plan.segments), (Ref(number[chain.entry]),), {}, number[n], free))
+            plan.segments.append(_segment(module, chain, _guards_of(trace, chain, guards), chain.noops, steps))
         elif n.op != "placeholder" and n not in inside:
             plan.steps.append(_step(n, number, free))
     return plan
 
 
-def _opened(trace: Trace, run: Run, opened: list[ModuleGuard]) -> list[ModuleGuard]:
-    nodes = (*run.nodes, *run.through)
+def _guards(module: nn.Module, trace: Trace) -> list[ModuleGuard]:
+    return [ModuleGuard(module, _path(name), trace.asked.get(name, ())) for name in trace.inlined]
+
+
+def _guards_of(trace: Trace, chain: MatchedChain, guards: list[ModuleGuard]) -> list[ModuleGuard]:
+    nodes = (*chain.nodes, *chain.noops)
     names = {name for n in nodes for name in (*_around(trace, n), *_around(trace, n, itself=True))}
-    return [o for o in opened if ".".join(o.path) in names]
+    return [guard for guard in guards if ".".join(guard.path) in names]
 
 
 def _step(n: fx.Node, number: dict[fx.Node, int], free: tuple[int, ...]) -> Step:
@@ -335,7 +349,7 @@ def _step(n: fx.Node, number: dict[fx.Node, int], free: tuple[int, ...]) -> Step
 
 
 def _refs(arg: Any, number: dict[fx.Node, int]) -> Any:
-    """``arg`` with numbers in the place of nodes, and plain containers in the place of the graph's own."""
+    """``arg`` with references in the place of nodes, and plain containers in the place of the graph's own."""
     if isinstance(arg, fx.Node):
         return Ref(number[arg])
     if isinstance(arg, tuple):

@@ -1,4 +1,9 @@
-"""The pattern in a graph: convolution, batch norm, sum and ReLU, and chains of them with one input and one result."""
+"""Finds the pattern in a traced graph: layers of convolution, batch norm, sum and ReLU, and chains of such layers.
+
+A graph and the modules that it calls go in; a :class:`Match` comes out, with the longest chains that have one input and
+one result, and the reason for each convolution outside of them. :mod:`.partition` and :mod:`resnet_fast.compiler` call
+:func:`match`.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,13 @@ from torch import fx, nn
 
 from ..chain.guard import DROPOUTS
 from ..chain.record import structure_reason
-from .functional_batch_norm import find_written, vacuous_checks
+from .functional_batch_norm import find_functional_norms, vacuous_checks
 from .trace import IN_PLACE
 
-__all__ = ["ALONE", "Layer", "Match", "Run", "is_context", "match", "what"]
+__all__ = ["ALONE", "Match", "MatchedChain", "MatchedLayer", "describe", "is_context", "match"]
 
-# Forward and backward took 0.99 to 1.9 of PyTorch's time (docs/measurements/compiler-and-fuse.md): no convolution
-# before or behind it is spared a pass over memory, and Winograd's algorithm does not speed it up.
+# Forward and backward took 0.99 to 1.9 of PyTorch's time (docs/measurements/compiler-and-fuse.md): no neighbouring
+# convolution is spared a pass over memory, and a 1x1 kernel has no Winograd algorithm.
 ALONE = "a 1x1 convolution alone does not pay in training mode"
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -31,19 +36,19 @@ _DROP |= {F.feature_alpha_dropout: 0.5}
 
 
 @dataclass(eq=False)
-class Layer:
+class MatchedLayer:
     """``[relu](bn(conv(source)) [+ residual])``; ``value`` is the node that it ends with."""
 
     conv: fx.Node
     source: fx.Node
     value: fx.Node
     bn: fx.Node | None = None
-    norm: str | None = None  # path of the batch norm
-    frozen_eps: float | None = None  # of one whose class is none, and which keeps its statistics
+    bn_path: str | None = None
+    frozen_eps: float | None = None  # of a frozen batch norm: resnet_fast.chain.frozen_norm
     add: fx.Node | None = None
     residual: fx.Node | None = None
     relu: fx.Node | None = None
-    aside: set[fx.Node] = field(default_factory=set)  # what else belongs to it, and gives nothing to others
+    aside: set[fx.Node] = field(default_factory=set)  # its other nodes, which nothing outside reads
 
     @property
     def nodes(self) -> set[fx.Node]:
@@ -55,41 +60,42 @@ class Layer:
 
 
 @dataclass
-class Run:
+class MatchedChain:
     """Layers with one input, of which only the last one's result is used elsewhere."""
 
     entry: fx.Node
-    layers: list[Layer]
+    layers: list[MatchedLayer]
     nodes: set[fx.Node]
-    through: list[fx.Node]  # what does nothing, on the way from one layer to the next
+    noops: list[fx.Node]  # identities and the like on the way from one layer to the next
 
 
 @dataclass
 class Match:
-    """What was found in a graph. ``reasons`` tells of the convolutions outside of ``runs``."""
+    """What a graph holds. reasons: why the convolutions outside of ``chains`` are in none; alias: for each node that
+    does nothing, the one whose value it passes on."""
 
-    runs: list[Run]
+    chains: list[MatchedChain]
     reasons: dict[fx.Node, str]
-    leftover: tuple[fx.Node, fx.Node] | None = None  # the first other node that reads a layer's result; the result
+    leftover: tuple[fx.Node, fx.Node] | None = None  # the first other node that reads a layer's result, and the result
     alias: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def is_all(self, graph: fx.Graph) -> bool:
-        """Whether one run is all that the graph does."""
+        """Whether one chain is all that the graph does."""
         nodes = list(graph.nodes)
         result = nodes[-1].args[0]
-        if len(self.runs) != 1 or not isinstance(result, fx.Node):
+        if len(self.chains) != 1 or not isinstance(result, fx.Node):
             return False
-        run = self.runs[0]
-        inside = all(n in run.nodes or n in self.alias or n.op in ("placeholder", "output") for n in nodes)
-        one = sum(n.op == "placeholder" for n in nodes) == 1 and run.entry.op == "placeholder"
-        return inside and one and self.alias.get(result, result) is run.layers[-1].value
+        chain = self.chains[0]
+        inside = all(n in chain.nodes or n in self.alias or n.op in ("placeholder", "output") for n in nodes)
+        one = sum(n.op == "placeholder" for n in nodes) == 1 and chain.entry.op == "placeholder"
+        return inside and one and self.alias.get(result, result) is chain.layers[-1].value
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def what(root: nn.Module, node: fx.Node) -> str:
+def describe(root: nn.Module, node: fx.Node) -> str:
     """A node in words."""
     module = _module(root, node)
     if module is not None:
@@ -104,7 +110,7 @@ def _is(node: fx.Node, names: Iterable[Any]) -> bool:
 
 
 def _does_nothing(node: fx.Node, module: nn.Module | None) -> bool:
-    """An identity, or a dropout that its arguments turn off. Dropout modules are asked at every call."""
+    """An identity, or a dropout that its arguments turn off. Dropout modules are checked at every call."""
     if module is not None:
         return type(module) in (nn.Identity, *DROPOUTS)
     if not _is(node, _DROP):
@@ -124,7 +130,7 @@ def is_context(node: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether it changes its first argument, or the context that all behind it runs in."""
+    """Whether it changes its first argument, or the context in which later nodes run."""
     if module is not None:
         return bool(getattr(module, "inplace", False))
     name = str(getattr(node.target, "__name__", node.target))
@@ -141,10 +147,10 @@ class _Matcher:
         self.nodes = list(graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.module = {n: _module(root, n) for n in self.nodes}
-        self.written = find_written(root, graph, training)
+        self.norms = find_functional_norms(root, graph, training)
         self.checks = vacuous_checks(graph)
         calls: Counter[Any] = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
-        calls.update(norm.module for norm in self.written.values())
+        calls.update(norm.module for norm in self.norms.values())
         self.barred: dict[Any, str] = {m: "called more than once" for m, n in calls.items() if n > 1}
         self.barred.update(barred)
         self.alias: dict[fx.Node, fx.Node] = {}
@@ -161,7 +167,7 @@ class _Matcher:
             if n not in self.alias:
                 # A node that reads a value twice counts twice.
                 fx.node.map_arg((n.args, n.kwargs), partial(self._note_reader, n))
-        self.layer: dict[fx.Node, Layer] = {}  # by the value that it ends with
+        self.layer: dict[fx.Node, MatchedLayer] = {}  # by the value that it ends with
         self.depth: dict[fx.Node, int] = {}
         self.reasons: dict[fx.Node, str] = {}
 
@@ -173,7 +179,7 @@ class _Matcher:
     def canonical(self, node: Any) -> fx.Node:
         return self.alias.get(node, node)
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[MatchedLayer]:
         """In the order in which they can run."""
         for n in self.nodes:
             inputs = [self.canonical(a) for a in n.all_input_nodes]
@@ -188,8 +194,8 @@ class _Matcher:
                 self._conv(n, module)
             elif isinstance(module, nn.BatchNorm2d) and inputs:
                 self._bn(n, str(n.target), module, inputs[0], structure_reason(None, module))
-            elif n in self.written:
-                norm = self.written[n]
+            elif n in self.norms:
+                norm = self.norms[n]
                 self._bn(n, norm.path, norm.module, self.canonical(norm.input), None)
             elif _is_relu(n, module) and inputs:
                 self._relu(n, inputs[0])
@@ -204,9 +210,9 @@ class _Matcher:
         if reason is not None:
             self.reasons[n] = reason
             return
-        self.layer[n] = Layer(n, self.canonical(n.args[0]), n, aside=self.checks.get(n, set()))
+        self.layer[n] = MatchedLayer(n, self.canonical(n.args[0]), n, aside=self.checks.get(n, set()))
 
-    def _extend(self, n: fx.Node, value: fx.Node) -> Layer:
+    def _extend(self, n: fx.Node, value: fx.Node) -> MatchedLayer:
         layer = self.layer.pop(value)
         layer.value = n
         self.layer[n] = layer
@@ -223,10 +229,10 @@ class _Matcher:
             self.reasons[layer.conv] = reason
             return
         layer = self._extend(n, value)
-        layer.bn, layer.norm = n, path
-        if n in self.written:
-            layer.aside = layer.aside | self.written[n].aside
-            layer.frozen_eps = self.written[n].frozen_eps
+        layer.bn, layer.bn_path = n, path
+        if n in self.norms:
+            layer.aside = layer.aside | self.norms[n].aside
+            layer.frozen_eps = self.norms[n].frozen_eps
 
     def _relu(self, n: fx.Node, value: fx.Node) -> None:
         layer = self.layer.get(value)
@@ -237,14 +243,14 @@ class _Matcher:
         if len(n.args) != 2 or n.kwargs or not all(isinstance(a, fx.Node) for a in n.args):
             return
         a, b = (self.canonical(arg) for arg in n.args)
-        # What is added to in place must be nobody else's.
+        # Nobody else may read what is added to in place.
         if a is b or (_writes(n, None) and len(self.readers[a]) > 1):
             return
         ends = [v for v in (a, b) if self._takes_sum(v)]
-        # In training mode kernels add where a ReLU follows.
+        # The kernels of training mode add only where a ReLU follows.
         if not ends or (self.training and not self._goes_into_relu(n)):
             return
-        # The longer path is the block's body, the other one its shortcut.
+        # The longer path is the block's body, the shorter one its shortcut.
         main = max(ends, key=lambda v: (self.depth[v], self.position[v]))
         layer = self._extend(n, main)
         layer.add, layer.residual = n, b if main is a else a
@@ -257,32 +263,33 @@ class _Matcher:
         layer = self.layer.get(value)
         return layer is not None and layer.value is layer.bn and len(self.readers[value]) == 1
 
-    def closed(self, run: list[Layer]) -> bool:
-        nodes = set().union(*(layer.nodes for layer in run))
-        inner = [layer.value for layer in run[:-1]]
+    def is_closed(self, layers: list[MatchedLayer]) -> bool:
+        """Whether nothing outside reads a result but the last one's."""
+        nodes = set().union(*(layer.nodes for layer in layers))
+        inner = [layer.value for layer in layers[:-1]]
         return all(r in nodes for value in inner for r in self.readers[value])
 
-    def run(self, layers: list[Layer]) -> Run:
+    def chain(self, layers: list[MatchedLayer]) -> MatchedChain:
         nodes = set().union(*(layer.nodes for layer in layers))
-        through = []
+        noops = []
         for n in sorted(nodes, key=self.position.__getitem__):
             for a in n.all_input_nodes:
-                while a in self.alias and a not in through:
-                    through.append(a)
+                while a in self.alias and a not in noops:
+                    noops.append(a)
                     a = a.args[0]  # type: ignore[assignment]
-        return Run(layers[0].source, layers, nodes, through)
+        return MatchedChain(layers[0].source, layers, nodes, noops)
 
-    def undisturbed(self, run: list[Layer]) -> bool:
-        """A run takes place where its last node stands: nothing may be changed in place in the meantime."""
-        nodes = set().union(*(layer.nodes for layer in run))
+    def is_undisturbed(self, layers: list[MatchedLayer]) -> bool:
+        """A chain runs where its last node stands: nothing in between may change a value in place."""
+        nodes = set().union(*(layer.nodes for layer in layers))
         places = [self.position[n] for n in nodes]
         foreign = (n for n in self.nodes[min(places) : max(places)] if n not in nodes and n not in self.alias)
         return not any(_writes(n, self.module[n]) for n in foreign)
 
-    def runs(self) -> tuple[list[Run], set[fx.Node]]:
-        """The longest runs, first come first; and the sums whose two sides do not come from one input."""
+    def chains(self) -> tuple[list[MatchedChain], set[fx.Node]]:
+        """The longest chains, from the first layer on; and the sums whose two sides do not come from one input."""
         waiting = self.layers()
-        found: list[Run] = []
+        found: list[MatchedChain] = []
         apart: set[fx.Node] = set()
         while waiting:
             first = waiting[0]
@@ -295,42 +302,42 @@ class _Matcher:
                     group.append(layer)
                     values.add(layer.value)
                     inner = all(part.bn is not None for part in group[:-1])
-                    if inner and self.closed(group) and self.undisturbed(group):
+                    if inner and self.is_closed(group) and self.is_undisturbed(group):
                         best = len(group)
-            run = group[:best]
-            waiting = [layer for layer in waiting if layer not in run]
-            if all(layer.bn is None for layer in run):
-                self._without_bn(run[0])
-            elif self.training and self._is_small(run):
+            group = group[:best]
+            waiting = [layer for layer in waiting if layer not in group]
+            if all(layer.bn is None for layer in group):
+                self._without_bn(first)
+            elif self.training and self._is_pointwise_alone(group):
                 self.reasons[first.conv] = ALONE
-            elif self.undisturbed(run):
-                found.append(self.run(run))
+            elif self.is_undisturbed(group):
+                found.append(self.chain(group))
             else:
                 self.reasons[first.conv] = "something is changed in place in between"
         return found, apart
 
-    def _is_small(self, run: list[Layer]) -> bool:
-        conv = self.module[run[0].conv]
-        return len(run) == 1 and run[0].add is None and isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1)
+    def _is_pointwise_alone(self, layers: list[MatchedLayer]) -> bool:
+        conv = self.module[layers[0].conv]
+        return len(layers) == 1 and layers[0].add is None and isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1)
 
-    def _without_bn(self, layer: Layer) -> None:
+    def _without_bn(self, layer: MatchedLayer) -> None:
         if layer.conv not in self.reasons:
             readers = [r for r in self.readers[layer.value] if r is not layer.conv]
-            after = what(self.root, readers[0]) if readers else "nothing"
+            after = describe(self.root, readers[0]) if readers else "nothing"
             self.reasons[layer.conv] = f"{after} behind it, where a BatchNorm2d would be"
 
 
 def match(root: nn.Module, graph: fx.Graph, training: bool, barred: dict[nn.Module, str]) -> Match:
-    """The longest runs in ``graph``, a trace in that mode; modules in ``barred`` are left out, for the reason there."""
+    """The longest chains in ``graph``, a trace in that mode, without the modules in ``barred``, each for its reason."""
     banned: set[fx.Node] = set()
     while True:
         matcher = _Matcher(root, graph, training, barred, banned)
-        runs, apart = matcher.runs()
+        chains, apart = matcher.chains()
         if not apart:
             break
         banned |= apart
-    inside = set().union(*(run.nodes for run in runs)) if runs else set()
-    values = {layer.value for run in runs for layer in run.layers}
+    inside = set().union(*(chain.nodes for chain in chains)) if chains else set()
+    values = {layer.value for chain in chains for layer in chain.layers}
     leftover = (
         (n, a)
         for n in matcher.nodes
@@ -338,4 +345,4 @@ def match(root: nn.Module, graph: fx.Graph, training: bool, barred: dict[nn.Modu
         for a in map(matcher.canonical, n.all_input_nodes)
         if a in values
     )
-    return Match(runs, matcher.reasons, next(leftover, None), matcher.alias)
+    return Match(chains, matcher.reasons, next(leftover, None), matcher.alias)

@@ -1,4 +1,8 @@
-"""What :func:`resnet_fast.fuse` did to a network, or would do: one row for each module or layer that matters."""
+"""What :func:`resnet_fast.fuse` did to a network, or would do.
+
+A network, fused or not, goes in; out comes a :class:`Report` with a row for each fused module, and for each module and
+convolution that is not fused, with the reason. :class:`.partition.GraphPartitioner` finds what is not fused yet.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from torch import nn
 
 from ..chain.executor import FusedModule
 from ..chain.record import ChainRecorder, structure_reason
-from .convert import ConvertedModule, FusionState, check_model
-from .plan import Plan, original
+from .convert import FusionState, check_model
+from .converted_module import ConvertedModule
+from .execution_plan import ExecutionPlan
+from .module_guard import original
 
 if TYPE_CHECKING:
     from .partition import GraphPartitioner, PartitionResult
@@ -62,97 +68,110 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module, or compiled by TorchScript.
     """
-    from .partition import GraphPartitioner  # with what traces: not needed where nothing is fused
+    from .partition import GraphPartitioner  # imports the tracer, which few programs need
 
     check_model(model)
-    survey = GraphPartitioner(model)
-    names = {module: name for name, module in model.named_modules()}
-    convolutions = [m for m in names if not list(m.children()) and type(m).__name__.endswith("Conv2d")]
-    rows: list[Row] = []
-    covered: dict[nn.Module, str] = {}
-    reasons: dict[nn.Module, str] = {}
-    for module, name in names.items():
-        _add_fused(module, name, survey.findings.get(module), rows, covered, reasons)
-    for module, name in names.items():
-        finding = survey.findings.get(module)
-        if finding is None:
-            continue
-        for conv, why in finding.reasons.items():
-            reasons.setdefault(conv, why)
-        kind = original(module).__name__
-        if finding.refused is not None:
-            rows.append(Row(name, kind, "not fused", 0, finding.refused))
-        elif finding.leftover is not None and not finding.whole and module not in covered:
-            rows.append(Row(name, kind, "not fused as a whole", 0, finding.leftover))
-    for conv in convolutions:
-        if conv not in covered:
-            rows.append(Row(names[conv], type(conv).__name__, "not fused", 1, _reason(conv, reasons, names, survey)))
-    fused = sum(covered.get(conv) == "fused" for conv in convolutions)
-    order = {name: i for i, name in enumerate(names.values())}
-    return Report(sorted(rows, key=lambda r: order[r.name]), fused, len(convolutions))
+    return _Reporter(model, GraphPartitioner(model)).report()
 
 
-def _add_fused(
-    module: nn.Module,
-    name: str,
-    finding: PartitionResult | None,
-    rows: list[Row],
-    covered: dict[nn.Module, str],
-    reasons: dict[nn.Module, str],
-) -> None:
-    if isinstance(module, FusedModule):
+class _Reporter:
+    """Collects the rows. covered: convolutions and modules in a row already, by status; reasons: why others are not."""
+
+    def __init__(self, model: nn.Module, partitioner: GraphPartitioner) -> None:
+        self.partitioner = partitioner
+        self.names = {module: name for name, module in model.named_modules()}
+        self.rows: list[Row] = []
+        self.covered: dict[nn.Module, str] = {}
+        self.reasons: dict[nn.Module, str] = {}
+
+    def report(self) -> Report:
+        results = [(module, self.partitioner.results.get(module)) for module in self.names]
+        for module, result in results:
+            if isinstance(module, FusedModule):
+                self._add_fused_module(module)
+            else:
+                self._add_planned(module, result)
+        for module, result in results:
+            if result is not None:
+                self._add_refused(module, result)
+        convolutions = [m for m in self.names if not list(m.children()) and type(m).__name__.endswith("Conv2d")]
+        for conv in convolutions:
+            if conv not in self.covered:
+                self._add(conv, "not fused", 1, self._reason(conv))
+        fused = sum(self.covered.get(conv) == "fused" for conv in convolutions)
+        order = {name: i for i, name in enumerate(self.names.values())}
+        return Report(sorted(self.rows, key=lambda r: order[r.name]), fused, len(convolutions))
+
+    def _add(self, module: nn.Module, status: str, layers: int, detail: str) -> None:
+        self.rows.append(Row(self.names[module], original(module).__name__, status, layers, detail))
+
+    def _add_fused_module(self, module: FusedModule) -> None:
+        """One that states its dataflow itself."""
         recorder = ChainRecorder(structure=True)
         module.emit(recorder, 0)
-        inside, status, plans = module.parts(), "fused", {}
-        reason = recorder.reason(inside)
-        if reason is not None:
-            kind = original(module).__name__
-            rows.append(Row(name, kind, "not fused", 0, reason))
-            for conv in inside:
-                if isinstance(conv, nn.Conv2d):
-                    reasons[conv] = structure_reason(conv, None) or f"part of a {kind} that is not fused"
+        parts = module.parts()
+        reason = recorder.reason(parts)
+        if reason is None:
+            self._add_covering(module, "fused", parts, len(recorder.pairs), [])
             return
-        count = len(recorder.pairs)
-    elif (
-        isinstance(module, ConvertedModule) and (fusion := FusionState.of(module)) is not None and not fusion.outdated()
-    ):
-        plans, status = fusion.plans, "fused"
-    elif finding is not None and finding.fuses:
-        plans, status = finding.plans, "could be fused"
-        for plan in plans.values():
-            if isinstance(plan, Plan):
-                plan.bind(module)
-    else:
-        return
-    details = []
-    if not isinstance(module, FusedModule):
-        plan = next(plan for plan in plans.values() if isinstance(plan, Plan))
-        inside = [part for segment in plan.segments for part in segment.layer_modules()]
-        count = sum(len(segment.layers) for segment in plan.segments)
+        self._add(module, "not fused", 0, reason)
+        for conv in parts:
+            if isinstance(conv, nn.Conv2d):
+                part = f"part of a {original(module).__name__} that is not fused"
+                self.reasons[conv] = structure_reason(conv, None) or part
+
+    def _add_planned(self, module: nn.Module, result: PartitionResult | None) -> None:
+        """One that ``fuse`` has converted, or would convert."""
+        state = FusionState.of(module) if isinstance(module, ConvertedModule) else None
+        if state is not None and not state.outdated():
+            plans, status = state.plans, "fused"
+        elif result is not None and result.fuses:
+            plans, status = result.plans, "could be fused"
+            for plan in plans.values():
+                if isinstance(plan, ExecutionPlan):
+                    plan.bind(module)
+        else:
+            return
+        details = []
+        plan = next(plan for plan in plans.values() if isinstance(plan, ExecutionPlan))
         if len(plan.segments) > 1:
             details.append(f"in {len(plan.segments)} chains")
-        if finding is not None and finding.leftover is not None and not plan.whole:
-            details.append(finding.leftover)
+        if result is not None and result.leftover is not None and not plan.whole:
+            details.append(result.leftover)
         for training, other in plans.items():
             if isinstance(other, str):
                 details.append(f"not in {'training' if training else 'eval'} mode: {other}")
-    new = [part for part in inside if part not in covered]
-    if not any(isinstance(part, nn.Conv2d) for part in new):
-        return
-    covered.update(dict.fromkeys((*new, module), status))
-    details.insert(0, f"{count} convolution{'s' * (count != 1)}")
-    rows.append(Row(name, original(module).__name__, status, count, ", ".join(details)))
+        parts = [part for segment in plan.segments for part in segment.layer_modules()]
+        self._add_covering(module, status, parts, sum(len(segment.layers) for segment in plan.segments), details)
 
+    def _add_covering(
+        self, module: nn.Module, status: str, parts: list[nn.Module], layers: int, details: list[str]
+    ) -> None:
+        """Unless an outer module covers all of its convolutions."""
+        new = [part for part in parts if part not in self.covered]
+        if any(isinstance(part, nn.Conv2d) for part in new):
+            self.covered.update(dict.fromkeys((*new, module), status))
+            count = f"{layers} convolution{'s' * (layers != 1)}"
+            self._add(module, status, layers, ", ".join([count, *details]))
 
-def _reason(
-    conv: nn.Module, reasons: dict[nn.Module, str], names: dict[nn.Module, str], survey: GraphPartitioner
-) -> str:
-    if conv in reasons:
-        return reasons[conv]
-    if not isinstance(conv, nn.Conv2d):
-        return "not an nn.Conv2d"
-    if conv in survey.barred:
-        return survey.barred[conv]
-    above = (m for m, name in names.items() if names[conv].startswith(f"{name}.") or not name)
-    refused = [f.refused for m in above if (f := survey.findings.get(m)) is not None and f.refused is not None]
-    return refused[-1] if refused else "not called by the forward that was traced"
+    def _add_refused(self, module: nn.Module, result: PartitionResult) -> None:
+        for conv, why in result.reasons.items():
+            self.reasons.setdefault(conv, why)
+        if result.refused is not None:
+            self._add(module, "not fused", 0, result.refused)
+        elif result.leftover is not None and not result.whole and module not in self.covered:
+            self._add(module, "not fused as a whole", 0, result.leftover)
+
+    def _reason(self, conv: nn.Module) -> str:
+        """Why no row covers the convolution."""
+        if conv in self.reasons:
+            return self.reasons[conv]
+        if not isinstance(conv, nn.Conv2d):
+            return "not an nn.Conv2d"
+        if conv in self.partitioner.barred:
+            return self.partitioner.barred[conv]
+        path = self.names[conv]
+        outer = (m for m, name in self.names.items() if path.startswith(f"{name}.") or not name)
+        results = (self.partitioner.results.get(m) for m in outer)
+        refused = [r.refused for r in results if r is not None and r.refused is not None]
+        return refused[-1] if refused else "not called by the forward that was traced"

@@ -1,7 +1,8 @@
-"""What a module's ``forward`` computes, written down by running it once on symbols (``torch.fx``).
+"""Traces ``forward`` by running it once on proxies (``torch.fx``): a module goes in, a :class:`Trace` comes out.
 
-Only code runs that :mod:`.purity` has read: it finds what every later call finds, and leaves nothing behind.
-Refused is what asks for something that a symbol does not know: values and shapes.
+:class:`.partition.GraphPartitioner` calls it, for code alone that :mod:`.purity` has read: it computes the same at
+every later call and leaves nothing behind. Code that asks for what a proxy does not know, values and shapes, raises
+UntraceableError.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["IN_PLACE", "RefusedError", "Trace", "follow", "is_foreign"]
+__all__ = ["IN_PLACE", "Trace", "UntraceableError", "is_foreign", "trace_forward"]
 
 
-class RefusedError(Exception):
-    """The forward of ``module`` cannot be written down, for that reason."""
+class UntraceableError(Exception):
+    """The forward of ``module`` cannot be traced, for that reason."""
 
     def __init__(self, module: nn.Module, why: str) -> None:
         super().__init__(why)
@@ -28,16 +29,16 @@ class RefusedError(Exception):
 
 
 class Trace:
-    """The graph of one forward, and the modules that it read, by path (``""`` is the module itself).
+    """The graph of one forward, and the modules inlined into it, by path (``""`` is the module itself).
 
-    Read are those whose own code ran, and those that this code went through without a call, as lists of modules.
+    Inlined are those whose own code ran, and those that this code went through without a call, as lists of modules.
     """
 
-    def __init__(self, graph: fx.Graph, opened: list[str], owners: dict[fx.Node, str]) -> None:
+    def __init__(self, graph: fx.Graph, inlined: list[str], owners: dict[fx.Node, str]) -> None:
         self.graph = graph
-        self.opened = opened
-        self.asked: dict[str, set[str]] = {}  # attributes that the code asks for, by the path of the module
-        self.owners = owners  # the innermost module whose code made the node
+        self.inlined = inlined
+        self.asked: dict[str, set[str]] = {}  # attributes that the code reads, by the path of the module
+        self.owners = owners  # of each node, the innermost module whose code made it
 
 
 def is_foreign(module: nn.Module) -> str | None:
@@ -57,27 +58,27 @@ def is_foreign(module: nn.Module) -> str | None:
     return None
 
 
-class _Symbol(fx.Proxy):
-    """A symbol that tells ``a += b`` from ``a = a + b``, and ``isinstance`` what it stands for.
+class _Proxy(fx.Proxy):
+    """A proxy that tells ``a += b`` from ``a = a + b``, and tells ``isinstance`` that an argument is a tensor.
 
-    Arguments are tensors: fused modules run unfused where one is something else. Of other values it is not known.
+    Fused modules run unfused where an argument is something else. Of other values the type is not known.
     """
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         asking = sys._getframe(1)
         known = str(asking.f_globals.get("__name__")).partition(".")[0] in ("torch", "resnet_fast")
-        if known or "isinstance" not in asking.f_code.co_names:  # functions in C ask, too
-            return _Symbol
+        if known or "isinstance" not in asking.f_code.co_names:  # functions written in C ask, too
+            return _Proxy
         if self.node.op != "placeholder":
             raise fx.proxy.TraceError("it asks for the type of a value")
         return torch.Tensor
 
 
-def _in_place(name: str) -> Callable[[_Symbol, Any], Any]:
+def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:
     function = getattr(operator, name)
 
-    def change(self: _Symbol, other: Any) -> Any:
+    def change(self: _Proxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return change
@@ -85,26 +86,26 @@ def _in_place(name: str) -> Callable[[_Symbol, Any], Any]:
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
 for _name in IN_PLACE:
-    setattr(_Symbol, f"__{_name}__", _in_place(_name))
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
 
 
 class _Tracer(fx.Tracer):
-    """Runs forwards without hooks, and keeps an account of whose code is running."""
+    """Runs forwards without hooks, and notes whose code runs."""
 
-    # Otherwise code that changes a buffer would change it now, and code that asks for its value would be read for one.
+    # Else code that changes a buffer would change it now, and a trace would hold for the value of a buffer alone.
     proxy_buffer_attributes = True
 
     def __init__(self, leaf: Callable[[nn.Module], bool], given: Collection[str]) -> None:
         super().__init__(autowrap_functions=())
         self.is_leaf, self.given = leaf, given
         self.running: list[tuple[nn.Module, str]] = []
-        self.opened: list[str] = []
+        self.inlined: list[str] = []
         self.called: set[str] = set()
         self.owners: dict[fx.Node, str] = {}
         self.tensors: dict[int, str] | None = None  # of the root, by identity
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Symbols for parameters and buffers. That of torch.fx looks through all of them for each."""
+        """Proxies for parameters and buffers, found by identity: torch.fx searches all of them for each."""
         if not isinstance(attr_val, torch.Tensor):
             return attr_val
         if self.tensors is None:
@@ -118,10 +119,10 @@ class _Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Symbol(node, self)
+        return _Proxy(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Symbols for the arguments without a default and those that are given; the others keep their defaults."""
+        """Proxies for the arguments without a default and those in ``given``; the others keep their defaults."""
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         args: list[Any] = [self.root]
         for p in parameters:
@@ -151,20 +152,20 @@ class _Tracer(fx.Tracer):
     @contextmanager
     def inside(self, module: nn.Module, path: str) -> Iterator[None]:
         self.running.append((module, path))
-        if path not in self.opened:
-            self.opened.append(path)
+        if path not in self.inlined:
+            self.inlined.append(path)
         yield
         self.running.pop()  # not after an exception: it tells whose code raised
 
     def passed(self) -> list[str]:
-        """What the code may have gone through without a call: modules around those that were called, and modules
-        without parameters that were not called, empty lists among them."""
+        """Modules that the code may have gone through without a call: those around the called ones, and those without
+        parameters that were not called, empty lists among them."""
         around = {""}
         for path in self.called:
             while "." in path:
                 path = path.rpartition(".")[0]
                 around.add(path)
-        found, waiting = [], list(self.opened)
+        found, waiting = [], list(self.inlined)
         while waiting:
             above = waiting.pop(0)
             for name, child in self.root.get_submodule(above).named_children():
@@ -177,8 +178,10 @@ class _Tracer(fx.Tracer):
 
 @contextmanager
 def _in_mode(root: nn.Module, training: bool) -> Iterator[None]:
-    """All flags at ``training``; attributes are put back whatever happens."""
-    modules = [m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)]  # compiled: nothing to see
+    """Sets all modes to ``training``, and puts all attributes back afterwards."""
+    modules = [
+        m for m in root.modules() if not isinstance(m, torch.jit.ScriptModule)
+    ]  # compiled: no attributes to put back
     before = [dict(vars(m)) for m in modules]
     tensors = [(t, t.detach(), t.requires_grad) for t in (*root.parameters(), *root.buffers())]
     for m in modules:
@@ -189,31 +192,33 @@ def _in_mode(root: nn.Module, training: bool) -> Iterator[None]:
         for m, attributes in zip(modules, before, strict=True):
             m.__dict__.clear()
             m.__dict__.update(attributes)
-        for t, was, wanted in tensors:  # `float()` of a local name that holds a module, not a tensor
+        for t, was, wanted in tensors:  # the code may call float() of a module where a tensor is usual
             if t.dtype != was.dtype or t.device != was.device:
                 t.data = was
             if t.requires_grad != wanted:
                 t.requires_grad_(wanted)
 
 
-def follow(module: nn.Module, training: bool, leaf: Callable[[nn.Module], bool], given: Collection[str] = ()) -> Trace:
-    """The graph of ``module.forward``, as in training or in eval mode; what ``leaf`` says is not looked into.
+def trace_forward(
+    module: nn.Module, training: bool, leaf: Callable[[nn.Module], bool], given: Collection[str] = ()
+) -> Trace:
+    """``module.forward`` in training or in eval mode; a module that is a ``leaf`` becomes one call.
 
     given: arguments that are tensors though they have a default.
 
     Raises:
-        RefusedError: it cannot be written down.
+        UntraceableError: it cannot be traced.
     """
     tracer = _Tracer(leaf, given)
     try:
         with _in_mode(module, training), torch.enable_grad(), tracer.inside(module, ""):
             graph = tracer.trace(module)
-    except RefusedError:
+    except UntraceableError:
         raise
-    except Exception as error:  # whatever the code of others does when it gets a symbol
+    except Exception as error:  # whatever the code does when it gets a proxy
         running = tracer.running[-1][0] if tracer.running else module
         why = str(error).strip().splitlines()
-        raise RefusedError(
+        raise UntraceableError(
             running, f"its forward cannot be traced: {why[0] if why else type(error).__name__}"
         ) from error
-    return Trace(graph, tracer.opened + tracer.passed(), tracer.owners)
+    return Trace(graph, tracer.inlined + tracer.passed(), tracer.owners)

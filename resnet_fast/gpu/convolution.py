@@ -73,7 +73,7 @@ def _library(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None) 
     if backends.has_triton():
         from .._triton import conv_bn_relu
 
-        return conv_bn_relu.library(layer, x, filters.weight, filters.scale, filters.shift, residual)
+        return conv_bn_relu.aten(layer, x, filters.weight, filters.scale, filters.shift, residual)
     y = F.conv2d(x, filters.weight.permute(0, 3, 1, 2), stride=layer.stride, padding=layer.padding)
     y = y * filters.scale[:, None, None] + filters.shift[:, None, None]  # in float32
     y = (y if residual is None else y + residual).to(layer.dtype, memory_format=torch.channels_last)

@@ -3,7 +3,7 @@
 Buffers are the inputs, the results of operators, what kernels write, and constants: everything else that a kernel
 reads, kept alive by the tape. Memory for what kernels write comes from PyTorch's allocator: a tensor for each output,
 and one scratch block in which buffers share space if their lifetimes do not overlap.
-``kernels/csrc/chain/tape.cpp`` reads the encoded recording.
+``kernels/csrc/chain/tape_read.cpp`` reads the encoded recording.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Chains of narrow residual stages on CUDA devices, one launch a stage: their kernels, filters and launches.
 
-A stage of narrow blocks runs as one launch (``kernels/csrc/cuda/residual_stage.cuh``): its maps stay in shared memory,
-so that only the images, the filters and the stage's last map, or the network's scores, pass through memory. A chain of
-convolutions, as :mod:`resnet_fast.chain` records it, is cut into such stages here; where that is not possible it runs
-layer by layer.
+A stage of narrow blocks runs as one launch (``kernels/csrc/cuda/stage/residual_stage.cuh``): its maps stay in shared
+memory, so that only the images, the filters and the stage's last map, or the network's scores, pass through memory. A
+chain of convolutions, as :mod:`resnet_fast.chain` records it, is cut into such stages here; where that is not possible
+it runs layer by layer.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 From Python a launch costs the host 50 to 200 us, several times what it costs the GPU. So all that depends on shapes
 alone is computed once: while a call runs as usual, a :class:`.recorder.LaunchRecorder` records each kernel with its
-grid and its arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape.cpp`` replays
-that for other inputs of the same kind, at a few microseconds a step. In inference there is one input, the images; a
-forward or backward pass of training has parameters and saved tensors beside them.
+grid and its arguments, and each operator of PyTorch's that computes something. ``kernels/csrc/chain/tape_replay.cpp``
+replays that for other inputs of the same kind, at a few microseconds a step. In inference there is one input, the
+images; a forward or backward pass of training has parameters and saved tensors beside them.
 """
 
 from __future__ import annotations

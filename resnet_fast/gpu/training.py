@@ -51,13 +51,13 @@ class _GpuKernels(Kernels):
         )
         stats, affine = torch.empty(2, 0, device=x.device), None
         if partial is not None:
-            stats, affine = finalize.stats(partial, gamma, beta, layer.eps, running)
+            stats, affine = finalize.finalize_stats(partial, gamma, beta, layer.eps, running)
         elif layer.normalized and mean is not None and var is not None:
-            stats, affine = finalize.affine(mean, var, gamma, beta, layer.eps)
+            stats, affine = finalize.finalize_affine(mean, var, gamma, beta, layer.eps)
         return y, stats, affine, None if packed is weight else packed
 
     def affine(self, layer: Layer, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        return finalize.affine(stats[0], stats[1], _dense(gamma), _dense(beta), layer.eps)[1]
+        return finalize.finalize_affine(stats[0], stats[1], _dense(gamma), _dense(beta), layer.eps)[1]
 
     def apply(self, value: Value, residual: Value | None = None) -> Tensor:
         added, affine = (None, None) if residual is None else residual[:2]
@@ -120,7 +120,7 @@ class _GpuGradients(Gradients):
         into = [
             t.new_empty(t.shape) if need and t is not None else None for need, t in zip(needs, vectors, strict=True)
         ]
-        coefficients = finalize.gradients(
+        coefficients = finalize.finalize_gradients(
             *(sums.partial, sums.row, self.pixels[i], self.stats[i] if layer.normalized else None, layer.eps),
             *(layer.batch_statistics, _dense(vectors[1]), (into[0], into[1], into[2])),
         )

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from .._triton import batch_norm
 from .._triton import conv_backward as backward
-from .._triton import conv_moments as forward
-from .._triton.arguments import as_rows
+from .._triton import conv_bn_stats as forward
+from .._triton.batch_norm import as_rows
 from .._triton.filters import like, packed
-from .._triton.finalize import Stats, stats
-from .._triton.sums import finish_sums
+from .._triton.finalize import PartialStats, finalize_stats, finalize_sums
 from ..ops.conv_autograd import fake_conv
 from ..ops.conv_gradient import convolution_backward
 from ..ops.training import statistics_rows
@@ -48,7 +47,7 @@ def convolve(
     stride: Sequence[int],
     padding: Sequence[int],
     moments: bool,
-) -> tuple[Tensor, Stats | None]:
+) -> tuple[Tensor, PartialStats | None]:
     """``y = conv2d([relu](scale * x + shift), weight) + bias``, and partial sums of the statistics of y.
 
     filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
@@ -71,11 +70,11 @@ def convolve(
     layer = _layer(x, weight, stride, padding, False, relu, op)
     own = packed(weight, x.dtype) if filters is None else filters
 
-    def run(choice: Choice) -> tuple[Tensor, Stats | None]:
+    def run(choice: Choice) -> tuple[Tensor, PartialStats | None]:
         if isinstance(choice, Config):
             rows = own.permute(0, 2, 3, 1)
-            return y, forward.conv_moments(layer, choice, x, scale_shift, rows, bias, y, moments)
-        return forward.library(layer, x, scale_shift, own, bias, moments)
+            return y, forward.conv_bn_stats(layer, choice, x, scale_shift, rows, bias, y, moments)
+        return forward.aten(layer, x, scale_shift, own, bias, moments)
 
     return run(tuner(x.device).choose(layer, lambda: [run]))
 
@@ -93,7 +92,9 @@ def conv_moments(
 ) -> tuple[Tensor, Tensor]:
     check_algorithm("conv_moments", algorithm)
     y, found = convolve(x, scale_shift, relu, weight, None, bias, stride, padding, moments)
-    return y, statistics_rows(x, 2, weight.shape[0] if moments else 0) if found is None else stats(found)[0]
+    if found is None:
+        return y, statistics_rows(x, 2, weight.shape[0] if moments else 0)
+    return y, finalize_stats(found)[0]
 
 
 def bn_apply(
@@ -132,7 +133,7 @@ def bn_backward_sums(
     grad: Tensor, positive: Tensor | None, scale_shift: Tensor | None, ys: list[Tensor], means: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     out, partial = sums(grad, positive, scale_shift, ys, means)
-    return out, finish_sums(partial)
+    return out, finalize_sums(partial)
 
 
 def channel_sums(grad: Tensor) -> Tensor:
@@ -287,5 +288,5 @@ def conv_backward(
     return (
         x.new_empty((0, *x.shape[1:])) if dx is None else dx,
         torch.empty_like(weight) if dw is None else dw,
-        statistics_rows(x, 0, x.shape[1]) if partial is None else finish_sums(partial),
+        statistics_rows(x, 0, x.shape[1]) if partial is None else finalize_sums(partial),
     )

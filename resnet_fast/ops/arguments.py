@@ -34,7 +34,7 @@ DTYPES: Final = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 VECTORS: Final = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
-# Of a filter: kMaxRuns in kernels/csrc/cpu/kernels.h.
+# Taps of a filter: kMaxRuns in kernels/csrc/cpu/kernels/kernels.h.
 MOST_TAPS: Final = 1024
 # Limits of strides and paddings: kMaxSize and kMaxPadding in kernels/csrc/checks.h.
 _MOST_SIZE: Final = 2**31 - 1

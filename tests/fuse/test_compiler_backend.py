@@ -17,8 +17,8 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
-from resnet_fast.fusion.plan import Plan
+from resnet_fast.fusion.converted_module import ConvertedModule
+from resnet_fast.fusion.execution_plan import ExecutionPlan
 
 NAMES = ("cifar_resnet20", "resnet18", "resnet50", "ResNet32")
 
@@ -67,7 +67,7 @@ def planned(fused, training):
     convolutions, chains = set(), 0
     for m in fused.modules():
         plan = m._resnet_fast.plans[training] if isinstance(m, ConvertedModule) else None
-        if isinstance(plan, Plan):
+        if isinstance(plan, ExecutionPlan):
             inside = {
                 part for segment in plan.segments for part in segment.layer_modules() if isinstance(part, nn.Conv2d)
             }
@@ -92,7 +92,7 @@ def test_the_chains_of_fuse(name, training):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_results_of_a_network(name):
-    """More images than a chain of several stages takes, then few of them."""
+    """A batch beyond the small ones that run several stages as one chain, then a small batch."""
     net = eager(name)
     fast = compiled(net, fullgraph=True)
     for n in (5, 1):
@@ -102,7 +102,7 @@ def test_results_of_a_network(name):
 
 
 class Maps(nn.Module):
-    """Up to the last map, which tells more than a handful of scores."""
+    """Up to the last feature map, which shows more than a few scores."""
 
     def __init__(self, inner):
         super().__init__()
@@ -168,13 +168,13 @@ def test_kinds_of_batch_norms(options):
 
 
 def test_gradients_in_eval_mode():
-    """Beyond four images stages run apart, as after fuse."""
+    """In batches of more than four, stages run one by one, as after fuse."""
     net = eager("cifar_resnet20").to(memory_format=torch.channels_last)
     assert_as_fused(net, channels_last(images("cifar_resnet20", 5)))
 
 
 def test_chains_in_a_row_see_what_changes():
-    """From the second call on all chains of a row are asked at once."""
+    """From the second call on, one guard checks all consecutive chains."""
     net = eager("cifar_resnet20")
     fast, x = compiled(net, fullgraph=True), images("cifar_resnet20", 5)
 

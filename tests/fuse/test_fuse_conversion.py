@@ -1,8 +1,9 @@
-"""What ``fuse`` changes in a network and what not, and that it comes through copies, pickles and checkpoints."""
+"""What ``fuse`` changes in a network and what not; fused networks survive copies, pickles and checkpoints."""
 
 import copy
 import io
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from helpers.fuse_checks import prepared
 from helpers.fuse_support import X, assert_fused, fused_names, pair
+from helpers.support import assert_same_model
 from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 
 def test_nothing_but_classes_changes():
@@ -151,6 +153,51 @@ def test_copies(copied):
 
 
 @torch.no_grad()
+def test_pickles_of_earlier_versions():
+    """Their classes and attributes have other names."""
+    earlier = {
+        "fusion.convert\nFusionState\n": "convert\nFusion\n",
+        "fusion.converted_module\n_rebuild\n": "convert\n_again\n",
+        "fusion.module_guard\nModuleGuard\n": "plan\nOpened\n",
+        "fusion.execution_plan\nExecutionPlan\n": "plan\nPlan\n",
+        "fusion.execution_plan\n": "plan\n",
+    }
+    attributes = {"guards": "opened", "noops": "through", "slots": "count"}
+    fused, net = pair()
+    data = pickle.dumps(fused, protocol=2)  # which has all names as text
+    texts = {f"cresnet_fast.{now}".encode(): f"cresnet_fast.{then}".encode() for now, then in earlier.items()}
+    texts |= {_pickled(now): _pickled(then) for now, then in attributes.items()}
+    for now, then in texts.items():
+        assert now in data, now
+        data = data.replace(now, then)
+    assert b"resnet_fast.fusion" not in data
+    other = pickle.loads(data)
+    assert fused_names(other) == fused_names(fused)
+    assert_fused(other, net)
+
+
+@torch.no_grad()
+def test_a_slice_of_a_fused_sequential():
+    """Its class makes it, so it has no plan until it is fused itself."""
+    net = prepared(nn.Sequential(*(reference.BasicBlock(3, 3) for _ in range(3))))
+    fused, x = resnet_fast.fuse(net), torch.randn(X)
+    part = fused[:2]
+    assert type(part) is type(fused)
+    assert fused_names(part) == ["", "0", "1"]
+    assert_same_model(part, net[:2], x)
+    assert backends.fallbacks(clear=True) == {"FusedSequential: made since by its class: fuse it": 1}
+    assert_same_model(part.train().eval(), net[:2], x)
+    assert [(row.status, row.layers) for row in resnet_fast.report(part).rows] == [("could be fused", 4)]
+    backends.fallbacks(clear=True)
+    assert_fused(resnet_fast.fuse(part), net[:2], x)
+    assert backends.fallbacks() == {}
+
+
+def _pickled(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+@torch.no_grad()
 def test_public_cifar_checkpoints():
     """Keys as in widely used CIFAR networks: conv1 bn1 layer1.0.conv1 ... linear, and with DataParallel's prefix."""
 
@@ -171,7 +218,7 @@ def test_public_cifar_checkpoints():
             return self.linear(F.avg_pool2d(out, out.size()[3]).view(out.size(0), -1))
 
     class PublishedBlock(nn.Module):
-        """With zeros in the place of channels that the shortcut lacks."""
+        """Zeros stand for channels that the shortcut lacks."""
 
         def __init__(self, inner, out, stride):
             super().__init__()
@@ -210,7 +257,7 @@ print(time.process_time() - begin, (peak() - before) / sum(t.nbytes for t in net
 
 
 def test_resnet50_takes_little_time_and_memory():
-    """In a process of its own, where the peak of memory is not another test's."""
+    """In a process of its own: the peak of memory must not be another test's."""
     result = subprocess.run([sys.executable, "-c", FUSES_RESNET50], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     seconds, memory = map(float, result.stdout.split())

@@ -123,7 +123,7 @@ def test_other_arguments():
 
 
 class Shortcut(nn.Module):
-    """A block that may be given its shortcut, as in aggregated networks."""
+    """A block whose caller may pass the shortcut, as in aggregated networks."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ class Shortcut(nn.Module):
 
 
 class Tree(nn.Module):
-    """Two of them, of which one gets a shortcut; its list of children is another's: unfused itself."""
+    """Two of them, one of which gets a shortcut; it is unfused itself: ``children`` may be the list of its caller."""
 
     def __init__(self):
         super().__init__()

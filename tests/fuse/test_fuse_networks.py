@@ -11,7 +11,7 @@ import resnet_fast
 
 
 def network(module, name, **kwargs):
-    """Up to the last feature map, which tells more than a handful of scores, in a size that fits small images."""
+    """Up to the last feature map, which shows more than a few scores, in a size that fits small images."""
     net = getattr(import_module(f"pytorchcv.models.{module}"), name)(**kwargs)
     if isinstance(getattr(net.features, "final_pool", None), nn.AvgPool2d):
         net.features.final_pool = nn.Flatten()
@@ -31,7 +31,7 @@ NETWORKS = [
     ("preresnet_cifar", "preresnet20_cifar10", 16, (18, 21), False),
     ("wrn_cifar", "wrn16_10_cifar10", 12, (12, 16), False),
     ("densenet", "densenet121", 32, (117, 120), False),
-    # Grouped and dilated convolutions stay, what is around them is fused.
+    # Grouped and dilated convolutions stay; the layers around them are fused.
     ("resnext", "resnext14_16x4d", 40, (13, 17), True),
     ("resnetd", "resnetd50b", 40, (47, 55), False),
     # Gates between the convolutions and the sum.
@@ -49,7 +49,7 @@ def test_network(module, name, size, expected, training):
 
 
 def test_vgg():
-    """Runs of two layers in a Sequential, around the pools; ``view`` of what comes out wants eager's memory format."""
+    """Chains of two layers in a Sequential, between pools; ``view`` of the result wants eager's memory format."""
     from pytorchcv.models.vgg import bn_vgg11
 
     with torch.device("meta"):  # without the 120 million weights of its classifier

@@ -12,7 +12,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends, reference
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 
 class Frozen(nn.Module):
@@ -43,7 +43,7 @@ class FrozenInOtherWords(Frozen):
 
 
 class WithoutShift(Frozen):
-    """No batch norm: the mean is not taken away."""
+    """No batch norm: nothing subtracts the mean."""
 
     def forward(self, x):
         w, b, var = (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_var))
@@ -60,7 +60,7 @@ class AnotherShift(Frozen):
 
 
 class SharesItsScale(Frozen):
-    """What the chain would not compute is used elsewhere, too."""
+    """Other code reads a value that the chain would not compute."""
 
     def forward(self, x):
         w, b, mean, var = (

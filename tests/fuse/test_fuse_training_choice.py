@@ -1,4 +1,4 @@
-"""``fuse`` in training mode: a 1x1 convolution alone is left to PyTorch; every other run is fused."""
+"""``fuse`` in training mode: a 1x1 convolution alone is left to PyTorch; every other chain is fused."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ class Inverted(nn.Module):
 
 
 def chains(net, training):
-    """Convolutions of the chains that a call runs; nothing of it is a fallback."""
+    """Convolutions in the chains that a call runs; none of it is a fallback."""
     with counted() as runs, backends.use("cpu"):
         net.train(training)(torch.randn(2, 8, 9, 9))
     assert backends.fallbacks() == {}
@@ -63,7 +63,7 @@ def test_other_runs(net, expected):
 
 
 class OwnAffairs(nn.Module):
-    """In training mode the sum is no part of a run, and what it adds up runs fused by itself."""
+    """In training mode the sum is in no chain; each of its operands runs fused by itself."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Batch norms that a pass goes through more than once: statistics follow one another as in plain PyTorch."""
+"""Batch norms that a forward calls more than once: statistics follow one another as in plain PyTorch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Modules that come, go, stand twice or change places after a network was fused: right or unfused, as plain PyTorch."""
+"""Modules that are added, removed, shared or moved after a network was fused: results are those of plain PyTorch."""
 
 import copy
 
@@ -35,7 +35,7 @@ class Body(nn.Module):
 
 
 class Walk(nn.Module):
-    """A block of which the layers are in lists: one forward for all of it."""
+    """A block whose layers are in lists: one forward runs them all."""
 
     def __init__(self, rows=nn.ModuleList):
         super().__init__()
@@ -143,7 +143,7 @@ CHANGES = {
 
 
 def made_again(module):
-    """By its class, which is the one that fuse made where it is fused."""
+    """By its class; where it is fused, that is the one that fuse made."""
     torch.manual_seed(5)
     again = type(module)(8, 8, 1)
     again.load_state_dict(module.state_dict())
@@ -275,6 +275,6 @@ def test_layers_taken_away(pair, names, way):
         theirs, found = outcomes
         if isinstance(theirs, Exception):
             assert type(found) is type(theirs), found
-            assert str(found).replace("FusedModule", "") == str(theirs)
+            assert str(found).replace("Fused", "") == str(theirs)
         else:
             torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,6 @@ from helpers.support import Case, assert_error_rule, channels_last, random_case
 from torch import nn
 
 from resnet_fast import ops
-from resnet_fast._triton import bn_add_relu, bn_relu
 from resnet_fast.chain.pooling import flat_average
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.candidates.triton import tiles
@@ -126,35 +125,6 @@ def test_add_relu(gpu, dtype):
     a[1, 2, 3, 4] = torch.nan
     out = ops.add_relu(a.to(gpu), channels_last(b.to(gpu))).cpu()
     assert torch.equal(out.nan_to_num(7), F.relu(a + b).nan_to_num(7))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("add", [False, True], ids=["bn_relu", "bn_add_relu"])
-@pytest.mark.parametrize("shape", [(4, 64, 16, 17), (3, 24, 5, 5)], ids=str)
-def test_batch_norm(gpu, shape, add, dtype):
-    x, residual, dy = (channels_last(torch.randn(shape).to(dtype)) for _ in range(3))
-    gamma, beta = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
-
-    def eager(device, dtype):
-        a, r, g, b = (t.to(device, dtype).detach().requires_grad_() for t in (x, residual, gamma, beta))
-        y = F.batch_norm(a, None, None, g, b, training=True, eps=1e-5)
-        y = F.relu(y + r if add else y)
-        return [t.detach().cpu() for t in (y, *torch.autograd.grad(y, (a, g, b), dy.to(device, dtype)))]
-
-    a, r, d, g, b = (t.to(gpu) for t in (x, residual, dy, gamma, beta))
-    results = []
-    for _ in range(2):
-        if add:
-            y, mean, _, invstd, mask = bn_add_relu.bn_add_relu_fwd(a, r, g, b)
-            dx, _, dgamma, dbeta = bn_add_relu.bn_add_relu_bwd(d, a, mask, mean, invstd, g)
-        else:
-            y, mean, _, invstd = bn_relu.bn_relu_fwd(a, g, b)
-            dx, dgamma, dbeta = bn_relu.bn_relu_bwd(d, a, mean, invstd, g, b)
-        results.append([t.cpu() for t in (y, dx, dgamma, dbeta)])
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))  # the same bits again
-    exact, same = eager("cpu", torch.float64), eager(gpu, dtype)
-    for what, *values in zip(("y", "dx", "dgamma", "dbeta"), results[0], exact, same, strict=True):
-        assert_error_rule(values[0], values[1], [values[2]], what)
 
 
 @pytest.mark.machine

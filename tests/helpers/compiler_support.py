@@ -5,7 +5,9 @@ import logging
 from contextlib import contextmanager
 
 import torch
+from helpers.support import randomize_
 
+from resnet_fast import reference
 from resnet_fast.compiler import backend
 from resnet_fast.compiler.graph import ChainGraph
 
@@ -45,3 +47,7 @@ def graphs():
 def counts(seen):
     """Fused convolutions, all of them, and chains."""
     return sum(g.fused for g in seen), sum(g.layers for g in seen), sum(len(g.chains) for g in seen)
+
+
+def block():
+    return randomize_(reference.BasicBlock(4, 4)).eval()

@@ -8,7 +8,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import backends
-from resnet_fast.fusion.convert import ConvertedModule
+from resnet_fast.fusion.converted_module import ConvertedModule
 
 
 def prepared(network):

@@ -11,20 +11,20 @@ import torch
 from ptxsim import Kernel
 from ptxsim.compilers import compile_cuda
 
-SOURCES = Path(__file__).parents[2] / "kernels/csrc/cuda"
+SOURCES = Path(__file__).parents[2] / "kernels/csrc"
 FLAGS = (f"-I{SOURCES}", "-std=c++20", "--expt-relaxed-constexpr", "-arch=sm_90a")
 TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _PLANS = """
-#include "hopper/halo_plan.h"
+#include "cuda/hopper/conv_halo_plan.h"
 using namespace resnet_fast::cuda;
 extern "C" {
 int tiles() { return kHaloTileCount; }
 void tile(int i, int* out) {
   const HaloTile t = kHaloTiles[i];
-  out[0] = t.columns, out[1] = t.warpgroups, out[2] = t.stages;
+  out[0] = t.positions, out[1] = t.warpgroups, out[2] = t.stages;
 }
 int plan(int i, HaloArgs a, HaloArgs* args, long* blocks, int* threads, int* shared, long* partial, long* counters) {
-  if (!suits(kHaloTiles[i], a)) return 0;
+  if (!supports(kHaloTiles[i], a)) return 0;
   const HaloPlan p = plan_halo(kHaloTiles[i], a);
   *args = p.args, *blocks = p.blocks, *threads = p.threads, *shared = p.shared;
   *partial = p.partial_floats, *counters = p.counters;
@@ -38,7 +38,7 @@ class Args(ctypes.Structure):
     """HaloArgs."""
 
     _names = "batch height width channels out_channels stride relu out_height out_width "
-    _names += "pitch lines images tiles chunk chunks columns splits"
+    _names += "pitch lines images tiles chunk chunks channel_blocks splits"
     _fields_ = [(n, ctypes.c_int32) for n in _names.split()]
     _fields_ += [(n, ctypes.c_uint32) for n in ("pitch_inverse", "height_inverse")]
 
@@ -67,7 +67,7 @@ def _library():
 
 @functools.cache
 def tiles() -> list[tuple[int, int, int]]:
-    """Columns, warpgroups and stages of each."""
+    """Positions, warpgroups and stages of each."""
     out, found = (ctypes.c_int * 3)(), []
     for i in range(_library().tiles()):
         _library().tile(i, out)
@@ -85,7 +85,7 @@ def plan(tile: int, batch, height, width, channels, out_channels, relu=True, spl
 
 def source(dtype, tile: int, chunk: int, stride: int = 1) -> str:
     t = TYPES[dtype]
-    return f"""#include "hopper/conv_halo.cuh"
+    return f"""#include "cuda/hopper/conv_halo.cuh"
     template __global__ void resnet_fast::cuda::conv_halo_fwd_kernel<{t}, {tile}, {chunk}, {stride}>(
         const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
         const __grid_constant__ resnet_fast::cuda::HaloArgs);"""

@@ -11,8 +11,8 @@ from resnet_fast import blocks, reference
 from resnet_fast.chain.executor import FusedModule
 from resnet_fast.gpu import residual_network
 
-INCLUDE = (f"-I{Path(__file__).parents[2] / 'kernels/csrc/cuda'}", "-std=c++20", "--expt-relaxed-constexpr")
-SOURCE = '#include "residual_stage_kernels.cuh"\n'
+INCLUDE = (f"-I{Path(__file__).parents[2] / 'kernels/csrc'}", "-std=c++20", "--expt-relaxed-constexpr")
+SOURCE = '#include "cuda/stage/residual_stage_kernels.cuh"\n'
 DTYPES = residual_network.DTYPES
 
 

@@ -17,10 +17,11 @@ from helpers.support import rms
 from resnet_fast import backends
 
 TESTS = Path(__file__).parents[1]
-CPU = TESTS.parent / "kernels/csrc/cpu"
+CSRC = TESTS.parent / "kernels/csrc"
+KERNELS = CSRC / "cpu/kernels"
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 # As setup.py builds; -Wno-psabi: vectors that AVX2 passes in two halves stay inside of one file.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CPU}"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wno-psabi", f"-I{CSRC}"]
 SUITES = [
     *(f"ops/test_{name}.py" for name in ("conv_bn_relu", "residual_stage", "add_relu", "bf16")),
     "training/test_training_ops.py",
@@ -58,7 +59,7 @@ def test_other_values_leave_the_best(capability):
 
 SHIM = r"""
 #define RESNET_FAST_VECTOR_BYTES 64
-#include "kernel_table.h"
+#include "cpu/kernels/kernel_table.h"
 using namespace resnet_fast;
 
 template <typename T>
@@ -97,7 +98,7 @@ void winograd_float(const float* input, const float* residual, float* output, co
   call.residual_pixel = call.output_pixel = s[5];
   call.height = s[6], call.width = s[7], call.tile_end = s[8];
   call.filter = filter, call.bias = bias, call.channels = s[9], call.panel_end = s[10], call.panel_group = s[11];
-  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.mixed = s[15];
+  call.out_vectors = s[12], call.panel_stride = s[13], call.compact = s[14], call.edge_tiles = s[15];
   call.relu = true, call.scratch = scratch;
   kFloat.winograd(call);
 }
@@ -200,8 +201,8 @@ def winograd_matrix():
     ],
 )
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, mixed):
+@pytest.mark.parametrize("edge_tiles", [False, True])
+def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, edge_tiles):
     """Against a direct convolution in float64, to 1e-6 of the result; eager's own error is a third of that."""
     rng, lanes = np.random.default_rng(0), 16
     height, width = size
@@ -234,7 +235,7 @@ def test_winograd_kernels_of_16_lanes(wide, channels, k, size, group, compact, m
         padded // lanes,
         (9 if compact else 36) * channels * 2 * lanes,
         compact,
-        mixed,
+        edge_tiles,
     ]
     wide.winograd_float(*map(pointer, (x, residual, out, filters, bias, scratch, np.array(sizes))))
     exact = reference(x[: height + 2, : width + 2, :channels], weight, bias[:k], residual[:, :, :k])
@@ -252,12 +253,12 @@ def test_add_relu_of_16_lanes(wide, n):
     assert out[n] == 7
 
 
-@pytest.fixture(scope="module", params=[("kernels_avx512.cpp", "zmm"), ("kernels_avx2.cpp", "ymm")], ids=lambda p: p[1])
+@pytest.fixture(scope="module", params=[("avx512.cpp", "zmm"), ("avx2.cpp", "ymm")], ids=lambda p: p[1])
 def assembly(request, tmp_path_factory):
     assert CXX, "the tests need the compiler that built the extension"
     source, register = request.param
     out = tmp_path_factory.mktemp("assembly") / "kernels.s"
-    subprocess.run([CXX, *FLAGS, "-S", CPU / source, "-o", out], check=True)
+    subprocess.run([CXX, *FLAGS, "-S", KERNELS / source, "-o", out], check=True)
     return out.read_text().splitlines(), register
 
 
@@ -311,7 +312,7 @@ def test_inner_loops_of_bf16_keep_their_sums_in_registers(tmp_path):
     """12 x 2 and 14 x 2 sums: two loads of the filter and a broadcast a row beside as many products of pairs."""
     assert CXX, "the tests need the compiler that built the extension"
     out = tmp_path / "kernels.s"
-    subprocess.run([CXX, *FLAGS, "-S", CPU / "kernels_avx512_bf16.cpp", "-o", out], check=True)
+    subprocess.run([CXX, *FLAGS, "-S", KERNELS / "bf16/avx512_bf16.cpp", "-o", out], check=True)
     found = set()
     for body in innermost_loops(out.read_text().splitlines()):
         products, broadcasts = (sum(word in line for line in body) for word in ("vdpbf16ps", "vpbroadcastd"))

@@ -1,18 +1,18 @@
-// add_relu: y = relu(a + b), a single pass over memory.
+// The operator add_relu: y = relu(a + b), a single pass over memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
-#include "filters.h"
-#include "maps.h"
+#include "checks.h"
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
 
 namespace resnet_fast {
 namespace {
 
 // Elements a thread takes at least: below that, waking it costs more than it saves.
 constexpr int64_t kGrain = 32768;
-// bfloat16 goes through float32 in pieces that stay in L1.
-constexpr int64_t kPiece = 1024;
+// Elements of bfloat16 converted to float32 at a time: they stay in L1.
+constexpr int64_t kBlock = 1024;
 
 void add_relu_range(const float* a, const float* b, float* out, int64_t n) {
   kernels_in_use<float>().add_relu(a, b, out, n);
@@ -21,16 +21,16 @@ void add_relu_range(const double* a, const double* b, double* out, int64_t n) {
   kernels_in_use<double>().add_relu(a, b, out, n);
 }
 void add_relu_range(const BFloat16* a, const BFloat16* b, BFloat16* out, int64_t n) {
-  float wide_a[kPiece], wide_b[kPiece];
-  for (int64_t begin = 0; begin < n; begin += kPiece) {
-    const int64_t count = std::min(kPiece, n - begin);
+  float wide_a[kBlock], wide_b[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = std::min(kBlock, n - begin);
     for (int64_t i = 0; i < count; ++i) wide_a[i] = widen(a[begin + i]), wide_b[i] = widen(b[begin + i]);
     add_relu_range(wide_a, wide_b, wide_a, count);
     for (int64_t i = 0; i < count; ++i) out[begin + i] = narrow_to<BFloat16>(wide_a[i]);
   }
 }
 
-// The tensor itself if its memory is dense in the order of `like`, else a copy that is.
+// Whether b is dense in the layout of a.
 bool same_dense_layout(const Tensor& a, const Tensor& b) {
   int64_t span = 1;
   for (int64_t i = 0; i < a.dim(); ++i) {
@@ -55,7 +55,7 @@ Tensor add_relu(const Tensor& a, const Tensor& b) {
     return torch::stable::copy_(copy, t);
   };
   const Tensor dense_a = laid_out_as_out(a), dense_b = laid_out_as_out(b);
-  visit(a.scalar_type(), [&](auto tag) {
+  dispatch_dtype(a.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     const S* pa = static_cast<const S*>(dense_a.data_ptr());
     const S* pb = static_cast<const S*>(dense_b.data_ptr());

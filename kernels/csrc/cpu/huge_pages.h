@@ -1,4 +1,4 @@
-// Huge pages for what is read from front to back in every call: fewer misses of the TLB, fewer page faults.
+// Huge pages for memory that every call reads from front to back: fewer TLB misses and page faults.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace resnet_fast {
 
-// Advice only: where the system does not want huge pages, or none lies within the block, nothing changes.
+// Advice only: nothing changes where the system has none, or none lies within the block.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = std::uintptr_t{2} << 20;

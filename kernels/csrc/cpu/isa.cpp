@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -8,7 +8,7 @@
 namespace resnet_fast {
 namespace {
 
-// __builtin_cpu_supports asks CPUID and XCR0: the registers must be saved by the operating system, too.
+// __builtin_cpu_supports reads CPUID and XCR0: the operating system must save the registers, too.
 Isa detect() {
   Isa best = Isa::baseline;
 #if defined(__x86_64__)

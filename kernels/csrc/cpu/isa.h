@@ -2,8 +2,8 @@
 // (default, avx2 or avx512; the variable PyTorch itself reads). Chosen once, at first use.
 #pragma once
 
-#include "bf16_kernels.h"
-#include "kernels.h"
+#include "cpu/kernels/bf16/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace resnet_fast {
 

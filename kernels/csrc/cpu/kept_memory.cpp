@@ -1,8 +1,8 @@
-// The C library gives freed memory back to the system, which hands it out again page by page, each filled with zeros:
-// in a training step, whose maps all go before the next step makes the same again, that is a tenth to a quarter of the
-// time. Blocks are kept here instead, so that together with those in use they never take much more than was in use at
-// once, and those that nobody took for long are given back.
-#include "kept_memory.h"
+// A caching allocator. The C library returns freed memory to the system, which maps it again page by page, each filled
+// with zeros: a tenth to a quarter of a training step, which frees all activations before the next step allocates the
+// same again. Freed blocks are kept instead. Kept and used blocks together never take much more than the most that was
+// in use at once, and blocks that stay unused for long are returned.
+#include "cpu/kept_memory.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "huge_pages.h"
+#include "cpu/huge_pages.h"
 
 namespace resnet_fast {
 namespace {
@@ -25,24 +25,24 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr size_t kSmallest = size_t{1} << 20;  // bytes; what is smaller costs the C library nothing
+constexpr size_t kSmallest = size_t{1} << 20;  // bytes; smaller blocks cost the C library nothing
 constexpr size_t kRounding = size_t{1} << 16;
 constexpr std::align_val_t kAlignment{size_t{2} << 20};  // of huge pages
-constexpr uint64_t kLong = 4096;  // blocks taken since
+constexpr uint64_t kStale = 4096;  // blocks allocated since
 
-class Memory {
+class CachingAllocator {
  public:
-  // A block of `bytes` or more, which is set to what it has.
-  void* take(size_t& bytes) {
+  // A block of at least `bytes`, which is set to its size.
+  void* allocate(size_t& bytes) {
     bytes = (bytes + kRounding - 1) / kRounding * kRounding;
     std::vector<void*> old;
     void* data = nullptr;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      ++taken_;
+      ++allocations_;
       auto fit = free_.lower_bound(bytes);
       if (fit != free_.end() && fit->first <= bytes + bytes / 4) {
-        // Of several, the one that went last: the caches may still know it.
+        // Of several, the one freed last: it may still be in the caches.
         fit = std::prev(free_.upper_bound(fit->first));
         bytes = fit->first;
         data = fit->second.data;
@@ -52,19 +52,19 @@ class Memory {
       used_bytes_ += bytes;
       most_bytes_ = std::max(most_bytes_, used_bytes_);
       if (!data) make_room(most_bytes_ + most_bytes_ / 2 - used_bytes_, old);
-      if (taken_ % kLong == 0) release_stale(old);
+      if (allocations_ % kStale == 0) release_stale(old);
     }
     release(old);
-    if (!data) data = allocate(bytes);
+    if (!data) data = from_system(bytes);
     return data;
   }
 
-  void give(void* data, size_t bytes) {
+  void free(void* data, size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       used_bytes_ -= bytes;
       if (keep_) {
-        free_.emplace(bytes, Free{data, taken_});
+        free_.emplace(bytes, Free{data, allocations_});
         free_bytes_ += bytes;
         return;
       }
@@ -100,7 +100,7 @@ class Memory {
   };
   typedef std::multimap<size_t, Free> Blocks;
 
-  void* allocate(size_t bytes) {
+  void* from_system(size_t bytes) {
     void* data = ::operator new(bytes, kAlignment, std::nothrow);
     if (!data) {
       std::vector<void*> all;
@@ -121,7 +121,7 @@ class Memory {
     return data;
   }
 
-  // Moves the oldest of the free blocks to `out` until the rest take no more than this.
+  // Moves the oldest free blocks to `out` until the rest take at most `most` bytes.
   void make_room(size_t most, std::vector<void*>& out) {
     while (free_bytes_ > most) {
       take_out(std::min_element(free_.begin(), free_.end(),
@@ -133,7 +133,7 @@ class Memory {
   void release_stale(std::vector<void*>& out) {
     for (auto block = free_.begin(); block != free_.end();) {
       const auto next = std::next(block);
-      if (taken_ - block->second.since > kLong) take_out(block, out);
+      if (allocations_ - block->second.since > kStale) take_out(block, out);
       block = next;
     }
   }
@@ -151,19 +151,19 @@ class Memory {
   std::mutex mutex_;
   Blocks free_;
   size_t free_bytes_ = 0, used_bytes_ = 0, most_bytes_ = 0;
-  uint64_t taken_ = 0;
+  uint64_t allocations_ = 0;
   bool keep_ = true;
 };
 
-// Never destroyed: tensors may outlive everything that ends with the process.
-Memory& memory() {
-  static Memory& it = *new Memory;
+// Never destroyed: tensors may outlive static objects.
+CachingAllocator& allocator() {
+  static CachingAllocator& it = *new CachingAllocator;
   return it;
 }
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
-// None where PyTorch is to give the memory.
+// None where PyTorch is to allocate the memory.
 std::optional<Tensor> kept_tensor(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType type) {
   size_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
   for (const int64_t size : sizes) {
@@ -171,14 +171,14 @@ std::optional<Tensor> kept_tensor(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArra
     RESNET_FAST_CHECK(!too_large && bytes <= SIZE_MAX / 2, "resnet_fast: no memory for a tensor of ", sizes.size(),
                       " dimensions, one of them ", size);
   }
-  if (bytes < kSmallest || !memory().keeps()) return std::nullopt;
-  void* data = memory().take(bytes);
+  if (bytes < kSmallest || !allocator().keeps()) return std::nullopt;
+  void* data = allocator().allocate(bytes);
   return torch::stable::from_blob(data, sizes, strides, kCpu, type,
-                                  [bytes](void* block) { memory().give(block, bytes); });
+                                  [bytes](void* block) { allocator().free(block, bytes); });
 }
 
-void keep_memory(bool on) { memory().keep(on); }
-std::vector<int64_t> kept_memory() { return memory().bytes(); }
+void keep_memory(bool on) { allocator().keep(on); }
+std::vector<int64_t> kept_memory() { return allocator().bytes(); }
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// Memory of maps and scratch, kept for the next ones when they go.
+// A caching allocator for activations and scratch memory.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,13 +1,13 @@
 // Launcher of add_relu on CUDA devices.
-#include "add_relu.cuh"
+#include "cuda/add_relu.cuh"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
-#include "launch.h"
+#include "checks.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace {

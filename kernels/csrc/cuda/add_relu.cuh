@@ -1,13 +1,13 @@
-// y = relu(a + b) over n elements, 16 bytes a thread and access.
+// y = relu(a + b) over n elements, 16 bytes per thread.
 #pragma once
 
-#include "elements.cuh"
+#include "cuda/elements.cuh"
 
 namespace resnet_fast::cuda {
 
 constexpr int kAddReluThreads = 256;
 
-// Launch geometry, shared with whoever launches the kernel without this library.
+// Blocks of a launch over n elements, for the launcher and the tests.
 template <typename T>
 constexpr int64_t add_relu_blocks(int64_t n) {
   constexpr int64_t per_block = kAddReluThreads * (16 / static_cast<int64_t>(sizeof(T)));
@@ -21,7 +21,7 @@ __device__ T add_relu_element(T a, T b) {
   return out;
 }
 
-// a, b and out are aligned to 16 bytes where `vectorized` says so.
+// vectorized: a, b and out are aligned to 16 bytes.
 template <typename T>
 __global__ void __launch_bounds__(kAddReluThreads)
     add_relu_fwd_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out, int64_t n,

@@ -1,4 +1,4 @@
-// Element types of the kernels: 16-byte packs of them, and the way to float32 and back.
+// Element types of the kernels: 16-byte packs, and conversion to float32 and back.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,14 +8,14 @@
 
 namespace resnet_fast::cuda {
 
-// What one thread moves in one access.
+// 16 bytes: what a thread loads or stores in one access.
 template <typename T>
 struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
   T value[kSize];
 };
 
-// The 16-bit types are computed with in float32: one rounding, at the end.
+// Kernels compute in float32 and round 16-bit types once, at the end.
 __device__ inline double widen(double v) { return v; }
 __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
@@ -25,23 +25,23 @@ __device__ inline void narrow(float v, float& out) { out = v; }
 __device__ inline void narrow(float v, __half& out) { out = __float2half_rn(v); }
 __device__ inline void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
 
-// Two neighbours at once, which is one conversion for the 16-bit types.
+// Two adjacent elements: one conversion for 16-bit types.
 template <typename T>
-struct PairOf;
+struct Vec2Of;
 template <>
-struct PairOf<__half> {
+struct Vec2Of<__half> {
   using Type = __half2;
 };
 template <>
-struct PairOf<__nv_bfloat16> {
+struct Vec2Of<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 template <>
-struct PairOf<float> {
+struct Vec2Of<float> {
   using Type = float2;
 };
 template <typename T>
-using pair_of = typename PairOf<T>::Type;
+using vec2_of = typename Vec2Of<T>::Type;
 __device__ inline float2 widen2(__half2 v) { return __half22float2(v); }
 __device__ inline float2 widen2(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 __device__ inline uint32_t narrow2(float low, float high, __half) {
@@ -53,14 +53,14 @@ __device__ inline uint32_t narrow2(float low, float high, __nv_bfloat16) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
-// Keeps NaN: fmax would drop it.
+// Keeps NaN; fmax would drop it.
 template <typename F>
 __device__ F relu(F v) {
   return v < 0 ? 0 : v;
 }
 
-// Two neighbours of any type, rounded, and relu of them, for 16 bits in one instruction. Rounding keeps order and zero:
-// it may come before.
+// Rounding and ReLU of two elements, one instruction each for 16-bit types. ReLU may follow rounding: rounding keeps
+// order and zero.
 __device__ inline float2 widen2(float2 v) { return v; }
 __device__ inline float2 round2(float2 v, float) { return v; }
 __device__ inline __half2 round2(float2 v, __half) { return __float22half2_rn(v); }

@@ -1,11 +1,11 @@
-// Kernels of this module by the names under which the launch seam of Python knows them.
+// The module's kernels by the names that Python launches them by.
 #pragma once
 
 #include <string>
 
 namespace resnet_fast {
 
-// Called while the module is loaded.
+// Called by static initialisers, while the module loads.
 void name_kernel(const std::string& name, const void* function);
 
 }  // namespace resnet_fast

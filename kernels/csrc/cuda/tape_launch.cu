@@ -1,13 +1,13 @@
-// Launches of tapes: kernels of this module by the runtime, those that Triton compiled by the driver.
+// Launches of tapes: the module's kernels through the CUDA runtime, Triton's through the driver.
 #include <cuda.h>
 #include <dlfcn.h>
 
 #include <map>
 #include <string>
 
-#include "../chain/tape.h"
-#include "kernel_names.h"
-#include "launch.h"
+#include "chain/tape.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace {
@@ -15,8 +15,7 @@ namespace {
 using DriverLaunch = CUresult (*)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                                   CUstream, void**, void**);
 
-// The driver is there wherever a kernel of Triton's has run; linking with it would keep the module from loading
-// elsewhere.
+// Looked up at run time: linking against the driver would keep the module from loading where there is none.
 DriverLaunch driver_launch() {
   static const auto found = reinterpret_cast<DriverLaunch>([] {
     void* driver = dlopen("libcuda.so.1", RTLD_LAZY);
@@ -59,7 +58,7 @@ void prepare_on_gpu(const Tape& tape) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(tape.device));
   for (const Step& step : tape.steps) {
     if (!step.launches || step.launch.driver || step.launch.shared <= 48 * 1024) continue;
-    // More than 48 KB of shared memory a block must be asked for.
+    // Over 48 KB of dynamic shared memory is opt-in.
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(step.launch.function),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(step.launch.shared));

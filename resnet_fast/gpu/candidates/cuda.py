@@ -1,6 +1,6 @@
 """Tiles of the CUDA C++ convolution that can run a layer, ranked by a cost model; candidates for :mod:`..tune`.
 
-The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/conv_plan.h``, asked for through the
+The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/conv/conv_plan.h``, asked for through the
 extension: there is one copy of them. The model needs no GPU.
 """
 
@@ -17,7 +17,7 @@ from ..layer import Gpu, Layer
 
 __all__ = ["CudaConfig", "Plan", "candidates", "default", "estimate", "plan", "tiles"]
 
-_LOADS = ("halo", "gather", "mixed")
+_LOADS = ("halo", "gather", "scalar")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Tile:
     """A row of ``conv_bn_relu_tiles``; a block computes at most ``pixels``, at the cost of at least ``least``."""
 
     load: str
-    plain: bool  # exact float32 on the plain units
+    simt: bool  # exact float32 on the FMA units
     pixels: int
     least: int
     channels: int
@@ -41,7 +41,7 @@ def tiles() -> tuple[Tile, ...]:
     fields = 10
     numbers = torch.ops.resnet_fast.conv_bn_relu_tiles()
     rows = [numbers[i : i + fields] for i in range(0, len(numbers), fields)]
-    return tuple(Tile(_LOADS[load], bool(plain), *rest) for load, plain, *rest in rows)
+    return tuple(Tile(_LOADS[load], bool(simt), *rest) for load, simt, *rest in rows)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CudaConfig:
     def __str__(self) -> str:
         t = tiles()[self.tile]
         split = f" split {self.splits}" if self.splits > 1 else ""
-        return f"cuda {t.load} {self.tile_pixels}x{t.channels}{' plain' if t.plain else ''}{split}"
+        return f"cuda {t.load} {self.tile_pixels}x{t.channels}{' simt' if t.simt else ''}{split}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Plan:
 
 
 # Index in ConvArgs of a field that the model reads.
-_PARTS = 18
+_K_BLOCKS = 18
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,14 +105,14 @@ def estimate(layer: Layer, config: CudaConfig, gpu: Gpu) -> float:
     assert made is not None
     load = made.blocks * config.splits / gpu.multiprocessors
     rounds = math.ceil(load) + 0.1 * load  # with equal rounds, prefer less work
-    parts = -(-made.args[_PARTS] // config.splits)
+    k_blocks = -(-made.args[_K_BLOCKS] // config.splits)
     taps = layer.kernel[0] * layer.kernel[1] if tile.load == "halo" else 1
-    row = parts * taps * tile.row_bytes  # bytes of the products of a pixel
+    row = k_blocks * taps * tile.row_bytes  # bytes of a pixel along k
     pixels = max(tile.least, -(-config.tile_pixels // (16 * tile.warps_m)) * 16 * tile.warps_m)
-    rate = 64 if tile.plain else 1024 * 2 / layer.dtype.itemsize
+    rate = 64 if tile.simt else 1024 * 2 / layer.dtype.itemsize
     multiply = pixels * tile.channels * row / layer.dtype.itemsize / rate
     # Scalar loads: some 8 instructions an element, on 4 schedulers of 32 lanes.
-    if tile.load == "mixed":
+    if tile.load == "scalar":
         multiply += (pixels + tile.channels) * row / layer.dtype.itemsize * 8 / 128
     reads = (pixels * tile.warps_n + tile.channels * tile.warps_m) * row / 128
     halo = 2 * (layer.width + 1) if tile.load == "halo" else 0
@@ -130,8 +130,8 @@ _RUNS = 6
 
 def _configs(layer: Layer, gpu: Gpu, load: str) -> Iterator[CudaConfig]:
     """All configurations that fit a multiprocessor, with tiles not much wider than the layer."""
-    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
-    fits = [i for i, t in enumerate(tiles()) if t.plain == plain and t.load == load]
+    simt = layer.dtype == torch.float32 and layer.precision == "ieee"
+    fits = [i for i, t in enumerate(tiles()) if t.simt == simt and t.load == load]
     fits = [i for i in fits if plan(layer, CudaConfig(i, min(16, tiles()[i].pixels))) is not None]
     narrowest = min((tiles()[i].channels for i in fits), default=0)
     for i in fits:
@@ -156,7 +156,7 @@ def candidates(layer: Layer, gpu: Gpu, most: int = 4) -> list[CudaConfig]:
 
     Halo tiles do not fit where an image is too wide for shared memory; scalar loads are the last resort.
     """
-    found = [*_configs(layer, gpu, "halo"), *_configs(layer, gpu, "gather")] or list(_configs(layer, gpu, "mixed"))
+    found = [*_configs(layer, gpu, "halo"), *_configs(layer, gpu, "gather")] or list(_configs(layer, gpu, "scalar"))
     unique = list(dict.fromkeys(found))
     return sorted(unique, key=lambda c: (estimate(layer, c, gpu), c.splits))[:most]
 

@@ -1,7 +1,7 @@
 """Tiles of the 3x3 wgmma convolution for Hopper that can run a layer, ranked by a cost model.
 
-The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/hopper/halo_plan.h``, asked for through
-the extension. They have run in a simulator alone: they are candidates of a measurement, never a default.
+The tiles and the geometry of their launches are those of ``kernels/csrc/cuda/hopper/conv_halo_plan.h``, asked for
+through the extension. They have run in a simulator alone: they are candidates of a measurement, never a default.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["HopperConfig", "candidates", "computes", "instance", "plan", "tiles"
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of ``conv_halo_tiles``: a block computes 64 channels for each warpgroup, ``columns`` pixels or fewer."""
+    """A row of ``conv_halo_tiles``: a block computes 64 channels for each warpgroup of at most ``positions`` pixels."""
 
-    columns: int
+    positions: int
     warpgroups: int
     stages: int
 
@@ -43,7 +43,7 @@ class HopperConfig:
     def __str__(self) -> str:
         t = tiles()[self.halo]
         split = f" split {self.splits}" if self.splits > 1 else ""
-        return f"wgmma halo {64 * t.warpgroups}x{t.columns}{split}"
+        return f"wgmma halo {64 * t.warpgroups}x{t.positions}{split}"
 
 
 KERNELS = 6  # of a tile
@@ -91,12 +91,12 @@ def estimate(layer: Layer, config: HopperConfig, gpu: Gpu) -> float:
     chunk, parts = made.args[_CHUNK], -(-made.args[_CHUNKS] // config.splits)
     rows = 64 * tile.warpgroups
     # 2048 multiply-accumulates and 128 bytes of shared memory a clock; a warpgroup reads each operand once a step.
-    multiply = 9 * parts * chunk * rows * tile.columns / 2048
-    reads = 9 * parts * chunk * 2 * tile.warpgroups * (64 + tile.columns) / 128
-    halo = layer.stride[0] ** 2 * tile.columns + 2 * (layer.width + 1)
+    multiply = 9 * parts * chunk * rows * tile.positions / 2048
+    reads = 9 * parts * chunk * 2 * tile.warpgroups * (64 + tile.positions) / 128
+    halo = layer.stride[0] ** 2 * tile.positions + 2 * (layer.width + 1)
     fetched = parts * chunk * 2 * (9 * rows + halo)
-    sums = 2 * 4 * rows * tile.columns if config.splits > 1 else 0
-    outputs = 2 * 2 * rows * tile.columns
+    sums = 2 * 4 * rows * tile.positions if config.splits > 1 else 0
+    outputs = 2 * 2 * rows * tile.positions
     cached = (fetched + sums + outputs) / (2800 / gpu.multiprocessors)
     return rounds * (max(multiply, reads, cached) + 1500)
 

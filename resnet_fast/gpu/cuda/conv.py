@@ -1,4 +1,4 @@
-"""``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by the CUDA C++ kernels of ``kernels/csrc/cuda``."""
+"""``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by the CUDA C++ kernels of ``kernels/csrc/cuda/conv``."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def conv_bn_relu(
     Split-K reduces float32 partial sums in a workspace; :func:`counters_of` count the blocks that have arrived.
     """
     # Tiles that load 16 bytes at a time need aligned operands: copy views that are not.
-    if not _aligned(x) and tiles()[config.tile].load != "mixed":
+    if not _aligned(x) and tiles()[config.tile].load != "scalar":
         x = x.clone(memory_format=torch.channels_last)
-    if not _aligned(weight) and tiles()[config.tile].load != "mixed":
+    if not _aligned(weight) and tiles()[config.tile].load != "scalar":
         weight = weight.clone()
     made = plan(layer, config, _aligned(x, weight), _aligned(residual, y))
     if made is None:
@@ -110,5 +110,5 @@ def register() -> None:
     """Registers the extension's kernels with the launch seam."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for i, tile in enumerate(tiles()):
-            if not tile.plain or dtype == torch.float32:
+            if not tile.simt or dtype == torch.float32:
                 launch.gpu.register(kernel_name(dtype, i), _launcher(i))

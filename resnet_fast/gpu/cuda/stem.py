@@ -1,5 +1,6 @@
 """``max_pool2d([relu](conv2d(x, weight) * scale + shift))`` by the CUDA C++ kernel of
-``kernels/csrc/cuda/conv_bn_relu_pool.cuh``: the stem of a residual network and the pooling behind it in one launch."""
+``kernels/csrc/cuda/stem/conv_bn_relu_pool.cuh``: the stem of a residual network and the pooling behind it in one
+launch."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ def kernel_of(layer: Layer, pool: Sequence[int]) -> int | None:
         or layer.residual
     ):
         return None
-    plain = layer.dtype == torch.float32 and layer.precision == "ieee"
-    return _kernels().get((filter_rows, overlap, int(plain)))
+    simt = layer.dtype == torch.float32 and layer.precision == "ieee"
+    return _kernels().get((filter_rows, overlap, int(simt)))
 
 
 def pooled_layer(
@@ -151,6 +152,6 @@ def _launcher(kernel: int) -> Any:
 def register() -> None:
     """Registers the extension's kernels with the launch seam."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for (_, _, plain), kernel in _kernels().items():
-            if not plain or dtype == torch.float32:
+        for (_, _, simt), kernel in _kernels().items():
+            if not simt or dtype == torch.float32:
                 launch.gpu.register(kernel_name(dtype, kernel), _launcher(kernel))

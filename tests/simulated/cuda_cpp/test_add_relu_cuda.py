@@ -10,7 +10,7 @@ from ptxsim.compilers import compile_cuda
 
 from resnet_fast import launch
 
-INCLUDE = (f"-I{Path(__file__).parents[3] / 'kernels/csrc/cuda'}", "-std=c++20", "--expt-relaxed-constexpr")
+INCLUDE = (f"-I{Path(__file__).parents[3] / 'kernels/csrc'}", "-std=c++20", "--expt-relaxed-constexpr")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
@@ -23,7 +23,7 @@ def launcher_geometry(ptx, n):
 
 def add_relu(device, a, b, vectorized):
     t = TYPES[a.dtype]
-    source = f"""#include "add_relu.cuh"
+    source = f"""#include "cuda/add_relu.cuh"
     namespace resnet_fast::cuda {{
     template __global__ void add_relu_fwd_kernel<{t}>(const {t}*, const {t}*, {t}*, int64_t, bool);
     extern "C" __global__ void geometry(int64_t n, int64_t* out) {{

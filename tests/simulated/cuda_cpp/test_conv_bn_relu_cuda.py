@@ -62,7 +62,7 @@ SHAPES = [
     (3, (5, 5), 48, 20, 1, 2, 0),
     (2, (7, 8), 16, 32, 3, 2, 1),  # two taps a step
     (1, (6, 5), 8, 8, 5, 1, 2),
-    (1, (13, 10), 3, 64, 7, 2, 3),  # mixed
+    (1, (13, 10), 3, 64, 7, 2, 3),  # scalar
     (2, (6, 7), 5, 3, (3, 1), (1, 2), (1, 0)),
     (40, (2, 1), 129, 5, 1, 1, 0),
 ]
@@ -108,8 +108,8 @@ INSTANCES = [
     (dtype, precision, i)
     for dtype, precision in ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"))
     for i, t in enumerate(tiles())
-    if not t.plain
-] + [(torch.float32, "ieee", i) for i, t in enumerate(tiles()) if t.plain]
+    if not t.simt
+] + [(torch.float32, "ieee", i) for i, t in enumerate(tiles()) if t.simt]
 
 
 @pytest.mark.parametrize(("dtype", "precision", "tile"), INSTANCES, ids=str)
@@ -118,7 +118,7 @@ def test_every_instance_gives_exact_integers(dtype, precision, tile):
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     t = tiles()[tile]
     narrow = 36 if t.channels >= 32 else 16  # odd tails of columns in the wide tiles
-    channels, kernel, stride = {"halo": (72, 3, 1), "gather": (24, 3, 2), "mixed": (11, 3, 1)}[t.load]
+    channels, kernel, stride = {"halo": (72, 3, 1), "gather": (24, 3, 2), "scalar": (11, 3, 1)}[t.load]
     case = random_case(3, (9, 8), channels, narrow, kernel, stride, 1, dtype, whole)
     expected = exact_sum(case)
     for seed, (pixels, splits) in enumerate([(t.pixels, 1), (t.pixels, 3), (min(t.pixels, 72), 2), (24, 1)]):
@@ -127,9 +127,9 @@ def test_every_instance_gives_exact_integers(dtype, precision, tile):
             assert torch.equal(plain(case), expected), config
         ((name, report),) = device.launches
         assert name == cuda_conv.kernel_name(dtype, tile)
-        assert bool(report.mma_flops) is not t.plain
+        assert bool(report.mma_flops) is not t.simt
         # Elements stored one by one may meet in a bank; fragments never do.
-        assert [r for r in report.conflicts() if t.load != "mixed" or r.kind == "matrix"] == [], config
+        assert [r for r in report.conflicts() if t.load != "scalar" or r.kind == "matrix"] == [], config
 
 
 def test_counters_are_left_at_zero(device):
@@ -232,7 +232,7 @@ def test_empty(device, shape):
     assert torch.equal(out, torch.ones_like(out))
 
 
-@pytest.mark.parametrize("load", ["gather", "mixed"])
+@pytest.mark.parametrize("load", ["gather", "scalar"])
 def test_offsets_beyond_32_bits(device, load):
     """The second image of such maps begins 4.6e9 bytes on, where nothing lies: the fault names the full address."""
     case = random_case(2, (1, 1), 16, 16, 1, 1, 0, torch.float16)
@@ -240,7 +240,7 @@ def test_offsets_beyond_32_bits(device, load):
     assert huge.pixels == 2
     weight = case.weight.permute(0, 2, 3, 1).contiguous()
     arguments = (case.x, weight, torch.ones(16), torch.zeros(16), None, torch.zeros_like(case.x))
-    tile = next(i for i, t in enumerate(tiles()) if t.load == load and not t.plain)
+    tile = next(i for i, t in enumerate(tiles()) if t.load == load and not t.simt)
     with pytest.raises(Fault) as found:
         cuda_conv.conv_bn_relu(huge, CudaConfig(tile, 16), *arguments)
     assert found.value.kind == "out-of-bounds"
@@ -274,7 +274,7 @@ def test_wide_images(width, load):
 def test_rows_that_follow_the_last_slice(device):
     """Images wider than 48 pixels: what the steps of a slice of channels do not copy follows after them."""
     case = random_case(1, (3, 160), 72, 16, 3, 1, 1, torch.float16, whole)
-    halo = [i for i, t in enumerate(tiles()) if t.load == "halo" and not t.plain]
+    halo = [i for i, t in enumerate(tiles()) if t.load == "halo" and not t.simt]
     for tile in halo:
         with tune.use(CudaConfig(tile, 64)):
             assert torch.equal(plain(case), exact_sum(case))

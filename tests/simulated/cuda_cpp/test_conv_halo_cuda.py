@@ -138,7 +138,7 @@ def test_every_statement_that_orders_is_needed():
 
 def test_plans():
     """Division by multiplication is exact where it is used; blocks fit the machine; what cannot be is refused."""
-    for tile, (columns, warpgroups, _) in enumerate(hopper.tiles()):
+    for tile, (positions, warpgroups, _) in enumerate(hopper.tiles()):
         for n, h, w, c, k in [
             *SHAPES,
             (8, 56, 56, 64, 64),
@@ -148,16 +148,16 @@ def test_plans():
         ]:
             p = hopper.plan(tile, n, h, w, c, k)
             if p is None:
-                assert w + 1 > columns
+                assert w + 1 > positions
                 continue
             a = p.args
-            assert a.lines * a.pitch <= columns
+            assert a.lines * a.pitch <= positions
             assert a.tiles * a.lines >= h
             assert a.chunk * a.chunks == c
             assert p.shared <= 227 * 1024
             assert p.threads == 128 * warpgroups
-            lines = (n + a.images) * (h + 1) + columns
-            for d, inverse, most in ((a.pitch, a.pitch_inverse, columns + 2 * a.pitch + 2),
+            lines = (n + a.images) * (h + 1) + positions
+            for d, inverse, most in ((a.pitch, a.pitch_inverse, positions + 2 * a.pitch + 2),
                                      (a.out_height + 1, a.height_inverse, lines)):  # fmt: skip
                 numbers = torch.arange(most)
                 assert torch.equal(numbers * inverse >> 32, numbers // d)

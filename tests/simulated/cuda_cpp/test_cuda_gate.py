@@ -20,8 +20,8 @@ def convolutions(arch=None):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_instance_is_there(arch):
     """The tests of values execute these instances; none is shipped that they do not know."""
-    expected = {(t, i) for i, tile in enumerate(tiles()) for t in ("float16", "bfloat16", "float32") if not tile.plain}
-    expected |= {("float32", i) for i, tile in enumerate(tiles()) if tile.plain}
+    expected = {(t, i) for i, tile in enumerate(tiles()) for t in ("float16", "bfloat16", "float32") if not tile.simt}
+    expected |= {("float32", i) for i, tile in enumerate(tiles()) if tile.simt}
     assert {(k.dtype, k.values[0]) for k in convolutions(arch)} == expected
 
 
@@ -40,12 +40,12 @@ def test_convolutions(arch):
         assert 2 * tile.threads // 32 * -(-k.registers * 32 // 256) * 256 <= 65536, what
         # All of it is dynamic, and so in the plan; sm_90 and later set 1 KB apart for the system.
         assert k.shared == (0 if arch == 80 else 1024), what
-        assert (k.count("HMMA") > 0) is not tile.plain, what
-        assert k.count("LDGSTS.128") > 0 or tile.load == "mixed", what
+        assert (k.count("HMMA") > 0) is not tile.simt, what
+        assert k.count("LDGSTS.128") > 0 or tile.load == "scalar", what
         if k.dtype != "float32":
             assert k.count("LDG.128") > 0, what  # the residual
             assert k.count("STG.128") > 0, what
-        if tile.plain:
+        if tile.simt:
             assert k.main_loop["FFMA"] >= 512, what
         else:
             # Fragments come by ldmatrix alone.
@@ -84,51 +84,28 @@ def test_other_architectures_hold_no_wgmma(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_batch_norm(arch):
-    found = [k for k in gate.kernels() if k.stem.startswith("bn_") and k.arch == arch and k.values]
-    assert {(k.stem, k.dtype, k.values[0]) for k in found} == {
-        (stem, dtype, vector)
-        for stem in (
-            "bn_stats_partial_kernel",
-            "bn_apply_kernel",
-            "bn_backward_sums_kernel",
-            "bn_backward_apply_kernel",
-        )
-        for dtype in ("float16", "bfloat16", "float32")
-        for vector in (0, 1)
-    }
-    for k in found:
-        what = f"sm_{k.arch} {k.stem}<{k.dtype}, {k.values}>: {k.registers} registers, {k.opcodes.most_common(6)}"
-        assert k.registers <= 96, what  # two blocks of 256 threads on a multiprocessor, and more
-        # Images go in whole pieces of 16 bytes, if they can.
-        assert (k.count("LDG.128") > 0) is (k.values[0] == 1), what
-        if "apply" in k.stem:
-            assert (k.count("STG.128") > 0) is (k.values[0] == 1), what
-
-
-@pytest.mark.parametrize("arch", ARCHS)
 def test_pooled_stems(arch):
-    """Three blocks fit a multiprocessor, two where products are plain; filters stay in registers over the loops."""
+    """Three blocks fit a multiprocessor, two of SIMT kernels; filters stay in registers over the loops."""
     found = [k for k in gate.kernels() if k.stem == "conv_bn_relu_pool_fwd_kernel" and k.arch == arch]
     kinds = torch.ops.resnet_fast.conv_bn_relu_pool_kernels()
     kinds = [kinds[i : i + 3] for i in range(0, len(kinds), 3)]
     expected = {
         (t, i)
-        for i, (_, _, plain) in enumerate(kinds)
+        for i, (_, _, simt) in enumerate(kinds)
         for t in ("float16", "bfloat16", "float32")
-        if not plain or t == "float32"
+        if not simt or t == "float32"
     }
     assert {(k.dtype, k.values[0]) for k in found} == expected
     for k in found:
-        size, overlap, plain = kinds[k.values[0]]
-        what = f"sm_{k.arch} {k.dtype} {size, overlap, plain}: {k.registers} registers, {k.opcodes.most_common(6)}"
-        assert (2 if plain else 3) * 4 * -(-k.registers * 32 // 256) * 256 <= 65536, what
+        size, overlap, simt = kinds[k.values[0]]
+        what = f"sm_{k.arch} {k.dtype} {size, overlap, simt}: {k.registers} registers, {k.opcodes.most_common(6)}"
+        assert (2 if simt else 3) * 4 * -(-k.registers * 32 // 256) * 256 <= 65536, what
         assert k.shared == (0 if arch == 80 else 1024), what
         assert k.count("LDGSTS.128") > 0, what
         assert k.count("LDG.128") > 0, what  # planes
         if k.dtype != "float32":
             assert k.count("STG.128") > 0, what
-        if not plain:
+        if not simt:
             (loop,) = (b for b in k.inner_loops if max(k.inner_loops, key=lambda b: b.total()) == b)
             products = sum(n for name, n in loop.items() if name.startswith("HMMA"))
             # A tile of 8 pixels: 10 steps of 2 x 4 products of 16 bits, or 20 of 2 x 2 of TF32; and half of it again,

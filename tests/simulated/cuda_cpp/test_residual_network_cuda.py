@@ -181,7 +181,7 @@ def test_gradients(device):
     fast, eager = networks("cifar_resnet20")
     x = torch.randn(2, 3, 32, 32).half().requires_grad_()
     fast(x).float().square().sum().backward()
-    assert launched(device).count("_conv_moments_kernel") == 21
+    assert launched(device).count("_conv_bn_stats_kernel") == 21
     grad, x.grad = x.grad, None
     eager(x).float().square().sum().backward()
     exact_x = x.detach().double().requires_grad_()

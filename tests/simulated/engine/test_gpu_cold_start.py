@@ -37,7 +37,7 @@ def hopper(monkeypatch, tmp_path):
     """A Hopper GPU for which kernels can be compiled, and nothing else."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    kernels = conv_bn_relu._conv_bn_relu_fwd_kernel, conv_bn_relu._finish_kernel
+    kernels = conv_bn_relu._conv_bn_relu_fwd_kernel, conv_bn_relu._epilogue_kernel
     for kernel in kernels:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(torch.cuda, "device", lambda device: launch.contextlib.nullcontext())

@@ -87,7 +87,7 @@ def test_what_the_driver_is_given(bias):
             seen.append(compile_triton(kernel, *args, **meta)[0])
 
     with launch.use_device(Compiling()):
-        kernels.finish(sums, vector, vector, y if bias else None, y, True, 2)
+        kernels.epilogue(sums, vector, vector, y if bias else None, y, True, 2)
     (binary,) = seen
     compiled, passed = launch.gpu.compiled_triton(binary.compiled)
     assert passed == binary.passed == ("partial", "scale", "shift", *(("residual",) if bias else ()), "y", "pixels")

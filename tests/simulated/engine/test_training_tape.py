@@ -130,7 +130,7 @@ def test_outputs_formed_again(simulated_device):
 def test_a_network(simulated_device):
     """Stem, stages and pooling in two tapes, whose buffers of shared memory never hold two values at once."""
     names = check_replay(resnet_fast.CifarResNet(1).train(), simulated_device, (2, 3, 12, 12), torch.bfloat16)
-    assert names.count("_conv_moments_kernel") == names.count("_stats_final_kernel") == 9
+    assert names.count("_conv_bn_stats_kernel") == names.count("_finalize_stats_kernel") == 9
 
 
 def test_statistics_are_those_of_eager(simulated_device, monkeypatch):
@@ -241,7 +241,7 @@ def test_eval_mode_with_gradients(simulated_device, monkeypatch, make, frozen):
     assert same(fast.buffers(), before)
     assert [type(t) for t in tapes_of(fast)] == [Tape] * 2
     assert ("_weight_gradient_kernel" in names) == (not frozen)
-    assert {"_affine_kernel", "_data_gradient_kernel"} <= set(names)
+    assert {"_finalize_affine_kernel", "_data_gradient_kernel"} <= set(names)
     assert backends.fallbacks() == {}
     theirs, exact = step(eager, x), step(copy.deepcopy(eager).double(), x.double())
     for a, b, e in zip(ours, theirs, exact, strict=True):

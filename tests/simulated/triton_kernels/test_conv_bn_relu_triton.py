@@ -209,7 +209,7 @@ def test_library(simulated_device):
     case = random_case(2, (7, 6), 16, 32, 3, 1, 1, torch.float32, whole)
     with tune.use(tune.LIBRARY):
         assert torch.equal(plain(case), exact_sum(case))
-    assert [name for name, _ in simulated_device.launches] == ["_finish_kernel"]
+    assert [name for name, _ in simulated_device.launches] == ["_epilogue_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_blocks(simulated_device, kind, stride, dtype, which):
     with form(which):
         assert_trains_as_eager(fast, eager, x, grad, factor=2, backend="triton")
     names = {name for name, _ in simulated_device.launches}
-    assert ("_conv_moments_kernel" in names) == (which == "kernels")
+    assert ("_conv_bn_stats_kernel" in names) == (which == "kernels")
     assert backends.fallbacks() == {}
 
 
@@ -275,7 +275,7 @@ EAGER_BACKWARD = {
 }
 # What the library's convolutions move beside our kernels, in the first form.
 LIBRARY_CONVOLUTIONS = 2 * (2 + 2 + 2)
-MAPS = {"x", "y", "y1", "y2", "residual", "out", "grad", "added", "positive", "dx", "dy"}
+MAPS = {"x", "y", "y1", "y2", "residual", "out", "grad", "added", "relu_source", "dx", "dy"}
 
 
 @pytest.mark.parametrize(("which", "most"), [("kernels", 0.6), ("library", 0.9)])
@@ -362,4 +362,4 @@ def test_code(arch, channels):
     assert seen >= {*CONVOLUTIONS, "_bn_apply_kernel", "_bn_backward_sums_kernel", "_bn_input_gradient_kernel"}
 
 
-CONVOLUTIONS = ("_conv_moments_kernel", "_data_gradient_kernel", "_weight_gradient_kernel")
+CONVOLUTIONS = ("_conv_bn_stats_kernel", "_data_gradient_kernel", "_weight_gradient_kernel")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import triton_gate as gate
 
-from resnet_fast._triton.conv_bn_relu import _conv_bn_relu_fwd_kernel, finish
+from resnet_fast._triton.conv_bn_relu import _conv_bn_relu_fwd_kernel, epilogue
 from resnet_fast.gpu.candidates import triton as configs
 from resnet_fast.gpu.layer import A100, Gpu, Layer
 
@@ -107,7 +107,7 @@ def test_second_pass(arch, dtype):
     image = torch.empty(2, 64, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
     vectors = torch.ones(64), torch.zeros(64)
     for sums, splits in ((torch.empty(3, 128, 64), 3), (image, 1)):
-        ((kernel, args, meta),) = gate.launches(finish, sums, *vectors, image, image, True, splits)
+        ((kernel, args, meta),) = gate.launches(epilogue, sums, *vectors, image, image, True, splits)
         sass = gate.inspect_launch(kernel, args, meta, arch)
         what = f"sm_{arch} {dtype}, {splits} splits: {sass.registers} registers, {dict(sass.opcodes.most_common(8))}"
         assert sass.spills == sass.stack == 0, what

@@ -1,4 +1,4 @@
-// Launcher of the 3x3 convolution of Hopper, and its geometry for those who choose tiles.
+// Launcher of conv_halo, the 3x3 convolution for Hopper; its tiles and geometry for the tuner.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
@@ -7,9 +7,9 @@
 #include <optional>
 #include <vector>
 
-#include "../kernel_names.h"
-#include "../launch.h"
-#include "halo_plan.h"
+#include "cuda/hopper/conv_halo_plan.h"
+#include "cuda/kernel_names.h"
+#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace cuda {
@@ -23,8 +23,8 @@ using cuda::HaloArgs;
 using cuda::HaloPlan;
 using cuda::HaloTile;
 using cuda::kHaloArgs;
+using cuda::kHaloChunks;
 using cuda::kHaloKernels;
-using cuda::kHaloSlices;
 
 HaloArgs unpack(const std::vector<int64_t>& args) {
   RESNET_FAST_CHECK(args.size() == kHaloArgs, "conv_halo: args has ", args.size(), " integers, want ", kHaloArgs);
@@ -45,22 +45,22 @@ const HaloTile& tile_of(int64_t tile) {
   return cuda::kHaloTiles[tile];
 }
 
-// None where no code for sm_90a was compiled: what there is instead stops the GPU.
+// Empty if no code for sm_90a was compiled: the kernels of other architectures trap.
 std::vector<int64_t> conv_halo_tiles() {
   std::vector<int64_t> rows;
 #ifdef RESNET_FAST_SM90A
   for (const HaloTile& t : cuda::kHaloTiles)
-    for (const int field : {t.columns, t.warpgroups, t.stages}) rows.push_back(field);
+    for (const int field : {t.positions, t.warpgroups, t.stages}) rows.push_back(field);
 #endif
   return rows;
 }
 
-// blocks, threads, shared, partial_floats, counters, and the completed args; nothing where the tile cannot.
+// [blocks, threads, shared, partial_floats, counters, completed args]; empty if the tile cannot compute it.
 std::vector<int64_t> conv_halo_plan(int64_t tile, const std::vector<int64_t>& args) {
   const HaloTile& t = tile_of(tile);
   const HaloArgs a = unpack(args);
   RESNET_FAST_CHECK(a.splits >= 1, "conv_halo: splits is ", a.splits, ", want at least 1");
-  if (!cuda::suits(t, a)) return {};
+  if (!cuda::supports(t, a)) return {};
   const HaloPlan plan = cuda::plan_halo(t, a);
   if (plan.args.splits != a.splits || plan.shared > cuda::kMaxShared || plan.blocks > INT32_MAX) return {};
   std::vector<int64_t> out = {plan.blocks, plan.threads, plan.shared, plan.partial_floats, plan.counters};
@@ -70,13 +70,13 @@ std::vector<int64_t> conv_halo_plan(int64_t tile, const std::vector<int64_t>& ar
   return out;
 }
 
-// Launches tile `tile` by a plan of the above on checked tensors.
+// Launches `tile` by a plan of the above.
 void conv_halo_launch(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                       const std::optional<Tensor>& residual, Tensor y, const std::optional<Tensor>& partial,
                       const std::optional<Tensor>& counters, int64_t tile, const std::vector<int64_t>& args) {
   const HaloTile& t = tile_of(tile);
   const HaloArgs given = unpack(args);
-  RESNET_FAST_CHECK(cuda::suits(t, given), "conv_halo: tile ", tile, " cannot compute this convolution");
+  RESNET_FAST_CHECK(cuda::supports(t, given), "conv_halo: tile ", tile, " cannot compute this convolution");
   const HaloPlan plan = cuda::plan_halo(t, given);
   const HaloArgs& a = plan.args;
   const auto holds = [&](const char* name, const Tensor& tensor, int64_t elements) {
@@ -95,12 +95,12 @@ void conv_halo_launch(const Tensor& x, const Tensor& weight, const Tensor& scale
   holds("y", y, pixels * a.out_channels);
   if (residual) holds("residual", *residual, pixels * a.out_channels);
   if (a.splits > 1) {
-    RESNET_FAST_CHECK(partial && counters, "conv_halo: partial and counters are wanted for split sums");
+    RESNET_FAST_CHECK(partial && counters, "conv_halo: partial and counters are None, want the workspace of split-K");
     holds("partial", *partial, plan.partial_floats);
     holds("counters", *counters, plan.counters);
   }
 
-  const int instance = static_cast<int>(tile) * kHaloKernels + (a.stride - 1) * kHaloSlices +
+  const int instance = static_cast<int>(tile) * kHaloKernels + (a.stride - 1) * kHaloChunks +
                        (a.chunk == 64   ? 0
                         : a.chunk == 32 ? 1
                                         : 2);
@@ -123,14 +123,8 @@ void conv_halo_launch(const Tensor& x, const Tensor& weight, const Tensor& scale
   void *py = y.data_ptr(), *ppartial = partial ? partial->data_ptr() : nullptr;
   void* pcounters = counters ? counters->data_ptr() : nullptr;
   void* parameters[] = {&px, &pw, &pscale, &pshift, &presidual, &py, &ppartial, &pcounters, const_cast<HaloArgs*>(&a)};
-  // More than 48 KB of shared memory a block must be asked for.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.splits)),
-                             dim3(static_cast<unsigned>(plan.threads)), parameters, static_cast<size_t>(plan.shared),
-                             current_stream(x));
-  RESNET_FAST_CHECK(error == cudaSuccess, "conv_halo: launch failed: ", cudaGetErrorString(error));
-  check_launch("conv_halo");
+  launch_kernel("conv_halo", kernel, dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.splits)),
+                plan.threads, parameters, plan.shared, current_stream(x));
 }
 
 template <typename T>

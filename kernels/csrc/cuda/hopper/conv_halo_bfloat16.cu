@@ -1,4 +1,4 @@
-#include "conv_halo_instances.cuh"
+#include "cuda/hopper/conv_halo_instances.cuh"
 
 namespace resnet_fast::cuda {
 RESNET_FAST_HALO_KERNELS(__nv_bfloat16)

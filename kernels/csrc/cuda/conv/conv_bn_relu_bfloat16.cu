@@ -1,0 +1,5 @@
+#include "cuda/conv/conv_instances.cuh"
+
+namespace resnet_fast::cuda {
+RESNET_FAST_CONV_KERNELS(__nv_bfloat16)
+}  // namespace resnet_fast::cuda

@@ -1,5 +1,0 @@
-#include "conv_instances.cuh"
-
-namespace resnet_fast::cuda {
-RESNET_FAST_CONV_KERNELS(__nv_bfloat16)
-}  // namespace resnet_fast::cuda

@@ -1,5 +1,0 @@
-#include "conv_instances.cuh"
-
-namespace resnet_fast::cuda {
-RESNET_FAST_CONV_KERNELS(__half)
-}  // namespace resnet_fast::cuda

@@ -1,0 +1,10 @@
+// Asked before every fused call: whether all that was packed is unchanged.
+#pragma once
+
+#include <Python.h>
+
+// _C.unchanged(snapshot: bytes) -> bool; resnet_fast/chain/guard.py writes the snapshot.
+PyObject* is_valid(PyObject* self, PyObject* snapshot);
+
+// _C.fingerprint((address: int, bytes: int)) -> int: the hash of a sample of that memory, as `is_valid` computes it.
+PyObject* fingerprint(PyObject* self, PyObject* place);
