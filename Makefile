@@ -18,7 +18,7 @@ PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 # Releases of Triton beside the pinned one. GPU images carry the first: make test runs some kernels with it.
 TRITON_VERSIONS ?= 3.6.0 3.8.0
 # What GPU kernels compute; not what a compiler makes of them, which is pinned.
-TRITON_TESTS := tests/ptxsim/test_triton.py tests/simulated/engine/test_tape.py \
+TRITON_TESTS := tests/ptxsim/tests/test_triton.py tests/simulated/engine/test_tape.py \
   $(patsubst %,tests/simulated/triton_kernels/test_%_triton.py,zero_trips add_relu batch_norm conv_bn_relu training)
 # Operators, models and simulated GPUs; not the programs, their benchmarks, and what depends on the pinned compiler.
 FLOOR_TESTS := tests --ignore-glob='*/test_program*' --ignore-glob='*/test_*benchmarks*' --ignore-glob='*/test_*gate*' \
@@ -36,7 +36,7 @@ bench-peers: build
 
 # Bytes, arithmetic and floor times of the networks on GPUs, computed: no GPU needed.
 roofline: build
-	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.gpu.roofline
 
 test: build $(VENV)-triton/3.6.0/.installed
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)

@@ -8,10 +8,10 @@ import sys
 import torch
 
 from . import busy, report, runner, training
-from . import device as devices
 from .cases import FUSED, NETWORKS, OPERATORS
-from .device import DEVICES, DTYPES
-from .gpu_variants import GPU_VARIANTS, SLOW
+from .gpu import device as devices
+from .gpu.device import DEVICES, DTYPES
+from .gpu.variants import GPU_VARIANTS, SLOW
 from .images import KINDS
 from .peers import BF16_PEERS, PEERS
 from .variants import BASELINE, VARIANTS

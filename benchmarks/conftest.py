@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from . import device as devices
 from . import report
 from .busy import Load, line
 from .cases import Case
-from .device import DEVICES, DTYPES, Device
-from .gpu_variants import SLOW as GPU_SLOW
+from .gpu import device as devices
+from .gpu.device import DEVICES, DTYPES, Device
+from .gpu.variants import SLOW as GPU_SLOW
 from .images import KINDS
 from .runner import Measured, Result, measured, variants_of
 from .timing import Spread

@@ -16,7 +16,7 @@ import torch
 import resnet_fast
 
 from . import training
-from .device import CPU, Device
+from .gpu.device import CPU, Device
 from .runner import Result
 from .variants import BASELINE, OURS
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Twin
-from .device import CPU, Device
-from .gpu_variants import GPU_VARIANTS
+from .gpu.device import CPU, Device
+from .gpu.variants import GPU_VARIANTS
 from .timing import Spread, Timing, interleaved
 from .variants import BASELINE, VARIANTS, UnavailableError, Variant
 from .verify import Reference, WrongResultError

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .device import CPU, Device
+from .gpu.device import CPU, Device
 
 __all__ = ["Spread", "Timing", "interleaved"]
 

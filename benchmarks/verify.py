@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Twin
-from .device import CPU, Device
+from .gpu.device import CPU, Device
 
 __all__ = ["Reference", "WrongResultError", "in_layout"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..device import Device
-from ..gpu_variants import Graphed
+from ..gpu.device import Device
+from ..gpu.variants import Graphed
 
 __all__ = ["Clock", "Replay"]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import gpu_variants
+from ..gpu import variants as gpu_variants
 
 __all__ = ["CallInstead", "conv_add_relu", "conv_relu", "rehearsal"]
 

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     name, path, rows, deadline, skip = arguments
     options = Options.load(path)
-    phase = importlib.import_module(f"benchmarks.kit.{name}")
+    phase = importlib.import_module(f"benchmarks.kit.phases.{name}")
     with open(rows, "a") as file, _surroundings(options):
 
         def write(row: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import device as devices
 from benchmarks.cases import Case, ConvBnRelu
+from benchmarks.gpu import device as devices
 from benchmarks.runner import Bench
 from benchmarks.verify import WrongResultError
 

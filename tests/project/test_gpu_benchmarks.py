@@ -4,10 +4,10 @@ import pytest
 import torch
 from ptxsim.device import simulated
 
-from benchmarks import device as devices
 from benchmarks.cases import Case, ConvBnRelu
-from benchmarks.device import Device
-from benchmarks.gpu_variants import GPU_VARIANTS, eager, fused
+from benchmarks.gpu import device as devices
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.variants import GPU_VARIANTS, eager, fused
 from benchmarks.runner import variants_of
 from benchmarks.variants import BASELINE, OURS, VARIANTS
 from benchmarks.verify import Reference, WrongResultError

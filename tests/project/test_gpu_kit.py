@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import resnet_fast._C
-from benchmarks import gpu_variants
 from benchmarks.cases import AddRelu, Case, ConvBnRelu, Network
-from benchmarks.cudnn_fused import fold
-from benchmarks.kit import clock, infer, options, pack, pool, results, sanitize, supervise, tests, tools, warm
+from benchmarks.gpu import variants as gpu_variants
+from benchmarks.gpu.cudnn_fused import fold
+from benchmarks.kit import clock, options, pack, pool, results, supervise, tools
+from benchmarks.kit.phases import infer, sanitize, tests, warm
 from benchmarks.kit.rehearsal import CallInstead, conv_add_relu, conv_relu
 from benchmarks.kit.workloads import Workload
 from benchmarks.variants import UnavailableError
@@ -119,7 +120,7 @@ def stand_in(kit, tmp_path, monkeypatch):
     """A kit whose phase ``soak`` is the stand-in."""
     folder = tmp_path / "stand-in"
     shutil.copytree(kit, folder)
-    (folder / "benchmarks/kit/soak.py").write_text(STAND_IN)
+    (folder / "benchmarks/kit/phases/soak.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHON", sys.executable)
     return ["bash", str(folder / "run.sh"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
 

@@ -9,6 +9,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 SOURCE = pathlib.Path(__file__).parent / "src"
+INCLUDE = [f"-I{SOURCE / folder}" for folder in ("", "frontend")]
 # No -ffast-math, no contraction: results must be those the PTX asks for.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-frounding-math", "-fvisibility=hidden", "-Wno-psabi"]
 COLD = {"allocate", "api", "lex", "lower", "parse", "statements"}  # run once for each kernel: compiled fast instead
@@ -36,7 +37,7 @@ def build(sanitize: bool = False) -> pathlib.Path:
     flags = FLAGS + cpu_flags() + (SANITIZE if sanitize else [])
     compiler = os.environ.get("CXX", "g++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    common = "\0".join([compiler, version, *flags, *(p.read_text() for p in sorted(SOURCE.glob("*.h")))])
+    common = "\0".join([compiler, version, *flags, *(p.read_text() for p in sorted(SOURCE.rglob("*.h")))])
 
     def key(*texts: str) -> str:
         return hashlib.sha256("\0".join([common, *texts]).encode()).hexdigest()[:20]
@@ -44,7 +45,7 @@ def build(sanitize: bool = False) -> pathlib.Path:
     def run(target: pathlib.Path, *arguments: str) -> None:
         with tempfile.NamedTemporaryFile(dir=target.parent, suffix=target.suffix, delete=False) as partial:
             pass
-        command = [compiler, *flags, *arguments, "-o", partial.name]
+        command = [compiler, *flags, *INCLUDE, *arguments, "-o", partial.name]
         # A sanitizer preloaded for the tests must not slow the compiler down.
         clean = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         done = subprocess.run(command, capture_output=True, text=True, env=clean)
@@ -54,7 +55,7 @@ def build(sanitize: bool = False) -> pathlib.Path:
         os.chmod(partial.name, 0o755)
         os.replace(partial.name, target)  # atomic: two processes may build at once
 
-    sources = sorted(SOURCE.glob("*.cpp"))
+    sources = sorted(SOURCE.rglob("*.cpp"))
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{key(*(p.read_text() for p in sources))}.so"

@@ -5,7 +5,7 @@ import torch
 from helpers import hopper_support as hopper
 from ptxsim import Kernel
 from ptxsim.compilers import compile_cuda
-from ptxsim.test_faults import survivors
+from ptxsim.tests.test_faults import survivors
 
 
 def case(n, h, w, c, k, dtype, seed=0, stride=1):

@@ -15,7 +15,7 @@ from ptxsim.sim import Kernel
 from torch import nn
 
 import resnet_fast
-from benchmarks.host import Nothing
+from benchmarks.gpu.host import Nothing
 from resnet_fast import backends, blocks, launch
 from resnet_fast.gpu import recorder
 from resnet_fast.gpu.recorder import LaunchRecorder

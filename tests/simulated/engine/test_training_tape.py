@@ -10,8 +10,8 @@ from ptxsim.device import simulated
 from torch import nn
 
 import resnet_fast
-from benchmarks import host
-from benchmarks.host import Nothing
+from benchmarks.gpu import host
+from benchmarks.gpu.host import Nothing
 from resnet_fast import backends, blocks, launch, reference
 from resnet_fast.chain.training import operator as train_stage
 from resnet_fast.gpu import tune

@@ -6,7 +6,7 @@ import torch
 from ptxsim import Kernel
 from ptxsim import triton_kernels as kernels
 from ptxsim.compilers import compile_triton
-from ptxsim.test_faults import survivors
+from ptxsim.tests.test_faults import survivors
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

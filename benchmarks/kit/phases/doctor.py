@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 
-from .machine import versions
-from .options import ROOT, Options
-from .tools import missing
-from .worker import Emit
+from ..machine import versions
+from ..options import ROOT, Options
+from ..tools import missing
+from ..worker import Emit
 
 __all__ = ["items", "run"]
 

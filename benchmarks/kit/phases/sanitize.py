@@ -9,10 +9,10 @@ import re
 import sys
 import time
 
-from . import pool
-from .options import Options
-from .tools import tool
-from .worker import Emit
+from .. import pool
+from ..options import Options
+from ..tools import tool
+from ..worker import Emit
 
 __all__ = ["commands", "errors", "items", "run"]
 

@@ -1,6 +1,6 @@
 """What a plain call on a GPU takes the host, measured on any machine: kernels are launched that do nothing.
 
-    python -m benchmarks.host [--training] [--batch 1] [--dtype float16] [NETWORK ...]
+    python -m benchmarks.gpu.host [--training] [--batch 1] [--dtype float16] [NETWORK ...]
 
 Two ways beside each other: a launch a layer from Python, and the tape that C++ replays. The GPU's own time is not in
 it; a call is bound by the larger of the two. With ``--training`` a call is forward and backward under autocast: the
@@ -128,7 +128,7 @@ def _tapes(model: Any) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.host", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from resnet_fast import backends
 
-from .cases import Twin
+from ..cases import Twin
+from ..variants import BASELINE, OURS, Call, UnavailableError, Variant
+from ..verify import in_layout
 from .cudnn_fused import fold
-from .variants import BASELINE, OURS, Call, UnavailableError, Variant
-from .verify import in_layout
 
 __all__ = ["GPU_VARIANTS", "SLOW", "Graphed"]
 

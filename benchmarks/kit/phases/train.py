@@ -14,13 +14,13 @@ import torch
 
 from resnet_fast import backends
 
-from ..timing import interleaved
-from ..training import Gradients, Trainer, TrainingVariant
-from .clock import Clock
-from .kernels import kernels
-from .options import Options
-from .worker import Emit
-from .workloads import Workload, chosen
+from ...timing import interleaved
+from ...training import Gradients, Trainer, TrainingVariant
+from ..clock import Clock
+from ..kernels import kernels
+from ..options import Options
+from ..worker import Emit
+from ..workloads import Workload, chosen
 
 __all__ = ["VARIANTS", "items", "run", "trainer", "verified"]
 

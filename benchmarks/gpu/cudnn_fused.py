@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from resnet_fast import reference
 
-from .cases import ConvBnRelu, Twin
-from .variants import UnavailableError
+from ..cases import ConvBnRelu, Twin
+from ..variants import UnavailableError
 
 __all__ = ["fold", "folded_conv"]
 

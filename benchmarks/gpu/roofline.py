@@ -1,4 +1,4 @@
-"""``python -m benchmarks.roofline``: arithmetic and bytes of the networks on GPUs, computed, as tables and a chart."""
+"""``python -m benchmarks.gpu.roofline``: FLOPs and bytes of the networks on GPUs, computed, as tables and a chart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import resnet_fast
 from resnet_fast.diagnose.roofline import A100, H100, Roofline, roofline
 
 NETWORKS = [("ResNet32", 8, 224), ("cifar_resnet32", 128, 32), ("resnet50", 8, 224)]
-CHART = Path(__file__).parent / "results" / "local" / "roofline.png"
+CHART = Path(__file__).parents[1] / "results" / "local" / "roofline.png"
 
 
 def chart(found: dict[str, Roofline], path: Path) -> None:

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from .options import ROOT, Options
-from .supervise import end
-from .worker import Emit
+from ..options import ROOT, Options
+from ..supervise import end
+from ..worker import Emit
 
 __all__ = ["command", "items", "outcomes", "run"]
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from ..kernels import kernels
+from ..options import ROOT, Options
+from ..tools import tool
+from ..worker import Emit
+from ..workloads import Workload
 from . import infer, train
-from .kernels import kernels
-from .options import ROOT, Options
-from .tools import tool
-from .worker import Emit
-from .workloads import Workload
 
 __all__ = ["call_of", "items", "run"]
 
@@ -86,7 +86,7 @@ def _counters(case: str, options: Options, emit: Emit, deadline: float) -> None:
         emit({"missing": "ncu is not installed here (PATH, /usr/local/cuda/bin, /opt/nvidia): no counters"})
         return
     command = [ncu, "--clock-control", "none", "--set", "full", "--kernel-name", f"regex:{options.ncu}"]
-    command += ["--launch-skip", "3", "--launch-count", "3", sys.executable, "-m", "benchmarks.kit.profile"]
+    command += ["--launch-skip", "3", "--launch-count", "3", sys.executable, "-m", "benchmarks.kit.phases.profile"]
     command += [str(options.file), case]
     done = subprocess.run(
         command,

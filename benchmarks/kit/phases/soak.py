@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import backends, launch, reference
 
-from .options import Options
-from .worker import Emit
+from ..options import Options
+from ..worker import Emit
 
 __all__ = ["Pressure", "items", "run"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ptxsim import Kernel
 from ptxsim.compilers import compile_cuda
-from ptxsim.test_instructions import floats
+from ptxsim.tests.test_instructions import floats
 
 INTEGERS = {
     "int": "i4",

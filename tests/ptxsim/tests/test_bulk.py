@@ -5,7 +5,7 @@ import pytest
 
 from ptxsim import Fault, Kernel, PtxError
 from ptxsim.hopper import compile_hopper, entry
-from ptxsim.test_faults import survivors
+from ptxsim.tests.test_faults import survivors
 
 rng = np.random.default_rng
 OTHER_WARPS = "mov.u32 %r1, %tid.x;\nsetp.ge.u32 %p1, %r1, 32;\n"

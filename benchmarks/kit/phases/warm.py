@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from . import infer, pool, train
-from .options import Options
-from .worker import Emit
-from .workloads import Workload
+from .. import pool
+from ..options import Options
+from ..worker import Emit
+from ..workloads import Workload
+from . import infer, train
 
 __all__ = ["items", "run", "tune_arguments"]
 
@@ -70,7 +71,7 @@ def compile_peer(case: str, options: Options) -> None:
     if workload.training:
         train.trainer(workload, "torch.compile", options.device).step()
         return
-    from ..gpu_variants import reduce_overhead
+    from ...gpu.variants import reduce_overhead
 
     x = workload.case().input("random").to(options.device, infer.clock_of(options).dtype)
     with torch.no_grad():
@@ -94,7 +95,7 @@ def run(item: str, options: Options, emit: Emit, deadline: float) -> None:
 
 
 def _parallel(options: Options, emit: Emit, deadline: float) -> None:
-    me = [sys.executable, "-m", "benchmarks.kit.warm", str(options.file)]
+    me = [sys.executable, "-m", "benchmarks.kit.phases.warm", str(options.file)]
     what = ["ours", "torch.compile"] if options.compiled and not options.simulated else ["ours"]
     commands = {f"{case}: {name}": [*me, name, case] for name in what for case in cases(options)}
     rehearsed = {"RESNET_FAST_CACHE": str(Path(options.work, "rehearsed")), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
@@ -113,7 +114,7 @@ def _parallel(options: Options, emit: Emit, deadline: float) -> None:
 def _main(path: str, what: str, case: str) -> None:
     options = Options.load(path)
     if options.simulated:
-        from .rehearsal import rehearsal
+        from ..rehearsal import rehearsal
 
         with rehearsal():
             choose(case, options)

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from ..device import DTYPES
-from ..gpu_variants import GPU_VARIANTS, Graphed
-from ..timing import Spread, Timing, interleaved
-from ..variants import BASELINE, OURS
-from ..verify import Reference
-from .clock import Clock, Replay
-from .options import Options
-from .worker import Emit
-from .workloads import Workload, chosen
+from ...gpu.device import DTYPES
+from ...gpu.variants import GPU_VARIANTS, Graphed
+from ...timing import Spread, Timing, interleaved
+from ...variants import BASELINE, OURS
+from ...verify import Reference
+from ..clock import Clock, Replay
+from ..options import Options
+from ..worker import Emit
+from ..workloads import Workload, chosen
 
 __all__ = ["GRAPHS", "PLAIN", "items", "run", "verified"]
 

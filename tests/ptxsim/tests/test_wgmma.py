@@ -5,7 +5,7 @@ import pytest
 
 from ptxsim import Fault, Kernel
 from ptxsim.hopper import accumulators, compile_hopper, entry, shared_image
-from ptxsim.test_faults import survivors
+from ptxsim.tests.test_faults import survivors
 
 NUMPY = {"f16": np.float16, "bf16": np.uint16, "tf32": np.float32}
 
