@@ -38,7 +38,8 @@ _OWN_CODE = (__name__, reference.__name__)
 
 
 def _pools_its_stem(model: nn.Module, kind: type, behind: type, pool: nn.Module | None) -> bool:
-    """Whether ``pooled_stem`` of ``model`` is ``pool`` after ``stem``, both unchanged from ``kind`` and ``behind``."""
+    """Whether ``pooled_stem`` of ``model`` is ``pool(stem(x))``: nobody replaced it in ``behind``, or ``stem`` in
+    ``kind``."""
     if type(model).stem is not kind.stem or "stem" in model.__dict__ or pool is None:  # type: ignore[attr-defined]
         return False
     return patches.is_original(kind, "stem") and patches.is_original(behind, "pooled_stem")

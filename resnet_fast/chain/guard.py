@@ -181,9 +181,9 @@ def refresh(model: nn.Module) -> None:
     64 bytes. A call is needed after these changes, which none of that shows:
 
     - on CPUs: writes to elements outside of the sample alone, through ``Tensor.data``, NumPy or DLPack views, shared
-      memory, a storage or a collective; any write within ``torch.inference_mode()`` to weights made or moved in it;
-    - on GPUs: writes to any element through these, by collectives such as ``torch.distributed.broadcast``, by the
-      replay of a CUDA graph, or by kernels of other libraries; any write in inference mode to weights made or moved in
+      memory, a storage or a collective, or within ``torch.inference_mode()`` to weights made or moved in it;
+    - on GPUs: in-place writes to any element, through these, by collectives such as ``torch.distributed.broadcast``, by
+      the replay of a CUDA graph, or by kernels of other libraries, or within inference mode to weights made or moved in
       it.
 
     On GPUs, weights that want a gradient are packed anew after a step of any optimizer, even of another network's.

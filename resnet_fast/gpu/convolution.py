@@ -83,7 +83,7 @@ def _library(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None) 
 
 def choose(layer: Layer, device: torch.device) -> Choice:
     """What runs ``layer`` on ``device``; measured on random operands if it is not known."""
-    return tune.tuner(device).choose(layer, lambda: trials(layer, device), _named())
+    return tune.tuner(device).choose(layer, lambda: trials(layer, device), _selected_kind())
 
 
 def wants_folded(layer: Layer, device: torch.device) -> bool:
@@ -91,7 +91,7 @@ def wants_folded(layer: Layer, device: torch.device) -> bool:
     return choose(layer, device) in (library.CUDNN, library.CUBLASLT)
 
 
-def _named() -> str:
+def _selected_kind() -> str:
     backend = backends.selected()
     return backend if backend in ("cuda", "triton") else "auto"
 
@@ -103,7 +103,7 @@ def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object
     """
     x, filters, residual = operands(layer, device)
     shape = (_TRIALS, layer.out_channels, *layer.kernel, layer.channels)
-    weights = torch.randn(shape, device=device, dtype=layer.dtype) * layer.products**-0.5
+    weights = torch.randn(shape, device=device, dtype=layer.dtype) * layer.gemm_k**-0.5
     return [functools.partial(_run_choice, layer, x, replace(filters, weight=w), residual) for w in weights]
 
 
@@ -131,7 +131,7 @@ def prepare(layers: Sequence[Layer], device: torch.device) -> None:
     """Compiles the Triton kernels that choosing for ``layers`` may run, in parallel: one by one takes a minute."""
     if launch.is_simulated():
         return
-    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tune.tuner(device).wanted(layer, _named())]
+    wanted = [(layer, c) for layer in dict.fromkeys(layers) for c in tune.tuner(device).wanted(layer, _selected_kind())]
     compiled = [(layer, c) for layer, c in wanted if isinstance(c, Config)]
     if len(compiled) < 2:
         return

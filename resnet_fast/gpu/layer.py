@@ -51,7 +51,7 @@ class Layer:
         return self.batch * self.out_height * self.out_width
 
     @property
-    def products(self) -> int:
+    def gemm_k(self) -> int:
         """Multiply-accumulates for each output element: K of the GEMM."""
         return self.kernel[0] * self.kernel[1] * self.channels
 

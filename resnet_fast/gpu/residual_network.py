@@ -1,9 +1,8 @@
 """Chains of narrow residual stages on CUDA devices, one launch a stage: their kernels, filters and launches.
 
-A stage of narrow blocks runs as one launch (``kernels/csrc/cuda/stage/residual_stage.cuh``): its maps stay in shared
-memory, so that only the images, the filters and the stage's last map, or the network's scores, pass through memory. A
-chain of convolutions, as :mod:`resnet_fast.chain` records it, is cut into such stages here; where that is not possible
-it runs layer by layer.
+A stage of narrow blocks runs as one launch (``kernels/csrc/cuda/stage/residual_stage.cuh``). Its activations stay in
+shared memory: only the images, the filters, and the last activation or the scores pass through device memory. A chain
+that :mod:`resnet_fast.chain` recorded is cut into such stages here; if that is not possible, it runs layer by layer.
 """
 
 from __future__ import annotations

@@ -157,6 +157,35 @@ def _sums(
     )
 
 
+def _check_gradients(
+    grad: Tensor,
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    x: Tensor,
+    scale_shift: Tensor | None,
+    weight: Tensor,
+    shaped: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    residual: Tensor | None,
+) -> None:
+    """Checks the operands of :func:`gradients`; ``shaped``: ``weight`` in the dtype of x."""
+    op = "conv_backward"
+    check_image(op, "grad", grad)
+    check_image(op, "x", x)
+    check_dtype(f"{op}: weight", weight)
+    result = fake_conv(x, shaped, None, None, None, None, None, 0.0, stride, padding)
+    check_image(op, "grad", grad, ("the convolution's output", result))
+    if (y is None) != (coefficients is None):
+        fail(op, "y and coefficients come together")
+    if y is not None:
+        check_image(op, "y", y, ("grad", grad))
+    check_rows(op, "coefficients", coefficients, 4, grad)
+    check_rows(op, "scale_shift", scale_shift, 2, x)
+    if residual is not None:
+        check_image(op, "residual", residual, ("x", x))
+
+
 def gradients(
     grad: Tensor,
     y: Tensor | None,
@@ -180,24 +209,11 @@ def gradients(
     filters: ``weight`` as :func:`resnet_fast._triton.filters.packed` gives it in the dtype of x, where that is there
     already.
     """
-    op = "conv_backward"
-    check_image(op, "grad", grad)
-    check_image(op, "x", x)
-    check_dtype(f"{op}: weight", weight)
     shaped = weight.to(x.dtype) if filters is None else filters
-    result = fake_conv(x, shaped, None, None, None, None, None, 0.0, stride, padding)
-    check_image(op, "grad", grad, ("the convolution's output", result))
-    if (y is None) != (coefficients is None):
-        fail(op, "y and coefficients come together")
-    if y is not None:
-        check_image(op, "y", y, ("grad", grad))
-    check_rows(op, "coefficients", coefficients, 4, grad)
-    check_rows(op, "scale_shift", scale_shift, 2, x)
-    if residual is not None:
-        check_image(op, "residual", residual, ("x", x))
-    check_sums(op, ("x", x), ys, stats)
+    _check_gradients(grad, y, coefficients, x, scale_shift, weight, shaped, stride, padding, residual)
+    check_sums("conv_backward", ("x", x), ys, stats)
     if reduce and not need_x:
-        fail(op, "reduce without need_x")
+        fail("conv_backward", "reduce without need_x")
     if min(x.numel(), grad.numel()) == 0:
         nothing = torch.zeros(0, 1 + len(ys), x.shape[1], dtype=torch.float32, device=x.device)
         dx = torch.zeros_like(x) if residual is None else residual.clone()

@@ -116,7 +116,7 @@ class ChainBackward:
         """
         ends, nearest = [], len(self.layers)
         for i, layer in reversed(list(enumerate(self.layers))):
-            # A segment may end with a residual sum that no later layer bypasses.
+            # A segment may end at a residual sum if no later layer reads a value before it.
             if i in self.missing and nearest > i:
                 ends.append(i)
             nearest = min(nearest, layer.source, layer.residual if layer.residual >= 0 else nearest)

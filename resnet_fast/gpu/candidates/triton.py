@@ -39,7 +39,7 @@ class Config:
 
     def steps(self, layer: Layer) -> int:
         """Steps of ``block_k`` along K."""
-        return -(-layer.products // self.block_k)
+        return -(-layer.gemm_k // self.block_k)
 
 
 # (block_m, block_n, num_warps), with the purpose of each. block_k comes from _block_k.

@@ -77,12 +77,12 @@ def a100_bound(layer, config, launches):
     copied = sum(r.bytes for r in report.rows if r.kind == "async_copy")
     size = layer.dtype.itemsize
     columns = -(-layer.out_channels // config.block_n)
-    filters = config.blocks(layer) // config.split_k * min(config.block_n, layer.out_channels) * layer.products * size
+    filters = config.blocks(layer) // config.split_k * min(config.block_n, layer.out_channels) * layer.gemm_k * size
     outputs = layer.pixels * layer.out_channels * size
     cached = pixels_touched(layer, config.block_m) * columns * layer.channels * size + filters
     # A block of a split sum writes float32; only undivided ones read the residual and write the output here.
     cached += 2 * outputs if config.split_k == 1 else config.split_k * layer.pixels * layer.out_channels * 4
-    read = layer.pixels * layer.channels * size + layer.out_channels * layer.products * size
+    read = layer.pixels * layer.channels * size + layer.out_channels * layer.gemm_k * size
     memory = read + (2 * outputs if config.split_k == 1 else 0)
     seconds = max(
         sum(report.mma_flops.values()) / MMA * 2 * busiest / CLOCK,
