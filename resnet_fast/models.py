@@ -71,43 +71,44 @@ class _Network(FusedModule):
         return None
 
     def features(self, x: Tensor) -> Tensor:
-        y = self._unobserved_features(x, "features", ("stem", "pooled_stem"), channels_last=False)
-        if y is not None:
-            return y
+        if self._runs_own_code("features", ("stem", "pooled_stem"), x):
+            y = self.whole_feature_map(x, False)
+            if y is not None:
+                return y
+            if self._unobserved(x):
+                return self._as_pytorch(self.last_feature_map(x), x)
         y = super().features(x)  # type: ignore[misc]
         # Fused operators in the graph return channels_last, whatever the format of the images.
         fused = torch.compiler.is_compiling() and not compiling.traced_unfused()
         return self._as_pytorch(y, x) if fused else y
 
     def flat_features(self, x: Tensor) -> Tensor:
-        y = self._unobserved_features(
-            x, "flat_features", ("stem", "pooled_stem", "features", "flat"), channels_last=True
-        )
-        y = super().flat_features(x) if y is None else self.flat(y)  # type: ignore[misc, operator]
-        return y
+        if self._runs_own_code("flat_features", ("stem", "pooled_stem", "features", "flat"), x):
+            y = self.whole_feature_map(x, True)
+            if y is None and self._unobserved(x):
+                y = self.last_feature_map(x)
+            if y is not None:
+                return self.flat(y)  # type: ignore[operator]
+        return super().flat_features(x)  # type: ignore[misc]
 
-    def _unobserved_features(
-        self, x: Tensor, called: str, methods: tuple[str, ...], channels_last: bool
-    ) -> Tensor | None:
-        """The last feature map, if no one can observe the layout of those before it; or None.
+    def _runs_own_code(self, called: str, methods: tuple[str, ...], x: Tensor) -> bool:
+        """Whether nothing but this package's code runs between the layers of ``called(x)``.
 
         called: the method that asks, which a subclass may override. methods: the methods that it calls.
         """
         # Compilers and transforms observe every step.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
-            return None
+            return False
         kinds = type(self).__mro__
         if backends.transform_reason() is not None or not self.__dict__.keys().isdisjoint(methods):
-            return None
+            return False
         if _any_overridden(kinds, methods) or _any_overridden(kinds[kinds.index(_Network) + 1 :], (called,)):
-            return None
-        if None in self._modules.values():  # a layer was removed: its call must fail as in PyTorch
-            return None
-        y = self.whole_feature_map(x, channels_last)
-        if y is None and (is_channels_last(x) or not self._known_observers().there):
-            y = self.last_feature_map(x)
-            y = y if channels_last else self._as_pytorch(y, x)
-        return y
+            return False
+        return None not in self._modules.values()  # a layer was removed: its call must fail as in PyTorch
+
+    def _unobserved(self, x: Tensor) -> bool:
+        """Whether no one can tell the layout of the feature maps between the stages."""
+        return is_channels_last(x) or not self._known_observers().there
 
     def _known_observers(self) -> Observers:
         if self._observers is None or not self._observers.is_valid():
@@ -176,7 +177,19 @@ class _ConvBnReluStem(_Network):
         return builder.conv(self.conv1, self.bn1, x, relu=self.relu)
 
 
-class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
+class _WholeOnGpus(_ConvBnReluStem):
+    """From the images to the scores as one chain, where a GPU has kernels for all of it."""
+
+    def whole(self) -> Whole | None:
+        raise NotImplementedError(f"{type(self).__name__}.whole")
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.whole() if isinstance(x, Tensor) and backends.kind(x) == "cuda" else None
+        y = None if whole is None else whole.scores(x)
+        return super().forward(x) if y is None else y
+
+
+class CifarResNet(Replayed, _WholeOnGpus, reference.CifarResNet):
     __doc__ = reference.CifarResNet.__doc__
     block = BasicBlock
     stage = Stage
@@ -207,14 +220,6 @@ class CifarResNet(Replayed, _ConvBnReluStem, reference.CifarResNet):
         y = self.fused(x, channels_last=True)
         y = reference.CifarResNet.stem(self, x) if y is None else y
         return self.layer3(self.layer2(self.layer1(y)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.replayed(x, self._scores)
-
-    def _scores(self, x: Tensor) -> Tensor:
-        whole = self.whole() if isinstance(x, Tensor) and backends.kind(x) == "cuda" else None
-        y = None if whole is None else whole.scores(x)
-        return reference.CifarResNet.forward(self, x) if y is None else y
 
     def stem(self, x: Tensor) -> Tensor:
         y = self._stem(x)

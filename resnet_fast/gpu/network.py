@@ -61,14 +61,10 @@ class Replayed(nn.Module):
     _network: Network | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.replayed(x, super().forward)
-
-    def replayed(self, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """``forward(x)``, replayed where that is possible."""
         if not isinstance(x, Tensor) or torch.compiler.is_compiling():
-            return forward(x)
+            return super().forward(x)
         if backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():
-            return forward(x)
+            return super().forward(x)
         if self._network is None:
             self._network = Network(self)
-        return self._network.run(x, forward)
+        return self._network.run(x, super().forward)
