@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Pickles of fused networks hold a digest of the code behind forward, docstrings included: a reworded one unfuses them.
 __all__ = [
     "BasicBlock",
     "Block",
@@ -238,7 +239,7 @@ class CifarResNet(nn.Module):
         return self.layer3(self.layer2(self.layer1(self.stem(x))))
 
     def flat(self, x: Tensor) -> Tensor:
-        """The linear layer's input, from the last feature map."""
+        """What the linear layer takes of the last feature map."""
         return torch.flatten(self.avgpool(x), 1)
 
     def flat_features(self, x: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(self.pooled_stem(x)))))
 
     def flat(self, x: Tensor) -> Tensor:
-        """The linear layer's input, from the last feature map."""
+        """What the linear layer takes of the last feature map."""
         return torch.flatten(self.avgpool(x), 1)
 
     def flat_features(self, x: Tensor) -> Tensor:
