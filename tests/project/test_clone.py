@@ -98,7 +98,8 @@ import importlib.util, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import resnet_fast
-from resnet_fast import backends, doctor
+from resnet_fast import backends
+from resnet_fast.diagnose import doctor
 print(resnet_fast.__file__)
 print(importlib.util.find_spec("resnet_fast._triton.tiles").origin)
 print(doctor._extension())
