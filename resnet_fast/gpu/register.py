@@ -18,8 +18,14 @@ __all__ = ["KERNELS"]
 KERNELS: dict[str, Callable[..., Any]] = {}
 """Python implementations of the operators of ``torch.ops.resnet_fast`` on CUDA devices, by name."""
 
-# They need the kernels of Triton or of CUDA C++, either will do.
-_CONVOLUTIONS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "pack_conv_bn", "conv_chain")
+# By operator, the file that has it: the kernels of Triton or of CUDA C++, either will do.
+_CONVOLUTIONS = {
+    "conv_bn": "operators",
+    "conv_bn_relu": "operators",
+    "conv_bn_add_relu": "operators",
+    "pack_conv_bn": "packing",
+    "conv_chain": "operators",
+}
 _LAUNCHES = (
     "conv_bn_relu_launch",
     "conv_bn_relu_pool_launch",
@@ -47,7 +53,7 @@ def _register() -> None:
         for launcher in (conv, stem, avg_pool, hopper):
             launcher.register()
     if backends.has_cuda_convolution() or backends.has_triton():
-        KERNELS.update({op: _lazily("operators", op) for op in _CONVOLUTIONS})
+        KERNELS.update({op: _lazily(file, op) for op, file in _CONVOLUTIONS.items()})
     if backends.has_triton():
         KERNELS.update({op: _lazily("training_operators", op) for op in training_shapes.FAKES})
         KERNELS["add_relu"] = _lazily("operators", "add_relu")

@@ -16,11 +16,11 @@ X = (2, 3, 16, 16)
 
 
 def ours():
-    return twins(resnet_fast.cifar_resnet20, reference.cifar_resnet20)
+    return twins(models.CifarResNet, reference.CifarResNet, 1)
 
 
 def fused():
-    net = prepared(reference.cifar_resnet20())
+    net = prepared(reference.CifarResNet(1))
     return resnet_fast.fuse(net), net
 
 

@@ -215,7 +215,7 @@ REGISTERED = [
     ("channel_sums", (X[:, :, :3],), "grad of shape"),
     ("conv_backward", (X, None, None, None, None, False, WEIGHT, *PAIRS, 0, True, True, None, False, [], []), "x is N"),
     ("max_pool", (X, [3, 3], [1, 2**63 - 1], [1, 1], False), "stride is"),
-    ("max_pool_backward", (X, None, [6, 6], [3, 3], [1, 1], [1, 1]), "places is None"),
+    ("max_pool_backward", (X, None, [6, 6], [3, 3], [1, 1], [1, 1]), "argmax is None"),
     ("max_pool_backward", (X, torch.zeros(288, dtype=torch.uint8), [6, -1], [3, 3], [1, 1], [1, 1]), "size is"),
 ]
 

@@ -168,8 +168,8 @@ def test_max_pooling_equals_pytorchs(shape, options, dtype, values):
 def test_opcheck_of_max_pooling(dtype):
     x, window = channels_last(torch.randn(2, 5, 9, 8).to(dtype)), ([3, 2], [2, 2], [1, 0])
     torch.library.opcheck(torch.ops.resnet_fast.max_pool, (x, *window, True))
-    y, places = torch.ops.resnet_fast.max_pool(x, *window, False)
-    torch.library.opcheck(torch.ops.resnet_fast.max_pool_backward, (y, places, [9, 8], *window))
+    y, argmax = torch.ops.resnet_fast.max_pool(x, *window, False)
+    torch.library.opcheck(torch.ops.resnet_fast.max_pool_backward, (y, argmax, [9, 8], *window))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_broken_arguments_of_max_pooling(change, message):
     arguments = {"x": channels_last(torch.zeros(2, 3, 4, 4)), "kernel": [2, 2], "stride": [2, 2], "padding": [0, 0]}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.resnet_fast.max_pool(**(arguments | change), ceil_mode=False)
-    y, places = torch.ops.resnet_fast.max_pool(**arguments, ceil_mode=False)
-    with pytest.raises(RuntimeError, match="places has shape"):
-        torch.ops.resnet_fast.max_pool_backward(y, places[:-1], [4, 4], [2, 2], [2, 2], [0, 0])
+    y, argmax = torch.ops.resnet_fast.max_pool(**arguments, ceil_mode=False)
+    with pytest.raises(RuntimeError, match="argmax has shape"):
+        torch.ops.resnet_fast.max_pool_backward(y, argmax[:-1], [4, 4], [2, 2], [2, 2], [0, 0])
 
 
 def test_max_pooling_keeps_half_a_byte_an_output():

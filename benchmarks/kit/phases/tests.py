@@ -18,7 +18,7 @@ __all__ = ["command", "items", "outcomes", "run"]
 # "PASSED tests/..." of pytest-xdist, "tests/...::test PASSED" of pytest alone.
 _RESULT = re.compile(r"(?:(PASSED|FAILED|ERROR|SKIPPED|XFAIL) (\S+::.+)|(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL))")
 # What the rehearsal runs of them: a few, small ones.
-_SMALL = "blocks and float32 or ops and bfloat16 and (test_add or bn_add and 24)"
+_SMALL = "blocks and float32 or ops and bfloat16 and (test_add or average)"
 
 
 # Tests that take times have the GPU for themselves.

@@ -179,8 +179,8 @@ VECTORS = {"scale_shift": 2, "coefficients": 4, "stats": 1}
 def tiles_of(name, x):
     """How often the pass loads the channels' vectors: once a tile."""
     sizes = (x.numel() // x.shape[1], x.shape[1], x.dtype.itemsize)
-    plan = (tiles.reduction if "sums" in name else tiles.tiling)(*sizes)
-    return plan.grid[0] * plan.grid[1] * (plan.rows // plan.block_m if "sums" in name else 1)
+    plan = (tiles.reduction if "reduce" in name else tiles.tiling)(*sizes)
+    return plan.grid[0] * plan.grid[1] * (plan.rows // plan.block_m if "reduce" in name else 1)
 
 
 @pytest.mark.parametrize("arch", gate.ARCHS)
@@ -195,7 +195,7 @@ def test_code(arch, dtype):
             if "finalize" in name:  # a few thousand numbers
                 continue
             assert sass.count("LDG.128") > 0, name
-            assert sass.blocks_per_sm >= (2 if "sums" in name or "stats" in name else 8), (name, sass.blocks_per_sm)
+            assert sass.blocks_per_sm >= (2 if "reduce" in name or "stats" in name else 8), (name, sass.blocks_per_sm)
             assert re.search(r"m(ul|ad)\.lo\.s64", sass.ptx), name  # row * channels, past 2^31 elements
             if name != "_batch_stats_kernel":
                 assert sass.count("STG.128") > 0, name
