@@ -11,6 +11,11 @@ from ptxsim.fixtures import simulated_device  # noqa: F401
 from resnet_fast import backends
 
 
+def pytest_collection_modifyitems(items):
+    """What takes long begins first, so that no worker waits for another's last test."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def clean_state():
     """Every test needs the extension: where it is missing, every test fails. None sees another's fallbacks or seed."""

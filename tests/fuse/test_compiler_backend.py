@@ -54,12 +54,13 @@ def foreign(name):
         "preresnet18": lambda: network("preresnet", "preresnet18"),
         "seresnet10": lambda: network("seresnet", "seresnet10"),
         "resnext14": lambda: network("resnext", "resnext14_16x4d"),
-        "densenet121": lambda: network("densenet", "densenet121"),
+        # Two blocks of two layers each: what densenet121 is made of.
+        "densenet": lambda: network("densenet", "DenseNet", channels=[[96, 128]] * 2, init_block_channels=64),
         "diaresnet10": lambda: network("diaresnet", "diaresnet10"),
     }[name]()
 
 
-FOREIGN = ("preresnet18", "seresnet10", "resnext14", "densenet121", "diaresnet10")
+FOREIGN = ("preresnet18", "seresnet10", "resnext14", "densenet", "diaresnet10")
 
 
 def planned(fused, training):

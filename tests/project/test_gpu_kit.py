@@ -197,6 +197,7 @@ def rehearse(tmp_path, *arguments):
     return {phase["name"]: phase["rows"] for phase in found["phases"]}, done.stdout
 
 
+@pytest.mark.long
 def test_rehearsal_of_the_tables(tmp_path):
     rows, text = rehearse(tmp_path, "--only", "infer", "train", "profile", "--case", "cifar_resnet20", "2", "8")
     variants = {row["variant"]: row for row in rows["infer"]}
@@ -213,6 +214,7 @@ def test_rehearsal_of_the_tables(tmp_path):
     assert (tmp_path / "out/results.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_rehearsal_of_training(tmp_path):
     rows, _ = rehearse(tmp_path, "--only", "soak", "train", "--steps", "3", "--case", "cifar_resnet20 2 8 training")
     (soak,) = rows["soak"]
@@ -220,6 +222,7 @@ def test_rehearsal_of_training(tmp_path):
     assert {row["variant"] for row in rows["train"]} == {"eager", "resnet_fast"}
 
 
+@pytest.mark.long
 def test_rehearsal_of_tests_and_checks(tmp_path):
     rows, _ = rehearse(tmp_path, "--only", "tests", "sanitize", "--jobs", "2")
     (counts,) = rows["tests"]

@@ -73,9 +73,10 @@ ours = [str(w.message) for w in caught if "resnet_fast" in str(w.message)]
 """
 
 
+@pytest.mark.long
 @pytest.mark.packaging
 def test_wheel_in_an_empty_environment(sources, environment, tmp_path):
-    # Without CUDA, as compiling takes long: the extension that other tests run on is built with it, by the same setup.py.
+    # Without CUDA, as compiling takes long: the extension of the other tests is built with it, by the same setup.py.
     env = clean_env(USE_CUDA="0")
     run([*PIP, "wheel", sources, *NO_INDEX, "-w", tmp_path / "wheels"], env=env)
     (wheel,) = (tmp_path / "wheels").glob("*.whl")

@@ -69,6 +69,7 @@ def compiled(case):
     )
 
 
+@pytest.mark.long
 def test_every_configuration():
     cases = list(binaries())
     assert len(cases) > 60
