@@ -12,14 +12,14 @@ Prologues of :mod:`.implicit_gemm` make the gradient of the convolution's output
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resnet_fast.backends import launch
-from resnet_fast.gpu.candidates.triton import Config
-from resnet_fast.gpu.layer import Layer
 
 from .batch_norm import affine, relu_passes
 from .filters import filter_offsets, is_wide, strides
@@ -34,6 +34,10 @@ from .implicit_gemm import (
     tap_bits,
     tap_is_inside,
 )
+
+if TYPE_CHECKING:
+    from resnet_fast.gpu.candidates.triton import Config
+    from resnet_fast.gpu.layer import Layer
 
 __all__ = ["data_gradient", "weight_gradient"]
 

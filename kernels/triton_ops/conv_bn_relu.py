@@ -6,6 +6,8 @@ second kernel adds them in fixed order and applies the epilogue.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -13,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast.backends import launch
-from resnet_fast.gpu.candidates.triton import Config
-from resnet_fast.gpu.layer import Layer
 
 from .implicit_gemm import SIZES, constants, mainloop, sizes
+
+if TYPE_CHECKING:
+    from resnet_fast.gpu.candidates.triton import Config
+    from resnet_fast.gpu.layer import Layer
 
 __all__ = ["aten", "conv_bn_relu", "conv_grid", "epilogue"]
 

@@ -9,6 +9,8 @@ Source: Jung et al. 2018, "Restructuring Batch Normalization to Accelerate CNN T
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,13 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fast.backends import launch
-from resnet_fast.gpu.candidates.triton import Config
-from resnet_fast.gpu.layer import Layer
 
 from .batch_norm import as_rows, bn_apply
 from .batch_stats import batch_stats
 from .finalize import PartialStats
 from .implicit_gemm import SIZES, constants, mainloop, sizes
+
+if TYPE_CHECKING:
+    from resnet_fast.gpu.candidates.triton import Config
+    from resnet_fast.gpu.layer import Layer
 
 __all__ = ["activation", "aten", "conv_bn_stats"]
 

@@ -14,14 +14,17 @@ Source: Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", se
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
-from resnet_fast.gpu.candidates.triton import Config
-from resnet_fast.gpu.layer import Layer
-
 from .batch_norm import affine, input_gradient, relu_passes
 from .rounding import to_operand
+
+if TYPE_CHECKING:
+    from resnet_fast.gpu.candidates.triton import Config
+    from resnet_fast.gpu.layer import Layer
 
 # Sizes change from input to input, and no alignment follows from them: one binary serves all.
 SIZES = ("pixels", "height", "width", "out_height", "out_width")

@@ -97,7 +97,7 @@ class GpuChain:
         """The stages of the chain, if each can run as one launch on the GPU of ``x`` and that is faster; else None."""
         if backends.selected() == "triton":
             return None
-        found = residual_network.stages(self.specs, x.shape[1:], x.dtype)
+        found = residual_network.stages(self.layers, x.shape[1:], x.dtype)
         if found is None or not residual_network.runs(found, x.dtype):
             return None
         if x.shape[0] == 0 or not backends.has_kernel("conv_chain", "cuda"):

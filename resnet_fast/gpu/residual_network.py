@@ -90,10 +90,10 @@ def kernels() -> tuple[Kernel, ...]:
     return tuple(Kernel(ENTRIES[rows[i]], *rows[i + 1 : i + 7]) for i in range(0, len(rows), 7))
 
 
-def stages(specs: Sequence[ConvSpec], shape: Sequence[int], dtype: torch.dtype) -> tuple[Stage, ...] | None:
-    """The chain ``specs`` on images of ``shape`` = (channels, height, width), cut into stages that have kernels; None
-    if that is not possible."""
-    return _stages(tuple(specs), tuple(shape), dtype)
+def stages(layers: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> tuple[Stage, ...] | None:
+    """The encoded chain ``layers`` on images of ``shape`` = (channels, height, width), cut into stages that have
+    kernels; None if that is not possible."""
+    return _stages(tuple(layers), tuple(shape), dtype)
 
 
 def _conv3x3(source: int, residual: int, channels: int, stride: int = 1) -> ConvSpec:
@@ -101,9 +101,10 @@ def _conv3x3(source: int, residual: int, channels: int, stride: int = 1) -> Conv
 
 
 @lru_cache(maxsize=64)
-def _stages(rows: tuple[ConvSpec, ...], shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Stage, ...] | None:
+def _stages(layers: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Stage, ...] | None:
     if dtype not in DTYPES or shape[1] != shape[2]:
         return None
+    rows = decode(layers)
     found: list[Stage] = []
     at, channels, size = 0, shape[0], shape[1]  # of the value computed before layer `at`
     entry: str | None = None
@@ -118,17 +119,17 @@ def _stages(rows: tuple[ConvSpec, ...], shape: tuple[int, ...], dtype: torch.dty
         if at == 0 and channels == 3 and rows[0] == _conv3x3(0, -1, out):
             entry, channels, taken, at = "stem", out, [0], 1
             continue
-        if rows[at : at + 2] == (_conv3x3(at, -1, out), _conv3x3(at + 1, at, out)) and out == channels:
+        if rows[at : at + 2] == [_conv3x3(at, -1, out), _conv3x3(at + 1, at, out)] and out == channels:
             entry = entry or "map"
             taken += [at, at + 1]
             at += 2
         elif (
             rows[at : at + 3]
-            == (
+            == [
                 _conv3x3(at, -1, out, stride=2),
                 ConvSpec(at, -1, 0, out, (1, 1), (2, 2), (0, 0)),
                 _conv3x3(at + 1, at + 2, out),
-            )
+            ]
             and out == 2 * channels
             and size % 2 == 0
         ):
@@ -225,7 +226,7 @@ def residual_network(x: Tensor, packed: Tensor, layers: list[int], classes: int 
     """The operator ``residual_network`` on CUDA devices: one launch a stage. See ``ops.cpp``."""
     if x.dim() != 4:
         raise RuntimeError(f"x has {x.dim()} dimensions, want 4: [batch, channels, height, width]")
-    found = stages(decode(layers), x.shape[1:], x.dtype)
+    found = stages(layers, x.shape[1:], x.dtype)
     if found is None:
         raise RuntimeError(
             f"layers and x of {tuple(x.shape)}, {x.dtype}, are no chain of stages that have kernels: "

@@ -8,7 +8,6 @@ from helpers.support import EAGER_LAYOUTS, assert_error_rule, eager_results, twi
 from resnet_fast import backends
 from resnet_fast.gpu import residual_network
 from resnet_fast.gpu.residual_network import kernels
-from resnet_fast.ops.spec import decode
 
 KERNELS = [pytest.param(k, dtype, id=k.name(dtype)) for k in kernels() for dtype in k.dtypes()]
 # Of 16 bits, one image a block.
@@ -174,7 +173,7 @@ def test_images_a_block_do_not_matter(device, insist):
 
 def test_choice_of_kernel():
     """One image a block until every multiprocessor has one."""
-    (stage_,) = residual_network.stages(decode(_identity_block(64)), (64, 8, 8), torch.float16)
+    (stage_,) = residual_network.stages(_identity_block(64), (64, 8, 8), torch.float16)
     images = [
         kernels()[residual_network._choose(stage_, torch.float16, n, 108)].images
         for n in (1, 108, 109, 216, 217, 10_000)
@@ -201,10 +200,10 @@ def _identity_block(channels):
 )
 def test_other_chains(change, shape, dtype):
     layers = _identity_block(16)
-    assert residual_network.stages(decode(layers), (16, 32, 32), torch.float16) is not None
+    assert residual_network.stages(layers, (16, 32, 32), torch.float16) is not None
     for field, value in change.items():
         layers[field] = value
-    assert residual_network.stages(decode(layers), shape, dtype) is None
+    assert residual_network.stages(layers, shape, dtype) is None
 
 
 def test_other_shapes_run_layer_by_layer(device):
@@ -261,7 +260,7 @@ def test_empty_batch(device):
 )
 def test_wrong_arguments(device, arguments, message):
     layers = _identity_block(64)
-    (found,) = residual_network.stages(decode(layers), (64, 8, 8), torch.float16)
+    (found,) = residual_network.stages(layers, (64, 8, 8), torch.float16)
     x = torch.zeros(arguments.get("x", (2, 64, 8, 8)), dtype=torch.float16)
     packed = torch.zeros(arguments.get("packed", (found.floats(torch.float16),)))
     with pytest.raises(RuntimeError, match=message):
