@@ -208,7 +208,7 @@ def steps(device: str, small: bool, count: int = 3, batch: int = 16) -> None:
             print(f"steps: {i + 1}", flush=True)
 
 
-FAMILIES: dict[str, Callable[[str, bool], None]] = {
+FAMILIES: dict[str, Callable[..., None]] = {
     **{
         f"conv_{kind}_{str(dtype).removeprefix('torch.')}": _conv_family(kind, dtype)
         for kind in ("triton", "cuda", "library")
@@ -218,7 +218,8 @@ FAMILIES: dict[str, Callable[[str, bool], None]] = {
 }
 
 
-def main(path: str, family: str, count: str = "") -> None:
+def main(path: str, *families: str) -> None:
+    """Runs ``families``, of which ``steps=N`` takes a number."""
     options = Options.load(path)
     surroundings: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if options.simulated:
@@ -226,15 +227,14 @@ def main(path: str, family: str, count: str = "") -> None:
 
         surroundings = rehearsal()
     with surroundings:
-        if count:
-            steps(options.device, options.simulated, int(count))
-        else:
-            FAMILIES[family](options.device, options.simulated)
+        for family in families:
+            name, *count = family.split("=")
+            FAMILIES[name](options.device, options.simulated, *map(int, count))
         if options.device == "cuda":
             torch.cuda.synchronize()
     if found := backends.fallbacks():
         raise RuntimeError(f"resnet_fast ran in part unfused: {found}")
-    print(f"{family}: as PyTorch computes it", flush=True)
+    print(f"{', '.join(families)}: as PyTorch computes it", flush=True)
 
 
 if __name__ == "__main__":

@@ -260,6 +260,20 @@ def randomize_(model, seed=0):
     return model
 
 
+# The families with one block a stage: what is not about depth needs no more.
+SHALLOW = ("CifarResNet", "ResNet of basic blocks", "ResNet of bottlenecks", "ResNet32")
+
+
+def shallow(home, name):
+    """``name`` of ``SHALLOW``, of the module ``home`` (``models``, ``reference``); ResNet32 has one depth only."""
+    return {
+        "CifarResNet": lambda: home.CifarResNet(1),
+        "ResNet of basic blocks": lambda: home.ResNet([1] * 4),
+        "ResNet of bottlenecks": lambda: home._BottleneckResNet([1] * 4),
+        "ResNet32": lambda: home.ResNet32(image_size=64),
+    }[name]()
+
+
 def twins(fast_class, eager_class, *args, seed=0, **kwargs):
     """The fast model and its eager twin with the same random weights, in eval mode."""
     fast = randomize_(fast_class(*args, **kwargs), seed)

@@ -13,32 +13,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.fuse_checks import prepared
+from helpers.support import shallow
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fast
-from resnet_fast import backends, ops, reference
+from resnet_fast import backends, models, ops, reference
 
-NETWORKS = {
-    "cifar_resnet20": (16, {}),
-    "resnet18": (64, {}),
-    "ResNet32": (64, {"image_size": 64}),
-}
+NETWORKS = ("CifarResNet", "ResNet of basic blocks", "ResNet32")
 
 
 @pytest.fixture(params=[f"{kind} {name}" for name in NETWORKS for kind in ("own", "fused")])
 def networks(request):
     """A network that runs fused, its eager twin, images."""
-    kind, name = request.param.split()
-    size, options = NETWORKS[name]
-    eager = prepared(getattr(reference, name)(**options))
+    kind, name = request.param.split(" ", 1)
+    eager = prepared(shallow(reference, name))
     if kind == "fused":
         fast = resnet_fast.fuse(eager)
     else:
-        fast = getattr(resnet_fast, name)(**options).eval()
+        fast = shallow(models, name).eval()
         fast.load_state_dict(eager.state_dict())
+    size = 16 if name == "CifarResNet" else 64
     return fast, eager, torch.randn(2, 3, size, size)
 
 
@@ -117,7 +114,7 @@ def test_export(networks, tmp_path, request):
         assert all(target.startswith(("aten.", "<built-in", "torch.sym")) for target in targets(p.graph))
     more = torch.cat((x, x[:1]))
     assert torch.equal(program.module()(more), eager(more))
-    if "resnet18" in request.node.name:
+    if "basic blocks" in request.node.name:
         torch.export.save(program, tmp_path / "program.pt2")
         torch.save((more, eager(more)), tmp_path / "images.pt")
         command = [sys.executable, "-c", LOAD, str(tmp_path / "program.pt2"), str(tmp_path / "images.pt")]

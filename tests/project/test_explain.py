@@ -1,21 +1,22 @@
 """``explain``: each layer of fused and other networks once, with its kernel, its work and its time."""
 
+from functools import partial
+
 import pytest
 import torch
-from helpers.support import channels_last, twins
+from helpers.support import SHALLOW, channels_last, shallow, twins
 from torch import nn
 
 import resnet_fast
-from resnet_fast import backends, reference
+from resnet_fast import backends, models, reference
 from resnet_fast.__main__ import main
 
 # Name, size of the images, convolutions.
-NETWORKS = [("ResNet32", 64, 36), ("resnet18", 64, 20), ("resnet50", 64, 53), ("cifar_resnet20", 32, 19 + 2)]
+NETWORKS = list(zip(SHALLOW, (32, 64, 64, 64), (9, 12, 17, 36), strict=True))
 
 
-def network(name, size):
-    options = {"image_size": size} if name == "ResNet32" else {}
-    return twins(getattr(resnet_fast, name), getattr(reference, name), **options)
+def network(name):
+    return twins(partial(shallow, models, name), partial(shallow, reference, name))
 
 
 def multiply_adds(eager, x):
@@ -35,7 +36,7 @@ def multiply_adds(eager, x):
 
 @pytest.mark.parametrize(("name", "size", "convolutions"), NETWORKS)
 def test_networks(name, size, convolutions):
-    fast, eager = network(name, size)
+    fast, eager = network(name)
     x = channels_last(torch.randn(2, 3, size, size))
     found = resnet_fast.explain(fast, x, runs=1)
     names = [row.name for row in found.rows]
@@ -50,7 +51,7 @@ def test_networks(name, size, convolutions):
 
 
 def test_pooling_belongs_to_the_stem():
-    fast, _ = network("resnet18", 64)
+    fast, _ = network("ResNet of basic blocks")
     x = channels_last(torch.randn(1, 3, 64, 64))
     first, *others = resnet_fast.explain(fast, x, runs=1).rows
     assert first.kernel == f"direct 7x7/2 {backends.isa()}, max pool 3x3/2"
@@ -83,7 +84,7 @@ def test_errors(model, x, message):
         resnet_fast.explain(model, x)
 
 
-@pytest.mark.parametrize("name", ["ResNet32", "cifar_resnet20"])
+@pytest.mark.parametrize("name", ["cifar_resnet20"])
 def test_the_program(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["resnet_fast", "explain", name, "--batch", "1"])
     main()

@@ -11,6 +11,7 @@ from helpers.support import (
     exact_kernels,
     permuted,
     randomize_,
+    shallow,
     twins,
 )
 from torch import nn
@@ -84,11 +85,12 @@ def test_blocks_by_the_error_rule(kind, shape):
             assert_error_rule(ours[i], exact[i], [t[i] for t in theirs], name, factor)
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18", "resnet50", "foreign resnet18"])
-def test_networks_by_the_error_rule(name):
+@pytest.mark.parametrize("name", ["CifarResNet", "ResNet of basic blocks", "ResNet of bottlenecks"])
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+def test_networks_by_the_error_rule(kind, name):
     """The rule is for all parameters of a kind together: eager hits the gradient of one of many by luck."""
-    eager = randomize_(getattr(reference, name.split()[-1])(num_classes=10)).eval()
-    fast = resnet_fast.fuse(eager) if "foreign" in name else getattr(models, name)(num_classes=10).eval()
+    eager = randomize_(shallow(reference, name)).eval()
+    fast = resnet_fast.fuse(eager) if kind == "foreign" else shallow(models, name).eval()
     fast.load_state_dict(eager.state_dict())
     x = torch.randn(2, 3, 48, 48).requires_grad_()
     with backends.use("cpu"):

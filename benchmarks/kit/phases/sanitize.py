@@ -38,12 +38,12 @@ def commands(options: Options, sanitizer: str | None) -> dict[str, list[str]]:
     """By name: the long one first, it takes whatever time there is."""
     me = [sys.executable, "-m", "benchmarks.kit.families", str(options.file)]
     if sanitizer is None:
-        return {f"rehearsal: {name}": [*me, name] for name in REHEARSED}
+        return {"rehearsal: " + ", ".join(REHEARSED): [*me, *REHEARSED]}  # in one process, which compiles once
     # What an interface of CUDA refuses is not reported: PyTorch asks for what may not be there, and raises otherwise.
     check = [sanitizer, "--target-processes", "all", "--error-exitcode", str(ERROR_STATUS), "--print-limit", "20"]
     of_tool = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
     checks = {name: [*check, "--tool", name, *of_tool[name], *me] for name in TOOLS}
-    found = {f"memcheck: {LONG}": [*checks["memcheck"], "steps", str(options.checked_steps)]}
+    found = {f"memcheck: {LONG}": [*checks["memcheck"], f"steps={options.checked_steps}"]}
     found |= {f"{name}: {family}": [*checks[name], family] for name in TOOLS for family in NAMES}
     return found
 
