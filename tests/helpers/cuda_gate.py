@@ -15,7 +15,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 
-from helpers import sass
+from ptxsim import sass
 
 import resnet_fast._C
 

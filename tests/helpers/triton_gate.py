@@ -12,8 +12,8 @@ import os
 import threading
 from dataclasses import dataclass
 
-from helpers import sass
-from helpers.sass import ARCHS, SHARED_BLOCK
+from ptxsim import sass
+from ptxsim.sass import ARCHS, SHARED_BLOCK
 
 __all__ = ["ARCHS", "SHARED_BLOCK", "Sass", "inspect", "inspect_launch", "launches"]
 

@@ -6,7 +6,7 @@ import torch
 from helpers import cuda_gate
 from helpers.stage_support import EagerStage, FastStage, add_kernels, input_of
 from helpers.support import twins
-from helpers.sass import ARCHS, SHARED_BLOCK
+from ptxsim.sass import ARCHS, SHARED_BLOCK
 
 from resnet_fast.gpu import residual_network
 from resnet_fast.gpu.residual_network import kernels

@@ -15,7 +15,8 @@ import tempfile
 from dataclasses import dataclass
 
 import triton.backends.nvidia
-from ptxsim.build import cache_folder
+
+from .build import cache_folder
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__path__[0], "bin")
 ARCHS = (80, 90, 100)
