@@ -30,6 +30,14 @@ def whole(*shape):
     return torch.randint(-2, 3, shape).float()
 
 
+def misaligned(t):
+    """A copy in channels_last that does not begin at a multiple of 16 bytes."""
+    n, c, h, w = t.shape
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    assert moved.data_ptr() % 16 != 0
+    return moved.copy_(t)
+
+
 def whole_case(*shape):
     return random_case(*shape, whole)
 

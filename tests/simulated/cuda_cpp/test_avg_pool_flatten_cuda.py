@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.cuda_support import cuda_device
 from helpers.support import assert_error_rule, channels_last, twins
 from ptxsim.sim import GLOBAL_BASE, Fault
 from torch import nn
@@ -17,12 +16,6 @@ from resnet_fast.gpu.cuda import avg_pool as cuda_avg_pool
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAME = "avg_pool_flatten_fwd_kernel"
-
-
-@pytest.fixture
-def device():
-    with cuda_device() as simulated:
-        yield simulated
 
 
 SHAPES = [

@@ -11,13 +11,6 @@ from resnet_fast.gpu.candidates.cuda import CudaConfig, candidates, plan, tiles
 from resnet_fast.gpu.cuda import conv as cuda_conv
 from resnet_fast.gpu.layer import A100, Layer
 
-
-@pytest.fixture
-def device():
-    with cuda_device() as simulated:
-        yield simulated
-
-
 INSTANCES = [
     (dtype, precision, i)
     for dtype, precision in ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"))

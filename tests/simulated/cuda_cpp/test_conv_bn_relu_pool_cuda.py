@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.conv_support import misaligned, whole
 from helpers.cuda_support import cuda_device
 from helpers.support import EAGER_LAYOUTS, assert_error_rule, channels_last, eager_results, name_of, twins, unwatched
 from ptxsim.sim import GLOBAL_BASE, Fault
@@ -12,23 +13,12 @@ from resnet_fast import backends, reference
 from resnet_fast.gpu.cuda import stem as cuda_stem
 from resnet_fast.gpu.layer import A100, Gpu, Layer
 
+pytestmark = pytest.mark.usefixtures("exact_float32")
 stage = torch.ops.resnet_fast.conv_chain
 pack = torch.ops.resnet_fast.pack_conv_bn
 MMA = 2 * 16 * 8 * 16
 POOLS = ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1])
 TYPES = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    """float32 means float32, but where a test asks for TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-@pytest.fixture
-def device():
-    with cuda_device() as simulated:
-        yield simulated
 
 
 def layer_of(x, weight, padding, relu, precision="ieee"):
@@ -61,11 +51,6 @@ def expected_of(x, weight, scale, shift, padding, relu, pool):
     return F.max_pool2d(z.relu() if relu else z, pool[:2], pool[2:4], pool[4:]).to(x.dtype)
 
 
-def whole(*shape):
-    """Integers of one digit: sums of hundreds of products are exact in float32, and in any order."""
-    return torch.randint(-2, 3, shape).float()
-
-
 def planes(t):
     return t.contiguous()
 
@@ -73,13 +58,6 @@ def planes(t):
 def strided(t):
     """Neither format, and no column after the other."""
     return torch.empty(*t.shape[:3], 2 * t.shape[3], dtype=t.dtype)[..., ::2].copy_(t)
-
-
-def off(t):
-    """channels_last, but not from a multiple of 16 bytes on."""
-    n, c, h, w = t.shape
-    moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
-    return moved.copy_(t)
 
 
 SHAPES = [
@@ -90,7 +68,7 @@ SHAPES = [
     (3, (23, 29), 7, (2, 0), 16, planes),  # rows begin at even elements
     (1, (42, 56), 7, (3, 3), 80, strided),  # two groups of filters
     (2, (31, 24), 3, (1, 1), 32, planes),
-    (2, (29, 32), 3, (0, 1), 64, off),
+    (2, (29, 32), 3, (0, 1), 64, misaligned),
     (1, (7, 260), 7, (3, 3), 16, channels_last),  # more than one patch across
     (2, (16, 8), 3, (1, 0), 16, channels_last),
 ]

@@ -1,14 +1,7 @@
 """Operators on both kinds of GPU kernels, Triton's and those in CUDA C++, executed in the simulator."""
 
 import pytest
-import torch
 from helpers.cuda_support import simulated_backend
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    """float32 means float32, but where a test asks for TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=["triton", "cuda"])

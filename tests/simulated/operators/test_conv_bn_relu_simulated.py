@@ -11,6 +11,7 @@ from helpers.conv_support import (
     exact_sum,
     first_tile,
     layer_of,
+    misaligned,
     plain,
     random_case,
     whole_case,
@@ -29,6 +30,7 @@ from resnet_fast.gpu.candidates.triton import Config
 from resnet_fast.gpu.cuda import conv as cuda_conv
 from resnet_fast.gpu.layer import A100, Layer
 
+pytestmark = pytest.mark.usefixtures("exact_float32")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -96,17 +98,11 @@ def test_layouts_and_views(device):
     case = whole_case(2, (7, 6), 16, 32, 3, 1, 1, torch.bfloat16)
     expected = exact_sum(case)
 
-    def off(t):
-        n, c, h, w = t.shape
-        moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
-        assert moved.data_ptr() % 16 != 0
-        return moved.copy_(t)
-
     wide = torch.zeros(2, 20, 9, 8, dtype=torch.bfloat16)
     wide[:, 3:19, 1:8, 1:7] = case.x
-    for x in (case.x, wide[:, 3:19, 1:8, 1:7], off(case.x), channels_last(case.x)):
-        for residual in (case.residual, off(case.residual)):
-            for weight in (case.weight, off(case.weight)):
+    for x in (case.x, wide[:, 3:19, 1:8, 1:7], misaligned(case.x), channels_last(case.x)):
+        for residual in (case.residual, misaligned(case.residual)):
+            for weight in (case.weight, misaligned(case.weight)):
                 assert torch.equal(ops.conv_bn_add_relu(x, residual, weight, padding=1), expected)
 
 

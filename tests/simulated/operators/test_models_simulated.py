@@ -12,6 +12,8 @@ import resnet_fast
 from resnet_fast import backends, blocks, reference
 from resnet_fast.backends import launch
 
+pytestmark = pytest.mark.usefixtures("exact_float32")
+
 
 def check(device, make, shape, dtype, counts):
     """The last feature map by the error rule; as many launches of each kernel."""

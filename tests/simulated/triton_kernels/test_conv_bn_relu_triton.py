@@ -13,13 +13,8 @@ from resnet_fast.gpu import tune
 from resnet_fast.gpu.candidates.triton import Config, tiles
 from resnet_fast.gpu.layer import A100
 
+pytestmark = pytest.mark.usefixtures("exact_float32")
 PRECISIONS = [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    """float32 means float32, but where a test asks for TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=name_of)
