@@ -19,6 +19,7 @@ PY_FILES := resnet_fast kernels/triton_ops benchmarks tests setup.py
 TRITON_VERSIONS ?= 3.6.0 3.8.0
 # What GPU kernels compute; not what a compiler makes of them, which is pinned.
 TRITON_TESTS := tests/ptxsim/tests/test_triton.py tests/simulated/engine/test_tape.py \
+  $(patsubst %,tests/simulated/operators/test_%_simulated.py,add_relu conv_bn_relu) \
   $(patsubst %,tests/simulated/triton_kernels/test_%_triton.py,zero_trips add_relu batch_norm conv_bn_relu training)
 # Operators, models and simulated GPUs; not the programs, their benchmarks, and what depends on the pinned compiler.
 FLOOR_TESTS := tests --ignore-glob='*/test_program*' --ignore-glob='*/test_*benchmarks*' --ignore-glob='*/test_*gate*' \

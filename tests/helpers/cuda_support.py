@@ -52,3 +52,8 @@ def cuda_device(**options):
     """While open, the package's operators run the CUDA C++ kernels in the simulator; gives the device."""
     with simulated(find_cuda=find_cuda, **options) as device, backends.use("cuda"):
         yield device
+
+
+def simulated_backend(backend, **options):
+    """The simulated device on which the operators run on kernels of one kind, "triton" or "cuda"."""
+    return cuda_device(**options) if backend == "cuda" else simulated(**options)

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from helpers.support import EAGER_LAYOUTS, assert_error_rule
+from helpers.support import EAGER_LAYOUTS, assert_error_rule, unwatched
 from torch import nn
 
 from resnet_fast import blocks, reference
@@ -38,6 +38,7 @@ def low_precision(model, dtype):
     return model
 
 
+@unwatched()
 def assert_rule(out, eager, x, method="__call__"):
     """The error rule against ``eager``, of the weights that the fast model has."""
     low = low_precision(eager, x.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from resnet_fast import backends
 
@@ -23,6 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # How far one Winograd convolution may be from float64, in errors of eager's; direct ones may be 2.
 WINOGRAD_FACTOR = 3
 EAGER_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# For what PyTorch alone computes: a mode that watches every operation, as simulated GPUs have one, doubles its time.
+unwatched = _disable_current_modes
 
 
 class NoWildGradients(TorchDispatchMode):
@@ -274,6 +276,7 @@ def shallow(home, name):
     }[name]()
 
 
+@unwatched()
 def twins(fast_class, eager_class, *args, seed=0, **kwargs):
     """The fast model and its eager twin with the same random weights, in eval mode."""
     fast = randomize_(fast_class(*args, **kwargs), seed)
@@ -282,6 +285,7 @@ def twins(fast_class, eager_class, *args, seed=0, **kwargs):
     return fast.eval(), eager.eval()
 
 
+@unwatched()
 def eager_results(eager, x, method="__call__"):
     """The eager model's results in its two layouts, and in float64."""
     with torch.no_grad():

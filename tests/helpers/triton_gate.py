@@ -4,57 +4,30 @@
         sass = gate.inspect_launch(kernel, args, meta, arch=90)
         assert sass.spills == 0 and sass.count("HGMMA") and sass.count("LDG.128")
 
-`inspect` takes a signature instead of arguments. The cubin comes from `triton.compile` and so from Triton's cache; it
-is read with the cuobjdump and nvdisasm of the Triton wheel.
+`inspect` takes a signature instead of arguments. The cubin comes from `triton.compile` and so from Triton's cache.
 """
 
-import collections
-import contextlib
 import functools
 import os
-import pathlib
-import re
-import subprocess
-import tempfile
 import threading
 from dataclasses import dataclass
 
-ARCHS = (80, 90, 100)
-# Shared memory in bytes a block may have, and an SM has (CUDA programming guide, table of compute capabilities).
-SHARED_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SHARED_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+from ptxsim import sass
+from ptxsim.sass import ARCHS, SHARED_BLOCK
+
+__all__ = ["ARCHS", "SHARED_BLOCK", "Sass", "inspect", "inspect_launch", "launches"]
 
 
 @dataclass(frozen=True)
-class Sass:
-    """One compiled kernel. shared: bytes a block; stack: bytes a thread; spills: instructions on local memory."""
+class Sass(sass.Code):
+    """One compiled kernel; shared: what a launch asks for, too."""
 
-    arch: int
     threads: int
-    registers: int
-    shared: int
-    stack: int
-    opcodes: collections.Counter  # "LDG.E.128" -> how often it stands in the code
-    text: str
     ptx: str
-
-    def count(self, opcode: str) -> int:
-        """Instructions of that first part which have all its modifiers: "LDG.128" counts LDG.E.128 and LDG.E.EF.128."""
-        first, *modifiers = opcode.split(".")
-        return sum(
-            n for name, n in self.opcodes.items() if (p := name.split("."))[0] == first and set(modifiers) <= set(p)
-        )
-
-    @property
-    def spills(self) -> int:
-        return self.count("STL") + self.count("LDL")
 
     @property
     def blocks_per_sm(self) -> int:
-        """Blocks an SM holds at once: 64K registers in units of 256 a warp, 64 warps, shared memory + 1 KB a block."""
-        warps = self.threads // 32
-        by_registers = 65536 // (-(-self.registers * 32 // 256) * 256 * warps)
-        return min(32, 64 // warps, by_registers, SHARED_SM[self.arch] // (self.shared + 1024))
+        return self.blocks(self.threads, self.shared)
 
 
 def inspect(kernel, signature: dict[str, str], constexprs: dict, arch: int, **options) -> Sass:
@@ -134,31 +107,6 @@ def _compile(kernel, signature, constexprs, attrs, arch, options) -> Sass:
                 return super().make_ir(*args)
 
     binary = triton.compile(OneAtATime(kernel, signature, constexprs, attrs), target=target, options=options)
-    with _cubin(binary.asm["cubin"]) as path:
-        usage = _tool("cuobjdump", "-res-usage", path)
-        text = _tool("nvdisasm", "-c", path)
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    # "/*0080*/  @!P0 LDG.E.128 R4, [R12.64] ;": the predicate is left out, NOPs that fill the last line too.
-    opcodes = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text))
-    del opcodes["NOP"]
-    return Sass(
-        arch, 32 * binary.metadata.num_warps, registers, binary.metadata.shared, stack, opcodes, text, binary.asm["ptx"]
-    )
-
-
-@contextlib.contextmanager
-def _cubin(data):
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "kernel.cubin")
-        path.write_bytes(data)
-        yield str(path)
-
-
-def _tool(name, *args) -> str:
-    import triton.backends.nvidia
-
-    tool = pathlib.Path(triton.backends.nvidia.__path__[0], "bin", name)
-    done = subprocess.run([str(tool), *args], capture_output=True, text=True)
-    if done.returncode or not done.stdout.strip():
-        raise RuntimeError(f"{name} failed: {done.stderr}")
-    return done.stdout
+    (code,) = sass.read(binary.asm["cubin"], arch).values()
+    of_launch = binary.metadata.shared, code.local, code.lines, 32 * binary.metadata.num_warps
+    return Sass(arch, code.registers, code.stack, *of_launch, binary.asm["ptx"])

@@ -84,6 +84,7 @@ def nvcc() -> str | None:
     return str(wheels[0]) if wheels else None
 
 
+@functools.cache
 def compile_cuda(source: str, *flags: str) -> str:
     """PTX of CUDA C++ text; cached by text, flags, compiler and the headers of the folders named by -I flags."""
     compiler = nvcc()

@@ -14,7 +14,7 @@ from .fresh import FreshTensors
 from .sim import Kernel, Report
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=512)
 def _kernel(ptx: str, name: str) -> Kernel:
     """Lowered once a process, which takes a second for a large one: the devices of many tests share it."""
     return Kernel(ptx, name)
@@ -37,7 +37,6 @@ class SimulatedDevice:
         self.seed, self.limit, self.fresh, self.find_cuda = seed, limit, fresh, find_cuda
         self.launches: list[tuple[str, Report]] = []
         self._cuda: dict[str, tuple[str, str]] = {}  # PTX and the kernel's name in it
-        self._triton: dict[int, tuple] = {}
 
     def add_cuda(self, source: str, *names: str, flags=()) -> None:
         """Compiles CUDA C++ text (no torch headers; include the .cuh) and offers its extern "C" kernels by name."""
@@ -52,10 +51,8 @@ class SimulatedDevice:
 
     def triton(self, kernel, grid, args, meta):
         binary, bound = compile_triton(kernel, *args, **meta)
-        if id(binary) not in self._triton:
-            self._triton[id(binary)] = (binary, Kernel(binary.ptx, binary.name))
         self._run(
-            self._triton[id(binary)][1],
+            _kernel(binary.ptx, binary.name),
             grid(bound) if callable(grid) else grid,
             binary.threads,
             [bound[n] for n in binary.passed],
@@ -65,7 +62,7 @@ class SimulatedDevice:
         return binary
 
     def compiled_triton(self, binary):
-        owner = (None, self._triton[id(binary)][1])
+        owner = (None, _kernel(binary.ptx, binary.name))
         return Compiled(0, True, binary.threads, binary.shared, binary.types, 0, owner), binary.passed
 
     def compiled_cuda(self, name, threads, shared, args):

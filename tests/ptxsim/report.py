@@ -1,5 +1,6 @@
 """What a launch cost."""
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -26,15 +27,20 @@ class Report:
     """Counters of one launch."""
 
     executed: int
-    rows: list[Row]
+    counted: list[list]  # what each row holds
     classes: dict[str, dict[str, int]]
     mma_flops: dict[str, int]
     buffers: dict[str, dict[str, int]]
 
     @classmethod
     def of(cls, r: dict) -> "Report":
-        rows, buffers = [Row(*row) for row in r["rows"]], {b.pop("name"): b for b in r["buffers"]}
-        return cls(r["executed"], rows, r["classes"], r["mma_flops"], buffers)
+        buffers = {b.pop("name"): b for b in r["buffers"]}
+        return cls(r["executed"], r["rows"], r["classes"], r["mma_flops"], buffers)
+
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        """Made when they are asked for: of most launches they are not."""
+        return [Row(*row) for row in self.counted]
 
     def total(self, what: str, *kinds: str) -> int:
         return sum(c[what] for k, c in self.classes.items() if not kinds or k in kinds)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.cuda_support import cuda_device
 from helpers.support import assert_error_rule, channels_last, twins
 from ptxsim.sim import GLOBAL_BASE, Fault
 from torch import nn
@@ -17,12 +16,6 @@ from resnet_fast.gpu.cuda import avg_pool as cuda_avg_pool
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAME = "avg_pool_flatten_fwd_kernel"
-
-
-@pytest.fixture
-def device():
-    with cuda_device() as simulated:
-        yield simulated
 
 
 SHAPES = [
@@ -111,12 +104,12 @@ def test_other_inputs_are_left_alone(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["ResNet32", "resnet18", "cifar_resnet20"])
+@pytest.mark.parametrize("name", ["ResNet32", "ResNet", "CifarResNet"])
 def test_networks(device, name, dtype):
     """From the last feature map to the classifier's input in one launch; the same keys as before."""
-    options = {"image_size": 96} if name == "ResNet32" else {}
-    fast, eager = twins(getattr(resnet_fast, name), getattr(reference, name), **options)
-    channels = 64 if name == "cifar_resnet20" else 512
+    options = {"ResNet32": {"image_size": 96}, "ResNet": {"layers": [1] * 4}, "CifarResNet": {"num_blocks": 1}}[name]
+    fast, eager = twins(getattr(resnet_fast.models, name), getattr(reference, name), **options)
+    channels = 64 if name == "CifarResNet" else 512
     x = channels_last(torch.randn(2, channels, 3, 3).to(dtype))
     with torch.no_grad():
         y = fast.to(dtype).flat(x)
@@ -129,6 +122,6 @@ def test_networks(device, name, dtype):
 
 def test_without_the_kernel(simulated_device):
     x = channels_last(torch.randn(2, 512, 3, 3).half())
-    model = resnet_fast.resnet18().eval().half()
+    model = resnet_fast.models.ResNet([1, 1, 1, 1], 7).eval().half()
     assert torch.equal(model.flat(x), torch.flatten(model.avgpool(x), 1))
     assert simulated_device.launches == []

@@ -6,7 +6,7 @@ import torch
 from helpers import cuda_gate
 from helpers.stage_support import EagerStage, FastStage, add_kernels, input_of
 from helpers.support import twins
-from helpers.triton_gate import ARCHS, SHARED_BLOCK
+from ptxsim.sass import ARCHS, SHARED_BLOCK
 
 from resnet_fast.gpu import residual_network
 from resnet_fast.gpu.residual_network import kernels
@@ -94,7 +94,7 @@ def test_compiled(kernel, arch):
 
         # As many blocks a multiprocessor as the shared memory admits.
         expected = max(1, 164 * 1024 // (kernel.shared + 1024))
-        assert sass.blocks_per_sm(kernel.threads, kernel.shared) >= expected
+        assert sass.blocks(kernel.threads, kernel.shared) >= expected
 
         # Besides products: the copies of the next slice; for few channels, all that comes between two layers; for TF32,
         # its rounding. Seven are what A100s issue in the time of one product.

@@ -71,7 +71,7 @@ def test_values(device, insist, kernel, dtype):
     assert backends.fallbacks() == {}
 
 
-@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (3, 3), (8, 2), (1, 9)])
+@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (5, 2), (1, 9)])
 def test_counts(device, batch, blocks):
     for entry in (("stem", 16), ("strided", 32), ("map", 64)):
         kernel = CIFAR[entry]
@@ -133,7 +133,7 @@ def test_infinities_and_nans(device):
     for kernel, dtype in ((k, dtype) for k in CIFAR.values() for dtype in (torch.float16, torch.float32)):
         fast, eager = stage(kernel, 1, dtype)
         x = input_of(kernel, 2, dtype, torch.contiguous_format)
-        size = x.shape[-1]
+        size, (clean, _) = x.shape[-1], run(device, fast, x)
         for row, column, value in ((0, 0, torch.nan), (size - 1, size - 1, torch.inf), (5, 0, -torch.inf)):
             spoiled = x.clone()
             spoiled[1, 1, row, column] = value
@@ -142,7 +142,7 @@ def test_infinities_and_nans(device):
                 expected = eager(spoiled)
             assert torch.equal(y.isnan(), expected.isnan())
             assert torch.equal(y.isinf(), expected.isinf())
-            assert torch.equal(y[0], run(device, fast, x)[0][0])
+            assert torch.equal(y[0], clean[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -152,7 +152,7 @@ def test_repeatable(device, kernel, dtype):
     fast, _ = stage(kernel, 2, dtype)
     x = input_of(kernel, 2, dtype)
     results = []
-    for seed in (0, 11, 222, 3333):
+    for seed in (0, 11, 222):
         device.seed = seed
         results.append(run(device, fast, x)[0])
     assert all(torch.equal(y, results[0]) for y in results)

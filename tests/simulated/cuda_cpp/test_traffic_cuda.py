@@ -6,49 +6,32 @@ memory are those of loads and stores, and those in which copies arrive, 128 byte
 """
 
 import pytest
-import torch
-import torch.nn.functional as F
+from helpers.conv_support import assert_exact, block_case, layer_of
 from helpers.cuda_support import cuda_device
 
-import resnet_fast
-from resnet_fast import ops
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.candidates import cuda as cuda_configs
 from resnet_fast.gpu.candidates.cuda import CudaConfig, tiles
-from resnet_fast.gpu.layer import A100, Gpu, Layer
+from resnet_fast.gpu.layer import A100, Gpu
 
 MMA = 2 * 16 * 8 * 16
 H100 = Gpu(90, 132, 227 * 1024)
 
 
-def block(batch, size, channels, dtype=torch.float16):
-    """One convolution of a residual block: x, residual, weight; small integers, so that sums are exact."""
-    whole = lambda *shape: torch.randint(-2, 3, shape).to(dtype)  # noqa: E731
-    x = whole(batch, channels, size, size).to(memory_format=torch.channels_last)
-    return x, whole(*x.shape).to(memory_format=torch.channels_last), whole(channels, channels, 3, 3)
-
-
-def layer_of(x):
-    n, c, h, w = x.shape
-    return Layer(n, h, w, c, c, (3, 3), (1, 1), (1, 1), x.dtype, "ieee", True, True)
-
-
-def run(x, residual, weight, config):
+def run(case, config):
     with cuda_device() as device, tune.use(config):
-        y = ops.conv_bn_add_relu(x, residual, weight, padding=1)
+        assert_exact(case)
     ((_, report),) = device.launches
-    z = F.conv2d(x.float(), weight.float(), padding=1) + residual.float()
-    assert torch.equal(y, z.relu().half())
     return report
 
 
-def costs(x, weight, report):
+def costs(case, report):
     """mma work over the useful one, wavefronts for each mma, second-level traffic over the compulsory bytes."""
     products = sum(report.mma_flops.values())
     copied = sum(r.bytes for r in report.rows if r.kind == "async_copy")
-    compulsory = 3 * x.nbytes + weight.nbytes
+    compulsory = 3 * case.x.nbytes + case.weight.nbytes
     return (
-        products / (2 * x.numel() * weight[0].numel()),
+        products / (2 * case.x.numel() * case.weight[0].numel()),
         (report.wavefronts[0] + copied / 128) / (products / MMA),
         report.sectors[0] * 32 / compulsory,
     )
@@ -71,12 +54,12 @@ def config_of(pixels, channels, splits):
 
 @pytest.mark.parametrize(("shape", "config", "most"), STAGES, ids=str)
 def test_stages(shape, config, most):
-    x, residual, weight = block(*shape)
+    case = block_case(*shape)
     config = config_of(*config)
-    assert config in cuda_configs.candidates(layer_of(x), A100) + cuda_configs.candidates(layer_of(x), H100)
-    report = run(x, residual, weight, config)
-    work, wavefronts, traffic = costs(x, weight, report)
-    blocks = cuda_configs.plan(layer_of(x), config).blocks * config.splits
+    assert config in cuda_configs.candidates(layer_of(case), A100) + cuda_configs.candidates(layer_of(case), H100)
+    report = run(case, config)
+    work, wavefronts, traffic = costs(case, report)
+    blocks = cuda_configs.plan(layer_of(case), config).blocks * config.splits
     print(f"{shape}: {config}, {blocks} blocks: {work:.3f} work, {wavefronts:.2f} wavefronts, {traffic:.2f} traffic")
     assert traffic <= most
     assert wavefronts <= 1.7
@@ -89,39 +72,11 @@ def test_stages(shape, config, most):
 @pytest.mark.parametrize("shape", [(64, 32, 16), (64, 16, 32), (64, 8, 64)], ids=str)
 def test_narrow_layers_are_not_padded(shape):
     """The layers of cifar_resnet32, each by the tile that the model prefers: no mma is there for padding."""
-    x, residual, weight = block(*shape)
-    config = cuda_configs.default(layer_of(x), A100)
-    report = run(x, residual, weight, config)
-    work, _, traffic = costs(x, weight, report)
+    case = block_case(*shape)
+    config = cuda_configs.default(layer_of(case), A100)
+    report = run(case, config)
+    work, _, traffic = costs(case, report)
     print(f"{shape}: {config}: {work:.3f} work, {traffic:.2f} traffic")
     assert work <= 1.05
     assert report.sectors[0] == report.sectors[1]
     assert report.conflicts() == []
-
-
-def test_memory_traffic_of_a_basic_block():
-    """Two kernels: image, both filters, the map between, image again as residual, result; each byte of it once."""
-    model = resnet_fast.blocks.BasicBlock(64, 64).eval().half()
-    x = torch.randn(2, 64, 56, 56).half().to(memory_format=torch.channels_last)
-    with torch.no_grad(), cuda_device() as device:
-        model(x)
-        device.launches.clear()  # the filters are packed now
-        model(x)
-    assert len(device.launches) == 2
-    moved = sum(sum(report.compulsory_bytes) for _, report in device.launches)
-    compulsory = 5 * x.nbytes + 2 * model.conv1.weight.nbytes
-    assert compulsory < moved <= 1.05 * compulsory
-
-
-def test_split_sums_are_written_once_and_repeatable():
-    """All blocks of a sum but the last write their part, in whichever order they come; the result does not change."""
-    x = torch.randn(2, 128, 8, 8).half()
-    weight = torch.randn(32, 128, 3, 3).half()
-    config, results = config_of(128, 32, 4), []
-    for seed in range(4):
-        with cuda_device(seed=seed) as device, tune.use(config):
-            results.append(ops.conv_bn_relu(x, weight, padding=1))
-        ((_, report),) = device.launches
-        partial = next(b for name, b in report.buffers.items() if name == "arg6")
-        assert partial["written"] == partial["read"] == 3 * results[0].numel() * 4
-    assert all(torch.equal(r, results[0]) for r in results[1:])

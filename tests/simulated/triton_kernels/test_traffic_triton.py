@@ -11,12 +11,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.conv_support import block_case, layer_of
 
-import resnet_fast
 from resnet_fast import ops
-from resnet_fast.gpu import tune
-from resnet_fast.gpu.candidates.triton import Config, default
-from resnet_fast.gpu.layer import A100, Layer
+from resnet_fast.gpu.candidates.triton import default
+from resnet_fast.gpu.layer import A100
 
 CLOCK = 1.41e9
 L2, DRAM = 4e12, 1.5e12
@@ -36,22 +35,10 @@ INDUCTOR = {
 }
 
 
-def block(batch, size, channels, dtype=torch.float16):
-    """One convolution of a residual block: x, residual, weight."""
-    x = torch.randn(batch, channels, size, size).to(dtype).to(memory_format=torch.channels_last)
-    weight = (torch.randn(channels, channels, 3, 3) / (3 * channels**0.5)).to(dtype)
-    return x, torch.randn_like(x), weight
-
-
-def run(device, x, residual, weight):
+def run(device, case):
     before = len(device.launches)
-    ops.conv_bn_add_relu(x, residual, weight, torch.zeros(len(weight)), padding=1)
+    ops.conv_bn_add_relu(case.x, case.residual, case.weight, torch.zeros(len(case.weight)), padding=1)
     return device.launches[before:]
-
-
-def layer_of(x):
-    n, c, h, w = x.shape
-    return Layer(n, h, w, c, c, (3, 3), (1, 1), (1, 1), x.dtype, "ieee", True, True)
 
 
 def pixels_touched(layer, block_m):
@@ -100,11 +87,11 @@ def a100_bound(layer, config, launches):
 def test_bound(simulated_device, shape, inductor):
     """At most 0.85 of the bound of Inductor's template, with the tile that our own model picks first; or where that
     cannot be, at 16 channels, what memory alone takes: image, residual, result and filters, each once."""
-    x, residual, weight = block(*shape)
-    config = default(layer_of(x), A100)
-    bound = a100_bound(layer_of(x), config, run(simulated_device, x, residual, weight))
+    case = block_case(*shape)
+    config = default(layer_of(case), A100)
+    bound = a100_bound(layer_of(case), config, run(simulated_device, case))
     print(f"{shape}: {config}: {bound:.1f} us computed for an A100, {bound / inductor:.2f} of Inductor's")
-    floor = (3 * x.nbytes + weight.nbytes) / DRAM * 1e6
+    floor = (3 * case.x.nbytes + case.weight.nbytes) / DRAM * 1e6
     assert floor <= bound <= max(0.85 * inductor, 1.001 * floor), (config, bound)
     assert bound <= 0.92 * inductor, (config, bound)
 
@@ -117,46 +104,8 @@ STAGES = [(8, 56, 64), (4, 28, 128), (2, 14, 256), (1, 7, 512), (2, 32, 16), (2,
 def test_sectors_and_banks(simulated_device, shape, dtype, monkeypatch):
     """Whole sectors in every request to global memory, no bank conflict, no divergent branch."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    x, residual, weight = block(*shape, dtype)
-    for name, report in run(simulated_device, x, residual, weight):
+    for name, report in run(simulated_device, block_case(*shape, dtype)):
         touched, least = report.sectors
         assert touched == least, name
         assert report.conflicts() == [], name
         assert report.divergent_branches == 0, name
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 2)])
-def test_sectors_and_banks_of_other_filters(simulated_device, kernel, stride):
-    """Of bottlenecks, and where a stage halves its maps."""
-    x = torch.randn(2, 64, 16, 16).half().to(memory_format=torch.channels_last)
-    weight = torch.randn(128, 64, kernel, kernel).half()
-    ops.conv_bn_relu(x, weight, torch.zeros(128), stride=stride, padding=kernel // 2)
-    for name, report in simulated_device.launches:
-        assert report.sectors[0] == report.sectors[1], name
-        assert report.conflicts() == [], name
-        assert report.divergent_branches == 0, name
-
-
-def test_memory_traffic_of_a_basic_block(simulated_device):
-    """Two kernels: image, both filters, the map between, image again as residual, result; each byte of it once."""
-    model = resnet_fast.blocks.BasicBlock(64, 64).eval().half()
-    x = torch.randn(2, 64, 56, 56).half().to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        model(x)
-        simulated_device.launches.clear()  # the filters are packed now
-        model(x)
-    assert len(simulated_device.launches) == 2
-    moved = sum(sum(report.compulsory_bytes) for _, report in simulated_device.launches)
-    compulsory = 5 * x.nbytes + 2 * model.conv1.weight.nbytes
-    assert compulsory < moved <= 1.05 * compulsory
-    for _, report in simulated_device.launches:
-        assert report.buffers["y"]["written"] == x.nbytes
-    assert [r.buffers.get("residual", {}).get("read") for _, r in simulated_device.launches] == [None, x.nbytes]
-
-
-def test_split_sums_are_written_once(simulated_device):
-    x, residual, weight = block(2, 8, 64)
-    with tune.use(Config(64, 64, 32, 2, 3, split_k=3)):
-        first, second = run(simulated_device, x, residual, weight)
-    assert first[1].buffers["partial"]["written"] == second[1].buffers["partial"]["read"] == 3 * x.numel() * 4
-    assert second[1].buffers["y"]["written"] == x.nbytes

@@ -20,16 +20,10 @@ from resnet_fast.gpu import tune
 from resnet_fast.gpu.candidates.triton import candidates
 from resnet_fast.gpu.layer import A100, Layer
 
+pytestmark = pytest.mark.usefixtures("exact_float32")
 ops = torch.ops.resnet_fast
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FORMS = ("kernels", "library")
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def form(name):
