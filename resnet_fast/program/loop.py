@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import checkpoints, recipes, report
+from . import checkpoints, evaluation, recipes, report
 from .data import IGNORED, Batch, Batches, Data, loader, workers_of
 from .distributed import Processes
 from .networks import build, prepare
@@ -96,7 +96,7 @@ class Trainer:
         self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
         self.best = 0.0
-        self.confusion: Tensor | None = None
+        self.result: evaluation.Result | None = None  # of the last evaluation
         self.broken: set[str] = set()
         # Each process draws dropout masks of its own.
         torch.manual_seed(options.seed + 1 + processes.rank)
@@ -170,7 +170,7 @@ class Trainer:
                         self.save(best=False)
                     return received
                 self._end_epoch(self._evaluate(test))
-            if self.confusion is None:  # resumed after the last epoch
+            if self.result is None:  # resumed after the last epoch
                 self._evaluate(test)
         self._final()
         return 0
@@ -248,29 +248,18 @@ class Trainer:
             self.ema.update_parameters(self.network)
         self.done += 1
 
-    @torch.no_grad()
-    def _evaluate(self, batches: Any) -> tuple[float, float]:
-        """Loss and accuracy on the test images; stores the confusion matrix."""
+    def _evaluate(self, batches: Any) -> evaluation.Result:
+        """Evaluates the averaged weights, or else the weights; keeps the result for the reports."""
         self.processes.share_buffers(self.network)
         network = self.network if self.ema is None else self.ema.module
-        network.eval()
         classes = len(self.data.preparation.classes)
-        matrix = torch.zeros(classes * classes, dtype=torch.int64, device=self.processes.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        for batch in batches:
-            images, labels = self._inputs(batch)
-            with self._autocast():
-                scores = network(images)
-            loss += F.cross_entropy(scores.float(), labels, ignore_index=IGNORED, reduction="sum")
-            there = labels != IGNORED
-            matrix += torch.bincount(labels[there] * classes + scores.argmax(1)[there], minlength=classes * classes)
-        self.confusion = self.processes.total(matrix).reshape(classes, classes)
-        count = int(self.confusion.sum())
-        if count == 0:
+        result = evaluation.evaluate(network, batches, self._inputs, self._autocast, classes, self.processes)
+        if result is None:
             raise ProgramError(f"no test image of --data {self.options.data} can be read")
-        return float(self.processes.total(loss)) / count, float(self.confusion.diagonal().sum()) / count
+        self.result = result
+        return result
 
-    def _end_epoch(self, test: tuple[float, float]) -> None:
+    def _end_epoch(self, test: evaluation.Result) -> None:
         sums = self.processes.total(self.sums)
         count = max(float(sums[2]), 1.0)
         self.epoch, self.done = self.epoch + 1, 0
@@ -280,31 +269,31 @@ class Trainer:
             "lr": self.lr,
             "train_loss": float(sums[0]) / count,
             "train_accuracy": float(sums[1]) / count,
-            "test_loss": test[0],
-            "test_accuracy": test[1],
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
             "images_per_s": round(self._speed[0], 1),
             "seconds": round(self._speed[1], 2),
         }
         self.history.append(row)
-        is_best = test[1] > self.best
-        self.best = max(self.best, test[1])
+        is_best = test.accuracy > self.best
+        self.best = max(self.best, test.accuracy)
         self.save(is_best)
         if self.processes.rank == 0:
             folder = Path(self.options.out)
             report.log(folder / "log.csv", self.history)
             report.say(
                 f"epoch {self.epoch}/{self.recipe.epochs}: loss {row['train_loss']:.4f}, accuracy "
-                f"{row['train_accuracy']:.2%}; test {test[0]:.4f}, {test[1]:.2%}; {self._speed[0]:.0f} images/s"
+                f"{row['train_accuracy']:.2%}; test {test.loss:.4f}, {test.accuracy:.2%}; {self._speed[0]:.0f} images/s"
             )
 
     def _final(self) -> None:
         broken = set().union(*self.processes.everyone(self.broken))
-        if self.processes.rank != 0 or self.confusion is None:
+        if self.processes.rank != 0 or self.result is None:
             return
         folder = Path(self.options.out)
         report.curves(folder / "curves.png", {self.options.model: self.history})
-        report.confusion_chart(folder / "confusion.png", self.confusion, self.data.preparation.classes)
-        correct, count = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
+        report.confusion_chart(folder / "confusion.png", self.result.confusion, self.data.preparation.classes)
+        correct, count = self.result.right, self.result.images
         report.say(f"final: {correct} of {count} test images right, {correct / count:.2%}; best epoch {self.best:.2%}")
         if broken:
             report.say(f"{len(broken)} broken images were left out")

@@ -167,9 +167,9 @@ def test_average_of_the_weights(tmp_path):
         expected = weight if expected is None else 0.75 * expected + 0.25 * weight
     torch.testing.assert_close(trainer.ema.module.state_dict()[name], expected)
     test = data.loader(trainer.data.test, trainer.test_batches, 0, False)
-    averaged = trainer._evaluate(test)
+    averaged = trainer._evaluate(test).loss
     trainer.ema = None
-    assert trainer._evaluate(test) != averaged
+    assert trainer._evaluate(test).loss != averaged
 
 
 def test_accumulated_passes_are_one_step(tmp_path):
