@@ -16,7 +16,7 @@ import torch
 from . import backends
 
 try:
-    from .program import checkpoints, data, distributed, loop, options, report
+    from .program import checkpoints, data, distributed, evaluation, loop, options, report, summary
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.train needs {error.name}: pip install resnet_fast[train]")
 
@@ -44,7 +44,10 @@ def _train(given: options.Options, processes: distributed.Processes) -> int:
     start = _start_from(given)
     if processes.rank == 0:
         report.writable(Path(given.out))
-    trainer = loop.Trainer(given, data.load(given), processes)
+    trainer = loop.Trainer(given, data.load(given), processes, fresh=start is None)
+    say(trainer.start_line())
+    if processes.rank == 0:
+        report.text(Path(given.out) / "config.yaml", given.as_yaml())
     if start is not None:
         trainer.restore(start)
         say(f"goes on from {start}: epoch {trainer.epoch + 1}, step {trainer.done + 1}")
@@ -59,6 +62,14 @@ def _train(given: options.Options, processes: distributed.Processes) -> int:
     return 0
 
 
+def _evaluate(given: options.Options, processes: distributed.Processes) -> int:
+    classes, result = evaluation.of_checkpoint(given, processes)
+    if processes.rank == 0:
+        report.say(report.worst_classes(classes, result.of_classes()))
+        report.say(f"{given.evaluate}: loss {result.loss:.4f}, {summary.result_text(result)}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     processes = None
     try:
@@ -67,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             torch.set_num_threads(given.threads)
         processes = distributed.Processes(given)
         with backends.use(given.backend):  # type: ignore[arg-type]
-            return _train(given, processes)
+            return _train(given, processes) if given.evaluate is None else _evaluate(given, processes)
     except options.ProgramError as error:
         print(f"resnet_fast.train: {error}", file=sys.stderr)
         return 2

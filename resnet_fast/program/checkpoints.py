@@ -16,7 +16,7 @@ import torch
 
 from .options import ProgramError
 
-__all__ = ["FORMAT", "load", "newest", "save", "write"]
+__all__ = ["FORMAT", "content", "load", "newest", "save", "write"]
 
 FORMAT = 1
 
@@ -80,18 +80,27 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, best: bool) -> Path:
     return path
 
 
+def content(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, whoever wrote it.
+
+    Raises:
+        ProgramError: the file is missing or damaged, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises pickle, zip or runtime errors, depending on the damage.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ProgramError(f"checkpoint {path} cannot be loaded: {reason}") from error
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state in ``path``.
 
     Raises:
         ProgramError: the file is missing or damaged, holds more than tensors and plain values, or has another format.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises pickle, zip or runtime errors, depending on the damage.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ProgramError(f"checkpoint {path} cannot be loaded: {reason}") from error
+    state = content(path)
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise ProgramError(f"checkpoint {path} has format {found}, want {FORMAT}: not of resnet_fast.train")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import IGNORED, Batch
+from . import checkpoints, networks, report
+from .data import IGNORED, Batch, Batches, load, loader, workers_of
 from .distributed import Processes
+from .options import AMP, Options, ProgramError
 
-__all__ = ["Result", "evaluate", "has_top5", "in_top"]
+__all__ = ["Result", "evaluate", "has_top5", "in_top", "of_checkpoint"]
 
 
 class Result(NamedTuple):
@@ -86,3 +90,47 @@ def evaluate(
     if count == 0:
         return None
     return Result(float(loss) / count, confusion, float(top5) / count if has_top5(classes) else None)
+
+
+def of_checkpoint(options: Options, processes: Processes) -> tuple[list[str], Result]:
+    """The result of the checkpoint ``options.evaluate`` on the test images of ``options.data``, and its classes.
+
+    Model, size and normalisation of images are the checkpoint's.
+
+    Raises:
+        ProgramError: the checkpoint cannot be loaded or knows other classes, or no image can be read.
+    """
+    path = Path(str(options.evaluate))
+    network, preparation = networks.of_checkpoint(checkpoints.load(path))
+    data = load(dataclasses.replace(options, image_size=preparation.size))
+    theirs, mine = data.preparation, preparation
+    for name, found, wanted in (
+        ("classes", theirs.classes, mine.classes),
+        ("images of size", theirs.size, mine.size),
+        ("channels", theirs.channels, mine.channels),
+    ):
+        if found != wanted:
+            raise ProgramError(f"--data {options.data} has {name} {found}, but {path} was trained with {wanted}")
+    network.to(processes.device)
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    like = torch.empty((), device=processes.device)
+    broken: set[str] = set()
+
+    def inputs(batch: Batch) -> tuple[Tensor, Tensor]:
+        broken.update(batch.broken)
+        images = networks.prepare(batch.images, preparation, like, memory_format)
+        return images, batch.labels.to(processes.device)
+
+    def autocast() -> torch.autocast:
+        dtype = AMP[options.amp]
+        return torch.autocast(processes.device.type, dtype, enabled=dtype is not None)
+
+    batches = Batches(len(data.test), options.batch, processes.rank, processes.world)
+    test = loader(data.test, batches, options.workers, processes.device.type == "cuda")
+    with workers_of(test):
+        result = evaluate(network, test, inputs, autocast, len(preparation.classes), processes)
+    for name in sorted(broken):
+        report.say(f"broken image: {name}")
+    if result is None:
+        raise ProgramError(f"no test image of --data {options.data} can be read")
+    return preparation.classes, result

@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import checkpoints, evaluation, recipes, report
+from . import checkpoints, evaluation, initial, mixing, profiling, recipes, report, summary, tensorboard, validation
 from .data import IGNORED, Batch, Batches, Data, loader, workers_of
 from .distributed import Processes
 from .networks import build, prepare
-from .options import Options, ProgramError
+from .options import AMP, Options, ProgramError
 from .sync_batch_norm import convert
 
 __all__ = ["Trainer"]
 
 # Checkpoints are the same for one process and for many, with whole or sharded weights.
 _WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
-_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Signals:
@@ -61,11 +59,20 @@ class _Signals:
 class Trainer:
     """A training run; ``state`` returns and ``restore`` sets all of it that changes."""
 
-    def __init__(self, options: Options, data: Data, processes: Processes) -> None:
+    def __init__(self, options: Options, data: Data, processes: Processes, *, fresh: bool = True) -> None:
+        """fresh: begins with the weights of ``--init``; a run that is to be restored needs none."""
         self.options, self.data, self.processes = options, data, processes
+        # Evaluated after each epoch: training images kept back, or else the test set.
+        self.held_out, self.held_images = "test", data.test
+        if options.validation:
+            self.held_out = "validation"
+            self.data, self.held_images = validation.split(data, options.validation)
         self.recipe = recipes.of(options)
         torch.manual_seed(options.seed)
-        self.network = build(options.model, data.preparation).to(processes.device)
+        self.network = build(options.model, data.preparation)
+        if options.init is not None and fresh:
+            self._say(f"--init {options.init}: {initial.take(self.network, Path(options.init))}")
+        self.network.to(processes.device)
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         if options.strategy != "fsdp":  # FSDP shards contiguous weights only; the images' format decides then
             self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -77,14 +84,15 @@ class Trainer:
         if options.compile:
             self.network.compile()
         shared = (options.batch, processes.rank, processes.world)
-        self.batches = Batches(len(data.train), *shared, accumulate=options.accumulate, seed=options.seed)
+        self.batches = Batches(len(self.data.train), *shared, accumulate=options.accumulate, seed=options.seed)
+        self.held_batches = Batches(len(self.held_images), *shared)
         self.test_batches = Batches(len(data.test), *shared)
         self.steps = self.batches.total() // options.accumulate  # of an epoch
         if self.steps == 0:
             step = options.batch * options.accumulate * processes.world
             raise ProgramError(
-                f"{len(data.train)} images to train on, but a step takes {step} (--batch x --accumulate x processes): "
-                "want a smaller one"
+                f"{len(self.data.train)} images to train on, but a step takes {step} (--batch x --accumulate x "
+                "processes): want a smaller one"
             )
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
@@ -93,13 +101,28 @@ class Trainer:
         # Totals of this epoch: loss, correct predictions, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self.lr = 0.0  # of the last step
+        self._trace = profiling.Trace(self._folder, on=False)
         self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
         self.best = 0.0
         self.result: evaluation.Result | None = None  # of the last evaluation
         self.broken: set[str] = set()
+        self._tensorboard: tensorboard.Log | None = None
         # Each process draws dropout masks of its own.
         torch.manual_seed(options.seed + 1 + processes.rank)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.options.out)
+
+    def _say(self, text: str) -> None:
+        if self.processes.rank == 0:
+            report.say(text)
+
+    def start_line(self) -> str:
+        images = (len(self.data.train), len(self.held_images))
+        plan = (self.steps, self.recipe.epochs)
+        return summary.start_line(self.options, self.processes, self.network, images, self.held_out, *plan)
 
     def state(self) -> dict[str, Any]:
         self.processes.share_buffers(self.network)
@@ -137,7 +160,9 @@ class Trainer:
         """
         state = checkpoints.load(path)
         mine = self._identity()
-        others = {name: value for name, value in state["options"].items() if mine.get(name) != value}
+        # Files of before an option have it as it was: off.
+        before = {**Options("").result(), **state["options"]}
+        others = {name: value for name, value in before.items() if mine.get(name) != value}
         if others:
             was = ", ".join(f"{name} {value} (now {mine.get(name)})" for name, value in others.items())
             raise ProgramError(f"{path} was trained with {was}: want the same to go on")
@@ -161,18 +186,27 @@ class Trainer:
         """Trains to the end or until a signal; returns the signal's number, or 0."""
         pin = self.processes.device.type == "cuda"
         train = loader(self.data.train, self.batches, self.options.workers, pin)
+        held_out = loader(self.held_images, self.held_batches, self.options.workers, pin)
         test = loader(self.data.test, self.test_batches, self.options.workers, pin)
-        with workers_of(train, test), _Signals() as signals:
+        with workers_of(train, held_out, test), _Signals() as signals, contextlib.ExitStack() as reports:
+            self._trace = profiling.Trace(self._folder / f"trace-{self.processes.rank}.json.gz", self.options.profile)
+            reports.callback(lambda: self._trace.close())
+            if self.options.tensorboard and self.processes.rank == 0:
+                first = self.epoch * self.steps + self.done + 1
+                self._tensorboard = tensorboard.Log(self._folder / "tensorboard", first)
+                reports.callback(self._tensorboard.close)
             while self.epoch < self.recipe.epochs:
                 received = self._train(train, signals)
                 if received:
                     if self.done:
                         self.save(best=False)
                     return received
-                self._end_epoch(self._evaluate(test))
-            if self.result is None:  # resumed after the last epoch
-                self._evaluate(test)
-        self._final()
+                self._end_epoch(self._evaluate(held_out))
+            chosen = self._take_best() if self.options.validation else ""
+            if self.result is None or self.options.validation:  # or resumed after the last epoch
+                self.result = None
+                self._evaluate(test, "test")
+        self._final(chosen)
         return 0
 
     def save(self, best: bool) -> None:
@@ -180,7 +214,7 @@ class Trainer:
         state, failure = self.state(), None
         if self.processes.rank == 0:
             try:
-                checkpoints.save(Path(self.options.out), state, keep=self.options.keep, best=best)
+                checkpoints.save(self._folder, state, keep=self.options.keep, best=best)
             except ProgramError as error:
                 failure = str(error)
         failure = self.processes.everyone(failure)[0]
@@ -188,7 +222,7 @@ class Trainer:
             raise ProgramError(failure)
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AMP[self.options.amp]
+        dtype = AMP[self.options.amp]
         return torch.autocast(self.processes.device.type, dtype, enabled=dtype is not None)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -202,12 +236,15 @@ class Trainer:
     def _pass(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one batch; accumulates gradients, loss and correct predictions."""
         images, labels = self._inputs(batch)
+        options = self.options
+        drawn = mixing.draw(options.seed, self.epoch, self.done, mixup=options.mixup, cutmix=options.cutmix)
+        images, targets = mixing.mix(images, labels, drawn)
         with self.processes.pass_without_sync(self.joined, last):
             with self._autocast():
                 scores = self.joined(images)
-                loss = F.cross_entropy(scores.float(), labels, ignore_index=IGNORED)
-            self.scaler.scale(loss / self.options.accumulate).backward()
-        correct = (scores.detach().argmax(1) == labels).sum()
+                loss = mixing.loss(scores.float(), targets, options.label_smoothing)
+            self.scaler.scale(loss / options.accumulate).backward()
+        correct = (scores.detach().argmax(1) == targets.heavier).sum()
         count = (labels != IGNORED).sum()
         self.sums += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
 
@@ -227,6 +264,7 @@ class Trainer:
                     bar.images += len(batch.labels) * self.processes.world
                     continue
                 self._step()
+                self._trace.step()
                 bar.step(len(batch.labels) * self.processes.world, self.sums)
                 received = self.processes.highest(signals.received)
                 if received:
@@ -248,18 +286,34 @@ class Trainer:
             self.ema.update_parameters(self.network)
         self.done += 1
 
-    def _evaluate(self, batches: Any) -> evaluation.Result:
-        """Evaluates the averaged weights, or else the weights; keeps the result for the reports."""
+    def _evaluate(self, batches: Any, what: str = "") -> evaluation.Result:
+        """Evaluates the averaged weights, or else the weights; keeps the result for the reports.
+
+        what: the images' name, by default of those held out.
+        """
         self.processes.share_buffers(self.network)
         network = self.network if self.ema is None else self.ema.module
         classes = len(self.data.preparation.classes)
         result = evaluation.evaluate(network, batches, self._inputs, self._autocast, classes, self.processes)
         if result is None:
-            raise ProgramError(f"no test image of --data {self.options.data} can be read")
+            raise ProgramError(f"no {what or self.held_out} image of --data {self.options.data} can be read")
         self.result = result
         return result
 
-    def _end_epoch(self, test: evaluation.Result) -> None:
+    def _take_best(self) -> str:
+        """Takes the weights of best.pt, chosen on validation images; returns which they are."""
+        path = self._folder / "best.pt"
+        if not self.processes.everyone(path.exists())[0]:  # no epoch had one right
+            return "; the weights of the last epoch"
+        state = checkpoints.load(path)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        else:
+            everything = whole.StateDictOptions(full_state_dict=True)
+            whole.set_model_state_dict(self.network, state["model"], options=everything)
+        return f"; the weights of epoch {state['epoch']}, the best on validation images"
+
+    def _end_epoch(self, held: evaluation.Result) -> None:
         sums = self.processes.total(self.sums)
         count = max(float(sums[2]), 1.0)
         self.epoch, self.done = self.epoch + 1, 0
@@ -269,32 +323,30 @@ class Trainer:
             "lr": self.lr,
             "train_loss": float(sums[0]) / count,
             "train_accuracy": float(sums[1]) / count,
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
+            f"{self.held_out}_loss": held.loss,
+            f"{self.held_out}_accuracy": held.accuracy,
+            **({} if held.top5 is None else {f"{self.held_out}_top5": held.top5}),
             "images_per_s": round(self._speed[0], 1),
             "seconds": round(self._speed[1], 2),
         }
         self.history.append(row)
-        is_best = test.accuracy > self.best
-        self.best = max(self.best, test.accuracy)
+        is_best = held.accuracy > self.best
+        self.best = max(self.best, held.accuracy)
         self.save(is_best)
         if self.processes.rank == 0:
-            folder = Path(self.options.out)
-            report.log(folder / "log.csv", self.history)
-            report.say(
-                f"epoch {self.epoch}/{self.recipe.epochs}: loss {row['train_loss']:.4f}, accuracy "
-                f"{row['train_accuracy']:.2%}; test {test.loss:.4f}, {test.accuracy:.2%}; {self._speed[0]:.0f} images/s"
-            )
+            report.log(self._folder / "log.csv", self.history)
+            if self._tensorboard is not None:
+                self._tensorboard.row(row)
+            report.say(summary.epoch_line(row, self.recipe.epochs, self.processes.world))
 
-    def _final(self) -> None:
+    def _final(self, chosen: str) -> None:
         broken = set().union(*self.processes.everyone(self.broken))
         if self.processes.rank != 0 or self.result is None:
             return
-        folder = Path(self.options.out)
-        report.curves(folder / "curves.png", {self.options.model: self.history})
-        report.confusion_chart(folder / "confusion.png", self.result.confusion, self.data.preparation.classes)
-        correct, count = self.result.right, self.result.images
-        report.say(f"final: {correct} of {count} test images right, {correct / count:.2%}; best epoch {self.best:.2%}")
+        report.curves(self._folder / "curves.png", {self.options.model: self.history})
+        summary.write_result(self._folder, self.result, self.data.preparation.classes)
+        on = " of the validation images" if self.options.validation else ""
+        report.say(f"final: {summary.result_text(self.result)}{chosen}; best epoch {self.best:.2%}{on}")
         if broken:
             report.say(f"{len(broken)} broken images were left out")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import models
 from .data import Preparation
 from .options import ProgramError
 
-__all__ = ["build", "prepare"]
+__all__ = ["build", "of_checkpoint", "prepare"]
 
 
 class _Scores(models.ResNet32):
@@ -29,6 +30,18 @@ def build(model: str, preparation: Preparation) -> nn.Module:
     except ValueError as error:
         raise ProgramError(f"--model {model} for images of {preparation.size} x {preparation.size}: {error}") from error
     return getattr(models, model)(num_classes=classes)
+
+
+def of_checkpoint(state: dict[str, Any]) -> tuple[nn.Module, Preparation]:
+    """The network of a loaded checkpoint in eval mode, with averaged weights if it has them, and how to prepare its
+    input."""
+    preparation = Preparation(**state["preparation"])
+    network = build(state["options"]["model"], preparation)
+    weights = state["model"]
+    if state["ema"] is not None:
+        weights = {name.removeprefix("module."): t for name, t in state["ema"].items() if name != "n_averaged"}
+    network.load_state_dict(weights)
+    return network.eval().to(memory_format=torch.channels_last), preparation  # type: ignore[call-overload]
 
 
 def prepare(images: Tensor, preparation: Preparation, like: Tensor, memory_format: Any) -> Tensor:

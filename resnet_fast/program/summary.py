@@ -1,0 +1,75 @@
+"""What a run says of itself, before its first step and after its epochs, and the reports at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import backends
+from . import report
+from .distributed import Processes
+from .evaluation import Result
+from .options import Options
+
+__all__ = ["epoch_line", "result_text", "start_line", "write_result"]
+
+
+def _device(processes: Processes) -> str:
+    one = "cpu" if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
+    if processes.device.type == "cpu":
+        one += f", {torch.get_num_threads()} threads"
+    return one if processes.world == 1 else f"{processes.world} processes, each {one}"
+
+
+def _backend(options: Options, processes: Processes) -> str:
+    if options.backend == "eager":
+        return "backend eager: PyTorch's own operators"
+    name = processes.device.type if options.backend == "auto" else options.backend
+    return f"backend {name}: {backends.status()[name]}"
+
+
+def start_line(
+    options: Options,
+    processes: Processes,
+    network: nn.Module,
+    images: tuple[int, int],
+    held_out: str,
+    steps: int,
+    epochs: int,
+) -> str:
+    """The run in a line; images: to train with, and of the set called ``held_out``; steps: of an epoch."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    together = options.batch * options.accumulate * processes.world
+    return (
+        f"{options.model}, {parameters:,} parameters, on {_device(processes)}; {_backend(options, processes)}; "
+        f"{images[0]:,} images to train with, {images[1]:,} for {held_out}; {epochs} epochs of {steps} steps of "
+        f"{together} images; writes into {options.out}"
+    )
+
+
+def epoch_line(row: dict[str, Any], epochs: int, world: int) -> str:
+    """A row of the log in a line."""
+    held = report.held_out(row)
+    top5 = f", top-5 {row[f'{held}_top5']:.2%}" if f"{held}_top5" in row else ""
+    speed = f"{row['images_per_s']:.0f} images/s" + (
+        "" if world == 1 else f", {row['images_per_s'] / world:.0f} a process"
+    )
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
+        f"{held} {row[f'{held}_loss']:.4f}, {row[f'{held}_accuracy']:.2%}{top5}; {speed}"
+    )
+
+
+def result_text(result: Result) -> str:
+    top5 = "" if result.top5 is None else f", top-5 {result.top5:.2%}"
+    return f"{result.right} of {result.images} test images right, {result.accuracy:.2%}{top5}"
+
+
+def write_result(folder: Path, result: Result, classes: list[str]) -> None:
+    """Writes confusion.png and classes.csv, and says the accuracy of classes."""
+    report.confusion_chart(folder / "confusion.png", result.confusion, classes)
+    report.class_log(folder / "classes.csv", classes, result.of_classes())
+    report.say(report.worst_classes(classes, result.of_classes()))
