@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from .program import checkpoints, data, networks
+    from .program import checkpoints, data, networks, report
     from .program.options import ProgramError
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.predict needs {error.name}: pip install resnet_fast[train]")
@@ -69,15 +69,15 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"{image}: cannot be read: {error}", file=sys.stderr)
             if given.json:
-                print(json.dumps({"image": str(image), "error": str(error)}))
+                report.say(json.dumps({"image": str(image), "error": str(error)}))
             status = 1
             continue
         answers = [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         if given.json:
             found = [{"class": name, "probability": probability} for name, probability in answers]
-            print(json.dumps({"image": str(image), "classes": found}))
+            report.say(json.dumps({"image": str(image), "classes": found}))
         else:
-            print(f"{image}: {', '.join(f'{name} {probability:.1%}' for name, probability in answers)}")
+            report.say(f"{image}: {', '.join(f'{name} {probability:.1%}' for name, probability in answers)}")
     return status
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from resnet_fast import train
+from resnet_fast import models, train
+from resnet_fast.program import data, distributed, loop
 from resnet_fast.program.data.archives import checksum
+from resnet_fast.program.options import parse
 
 ROOT = Path(__file__).parents[2]
 CLASSES = [f"class{i}" for i in range(10)]
@@ -50,6 +52,17 @@ def small_cifar(folder, count=80, seed=0):
         folder / "cifar-10-python.tar.gz", cifar_members(*random_images(count, seed), *random_images(20, seed=1))
     )
     return ["--data", str(path), "--checksum", checksum(path), "--batch", "8", "--workers", "0"]
+
+
+def eight_layers(monkeypatch):
+    """Makes cifar_resnet20 a network of eight layers, for tests of what surrounds it."""
+    monkeypatch.setattr(models, "cifar_resnet20", lambda num_classes: models.CifarResNet(1, num_classes))
+
+
+def trainer_for(folder, *given, **kwargs):
+    """A trainer on 80 images of noise, with ``folder/run`` for what it writes."""
+    options = parse([*small_cifar(folder), "--out", str(folder / "run"), *map(str, given)])
+    return loop.Trainer(options, data.load(options), distributed.Processes(options), **kwargs)
 
 
 def run(*options):

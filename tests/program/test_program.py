@@ -9,16 +9,26 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import checkpoint, differences, run, small_cifar
+from helpers.program_support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
 from PIL import Image
 from test_program_data import photographs
 
-from resnet_fast import models, predict, reference
-from resnet_fast.program import data, distributed, loop, recipes, report
+from resnet_fast import predict, reference
+from resnet_fast.program import data, recipes, report
 from resnet_fast.program.data import archives
 from resnet_fast.program.options import Options, ProgramError, parse
 
-COLUMNS = ["epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "images_per_s", "seconds"]
+COLUMNS = [
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "images_per_s",
+    "seconds",
+]
 
 
 def rows_of(folder):
@@ -109,8 +119,7 @@ def test_ways_to_run(way, tmp_path, capfd):
 
 
 def test_compiled(tmp_path, monkeypatch):
-    # Eight layers: compiling takes a while for each.
-    monkeypatch.setattr(models, "cifar_resnet20", lambda num_classes: models.CifarResNet(1, num_classes))
+    eight_layers(monkeypatch)  # compiling takes a while for each
     given = [*small_cifar(tmp_path, count=16), "--epochs", "1", "--lr", "0.01"]
     assert run(*given, "--out", tmp_path / "eager") == 0
     assert run(*given, "--out", tmp_path / "compiled", "--compile") == 0
@@ -152,11 +161,6 @@ def test_curves_of_several_runs(tmp_path, capfd):
         assert len(np.unique(np.asarray(chart.convert("L")))) > 50
     assert report.main([str(tmp_path / "chart.png"), str(tmp_path / "none")]) == 2
     assert "none/log.csv cannot be read" in capfd.readouterr().err
-
-
-def trainer_for(tmp_path, *given):
-    options = parse([*small_cifar(tmp_path), "--out", str(tmp_path / "run"), *given])
-    return loop.Trainer(options, data.load(options), distributed.Processes(options))
 
 
 def test_average_of_the_weights(tmp_path):
