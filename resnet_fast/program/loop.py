@@ -120,9 +120,8 @@ class Trainer:
             report.say(text)
 
     def start_line(self) -> str:
-        images = (len(self.data.train), len(self.held_images))
-        plan = (self.steps, self.recipe.epochs)
-        return summary.start_line(self.options, self.processes, self.network, images, self.held_out, *plan)
+        images = {"training": len(self.data.train), self.held_out: len(self.held_images), "test": len(self.data.test)}
+        return summary.start_line(self.options, self.processes, self.network, images, self.steps, self.recipe.epochs)
 
     def state(self) -> dict[str, Any]:
         self.processes.share_buffers(self.network)

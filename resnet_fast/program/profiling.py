@@ -46,6 +46,6 @@ class Trace:
         """Ends the trace; of fewer steps there is one, too, if it had begun."""
         if self._profile is not None:
             if self._profile.step_num < _BEFORE:
-                report.say(f"--profile: no trace, fewer than {_BEFORE + 1} steps were left")
+                report.say(f"--profile: no {self._path.name}, fewer than {_BEFORE + 1} steps were left")
             self._profile.stop()
             self._profile = None

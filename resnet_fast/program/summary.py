@@ -17,10 +17,14 @@ from .options import Options
 __all__ = ["epoch_line", "result_text", "start_line", "write_result"]
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def _device(processes: Processes) -> str:
     one = "cpu" if processes.device.type == "cpu" else torch.cuda.get_device_name(processes.device)
     if processes.device.type == "cpu":
-        one += f", {torch.get_num_threads()} threads"
+        one += f" ({_counted(torch.get_num_threads(), 'thread')})"
     return one if processes.world == 1 else f"{processes.world} processes, each {one}"
 
 
@@ -35,18 +39,18 @@ def start_line(
     options: Options,
     processes: Processes,
     network: nn.Module,
-    images: tuple[int, int],
-    held_out: str,
+    images: dict[str, int],
     steps: int,
     epochs: int,
 ) -> str:
-    """The run in a line; images: to train with, and of the set called ``held_out``; steps: of an epoch."""
+    """The run in a line; images: how many for what; steps: of an epoch."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
     together = options.batch * options.accumulate * processes.world
     return (
         f"{options.model}, {parameters:,} parameters, on {_device(processes)}; {_backend(options, processes)}; "
-        f"{images[0]:,} images to train with, {images[1]:,} for {held_out}; {epochs} epochs of {steps} steps of "
-        f"{together} images; writes into {options.out}"
+        f"images: {', '.join(f'{number:,} for {what}' for what, number in images.items())}; "
+        f"{_counted(epochs, 'epoch')} of {_counted(steps, 'step')} of {_counted(together, 'image')}; "
+        f"writes into {options.out}"
     )
 
 

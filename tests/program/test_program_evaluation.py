@@ -126,7 +126,7 @@ def test_best_by_validation_and_the_test_set_once(tmp_path, monkeypatch, capfd):
     assert seen[3][1].equal(seen[1][1]), "the test images are for the weights of the best epoch"
     assert not seen[2][1].equal(seen[1][1])
     out = capfd.readouterr().out
-    assert f"{40 - kept} images to train with, {kept} for validation" in out
+    assert f"images: {40 - kept} for training, {kept} for validation, 20 for test; " in out
     assert re.search(
         r"final: \d+ of 20 test images right, .*; the weights of epoch 2, the best on validation images; "
         r"best epoch 50.00% of the validation images",

@@ -31,23 +31,24 @@ def test_lines_where_there_is_no_terminal(monkeypatch, capfd):
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_start_line(tmp_path, monkeypatch):
     eight_layers(monkeypatch)
     trainer = trainer_for(tmp_path, "--accumulate", "2", "--epochs", "3")
     count = sum(p.numel() for p in trainer.network.parameters())
     line = trainer.start_line()
-    assert line.startswith(f"cifar_resnet20, {count:,} parameters, on cpu, {torch.get_num_threads()} threads; ")
+    assert line.startswith(f"cifar_resnet20, {count:,} parameters, on cpu (1 thread); ")
     assert "; backend cpu: loaded, " in line
     assert line.endswith(
-        "; 80 images to train with, 20 for test; 3 epochs of 5 steps of 16 images; writes into " + str(tmp_path / "run")
+        "; images: 80 for training, 20 for test; 3 epochs of 5 steps of 16 images; writes into " + str(tmp_path / "run")
     )
     trainer.processes.world = 4
     line = summary.start_line(
-        options.Options("x", backend="eager"), trainer.processes, trainer.network, (8, 4), "test", 1, 1
+        options.Options("x", backend="eager"), trainer.processes, trainer.network, {"training": 8}, 1, 1
     )
-    assert ", on 4 processes, each cpu, " in line
+    assert ", on 4 processes, each cpu (" in line
     assert "; backend eager: PyTorch's own operators; " in line
-    assert "of 512 images" in line
+    assert "; 1 epoch of 1 step of 512 images; " in line
 
 
 def test_names_that_the_output_cannot_show(monkeypatch, tmp_path):
@@ -157,7 +158,7 @@ def test_profile_traces_ten_steps(tmp_path, monkeypatch, capfd):
     assert sum("conv_backward" in name for name in names) >= 10
     capfd.readouterr()
     assert run(*given, "--batch", "8", "--out", tmp_path / "short") == 0
-    assert "--profile: no trace, fewer than 6 steps were left" in capfd.readouterr().out
+    assert "--profile: no trace-0.json.gz, fewer than 6 steps were left" in capfd.readouterr().out
     assert not (tmp_path / "short/trace-0.json.gz").exists()
 
 
