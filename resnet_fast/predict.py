@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from .program import checkpoints, data, networks, report
+    from .program import checkpoints, data, networks
     from .program.options import ProgramError
+    from .program.text import printable
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.predict needs {error.name}: pip install resnet_fast[train]")
 
@@ -67,17 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             best = predict(network, preparation, image).topk(top)
         except (OSError, ValueError) as error:
-            print(f"{image}: cannot be read: {error}", file=sys.stderr)
+            print(f"{image}: cannot be read: {error}", file=sys.stderr)  # escapes what it cannot take
             if given.json:
-                report.say(json.dumps({"image": str(image), "error": str(error)}))
+                print(json.dumps({"image": str(image), "error": str(error)}))
             status = 1
             continue
         answers = [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         if given.json:
             found = [{"class": name, "probability": probability} for name, probability in answers]
-            report.say(json.dumps({"image": str(image), "classes": found}))
+            print(json.dumps({"image": str(image), "classes": found}))
         else:
-            report.say(f"{image}: {', '.join(f'{name} {probability:.1%}' for name, probability in answers)}")
+            print(printable(f"{image}: {', '.join(f'{name} {probability:.1%}' for name, probability in answers)}"))
     return status
 
 

@@ -44,10 +44,13 @@ def _train(given: options.Options, processes: distributed.Processes) -> int:
     start = _start_from(given)
     if processes.rank == 0:
         report.writable(Path(given.out))
-    trainer = loop.Trainer(given, data.load(given), processes, fresh=start is None)
+    loaded = data.load(given)
+    for warning in loaded.warnings:
+        say(f"warning: {warning}")
+    trainer = loop.Trainer(given, loaded, processes, fresh=start is None)
     say(trainer.start_line())
     if processes.rank == 0:
-        report.text(Path(given.out) / "config.yaml", given.as_yaml())
+        report.write_text(Path(given.out) / "config.yaml", given.as_yaml())
     if start is not None:
         trainer.restore(start)
         say(f"goes on from {start}: epoch {trainer.epoch + 1}, step {trainer.done + 1}")

@@ -103,6 +103,9 @@ def of_checkpoint(options: Options, processes: Processes) -> tuple[list[str], Re
     path = Path(str(options.evaluate))
     network, preparation = networks.of_checkpoint(checkpoints.load(path))
     data = load(dataclasses.replace(options, image_size=preparation.size))
+    if processes.rank == 0:
+        for warning in data.warnings:
+            report.say(f"warning: {warning}")
     theirs, mine = data.preparation, preparation
     for name, found, wanted in (
         ("classes", theirs.classes, mine.classes),

@@ -342,7 +342,7 @@ class Trainer:
         broken = set().union(*self.processes.everyone(self.broken))
         if self.processes.rank != 0 or self.result is None:
             return
-        report.curves(self._folder / "curves.png", {self.options.model: self.history})
+        report.draw(report.curves, self._folder / "curves.png", {self.options.model: self.history})
         summary.write_result(self._folder, self.result, self.data.preparation.classes)
         on = " of the validation images" if self.options.validation else ""
         report.say(f"final: {summary.result_text(self.result)}{chosen}; best epoch {self.best:.2%}{on}")

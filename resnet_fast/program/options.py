@@ -26,7 +26,7 @@ class ProgramError(Exception):
 
 # Options that the trained weights do not depend on.
 _NO_RESULT = {
-    *("data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
+    *("data", "test_data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
     *("config", "evaluate", "tensorboard", "profile"),
 }
 
@@ -38,6 +38,7 @@ class Options:
     data: str
     out: str = "runs/last"
     config: str | None = None
+    test_data: str | None = None
     checksum: str | None = None
     image_size: int = 224
     limit: int | None = None
@@ -138,7 +139,12 @@ def _parser(exit_on_error: bool = True) -> _Parser:
         group.add_argument(name, default=defaults[name.removeprefix("--").replace("-", "_")], **kwargs)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", help="mnist5k, a CIFAR archive, or a folder: train/CLASS/*, test/CLASS/*")
+    data.add_argument(
+        "--data",
+        help="mnist5k, a CIFAR archive, a folder (train/CLASS/*, test/CLASS/*), or WebDataset shards: a folder of "
+        "train-*.tar and test-*.tar, or a pattern such as 'train-{000..146}.tar'",
+    )
+    option(data, "--test-data", metavar="PATTERN", help="shards to test on, where --data is a pattern")
     option(data, "--checksum", metavar="MD5", help="of an archive of one's own in CIFAR's format")
     option(data, "--image-size", type=int, metavar="PIXELS", help="to which photographs are cut (default 224)")
     option(data, "--limit", type=int, metavar="N", help="train on N images only")

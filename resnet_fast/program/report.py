@@ -11,6 +11,7 @@ import datetime
 import io
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,31 @@ from tqdm import tqdm
 
 from .checkpoints import write
 from .options import ProgramError
+from .text import chart_labels, one_line, printable
 
 __all__ = [
     "Bar",
     "class_log",
     "confusion_chart",
     "curves",
+    "draw",
     "held_out",
     "log",
     "read_log",
     "say",
-    "text",
     "worst_classes",
     "writable",
+    "write_text",
 ]
 
 
 def say(text: str) -> None:
-    """Prints a line above the progress bar; characters that the output cannot show, as escapes."""
-    encoding = sys.stdout.encoding or "utf-8"
-    tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    """Prints a line above the progress bar."""
+    tqdm.write(printable(text))
     sys.stdout.flush()
 
 
-def text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str) -> None:
     """Writes ``content``; names of files keep the bytes that are no characters."""
     _write(path, content.encode("utf-8", "surrogateescape"))
 
@@ -114,7 +116,7 @@ def log(path: Path, history: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(table, dict.fromkeys(name for row in history for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    text(path, table.getvalue())
+    write_text(path, table.getvalue())
 
 
 def class_log(path: Path, classes: list[str], found: list[tuple[int, int]]) -> None:
@@ -124,7 +126,7 @@ def class_log(path: Path, classes: list[str], found: list[tuple[int, int]]) -> N
     writer.writerow(("class", "images", "right", "accuracy"))
     for name, (right, images) in zip(classes, found, strict=True):
         writer.writerow((name, images, right, right / images if images else ""))
-    text(path, table.getvalue())
+    write_text(path, table.getvalue())
 
 
 def worst_classes(classes: list[str], found: list[tuple[int, int]], most: int = 10) -> str:
@@ -204,11 +206,12 @@ def curves_figure(runs: dict[str, list[dict[str, Any]]]) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(figsize=(10, 4.3))
-    names = list(runs) if len(runs) <= 3 else [f"{len(runs)} runs"]
-    figure.suptitle("Training of " + ", ".join(names), parse_math=False)
+    names, fonts = chart_labels(runs)
+    title = ", ".join(names) if len(runs) <= 3 else f"{len(runs)} runs"
+    figure.suptitle(f"Training of {title}", parse_math=False, family=fonts)
     left, right = figure.subplots(1, 2)
     labels = []
-    for number, (name, history) in enumerate(runs.items()):
+    for number, (name, history) in enumerate(zip(names, runs.values(), strict=True)):
         epochs = [row["epoch"] for row in history]
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "o" if len(history) < 3 else None}
         held = held_out(history[-1])
@@ -225,8 +228,7 @@ def curves_figure(runs: dict[str, list[dict[str, Any]]]) -> Any:
     # matplotlib leaves labels with a first "_" out, and reads formulas between "$"; texts set later are as they are.
     legend = right.legend(right.get_lines(), [str(number) for number in range(len(labels))], fontsize="small")
     for entry, label in zip(legend.get_texts(), labels, strict=True):
-        entry.set_text(label)
-        entry.set_parse_math(False)
+        entry.set(text=label, parse_math=False, family=fonts)
     return figure
 
 
@@ -238,14 +240,23 @@ def confusion_chart(path: Path, matrix: Tensor, classes: list[str]) -> None:
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= 40:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        labels, fonts = chart_labels(classes)
+        axes.set_xticks(range(len(classes)), labels, rotation=90, parse_math=False, family=fonts)
+        axes.set_yticks(range(len(classes)), labels, parse_math=False, family=fonts)
         for row, column in torch.nonzero(matrix).tolist():
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, int(matrix[row, column]), ha="center", va="center", color=color, fontsize=7)
     right = float(matrix.diagonal().sum()) / max(float(matrix.sum()), 1.0)
     axes.set(xlabel="predicted", ylabel="true", title=f"{right:.2%} of {int(matrix.sum())} right")
     _save(figure, path)
+
+
+def draw(chart: Callable[..., None], path: Path, *content: Any) -> None:
+    """``chart(path, *content)``; a chart that fails is said, and ends no run."""
+    try:
+        chart(path, *content)
+    except Exception as error:
+        say(f"warning: {path} is not drawn: {one_line(error)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -74,6 +74,6 @@ def result_text(result: Result) -> str:
 
 def write_result(folder: Path, result: Result, classes: list[str]) -> None:
     """Writes confusion.png and classes.csv, and says the accuracy of classes."""
-    report.confusion_chart(folder / "confusion.png", result.confusion, classes)
+    report.draw(report.confusion_chart, folder / "confusion.png", result.confusion, classes)
     report.class_log(folder / "classes.csv", classes, result.of_classes())
     report.say(report.worst_classes(classes, result.of_classes()))

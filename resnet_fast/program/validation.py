@@ -7,6 +7,7 @@ import copy
 import numpy as np
 
 from .data import Data, Files, Images, Samples
+from .data.shards import Shards
 from .options import ProgramError
 
 __all__ = ["drawn_by_class", "split"]
@@ -25,21 +26,18 @@ def drawn_by_class(labels: np.ndarray, share: float) -> np.ndarray:
     return kept
 
 
-def _labels(images: Images) -> np.ndarray:
-    if isinstance(images, Samples):
-        return np.asarray(images.labels)
-    if isinstance(images, Files):
-        return np.array([label for _, label in images.files])
-    raise ProgramError("--validation draws from images whose classes are known before they are read: not from shards")
-
-
-def _part(images: Images, indices: np.ndarray) -> Samples | Files:
+def _part(images: Images, indices: np.ndarray) -> Samples | Files | Shards:
     part = copy.copy(images)
     if isinstance(part, Samples):
-        part.images, part.labels = part.images[indices], part.labels[indices]
+        part.images = part.images[indices]
     elif isinstance(part, Files):
         part.files = [part.files[i] for i in indices]
-    return part  # type: ignore[return-value]
+    elif isinstance(part, Shards):
+        part.index = part.index[indices]
+    else:
+        raise TypeError(f"no part of {type(images).__name__}")
+    part.labels = part.labels[indices]
+    return part
 
 
 def split(data: Data, share: float) -> tuple[Data, Images]:
@@ -48,7 +46,7 @@ def split(data: Data, share: float) -> tuple[Data, Images]:
     Raises:
         ProgramError: no image would be kept back.
     """
-    kept = drawn_by_class(_labels(data.train), share)
+    kept = drawn_by_class(data.train.labels, share)
     if not kept.any():
         raise ProgramError(f"--validation is {share}: of {len(kept)} images, not one in any class; want more")
     validation = _part(data.train, np.flatnonzero(kept))

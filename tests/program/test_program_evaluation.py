@@ -13,7 +13,7 @@ from PIL import Image
 from test_program_data import photographs
 
 from resnet_fast import predict
-from resnet_fast.program import data, distributed, evaluation, report, summary, validation
+from resnet_fast.program import data, distributed, evaluation, report, shards, summary, validation
 from resnet_fast.program.options import Options, ProgramError, parse
 
 
@@ -99,8 +99,19 @@ def test_split_of_folders(tmp_path):
     assert sorted(rest.train.files + kept.files) == sorted(whole.train.files)
     assert {label for _, label in kept.files} == {label for _, label in whole.train.files}
     assert (kept.seed, rest.train.seed) == (None, 0)
-    with pytest.raises(ProgramError, match="--validation draws from images whose classes are known"):
-        validation.split(whole._replace(train=[]), 0.4)
+    assert kept.labels.tolist() == [label for _, label in kept.files]
+    assert len(rest.train) == len(rest.train.files)
+
+
+def test_split_of_shards(tmp_path):
+    folder = photographs(tmp_path / "photographs")
+    assert shards.main([str(folder), str(tmp_path / "shards"), "--samples", "4"]) == 0
+    whole = data.load(parse(["--data", str(tmp_path / "shards"), "--image-size", "16"]))
+    rest, kept = validation.split(whole, 0.4)
+    assert sorted(kept.labels.tolist() + rest.train.labels.tolist()) == sorted(whole.train.labels)
+    names = [part.name(i) for part in (rest.train, kept) for i in range(len(part))]
+    assert sorted(names) == sorted(whole.train.name(i) for i in range(len(whole.train)))
+    assert kept.__getitems__([(0, 0)]).labels.tolist() == [kept.labels[0]]
 
 
 def test_best_by_validation_and_the_test_set_once(tmp_path, monkeypatch, capfd):

@@ -69,17 +69,17 @@ def test_mixup_of_pairs(dtype):
 
 @pytest.mark.parametrize(
     ("x", "y", "wanted"),
-    [(0.5, 0.5, (2, 6, 4, 12)), (0.0, 0.99, (5, 8, 0, 4)), (0.99, 0.0, (0, 2, 11, 16))],
+    [(0.5, 0.5, (8, 24, 16, 48)), (0.0, 0.99, (23, 32, 0, 16)), (0.99, 0.0, (0, 8, 47, 64))],
 )
 def test_cutmix_pastes_a_box(x, y, wanted):
     """A quarter of the image, half as wide and high, clipped at the edges; the share is that of the pixels."""
-    images, labels = torch.randn(2, 3, 8, 16), torch.tensor([1, 2])
+    images, labels = torch.randn(2, 3, 32, 64), torch.tensor([1, 2])
     mixed, targets = mixing.mix(images, labels, mixing.Draw(True, 0.75, x, y))
     top, bottom, left, right = wanted
-    inside = torch.zeros(8, 16, dtype=torch.bool)
+    inside = torch.zeros(32, 64, dtype=torch.bool)
     inside[top:bottom, left:right] = True
     assert mixed.equal(torch.where(inside, images.flip(0), images))
-    assert targets.share == 1 - int(inside.sum()) / 128
+    assert targets.share == 1 - int(inside.sum()) / 2048
     assert targets.partners.tolist() == [2, 1]
 
 

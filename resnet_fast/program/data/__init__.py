@@ -6,6 +6,7 @@ again, and a resumed run sees the same images.
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from ..options import Options, ProgramError
@@ -15,6 +16,7 @@ from .folders import Files, folder
 from .images import centred, open_image
 from .loading import loader, workers_of
 from .memory import Samples, in_memory
+from .shards import from_shards
 
 __all__ = [
     "IGNORED",
@@ -38,8 +40,19 @@ def load(options: Options) -> Data:
     if options.data == "mnist5k":
         return in_memory(digits(), options, padding=2, flip=False)
     path = Path(options.data)
+    if path.suffix == ".tar":
+        if options.test_data is None:
+            raise ProgramError(f"--data is {options.data}: shards to train with; want --test-data, shards to test on")
+        return from_shards(options.data, options.test_data, options)
+    if options.test_data is not None:
+        raise ProgramError(f"--test-data goes with shards, --data *.tar; --data is {options.data}")
     if path.is_dir():
+        if any(path.glob("train-*.tar")):
+            place = glob.escape(options.data)
+            return from_shards(f"{place}/train-*.tar", f"{place}/test-*.tar", options)
         return folder(path, options)
     if path.is_file():
         return in_memory(read_cifar(path, options.checksum), options, padding=4, flip=True)
-    raise ProgramError(f"--data is {options.data}: no such file or folder; want mnist5k, a CIFAR archive or a folder")
+    raise ProgramError(
+        f"--data is {options.data}: no such file or folder; want mnist5k, a CIFAR archive, a folder or shards"
+    )

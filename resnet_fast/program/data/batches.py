@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,6 +35,8 @@ class Preparation(NamedTuple):
 class Images(Protocol):
     """A data set. Keys are ``(epoch, index)``; index -1 asks for no image."""
 
+    labels: np.ndarray
+
     def __len__(self) -> int: ...
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch: ...
@@ -46,6 +48,7 @@ class Data(NamedTuple):
     train: Images
     test: Images
     preparation: Preparation
+    warnings: Sequence[str] = ()
 
 
 class Batches(Sampler):
