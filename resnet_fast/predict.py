@@ -28,12 +28,15 @@ def load(checkpoint: Path) -> tuple[nn.Module, data.Preparation]:
         ProgramError: the file cannot be loaded, or ``resnet_fast.train`` did not write it.
     """
     state = checkpoints.load(checkpoint)
-    preparation = data.Preparation(**state["preparation"])
-    network = networks.build(state["options"]["model"], preparation)
-    weights = state["model"]
-    if state["ema"] is not None:
-        weights = {name.removeprefix("module."): t for name, t in state["ema"].items() if name != "n_averaged"}
-    network.load_state_dict(weights)
+    try:
+        preparation = data.Preparation(**state["preparation"])
+        network = networks.build(state["options"]["model"], preparation)
+        weights = state["model"]
+        if state["ema"] is not None:
+            weights = {name.removeprefix("module."): t for name, t in state["ema"].items() if name != "n_averaged"}
+        network.load_state_dict(weights)
+    except checkpoints.MISFITS as error:
+        raise checkpoints.misfit(checkpoint, error) from error
     return network.eval().to(memory_format=torch.channels_last), preparation  # type: ignore[call-overload]
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .archives import Arrays, digits, read_cifar
 from .augment import crop_and_flip, draws, random_box
 from .options import Options, ProgramError
+from .workers import Loader
 
 __all__ = ["Batch", "Batches", "Data", "Files", "Preparation", "Samples", "load", "loader", "open_image", "workers_of"]
 
@@ -122,6 +123,7 @@ class Batches(Sampler):
     With a seed, all processes shuffle alike (by seed and epoch), take batches of the same order in turn, and drop what
     does not fill a step: N processes together see what one process with N times the batch sees. Without a seed, all
     samples come in order, padded so that each process has as many batches. ``first``: batches to skip when resuming.
+    ``consumed``: samples of the shuffled order that another number of processes has trained on; batches begin behind.
     """
 
     def __init__(
@@ -129,12 +131,12 @@ class Batches(Sampler):
     ) -> None:
         self.length, self.batch, self.rank, self.world, self.seed = length, batch, rank, world, seed
         self.accumulate = accumulate
-        self.epoch = self.first = 0
+        self.epoch = self.first = self.consumed = 0
 
     def total(self) -> int:
         """Batches of one process in an epoch."""
         if self.seed is not None:
-            return self.length // (self.batch * self.world * self.accumulate) * self.accumulate
+            return (self.length - self.consumed) // (self.batch * self.world * self.accumulate) * self.accumulate
         return -(-self.length // (self.batch * self.world))
 
     def __len__(self) -> int:
@@ -143,7 +145,7 @@ class Batches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         together = self.batch * self.world
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)[self.consumed :]
         else:
             order = np.full(self.total() * together, IGNORED)
             order[: self.length] = np.arange(self.length)
@@ -236,18 +238,19 @@ GRACE = 60  # seconds
 
 
 def _outlive_signals(worker: int) -> None:
-    """Makes a worker ignore SIGINT, and SIGTERM for a minute: the main process decides when loading ends.
+    """Makes a worker ignore SIGINT, and SIGTERM and SIGHUP for a minute: the main process decides when loading ends.
 
     Ctrl-C and many schedulers signal every process, but the main one needs batches until the end of the step. A worker
     alive a minute later was left behind.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.alarm(GRACE))
 
 
 def loader(dataset: Samples | Files, batches: Batches, workers: int, pin: bool) -> DataLoader:
     # A worker loads a whole batch in one NumPy call; collating single images would cost more than loading them.
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,

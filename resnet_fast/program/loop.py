@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import time
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import checkpoints, recipes, report
+from . import checkpoints, recipes, report, resume, sharded
 from .data import IGNORED, Batch, Batches, Data, loader, workers_of
 from .distributed import Processes
 from .networks import build, prepare
 from .options import Options, ProgramError
+from .signals import Signals
 from .sync_batch_norm import convert
 
 __all__ = ["Trainer"]
 
 # Checkpoints are the same for one process and for many, with whole or sharded weights.
 _WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Above every signal's number: the loss of a process is not finite.
+_DIVERGED = 1 << 16
+# Reading the loss waits for a GPU: it is looked at once in so many steps, and before anything is saved.
+_LOOK_EVERY = 50
 _AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Signals:
-    """Context manager that records SIGINT and SIGTERM, so that the current step can end; a second one kills.
-
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: signals within two seconds count as
-    one.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._at = 0.0
-
-    def _note(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.received and now - self._at > 2:
-            signal.signal(number, self._before[signal.Signals(number)])
-            signal.raise_signal(number)
-        elif not self.received:
-            self.received, self._at = number, now
-
-    def __enter__(self) -> _Signals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -89,30 +66,36 @@ class Trainer:
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
+        self.step = 0  # steps done, of all epochs
         self.epoch = self.done = 0  # complete epochs, and steps done in the next one
+        self.consumed = 0  # images of this epoch that another number of processes has trained on
         # Totals of this epoch: loss, correct predictions, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self.lr = 0.0  # of the last step
         self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
-        self.best = 0.0
+        self.best = -1.0  # test accuracy of the best epoch; below that of any
         self.confusion: Tensor | None = None
         self.broken: set[str] = set()
         # Each process draws dropout masks of its own.
-        torch.manual_seed(options.seed + 1 + processes.rank)
+        torch.manual_seed((options.seed + 1 + processes.rank) % 2**64)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, weights: bool = True) -> dict[str, Any]:
+        """All of the run that changes; without ``weights``, model and optimizer are None."""
         self.processes.share_buffers(self.network)
         rng = {"cpu": torch.get_rng_state()}
         if self.processes.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.processes.device)
+        model = whole.get_model_state_dict(self.network, options=_WHOLE) if weights else None
+        optimizer = whole.get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE) if weights else None
         return {
-            "step": self.epoch * self.steps + self.done,
+            "step": self.step,
             "epoch": self.epoch,
             "done": self.done,
-            "model": whole.get_model_state_dict(self.network, options=_WHOLE),
+            "consumed": self.consumed,
+            "model": model,
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": whole.get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": self.processes.everyone(rng),
@@ -120,49 +103,35 @@ class Trainer:
             "lr": self.lr,
             "history": self.history,
             "best": self.best,
-            "options": self._identity(),
+            "options": self.identity(),
             "preparation": self.data.preparation._asdict(),
         }
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed."""
         counts = {"epochs": self.recipe.epochs, "processes": self.processes.world, "images": len(self.data.train)}
         return {**self.options.result(), **counts}
 
     def restore(self, path: Path) -> None:
-        """Resumes from checkpoint ``path``, as if never interrupted.
+        """Resumes from checkpoint ``path``, as if never interrupted; writes log.csv and best.pt as they were then.
 
         Raises:
-            ProgramError: the file cannot be loaded, or was written by a run with other settings.
+            ProgramError: the checkpoint cannot be loaded, or was written by a run with other settings.
         """
-        state = checkpoints.load(path)
-        mine = self._identity()
-        others = {name: value for name, value in state["options"].items() if mine.get(name) != value}
-        if others:
-            was = ", ".join(f"{name} {value} (now {mine.get(name)})" for name, value in others.items())
-            raise ProgramError(f"{path} was trained with {was}: want the same to go on")
-        if state["preparation"] != self.data.preparation._asdict():
-            raise ProgramError(f"{path} was trained on other images than --data {self.options.data}")
-        self.epoch, self.done = state["epoch"], state["done"]
-        whole.set_model_state_dict(self.network, state["model"], options=whole.StateDictOptions(full_state_dict=True))
-        whole.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_WHOLE)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        rng = state["rng"][self.processes.rank]
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.processes.device)
-        self.sums.copy_(state["sums"][self.processes.rank])
-        self.lr, self.history, self.best = state["lr"], state["history"], state["best"]
+        resume.restore(self, path)
+        folder = Path(self.options.out)
+        if self.history:
+            self.processes.from_first(lambda: report.log(folder / "log.csv", self.history))
+            said = self.processes.from_first(lambda: checkpoints.restore_best(folder, path, self.history))
+            if said is not None and self.processes.rank == 0:
+                report.say(said)
 
     def run(self) -> int:
         """Trains to the end or until a signal; returns the signal's number, or 0."""
         pin = self.processes.device.type == "cuda"
         train = loader(self.data.train, self.batches, self.options.workers, pin)
         test = loader(self.data.test, self.test_batches, self.options.workers, pin)
-        with workers_of(train, test), _Signals() as signals:
+        with workers_of(train, test), Signals() as signals:
             while self.epoch < self.recipe.epochs:
                 received = self._train(train, signals)
                 if received:
@@ -176,16 +145,49 @@ class Trainer:
         return 0
 
     def save(self, best: bool) -> None:
-        """Writes a checkpoint: all processes gather, rank 0 writes, all raise if that fails."""
-        state, failure = self.state(), None
-        if self.processes.rank == 0:
-            try:
-                checkpoints.save(Path(self.options.out), state, keep=self.options.keep, best=best)
-            except ProgramError as error:
-                failure = str(error)
-        failure = self.processes.everyone(failure)[0]
-        if failure is not None:
-            raise ProgramError(failure)
+        """Writes a checkpoint: all processes gather, or write their shards; all raise if that fails.
+
+        Raises:
+            ProgramError: it could not be written, or loss or weights are not finite, without ``--allow-nan``.
+        """
+        folder, keep = Path(self.options.out), self.options.keep
+        if not self.options.allow_nan and self.processes.highest(not self._finite()):
+            self._diverged()
+        parts = self.options.checkpoints == "sharded"
+        state = self.state(weights=best or not parts)
+        if parts:
+            self.processes.from_first(lambda: checkpoints.save_best(folder, state) if best else None)
+            sharded.save(folder, state, self.network, self.optimizer, self.processes, keep=keep)
+        else:
+            self.processes.from_first(lambda: checkpoints.save(folder, state, keep=keep, best=best))
+
+    def _finite(self) -> bool:
+        """Whether the losses and weights of this process are; a gradient can be infinite where the loss is not."""
+        tensors = (t.to_local() if isinstance(t, DTensor) else t for t in self.network.state_dict().values())
+        return bool(torch.stack([t.isfinite().all() for t in (*tensors, self.sums)]).all())
+
+    def _lost(self) -> int:
+        """``_DIVERGED`` if the loss of this process is known not to be finite, or 0."""
+        if self.options.allow_nan or (self.processes.device.type == "cuda" and self.done % _LOOK_EVERY):
+            return 0
+        return 0 if math.isfinite(self.sums[0]) else _DIVERGED
+
+    def _diverged(self) -> NoReturn:
+        """Ends the run, on all processes: the loss is not finite, and what would be saved is of no use."""
+        sums = self.processes.total(self.sums)
+        last = checkpoints.newest(Path(self.options.out))
+        left = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+
+        def fail() -> NoReturn:
+            if not sums[2]:
+                raise ProgramError(f"no image of --data {self.options.data} to train on can be read")
+            raise ProgramError(
+                f"the loss is not finite in epoch {self.epoch + 1}, step {self.done}: the run diverged; {left}; "
+                f"want a smaller --lr than {self.recipe.lr}, or --allow-nan to go on"
+            )
+
+        self.processes.from_first(fail)
+        raise AssertionError("unreachable")
 
     def _autocast(self) -> torch.autocast:
         dtype = _AMP[self.options.amp]
@@ -211,14 +213,15 @@ class Trainer:
         count = (labels != IGNORED).sum()
         self.sums += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
 
-    def _train(self, batches: Any, signals: _Signals) -> int:
+    def _train(self, batches: Any, signals: Signals) -> int:
         """Trains the rest of the epoch; returns the number of a signal that was received, or 0."""
         self.joined.train()
         self.batches.epoch, self.batches.first = self.epoch, self.done * self.options.accumulate
-        first = self.done == 0
-        if first:
+        self.batches.consumed = self.consumed
+        steps = self.batches.total() // self.options.accumulate
+        if self.done == self.consumed == 0:
             self.sums.zero_()
-        bar = report.Bar(self.epoch + 1, self.recipe.epochs, self.steps, self.done, self.processes.rank == 0)
+        bar = report.Bar(self.epoch + 1, self.recipe.epochs, steps, self.done, self.processes.rank == 0)
         with contextlib.closing(bar):
             for number, batch in enumerate(batches):
                 last = (number + 1) % self.options.accumulate == 0
@@ -228,10 +231,12 @@ class Trainer:
                     continue
                 self._step()
                 bar.step(len(batch.labels) * self.processes.world, self.sums)
-                received = self.processes.highest(signals.received)
+                received = self.processes.highest(max(signals.received, self._lost()))
+                if received == _DIVERGED:
+                    self._diverged()
                 if received:
                     return received
-                if self.options.save_every and self.done % self.options.save_every == 0 and self.done < self.steps:
+                if self.options.save_every and self.done % self.options.save_every == 0 and self.done < steps:
                     self.save(best=False)
         self._speed = (bar.speed(), bar.seconds())
         return 0
@@ -246,7 +251,7 @@ class Trainer:
             self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.network)
-        self.done += 1
+        self.done, self.step = self.done + 1, self.step + 1
 
     @torch.no_grad()
     def _evaluate(self, batches: Any) -> tuple[float, float]:
@@ -273,10 +278,12 @@ class Trainer:
     def _end_epoch(self, test: tuple[float, float]) -> None:
         sums = self.processes.total(self.sums)
         count = max(float(sums[2]), 1.0)
-        self.epoch, self.done = self.epoch + 1, 0
+        if not (math.isfinite(sums[0] + test[0]) or self.options.allow_nan):
+            self._diverged()
+        self.epoch, self.done, self.consumed = self.epoch + 1, 0, 0
         row = {
             "epoch": self.epoch,
-            "step": self.epoch * self.steps,
+            "step": self.step,
             "lr": self.lr,
             "train_loss": float(sums[0]) / count,
             "train_accuracy": float(sums[1]) / count,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import models
 from .data import Preparation
-from .options import ProgramError
+from .options import MODELS, ProgramError
 
 __all__ = ["build", "prepare"]
 
@@ -22,6 +22,8 @@ class _Scores(models.ResNet32):
 
 def build(model: str, preparation: Preparation) -> nn.Module:
     """The network called ``model``, images to logits, with initial weights."""
+    if model not in MODELS:  # from a checkpoint
+        raise ProgramError(f"no network is called {model!r}: want one of {', '.join(MODELS)}")
     classes = len(preparation.classes)
     try:
         if model == "ResNet32":

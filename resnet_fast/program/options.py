@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import backends, models
 
@@ -46,11 +46,15 @@ class Options:
     workers: int = 2
     save_every: int = 0
     keep: int = 3
+    checkpoints: str = "whole"
     resume: str | None = None
+    allow_world_change: bool = False
+    allow_nan: bool = False
 
     def result(self) -> dict[str, Any]:
         """The options that the trained weights depend on; a resumed run must have the same."""
-        others = ("data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume")
+        how = ("data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "checkpoints", "resume")
+        others = (*how, "allow_world_change", "allow_nan")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def check(self) -> None:
@@ -60,6 +64,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ProgramError(f"--{name.replace('_', '-')} is {value}, want at least {least}")
+        at_most = {"seed": 2**64 - 1, "threads": 1024, "image_size": 16384}
+        for name, most in at_most.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ProgramError(f"--{name.replace('_', '-')} is {value}, want at most {most}")
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -68,12 +77,24 @@ class Options:
             raise ProgramError(f"--ema is {self.ema}, want a decay from 0 (off) to below 1, such as 0.999")
         if self.strategy == "fsdp" and self.ema:
             raise ProgramError("--ema does not run with --strategy fsdp: the average is kept whole on each process")
+        if self.checkpoints == "sharded" and self.strategy != "fsdp":
+            raise ProgramError("--checkpoints sharded is for sharded weights: want --strategy fsdp")
         if self.strategy == "fsdp" and self.amp == "fp16":
             raise ProgramError("--amp fp16 does not run with --strategy fsdp: want --amp bf16, which needs no scaler")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ProgramError(f"{message} (--help lists the options)")
+
+
 def parse(arguments: list[str] | None = None) -> Options:
-    parser = argparse.ArgumentParser(
+    """The options of the command line.
+
+    Raises:
+        ProgramError: an option is unknown, not a value of its kind, out of range, or excluded by another.
+    """
+    parser = _Parser(
         prog="python -m resnet_fast.train",
         description="Trains a residual network; under torchrun, on many devices or machines.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,7 +142,27 @@ def parse(arguments: list[str] | None = None) -> Options:
     option(kept, "--out", metavar="FOLDER", help="checkpoints, log.csv, curves.png, confusion.png (default runs/last)")
     option(kept, "--save-every", type=int, metavar="STEPS", help="also between epochs")
     option(kept, "--keep", type=int, metavar="N", help="newest checkpoints kept, besides the best (default 3)")
-    option(kept, "--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the newest in --out")
+    option(
+        kept,
+        "--checkpoints",
+        choices=["whole", "sharded"],
+        help="one file (default), or with --strategy fsdp a folder into which each process writes its shards",
+    )
+    option(
+        kept,
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="go on from FILE, or the newest in --out; auto: the newest in --out, or start where there is none",
+    )
+    option(
+        kept,
+        "--allow-world-change",
+        action="store_true",
+        help="--resume with another number of processes, --batch or --accumulate",
+    )
+    option(kept, "--allow-nan", action="store_true", help="go on although the loss is not finite")
     options = Options(**vars(parser.parse_args(arguments)))
     options.check()
     return options

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import sys
@@ -36,9 +37,10 @@ COLUMNS = (
 
 
 def say(text: str) -> None:
-    """Prints a line above the progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Prints a line above the progress bar; a terminal that was closed, or a pipe, does not end the run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def writable(folder: Path) -> None:
@@ -82,7 +84,7 @@ class Bar:
 
 def log(path: Path, history: list[dict[str, Any]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     _write(path, text.getvalue().encode())

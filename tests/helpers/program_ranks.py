@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import cifar_resnet20
-from resnet_fast.program import data, distributed, loop, options, sync_batch_norm
+from resnet_fast.program import data, distributed, loop, options, signals, sync_batch_norm
 
 LR = 0.05
 
@@ -76,7 +76,7 @@ def trained(folder, group, name, *given):
     out = folder.parent / name
     chosen = options.parse([*small_cifar(folder), "--epochs", "1", "--lr", "0.01", "--out", str(out), *given])
     trainer = loop.Trainer(chosen, data.load(chosen), group)
-    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), signals.Signals())
     assert received == 0
     trainer.save(best=False)
     other = loop.Trainer(chosen, data.load(chosen), group)
