@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from resnet_fast import train
-from resnet_fast.program.archives import checksum
+from resnet_fast.program.data.archives import checksum
 
 ROOT = Path(__file__).parents[2]
 CLASSES = [f"class{i}" for i in range(10)]

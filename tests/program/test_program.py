@@ -14,7 +14,8 @@ from PIL import Image
 from test_program_data import photographs
 
 from resnet_fast import models, predict, reference
-from resnet_fast.program import archives, data, distributed, loop, recipes, report
+from resnet_fast.program import data, distributed, loop, recipes, report
+from resnet_fast.program.data import archives
 from resnet_fast.program.options import Options, ProgramError, parse
 
 

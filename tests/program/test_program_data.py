@@ -15,9 +15,9 @@ from helpers.program_support import CLASSES, cifar_members, environment, make_ar
 from PIL import Image
 
 from resnet_fast.program import data
-from resnet_fast.program.archives import checksum, digits, read_cifar
-from resnet_fast.program.augment import crop_and_flip, draws, random_box
 from resnet_fast.program.data import Batches, Files, Samples, load, loader
+from resnet_fast.program.data.archives import checksum, digits, read_cifar
+from resnet_fast.program.data.augment import crop_and_flip, draws, random_box
 from resnet_fast.program.options import Options, ProgramError
 
 TRAIN, TEST = random_images(23), random_images(11, seed=1)
@@ -312,7 +312,7 @@ def test_a_worker_left_behind_does_not_keep_the_interpreter():
     script = """
 import torch
 from resnet_fast.program import data
-data.GRACE = 1
+data.loading.GRACE = 1
 images, labels = torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40, dtype=torch.long)
 samples = data.Samples(images.numpy(), labels.numpy(), 4, True, 7)
 batches = iter(data.loader(samples, data.Batches(40, 8, seed=7), 1, False))

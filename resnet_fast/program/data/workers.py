@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from .options import ProgramError
+from ..options import ProgramError
 
 __all__ = ["Loader"]
 

@@ -1,7 +1,7 @@
 """Random crops and flips whose random numbers depend on seed, epoch and image alone.
 
 They do not depend on the worker, the batch or the process: a resumed run and any number of workers or processes see the
-same augmented images. :mod:`.data` calls it.
+same augmented images.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data sets in one file: CIFAR-10 and CIFAR-100 as their authors pack them, and 5,000 digits of MNIST.
 
 CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html, with the checksums stated there. Archives are read in place: nothing
-is unpacked to disk, and no code in a pickle is executed. :mod:`.data` turns the arrays into batches.
+is unpacked to disk, and no code in a pickle is executed. :mod:`.memory` turns the arrays into batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .options import ProgramError
+from ..options import ProgramError
 
 __all__ = ["Arrays", "checksum", "digits", "read_cifar"]
 

@@ -1,0 +1,45 @@
+"""What ``--data`` names, as batches of images.
+
+Every kind of data is an index of images, taken in an order by seed and epoch: any process or worker can load any batch
+again, and a resumed run sees the same images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..options import Options, ProgramError
+from .archives import digits, read_cifar
+from .batches import IGNORED, Batch, Batches, Data, Images, Preparation
+from .folders import Files, folder
+from .images import centred, open_image
+from .loading import loader, workers_of
+from .memory import Samples, in_memory
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Batches",
+    "Data",
+    "Files",
+    "Images",
+    "Preparation",
+    "Samples",
+    "centred",
+    "load",
+    "loader",
+    "open_image",
+    "workers_of",
+]
+
+
+def load(options: Options) -> Data:
+    """The data that ``--data`` names: digits shifted by up to 2 pixels, CIFAR by up to 4 and mirrored, photographs."""
+    if options.data == "mnist5k":
+        return in_memory(digits(), options, padding=2, flip=False)
+    path = Path(options.data)
+    if path.is_dir():
+        return folder(path, options)
+    if path.is_file():
+        return in_memory(read_cifar(path, options.checksum), options, padding=4, flip=True)
+    raise ProgramError(f"--data is {options.data}: no such file or folder; want mnist5k, a CIFAR archive or a folder")
