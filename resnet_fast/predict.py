@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from .program import checkpoints, data, networks
+    from .program import data, networks
     from .program.options import ProgramError
     from .program.text import printable
 except ModuleNotFoundError as error:
@@ -29,7 +29,7 @@ def load(checkpoint: Path) -> tuple[nn.Module, data.Preparation]:
     Raises:
         ProgramError: the file cannot be loaded, or ``resnet_fast.train`` did not write it.
     """
-    return networks.of_checkpoint(checkpoints.load(checkpoint))
+    return networks.of_checkpoint(checkpoint)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoints, networks, report
+from . import networks, report
 from .data import IGNORED, Batch, Batches, load, loader, workers_of
 from .distributed import Processes
 from .options import AMP, Options, ProgramError
@@ -101,7 +101,7 @@ def of_checkpoint(options: Options, processes: Processes) -> tuple[list[str], Re
         ProgramError: the checkpoint cannot be loaded or knows other classes, or no image can be read.
     """
     path = Path(str(options.evaluate))
-    network, preparation = networks.of_checkpoint(checkpoints.load(path))
+    network, preparation = networks.of_checkpoint(path)
     data = load(dataclasses.replace(options, image_size=preparation.size))
     if processes.rank == 0:
         for warning in data.warnings:

@@ -3,57 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import time
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import checkpoints, evaluation, initial, mixing, profiling, recipes, report, summary, tensorboard, validation
+from . import (
+    checkpoints,
+    evaluation,
+    initial,
+    mixing,
+    profiling,
+    recipes,
+    report,
+    resume,
+    sharded,
+    summary,
+    tensorboard,
+    validation,
+)
 from .data import IGNORED, Batch, Batches, Data, loader, workers_of
 from .distributed import Processes
 from .networks import build, prepare
 from .options import AMP, Options, ProgramError
+from .signals import Signals
 from .sync_batch_norm import convert
 
 __all__ = ["Trainer"]
 
 # Checkpoints are the same for one process and for many, with whole or sharded weights.
 _WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-class _Signals:
-    """Context manager that records SIGINT and SIGTERM, so that the current step can end; a second one kills.
-
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun: signals within two seconds count as
-    one.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._at = 0.0
-
-    def _note(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.received and now - self._at > 2:
-            signal.signal(number, self._before[signal.Signals(number)])
-            signal.raise_signal(number)
-        elif not self.received:
-            self.received, self._at = number, now
-
-    def __enter__(self) -> _Signals:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+# Above every signal's number: the loss of a process is not finite.
+_DIVERGED = 1 << 16
+# Reading the loss waits for a GPU: it is looked at once in so many steps, and before anything is saved.
+_LOOK_EVERY = 50
 
 
 class Trainer:
@@ -97,22 +87,24 @@ class Trainer:
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
+        self.step = 0  # steps done, of all epochs
         self.epoch = self.done = 0  # complete epochs, and steps done in the next one
+        self.consumed = 0  # images of this epoch that another number of processes has trained on
         # Totals of this epoch: loss, correct predictions, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self.lr = 0.0  # of the last step
-        self._trace = profiling.Trace(self._folder, on=False)
+        self._trace = profiling.Trace(self.folder, on=False)
         self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
         self.history: list[dict[str, Any]] = []
-        self.best = 0.0
+        self.best = -1.0  # accuracy of the best epoch; below that of any
         self.result: evaluation.Result | None = None  # of the last evaluation
         self.broken: set[str] = set()
         self._tensorboard: tensorboard.Log | None = None
         # Each process draws dropout masks of its own.
-        torch.manual_seed(options.seed + 1 + processes.rank)
+        torch.manual_seed((options.seed + 1 + processes.rank) % 2**64)
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         return Path(self.options.out)
 
     def _say(self, text: str) -> None:
@@ -123,18 +115,22 @@ class Trainer:
         images = {"training": len(self.data.train), self.held_out: len(self.held_images), "test": len(self.data.test)}
         return summary.start_line(self.options, self.processes, self.network, images, self.steps, self.recipe.epochs)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, weights: bool = True) -> dict[str, Any]:
+        """All of the run that changes; without ``weights``, model and optimizer are None."""
         self.processes.share_buffers(self.network)
         rng = {"cpu": torch.get_rng_state()}
         if self.processes.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.processes.device)
+        model = whole.get_model_state_dict(self.network, options=_WHOLE) if weights else None
+        optimizer = whole.get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE) if weights else None
         return {
-            "step": self.epoch * self.steps + self.done,
+            "step": self.step,
             "epoch": self.epoch,
             "done": self.done,
-            "model": whole.get_model_state_dict(self.network, options=_WHOLE),
+            "consumed": self.consumed,
+            "model": model,
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": whole.get_optimizer_state_dict(self.network, self.optimizer, options=_WHOLE),
+            "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": self.processes.everyone(rng),
@@ -142,44 +138,27 @@ class Trainer:
             "lr": self.lr,
             "history": self.history,
             "best": self.best,
-            "options": self._identity(),
+            "options": self.identity(),
             "preparation": self.data.preparation._asdict(),
         }
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed."""
         counts = {"epochs": self.recipe.epochs, "processes": self.processes.world, "images": len(self.data.train)}
         return {**self.options.result(), **counts}
 
     def restore(self, path: Path) -> None:
-        """Resumes from checkpoint ``path``, as if never interrupted.
+        """Resumes from checkpoint ``path``, as if never interrupted; writes log.csv and best.pt as they were then.
 
         Raises:
-            ProgramError: the file cannot be loaded, or was written by a run with other settings.
+            ProgramError: the checkpoint cannot be loaded, or was written by a run with other settings.
         """
-        state = checkpoints.load(path)
-        mine = self._identity()
-        # Files of before an option have it as it was: off.
-        before = {**Options("").result(), **state["options"]}
-        others = {name: value for name, value in before.items() if mine.get(name) != value}
-        if others:
-            was = ", ".join(f"{name} {value} (now {mine.get(name)})" for name, value in others.items())
-            raise ProgramError(f"{path} was trained with {was}: want the same to go on")
-        if state["preparation"] != self.data.preparation._asdict():
-            raise ProgramError(f"{path} was trained on other images than --data {self.options.data}")
-        self.epoch, self.done = state["epoch"], state["done"]
-        whole.set_model_state_dict(self.network, state["model"], options=whole.StateDictOptions(full_state_dict=True))
-        whole.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"], options=_WHOLE)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        rng = state["rng"][self.processes.rank]
-        torch.set_rng_state(rng["cpu"])
-        if "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.processes.device)
-        self.sums.copy_(state["sums"][self.processes.rank])
-        self.lr, self.history, self.best = state["lr"], state["history"], state["best"]
+        resume.restore(self, path)
+        if self.history:
+            self.processes.from_first(lambda: report.log(self.folder / "log.csv", self.history))
+            said = self.processes.from_first(lambda: checkpoints.restore_best(self.folder, path, self.history))
+            if said is not None:
+                self._say(said)
 
     def run(self) -> int:
         """Trains to the end or until a signal; returns the signal's number, or 0."""
@@ -187,12 +166,11 @@ class Trainer:
         train = loader(self.data.train, self.batches, self.options.workers, pin)
         held_out = loader(self.held_images, self.held_batches, self.options.workers, pin)
         test = loader(self.data.test, self.test_batches, self.options.workers, pin)
-        with workers_of(train, held_out, test), _Signals() as signals, contextlib.ExitStack() as reports:
-            self._trace = profiling.Trace(self._folder / f"trace-{self.processes.rank}.json.gz", self.options.profile)
+        with workers_of(train, held_out, test), Signals() as signals, contextlib.ExitStack() as reports:
+            self._trace = profiling.Trace(self.folder / f"trace-{self.processes.rank}.json.gz", self.options.profile)
             reports.callback(lambda: self._trace.close())
             if self.options.tensorboard and self.processes.rank == 0:
-                first = self.epoch * self.steps + self.done + 1
-                self._tensorboard = tensorboard.Log(self._folder / "tensorboard", first)
+                self._tensorboard = tensorboard.Log(self.folder / "tensorboard", self.step + 1)
                 reports.callback(self._tensorboard.close)
             while self.epoch < self.recipe.epochs:
                 received = self._train(train, signals)
@@ -201,7 +179,7 @@ class Trainer:
                         self.save(best=False)
                     return received
                 self._end_epoch(self._evaluate(held_out))
-            chosen = self._take_best() if self.options.validation else ""
+            chosen = validation.take_best(self) if self.options.validation else ""
             if self.result is None or self.options.validation:  # or resumed after the last epoch
                 self.result = None
                 self._evaluate(test, "test")
@@ -209,16 +187,49 @@ class Trainer:
         return 0
 
     def save(self, best: bool) -> None:
-        """Writes a checkpoint: all processes gather, rank 0 writes, all raise if that fails."""
-        state, failure = self.state(), None
-        if self.processes.rank == 0:
-            try:
-                checkpoints.save(self._folder, state, keep=self.options.keep, best=best)
-            except ProgramError as error:
-                failure = str(error)
-        failure = self.processes.everyone(failure)[0]
-        if failure is not None:
-            raise ProgramError(failure)
+        """Writes a checkpoint: all processes gather, or write their shards; all raise if that fails.
+
+        Raises:
+            ProgramError: it could not be written, or loss or weights are not finite, without ``--allow-nan``.
+        """
+        folder, keep = self.folder, self.options.keep
+        if not self.options.allow_nan and self.processes.highest(not self._finite()):
+            self._diverged()
+        parts = self.options.checkpoints == "sharded"
+        state = self.state(weights=best or not parts)
+        if parts:
+            self.processes.from_first(lambda: checkpoints.save_best(folder, state) if best else None)
+            sharded.save(folder, state, self.network, self.optimizer, self.processes, keep=keep)
+        else:
+            self.processes.from_first(lambda: checkpoints.save(folder, state, keep=keep, best=best))
+
+    def _finite(self) -> bool:
+        """Whether the losses and weights of this process are; a gradient can be infinite where the loss is not."""
+        tensors = (t.to_local() if isinstance(t, DTensor) else t for t in self.network.state_dict().values())
+        return bool(torch.stack([t.isfinite().all() for t in (*tensors, self.sums)]).all())
+
+    def _lost(self) -> int:
+        """``_DIVERGED`` if the loss of this process is known not to be finite, or 0."""
+        if self.options.allow_nan or (self.processes.device.type == "cuda" and self.done % _LOOK_EVERY):
+            return 0
+        return 0 if math.isfinite(self.sums[0]) else _DIVERGED
+
+    def _diverged(self) -> NoReturn:
+        """Ends the run, on all processes: the loss is not finite, and what would be saved is of no use."""
+        sums = self.processes.total(self.sums)
+        last = checkpoints.newest(self.folder)
+        left = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
+
+        def fail() -> NoReturn:
+            if not sums[2]:
+                raise ProgramError(f"no image of --data {self.options.data} to train on can be read")
+            raise ProgramError(
+                f"the loss is not finite in epoch {self.epoch + 1}, step {self.done}: the run diverged; {left}; "
+                f"want a smaller --lr than {self.recipe.lr}, or --allow-nan to go on"
+            )
+
+        self.processes.from_first(fail)
+        raise AssertionError("unreachable")
 
     def _autocast(self) -> torch.autocast:
         dtype = AMP[self.options.amp]
@@ -236,7 +247,8 @@ class Trainer:
         """Forward and backward of one batch; accumulates gradients, loss and correct predictions."""
         images, labels = self._inputs(batch)
         options = self.options
-        drawn = mixing.draw(options.seed, self.epoch, self.done, mixup=options.mixup, cutmix=options.cutmix)
+        before = self.consumed + self.done * options.batch * options.accumulate * self.processes.world
+        drawn = mixing.draw(options.seed, self.epoch, before, mixup=options.mixup, cutmix=options.cutmix)
         images, targets = mixing.mix(images, labels, drawn)
         with self.processes.pass_without_sync(self.joined, last):
             with self._autocast():
@@ -247,14 +259,15 @@ class Trainer:
         count = (labels != IGNORED).sum()
         self.sums += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
 
-    def _train(self, batches: Any, signals: _Signals) -> int:
+    def _train(self, batches: Any, signals: Signals) -> int:
         """Trains the rest of the epoch; returns the number of a signal that was received, or 0."""
         self.joined.train()
         self.batches.epoch, self.batches.first = self.epoch, self.done * self.options.accumulate
-        first = self.done == 0
-        if first:
+        self.batches.consumed = self.consumed
+        steps = self.batches.total() // self.options.accumulate
+        if self.done == self.consumed == 0:
             self.sums.zero_()
-        bar = report.Bar(self.epoch + 1, self.recipe.epochs, self.steps, self.done, self.processes.rank == 0)
+        bar = report.Bar(self.epoch + 1, self.recipe.epochs, steps, self.done, self.processes.rank == 0)
         with contextlib.closing(bar):
             for number, batch in enumerate(batches):
                 last = (number + 1) % self.options.accumulate == 0
@@ -265,10 +278,12 @@ class Trainer:
                 self._step()
                 self._trace.step()
                 bar.step(len(batch.labels) * self.processes.world, self.sums)
-                received = self.processes.highest(signals.received)
+                received = self.processes.highest(max(signals.received, self._lost()))
+                if received == _DIVERGED:
+                    self._diverged()
                 if received:
                     return received
-                if self.options.save_every and self.done % self.options.save_every == 0 and self.done < self.steps:
+                if self.options.save_every and self.done % self.options.save_every == 0 and self.done < steps:
                     self.save(best=False)
         self._speed = (bar.speed(), bar.seconds())
         return 0
@@ -283,7 +298,7 @@ class Trainer:
             self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.network)
-        self.done += 1
+        self.done, self.step = self.done + 1, self.step + 1
 
     def _evaluate(self, batches: Any, what: str = "") -> evaluation.Result:
         """Evaluates the averaged weights, or else the weights; keeps the result for the reports.
@@ -299,26 +314,15 @@ class Trainer:
         self.result = result
         return result
 
-    def _take_best(self) -> str:
-        """Takes the weights of best.pt, chosen on validation images; returns which they are."""
-        path = self._folder / "best.pt"
-        if not self.processes.everyone(path.exists())[0]:  # no epoch had one right
-            return "; the weights of the last epoch"
-        state = checkpoints.load(path)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        else:
-            everything = whole.StateDictOptions(full_state_dict=True)
-            whole.set_model_state_dict(self.network, state["model"], options=everything)
-        return f"; the weights of epoch {state['epoch']}, the best on validation images"
-
     def _end_epoch(self, held: evaluation.Result) -> None:
         sums = self.processes.total(self.sums)
         count = max(float(sums[2]), 1.0)
-        self.epoch, self.done = self.epoch + 1, 0
+        if not (math.isfinite(sums[0] + held.loss) or self.options.allow_nan):
+            self._diverged()
+        self.epoch, self.done, self.consumed = self.epoch + 1, 0, 0
         row = {
             "epoch": self.epoch,
-            "step": self.epoch * self.steps,
+            "step": self.step,
             "lr": self.lr,
             "train_loss": float(sums[0]) / count,
             "train_accuracy": float(sums[1]) / count,
@@ -333,7 +337,7 @@ class Trainer:
         self.best = max(self.best, held.accuracy)
         self.save(is_best)
         if self.processes.rank == 0:
-            report.log(self._folder / "log.csv", self.history)
+            report.log(self.folder / "log.csv", self.history)
             if self._tensorboard is not None:
                 self._tensorboard.row(row)
             report.say(summary.epoch_line(row, self.recipe.epochs, self.processes.world))
@@ -342,8 +346,8 @@ class Trainer:
         broken = set().union(*self.processes.everyone(self.broken))
         if self.processes.rank != 0 or self.result is None:
             return
-        report.draw(report.curves, self._folder / "curves.png", {self.options.model: self.history})
-        summary.write_result(self._folder, self.result, self.data.preparation.classes)
+        report.draw(report.curves, self.folder / "curves.png", {self.options.model: self.history})
+        summary.write_result(self.folder, self.result, self.data.preparation.classes)
         on = " of the validation images" if self.options.validation else ""
         report.say(f"final: {summary.result_text(self.result)}{chosen}; best epoch {self.best:.2%}{on}")
         if broken:

@@ -65,14 +65,15 @@ def symmetric_beta(alpha: float, u: float, v: float) -> float:
     return 0.5 + 0.5 * math.copysign(math.sqrt(cosine**2 / (inverse + cosine**2)), cosine)
 
 
-def draw(seed: int, epoch: int, step: int, *, mixup: float, cutmix: float) -> Draw | None:
+def draw(seed: int, epoch: int, before: int, *, mixup: float, cutmix: float) -> Draw | None:
     """What is drawn for a step: one share for its images, of Beta(alpha, alpha); None if neither is wanted.
 
+    before: images of the epoch before the step, on all processes.
     mixup, cutmix: the alphas, 0: not at all. With both, half of the steps have one, half the other.
     """
     if mixup == 0 and cutmix == 0:
         return None
-    coin, u, v, x, y = draws(seed, epoch, np.array([_STEPS + step], np.uint64), 5)[0].tolist()
+    coin, u, v, x, y = draws(seed, epoch, np.array([_STEPS + before], np.uint64), 5)[0].tolist()
     cut = cutmix > 0 and (mixup == 0 or coin < 0.5)
     return Draw(cut, symmetric_beta(cutmix if cut else mixup, u, v), x, y)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import models
+from . import checkpoints
 from .data import Preparation
-from .options import ProgramError
+from .options import MODELS, ProgramError
 
 __all__ = ["build", "of_checkpoint", "prepare"]
 
@@ -23,6 +25,8 @@ class _Scores(models.ResNet32):
 
 def build(model: str, preparation: Preparation) -> nn.Module:
     """The network called ``model``, images to logits, with initial weights."""
+    if model not in MODELS:  # from a checkpoint
+        raise ProgramError(f"no network is called {model!r}: want one of {', '.join(MODELS)}")
     classes = len(preparation.classes)
     try:
         if model == "ResNet32":
@@ -32,15 +36,22 @@ def build(model: str, preparation: Preparation) -> nn.Module:
     return getattr(models, model)(num_classes=classes)
 
 
-def of_checkpoint(state: dict[str, Any]) -> tuple[nn.Module, Preparation]:
-    """The network of a loaded checkpoint in eval mode, with averaged weights if it has them, and how to prepare its
-    input."""
-    preparation = Preparation(**state["preparation"])
-    network = build(state["options"]["model"], preparation)
-    weights = state["model"]
-    if state["ema"] is not None:
-        weights = {name.removeprefix("module."): t for name, t in state["ema"].items() if name != "n_averaged"}
-    network.load_state_dict(weights)
+def of_checkpoint(path: Path) -> tuple[nn.Module, Preparation]:
+    """The network of a checkpoint in eval mode, with averaged weights if it has them, and how to prepare its input.
+
+    Raises:
+        ProgramError: the file cannot be loaded, or ``resnet_fast.train`` did not write it.
+    """
+    state = checkpoints.load(path)
+    try:
+        preparation = Preparation(**state["preparation"])
+        network = build(state["options"]["model"], preparation)
+        weights = state["model"]
+        if state["ema"] is not None:
+            weights = {name.removeprefix("module."): t for name, t in state["ema"].items() if name != "n_averaged"}
+        network.load_state_dict(weights)
+    except checkpoints.MISFITS as error:
+        raise checkpoints.misfit(path, error) from error
     return network.eval().to(memory_format=torch.channels_last), preparation  # type: ignore[call-overload]
 
 

@@ -27,7 +27,7 @@ class ProgramError(Exception):
 # Options that the trained weights do not depend on.
 _NO_RESULT = {
     *("data", "test_data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
-    *("config", "evaluate", "tensorboard", "profile"),
+    *("config", "evaluate", "tensorboard", "profile", "checkpoints", "allow_world_change", "allow_nan"),
 }
 
 
@@ -68,10 +68,13 @@ class Options:
     workers: int = 2
     save_every: int = 0
     keep: int = 3
+    checkpoints: str = "whole"
     resume: str | None = None
     evaluate: str | None = None
     tensorboard: bool = False
     profile: bool = False
+    allow_world_change: bool = False
+    allow_nan: bool = False
 
     def result(self) -> dict[str, Any]:
         """The options that the trained weights depend on; a resumed run must have the same."""
@@ -90,6 +93,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ProgramError(f"--{name.replace('_', '-')} is {value}, want at least {least}")
+        at_most = {"seed": 2**64 - 1, "threads": 1024, "image_size": 16384}
+        for name, most in at_most.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ProgramError(f"--{name.replace('_', '-')} is {value}, want at most {most}")
         for name in ("lr", "weight_decay", "warmup", "mixup", "cutmix"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -110,6 +118,8 @@ class Options:
             raise ProgramError(f"--ema is {self.ema}, want a decay from 0 (off) to below 1, such as 0.999")
         if self.strategy == "fsdp" and self.ema:
             raise ProgramError("--ema does not run with --strategy fsdp: the average is kept whole on each process")
+        if self.checkpoints == "sharded" and self.strategy != "fsdp":
+            raise ProgramError("--checkpoints sharded is for sharded weights: want --strategy fsdp")
         if self.strategy == "fsdp" and self.amp == "fp16":
             raise ProgramError("--amp fp16 does not run with --strategy fsdp: want --amp bf16, which needs no scaler")
 
@@ -198,7 +208,27 @@ def _parser(exit_on_error: bool = True) -> _Parser:
     option(kept, "--out", metavar="FOLDER", help="checkpoints, log.csv, curves.png, confusion.png (default runs/last)")
     option(kept, "--save-every", type=int, metavar="STEPS", help="also between epochs")
     option(kept, "--keep", type=int, metavar="N", help="newest checkpoints kept, besides the best (default 3)")
-    option(kept, "--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the newest in --out")
+    option(
+        kept,
+        "--checkpoints",
+        choices=["whole", "sharded"],
+        help="one file (default), or with --strategy fsdp a folder into which each process writes its shards",
+    )
+    option(
+        kept,
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="go on from FILE, or the newest in --out; auto: the newest in --out, or start where there is none",
+    )
+    option(
+        kept,
+        "--allow-world-change",
+        action=argparse.BooleanOptionalAction,
+        help="--resume with another number of processes, --batch or --accumulate",
+    )
+    option(kept, "--allow-nan", action=argparse.BooleanOptionalAction, help="go on although the loss is not finite")
     option(
         kept,
         "--tensorboard",
@@ -223,7 +253,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     """The options of the command line and of the file that its ``--config`` names.
 
     Raises:
-        ProgramError: a value is out of range, options exclude each other, or the file is not good.
+        ProgramError: an option is unknown, not a value of its kind, out of range, or excluded by another; or the file
+            is not good.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import io
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoints import write
+from .history import held_out
 from .options import ProgramError
 from .text import chart_labels, one_line, printable
 
@@ -29,7 +31,6 @@ __all__ = [
     "confusion_chart",
     "curves",
     "draw",
-    "held_out",
     "log",
     "read_log",
     "say",
@@ -40,9 +41,10 @@ __all__ = [
 
 
 def say(text: str) -> None:
-    """Prints a line above the progress bar."""
-    tqdm.write(printable(text))
-    sys.stdout.flush()
+    """Prints a line above the progress bar; a terminal that was closed, or a pipe, does not end the run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(printable(text))
+        sys.stdout.flush()
 
 
 def write_text(path: Path, content: str) -> None:
@@ -104,11 +106,6 @@ class Bar:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def held_out(row: dict[str, Any]) -> str:
-    """Which images the epoch of a row of the log was evaluated on: ``"validation"`` or ``"test"``."""
-    return "validation" if "validation_accuracy" in row else "test"
 
 
 def log(path: Path, history: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from .. import backends
 from . import report
 from .distributed import Processes
 from .evaluation import Result
+from .history import held_out
 from .options import Options
 
 __all__ = ["epoch_line", "result_text", "start_line", "write_result"]
@@ -56,7 +57,7 @@ def start_line(
 
 def epoch_line(row: dict[str, Any], epochs: int, world: int) -> str:
     """A row of the log in a line."""
-    held = report.held_out(row)
+    held = held_out(row)
     top5 = f", top-5 {row[f'{held}_top5']:.2%}" if f"{held}_top5" in row else ""
     speed = f"{row['images_per_s']:.0f} images/s" + (
         "" if world == 1 else f", {row['images_per_s'] / world:.0f} a process"

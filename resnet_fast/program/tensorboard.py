@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import report
+from .history import held_out
 
 __all__ = ["Log"]
 
@@ -20,7 +20,7 @@ class Log:
 
     def row(self, row: dict[str, Any]) -> None:
         """Quantities of training and of the images held out in one chart each, by step."""
-        held = report.held_out(row)
+        held = held_out(row)
         for name, value in row.items():
             if name in ("epoch", "step"):
                 continue

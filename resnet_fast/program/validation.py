@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import numpy as np
+from torch.distributed.checkpoint import state_dict as whole
 
+from . import checkpoints
 from .data import Data, Files, Images, Samples
 from .data.shards import Shards
 from .options import ProgramError
 
-__all__ = ["drawn_by_class", "split"]
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+__all__ = ["drawn_by_class", "split", "take_best"]
 
 
 def drawn_by_class(labels: np.ndarray, share: float) -> np.ndarray:
@@ -52,3 +58,20 @@ def split(data: Data, share: float) -> tuple[Data, Images]:
     validation = _part(data.train, np.flatnonzero(kept))
     validation.seed = None
     return data._replace(train=_part(data.train, np.flatnonzero(~kept))), validation
+
+
+def take_best(trainer: Trainer) -> str:
+    """Takes the weights of best.pt, chosen on validation images; returns which they are."""
+    path = trainer.folder / "best.pt"
+    if not trainer.processes.everyone(path.exists())[0]:
+        return "; the weights of the last epoch, as there is no best.pt"
+    state = checkpoints.load(path)
+    try:
+        if trainer.ema is not None:
+            trainer.ema.load_state_dict(state["ema"])
+        else:
+            everything = whole.StateDictOptions(full_state_dict=True)
+            whole.set_model_state_dict(trainer.network, state["model"], options=everything)
+    except checkpoints.MISFITS as error:
+        raise checkpoints.misfit(path, error) from error
+    return f"; the weights of epoch {state['epoch']}, the best on validation images"

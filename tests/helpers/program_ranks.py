@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast import cifar_resnet20
-from resnet_fast.program import data, distributed, loop, options, sync_batch_norm
+from resnet_fast.program import checkpoints, data, distributed, loop, options, signals, sync_batch_norm
 
 LR = 0.05
 
@@ -76,11 +76,11 @@ def trained(folder, group, name, *given):
     out = folder.parent / name
     chosen = options.parse([*small_cifar(folder), "--epochs", "1", "--lr", "0.01", "--out", str(out), *given])
     trainer = loop.Trainer(chosen, data.load(chosen), group)
-    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), signals.Signals())
     assert received == 0
     trainer.save(best=False)
     other = loop.Trainer(chosen, data.load(chosen), group)
-    other.restore(out / f"step-{trainer.done:08d}.pt")
+    other.restore(checkpoints.newest(out))
     assert differences(other.state(), trainer.state()) == []
     return trainer.state()
 
@@ -89,6 +89,8 @@ def strategies_agree(folder, group):
     """Sharded and replicated weights, and gradients sent once or with every pass, come to the same."""
     ddp = trained(folder, group, "ddp", "--accumulate", "2")
     fsdp = trained(folder, group, "fsdp", "--accumulate", "2", "--strategy", "fsdp")
+    parts = trained(folder, group, "sharded", "--accumulate", "2", "--strategy", "fsdp", "--checkpoints", "sharded")
+    assert differences(parts["model"], fsdp["model"]) == []
     every_pass = distributed.Processes.pass_without_sync
     distributed.Processes.pass_without_sync = staticmethod(lambda network, last: every_pass(network, True))
     try:

@@ -134,8 +134,9 @@ def start(*options, launcher=(sys.executable, "-m")):
     return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
 
-def torchrun(processes):
-    return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m")
+def torchrun(processes, *more):
+    given = ("--nproc-per-node", str(processes), *(more or ("--standalone",)))
+    return (sys.executable, "-m", "torch.distributed.run", *given, "-m")
 
 
 def checkpoint(path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.program_support import checkpoint, differences, run, small_cifar, start
 
-from resnet_fast.program import data, distributed, loop
+from resnet_fast.program import data, distributed, loop, signals
 from resnet_fast.program.options import parse
 
 OPTIONS = ["--epochs", "2", "--save-every", "3", "--keep", "20", "--ema", "0.9", "--lr", "0.05"]
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait_for(path, process):
-    for _ in range(600):
+    for _ in range(2400):
         if path.exists():
             return
         assert process.poll() is None, process.stdout.read()
@@ -76,7 +76,7 @@ def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
     assert run(*given, "--out", tmp_path / "whole") == 0
     options = parse([*given, "--out", str(tmp_path / "stopped")])
     trainer = loop.Trainer(options, data.load(options), distributed.Processes(options))
-    trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), signals.Signals())
     trainer.save(best=False)
     assert run(*given, "--out", tmp_path / "stopped", "--resume") == 0
     whole, stopped = (checkpoint(tmp_path / name / "step-00000010.pt") for name in ("whole", "stopped"))

@@ -57,6 +57,7 @@ class Batches(Sampler):
     With a seed, all processes shuffle alike (by seed and epoch), take batches of the same order in turn, and drop what
     does not fill a step: N processes together see what one process with N times the batch sees. Without a seed, all
     samples come in order, padded so that each process has as many batches. ``first``: batches to skip when resuming.
+    ``consumed``: samples of the shuffled order that another number of processes has trained on; batches begin behind.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class Batches(Sampler):
     ) -> None:
         self.length, self.batch, self.rank, self.world, self.seed = length, batch, rank, world, seed
         self.accumulate = accumulate
-        self.epoch = self.first = 0
+        self.epoch = self.first = self.consumed = 0
 
     def total(self) -> int:
         """Batches of one process in an epoch."""
         if self.seed is not None:
-            return self.length // (self.batch * self.world * self.accumulate) * self.accumulate
+            return (self.length - self.consumed) // (self.batch * self.world * self.accumulate) * self.accumulate
         return -(-self.length // (self.batch * self.world))
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class Batches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         together = self.batch * self.world
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)[self.consumed :]
         else:
             order = np.full(self.total() * together, IGNORED)
             order[: self.length] = np.arange(self.length)

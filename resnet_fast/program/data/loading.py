@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from .batches import Batch, Batches, Images
+from .workers import Loader
 
 __all__ = ["loader", "workers_of"]
 
@@ -22,18 +23,19 @@ GRACE = 60  # seconds
 
 
 def _outlive_signals(worker: int) -> None:
-    """Makes a worker ignore SIGINT, and SIGTERM for a minute: the main process decides when loading ends.
+    """Makes a worker ignore SIGINT, and SIGTERM and SIGHUP for a minute: the main process decides when loading ends.
 
     Ctrl-C and many schedulers signal every process, but the main one needs batches until the end of the step. A worker
     alive a minute later was left behind.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.alarm(GRACE))
 
 
 def loader(dataset: Images, batches: Batches, workers: int, pin: bool) -> DataLoader:
     # A worker loads a whole batch in one NumPy call; collating single images would cost more than loading them.
-    return DataLoader(
+    return Loader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=workers,
