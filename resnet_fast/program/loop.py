@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..chain.sync_batch_norm import convert
 from . import checkpoints, recipes, report
 from .data import IGNORED, Batch, Batches, Data, loader, workers_of
 from .distributed import Processes
 from .networks import build, prepare
 from .options import Options, ProgramError
-from .sync_batch_norm import convert
 
 __all__ = ["Trainer"]
 
