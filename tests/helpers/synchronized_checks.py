@@ -6,6 +6,7 @@ The truth is the network in plain PyTorch, in one process, on the joined batch, 
 import contextlib
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import resnet_fast
 from resnet_fast import CifarResNet, backends, blocks, reference
 from resnet_fast.chain import sync_batch_norm
+from resnet_fast.chain.training import synchronized
 
 UNEVEN = [3, 1, 0, 4]  # images of each process
 
@@ -178,3 +180,123 @@ def networks_like_one_process():
         truth, own = change(truth), synchronize(change(own))
         passes = batch(count)
         assert_equal(together(own, passes, wrap), alone(truth, passes), float64_rule, name)
+
+
+def rounded_like_one_process():
+    """float32 errs at most twice what plain PyTorch errs in one process, against float64; so do bfloat16's gradients.
+
+    In bfloat16 all tensors count together: a few images leave a single one to chance.
+    """
+    for amp in (None, torch.bfloat16):
+        torch.manual_seed(2)
+        own, truth = ours(CifarResNet(1)), reference.CifarResNet(1)
+        truth.load_state_dict(own.state_dict())
+        exact, passes = copy.deepcopy(truth).double(), batch(dtype=torch.float32)
+        wanted = alone(exact, [(x.double(), grad.double()) for x, grad in passes])
+        passes = [(x, grad.to(amp or x.dtype)) for x, grad in passes]
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            plain, found = alone(truth, passes), together(own, passes, ddp())
+        if amp is None:
+            errors = {("score", 0): error(plain[0][0], wanted[0][0])}
+            errors |= {name: error(t, wanted[at][name]) for at in (1, 2) for name, t in plain[at].items()}
+
+            def rule(name, t, errors=errors):
+                return 2 * errors[name] + torch.finfo(torch.float32).eps * float(t.double().norm())
+
+            assert_equal(found, wanted, rule, "float32")
+        for at in (1, 2):
+            of_found, of_plain = (
+                sum(error(t, wanted[at][name]) / float(wanted[at][name].double().norm()) for name, t in side[at].items())
+                for side in (found, plain)
+            )
+            assert of_found <= 2 * of_plain, (amp, at, of_found, of_plain)
+
+
+def options_like_one_process():
+    """Checkpointing, which runs a forward again, with its collectives; and block outputs that are recomputed."""
+    torch.manual_seed(3)
+    own, truth = ours(CifarResNet(2).double()), reference.CifarResNet(2).double()
+    truth.load_state_dict(own.state_dict())
+    passes = batch()
+    backends.training.recompute_outputs = True
+    apart, synchronized.SyncedKernels._apart = synchronized.SyncedKernels._apart, lambda *_: True
+    try:  # the gradients of weights beside the collectives, as on GPUs
+        found = together(own, passes, same, checkpointed)
+    finally:
+        backends.training.recompute_outputs = False
+        synchronized.SyncedKernels._apart = apart
+    assert_equal(found, alone(truth, passes, checkpointed), float64_rule, "checkpoint, recompute")
+
+
+def collectives_and_groups():
+    """One collective for all statistics of a block's last convolution and projection; groups keep to themselves."""
+    rank, world, counted = dist.get_rank(), dist.get_world_size(), [0, 0]
+    calls = dist.all_gather, dist.all_reduce
+
+    def count(which):
+        def call(*args, **kwargs):
+            counted[which] += 1
+            return calls[which](*args, **kwargs)
+
+        return call
+
+    groups = [dist.new_group(ranks) for ranks in ([[0, 1], [2, 3]] if world == 4 else [[0], [1]])]
+    group = groups[rank // 2 if world == 4 else rank]
+    block = blocks.Bottleneck(4, 2, 2).double()
+    x, mine = torch.randn(world, 2, 4, 6, 6, dtype=torch.float64), slice(rank // 2 * 2, rank // 2 * 2 + 2)
+    for process_group, images in ((None, x), (group, x[mine] if world == 4 else x[rank : rank + 1])):
+        synced, truth = copy.deepcopy(block), copy.deepcopy(block)
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(synced, process_group)
+        dist.all_gather, dist.all_reduce, counted[:] = count(0), count(1), (0, 0)
+        try:
+            y = synced(x[rank])
+            y.square().sum().backward()
+        finally:
+            dist.all_gather, dist.all_reduce = calls
+        truth(images.flatten(0, 1)).square().sum().backward()
+        apart = process_group is not None and world == 2  # a group of one
+        assert counted == ([0, 0] if apart else [3, 3]), counted
+        for name, t in truth.named_buffers():
+            assert error(dict(synced.named_buffers())[name], t) <= float64_rule(name, t), name
+        for p, q in zip(synced.parameters(), truth.parameters(), strict=True):
+            dist.all_reduce(p.grad, group=process_group)
+            assert error(p.grad, q.grad) <= float64_rule("", q.grad)
+    network = ours(blocks.BasicBlock(3, 3))
+    y = network(torch.ones(1, 3, 2, 2, requires_grad=True))
+    with pytest.raises(RuntimeError, match="synchronised batch norm has no second derivatives"):
+        torch.autograd.grad(y.sum(), network.conv1.weight, create_graph=True)
+    for module in (network, copy.deepcopy(network.bn1)):  # one value in all, in a chain and in plain PyTorch
+        with pytest.raises(ValueError, match="more than 1 value per channel when training, got 1 in all"):
+            module(torch.ones(int(rank == 0), 3, 1, 1))
+    assert backends.fallbacks() == {}
+
+
+def unsynchronized_runs_fused():
+    """Each process with its own statistics, replicated and sharded; DTensors seen outside of a forward fall back."""
+    for wrap in (ddp(), sharded):
+        torch.manual_seed(4)
+        own, truth = CifarResNet(1).double(), reference.CifarResNet(1).double()
+        truth.load_state_dict(own.state_dict())
+        passes = [(x[:4], grad[:4]) for x, grad in batch()]
+        counts = [4 // dist.get_world_size()] * dist.get_world_size()
+        mine = [(own_part(x, counts), own_part(grad, counts)) for x, grad in passes]
+        _, wanted, _ = alone(truth, mine)
+        backends.fallbacks(clear=True)
+        joined = wrap(own)
+        joined(mine[0][0]).backward(mine[0][1])
+        assert backends.fallbacks() == {}, backends.fallbacks()
+        for name, p in own.named_parameters():
+            dist.all_reduce(wanted[name])
+            found = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            assert error(found * dist.get_world_size(), wanted[name]) <= float64_rule(name, wanted[name]), name
+    with pytest.raises(RuntimeError, match="DTensor"):  # PyTorch's, of the operators that run instead
+        own.stem(mine[0][0])
+    assert [reason for reason in backends.fallbacks(clear=True) if "weights of type DTensor" in reason]
+
+
+def main():
+    networks_like_one_process()
+    rounded_like_one_process()
+    options_like_one_process()
+    collectives_and_groups()
+    unsynchronized_runs_fused()

@@ -5,7 +5,9 @@
                gradients of gamma and beta are those of the process's own batch: data parallelism averages them
 
 One collective carries the statistics of all layers that :func:`batches` puts together. It runs beside what need not
-wait for it: a projection's convolution in the forward, the weight's gradient in the backward.
+wait for it: a projection's convolution in the forward and its gradients in the backward, and on GPUs the gradient of
+the weight. On CPUs both gradients of a convolution come out of one call: apart they cost more than the wait, because
+the collective takes its time from the same cores.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ... import backends
 from ..sync_batch_norm import all_gather, check_count, combine
 from .kernels import Gradients, Kernels
 from .layers import Layer, Value
@@ -161,13 +164,17 @@ class SyncedKernels(Kernels):
         stats: list[Tensor],
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         given = (layer, grad, y, coefficients, source, weight, filters)
-        if not reduce:
-            return super().backward(*given, needs, residual, reduce, ys, stats)
-        dx, _, own = super().backward(*given, (True, False), residual, reduce, ys, stats)
-        sums, dw = self._reduce(own), None
-        if needs[1]:  # beside the collective
+        apart = reduce and needs[1] and self._apart(grad)
+        dx, dw, sums = super().backward(*given, (True, False) if apart else needs, residual, reduce, ys, stats)
+        if reduce:
+            sums = self._reduce(sums)
+        if apart:
             _, dw, _ = super().backward(*given, (False, True), None, False, [], [])
         return dx, dw, sums
+
+    def _apart(self, grad: Tensor) -> bool:
+        """Whether the gradient of a weight is computed beside the collective, in a call of its own."""
+        return backends.kind(grad) == "cuda"
 
 
 class _SyncedGradients(Gradients):
