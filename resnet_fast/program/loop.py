@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..chain.sync_batch_norm import convert
 from . import (
     checkpoints,
     evaluation,
@@ -34,7 +35,6 @@ from .distributed import Processes
 from .networks import build, prepare
 from .options import AMP, Options, ProgramError
 from .signals import Signals
-from .sync_batch_norm import convert
 
 __all__ = ["Trainer"]
 

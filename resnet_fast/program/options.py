@@ -64,7 +64,7 @@ class Options:
     device: str = "auto"
     threads: int | None = None
     strategy: str = "ddp"
-    sync_bn: bool = True
+    sync_bn: bool = False
     workers: int = 2
     save_every: int = 0
     keep: int = 3
@@ -202,7 +202,9 @@ def _parser(exit_on_error: bool = True) -> _Parser:
     option(run, "--threads", type=int, metavar="N", help="default: as many as PyTorch takes")
     option(run, "--strategy", choices=["ddp", "fsdp"], help="with several processes: replicate, or shard (FSDP2)")
     option(
-        run, "--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all processes (default)"
+        *(run, "--sync-bn"),
+        action=argparse.BooleanOptionalAction,
+        help="batch statistics over all processes (default: each its own, as torchvision and timm)",
     )
     kept = parser.add_argument_group("what is kept")
     option(kept, "--out", metavar="FOLDER", help="checkpoints, log.csv, curves.png, confusion.png (default runs/last)")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_fast
 from resnet_fast import backends, blocks, models, ops, reference
 from resnet_fast.chain.pooling import MaxPool2d
-from resnet_fast.program.sync_batch_norm import _Normalize
+from resnet_fast.chain.sync_batch_norm import _Normalize
 
 OPERATORS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "add_relu")
 ONLY_OPERATORS = ("functional.jacobian by vmap", "functional.jacobian, forward")

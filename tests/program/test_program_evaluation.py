@@ -173,7 +173,7 @@ def test_evaluation_only(tmp_path, monkeypatch, capfd):
     assert run("--data", folder, "--workers", "0", *evaluate) == 2
     assert "has classes ['cat'" in capfd.readouterr().err
     assert run(*given, "--evaluate", tmp_path / "none.pt") == 2
-    assert "none.pt cannot be loaded" in capfd.readouterr().err
+    assert "none.pt cannot be read" in capfd.readouterr().err
 
 
 def test_predictions_as_json(tmp_path, monkeypatch, capfd):

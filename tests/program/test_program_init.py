@@ -1,6 +1,7 @@
 """``--init``: weights of another run or program to start from."""
 
 import collections
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,8 +97,15 @@ def test_other_networks_are_refused(weights, tmp_path):
             initial.take(mine, saved(content, tmp_path))
         assert all(t.equal(before[name]) for name, t in mine.state_dict().items())
     (tmp_path / "weights.pt").write_bytes(b"none")
-    with pytest.raises(ProgramError, match=r"weights.pt cannot be loaded"):
+    with pytest.raises(ProgramError, match=r"weights.pt cannot be loaded: it is damaged, or holds more"):
         initial.take(network(), tmp_path / "weights.pt")
+    with pytest.raises(ProgramError, match="--init /none cannot be read: No such file or directory"):
+        initial.take(network(), Path("/none"))
+
+
+def test_files_of_before_pytorch_1_6(weights, tmp_path):
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert initial.take(network(7), tmp_path / "old.pth").left == {}
 
 
 def test_the_program_starts_from_them(weights, tmp_path, monkeypatch, capfd):

@@ -125,7 +125,7 @@ def test_a_step_of_the_program(tmp_path, monkeypatch):
     batch = trainer.data.train.__getitems__([(2, index) for index in range(8)])
     network = copy.deepcopy(trainer.network)
     images, labels = trainer._inputs(batch)
-    images, targets = mixing.mix(images, labels, mixing.draw(4, 2, 5, mixup=0.5, cutmix=0.5))
+    images, targets = mixing.mix(images, labels, mixing.draw(4, 2, 40, mixup=0.5, cutmix=0.5))
     scores = network(images)
     wanted = F.cross_entropy(scores, soft(targets, 10).float(), label_smoothing=0.2)
     wanted.backward()
