@@ -17,9 +17,9 @@ from torch.distributed.checkpoint import state_dict as whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoints, recipes, report
-from .data import IGNORED, Batch, Batches, Data, loader, workers_of
+from .data import IGNORED, Batch, Batches, Data, loaders, workers_of
 from .distributed import Processes
-from .networks import build, prepare
+from .networks import build, prepare, prepared_values
 from .options import Options, ProgramError
 from .sync_batch_norm import convert
 
@@ -93,7 +93,7 @@ class Trainer:
         # Totals of this epoch: loss, correct predictions, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self.lr = 0.0  # of the last step
-        self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
+        self._speed = (0.0, 0.0, 0.0)  # images/s, seconds and share of waiting for data of the last epoch
         self.history: list[dict[str, Any]] = []
         self.best = 0.0
         self.confusion: Tensor | None = None
@@ -159,9 +159,7 @@ class Trainer:
 
     def run(self) -> int:
         """Trains to the end or until a signal; returns the signal's number, or 0."""
-        pin = self.processes.device.type == "cuda"
-        train = loader(self.data.train, self.batches, self.options.workers, pin)
-        test = loader(self.data.test, self.test_batches, self.options.workers, pin)
+        train, test = self._loaders()
         with workers_of(train, test), _Signals() as signals:
             while self.epoch < self.recipe.epochs:
                 received = self._train(train, signals)
@@ -174,6 +172,15 @@ class Trainer:
                 self._evaluate(test)
         self._final()
         return 0
+
+    def _loaders(self) -> list[Any]:
+        """Batches to train with and to test on."""
+        parts = ((self.data.train, self.batches), (self.data.test, self.test_batches))
+        table = prepared_values(self.data.preparation, self.sums.float()).to(_AMP[self.options.amp] or torch.float32)
+        found, line = loaders(self.options, parts, table, self.memory_format)
+        if self.processes.rank == 0:
+            report.say(line)
+        return found
 
     def save(self, best: bool) -> None:
         """Writes a checkpoint: all processes gather, rank 0 writes, all raise if that fails."""
@@ -196,7 +203,9 @@ class Trainer:
             if name not in self.broken:
                 self.broken.add(name)
                 report.say(f"broken image {len(self.broken)}: {name}")
-        images = prepare(batch.images, self.data.preparation, self.sums.float(), self.memory_format)
+        images = batch.images
+        if images.dtype == torch.uint8:  # the device prepares its own
+            images = prepare(images, self.data.preparation, self.sums.float(), self.memory_format)
         return images, batch.labels.to(self.processes.device, non_blocking=True)
 
     def _pass(self, batch: Batch, last: bool) -> None:
@@ -220,7 +229,7 @@ class Trainer:
             self.sums.zero_()
         bar = report.Bar(self.epoch + 1, self.recipe.epochs, self.steps, self.done, self.processes.rank == 0)
         with contextlib.closing(bar):
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(bar.timed(batches)):
                 last = (number + 1) % self.options.accumulate == 0
                 self._pass(batch, last)
                 if not last:
@@ -233,7 +242,7 @@ class Trainer:
                     return received
                 if self.options.save_every and self.done % self.options.save_every == 0 and self.done < self.steps:
                     self.save(best=False)
-        self._speed = (bar.speed(), bar.seconds())
+        self._speed = (bar.speed(), bar.seconds(), bar.waiting())
         return 0
 
     def _step(self) -> None:
@@ -294,7 +303,8 @@ class Trainer:
             report.log(folder / "log.csv", self.history)
             report.say(
                 f"epoch {self.epoch}/{self.recipe.epochs}: loss {row['train_loss']:.4f}, accuracy "
-                f"{row['train_accuracy']:.2%}; test {test[0]:.4f}, {test[1]:.2%}; {self._speed[0]:.0f} images/s"
+                f"{row['train_accuracy']:.2%}; test {test[0]:.4f}, {test[1]:.2%}; {self._speed[0]:.0f} images/s, "
+                f"{self._speed[2]:.1%} waiting for data"
             )
 
     def _final(self) -> None:

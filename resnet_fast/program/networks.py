@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import models
 from .data import Preparation
 from .options import ProgramError
 
-__all__ = ["build", "prepare"]
+__all__ = ["build", "prepare", "prepared_values"]
 
 
 class _Scores(models.ResNet32):
@@ -37,3 +38,9 @@ def prepare(images: Tensor, preparation: Preparation, like: Tensor, memory_forma
     mean, std = (like.new_tensor(v)[:, None, None] for v in (preparation.mean, preparation.std))
     # The stems take three channels: repeat a grey one.
     return ((x / 255 - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=memory_format)
+
+
+def prepared_values(preparation: Preparation, like: Tensor) -> Tensor:
+    """What :func:`prepare` makes of the values of a pixel, ``[3, 256]``: by its own arithmetic, so bit for bit."""
+    values = torch.arange(256, dtype=torch.uint8).expand(1, len(preparation.mean), 1, 256)
+    return prepare(values, preparation, like, torch.contiguous_format)[0, :, 0].contiguous()

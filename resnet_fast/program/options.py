@@ -44,13 +44,14 @@ class Options:
     strategy: str = "ddp"
     sync_bn: bool = True
     workers: int = 2
+    data_on: str = "auto"
     save_every: int = 0
     keep: int = 3
     resume: str | None = None
 
     def result(self) -> dict[str, Any]:
         """The options that the trained weights depend on; a resumed run must have the same."""
-        others = ("data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume")
+        others = ("data", "out", "checksum", "device", "threads", "workers", "data_on", "save_every", "keep", "resume")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def check(self) -> None:
@@ -96,6 +97,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     option(data, "--image-size", type=int, metavar="PIXELS", help="to which photographs are cut (default 224)")
     option(data, "--limit", type=int, metavar="N", help="train on N images only")
     option(data, "--workers", type=int, metavar="N", help="processes that load (default 2)")
+    option(
+        data,
+        "--data-on",
+        choices=["auto", "device", "workers"],
+        help="who prepares images: the device, from its memory, where they fit (auto: if so), or the workers",
+    )
     how = parser.add_argument_group("training")
     option(how, "--model", choices=MODELS, metavar="MODEL", help=", ".join(MODELS) + " (default cifar_resnet20)")
     option(how, "--recipe", choices=["he", "onecycle"], help="steps as He et al., or one cosine cycle (default)")

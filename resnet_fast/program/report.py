@@ -10,6 +10,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,25 @@ def writable(folder: Path) -> None:
 
 
 class Bar:
-    """Progress bar of an epoch: loss, accuracy, images/s, time left; silent if the output is no terminal."""
+    """Progress bar of an epoch: loss, accuracy, images/s, time left, share of time spent waiting for data.
+
+    Silent if the output is no terminal.
+    """
 
     def __init__(self, epoch: int, epochs: int, steps: int, first: int, show: bool) -> None:
         hidden = None if show else True  # None: tqdm hides it if there is no terminal
         self._bar = tqdm(total=steps, initial=first, desc=f"epoch {epoch}/{epochs}", unit="step", disable=hidden)
         self.started = time.perf_counter()
-        self._shown = 0.0
+        self._shown = self._waited = 0.0
         self.images = 0
+
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """``batches``; the time until each arrives counts as waiting for data."""
+        start = time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
     def step(self, images: int, sums: Tensor) -> None:
         self.images += images
@@ -67,7 +79,8 @@ class Bar:
             self._shown = now
             loss, correct, count = sums.tolist()
             self._bar.set_postfix_str(
-                f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, {self.speed():.0f} images/s"
+                f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, {self.speed():.0f} images/s, "
+                f"{self.waiting():.0%} waiting for data"
             )
 
     def seconds(self) -> float:
@@ -75,6 +88,10 @@ class Bar:
 
     def speed(self) -> float:
         return self.images / self.seconds()
+
+    def waiting(self) -> float:
+        """The share of the time that the loop spent waiting for data."""
+        return self._waited / self.seconds()
 
     def close(self) -> None:
         self._bar.close()
