@@ -30,9 +30,9 @@ from . import (
     tensorboard,
     validation,
 )
-from .data import IGNORED, Batch, Batches, Data, loader, workers_of
+from .data import IGNORED, Batch, Batches, Data, loaders, workers_of
 from .distributed import Processes
-from .networks import build, prepare
+from .networks import build, prepare, prepared_values
 from .options import AMP, Options, ProgramError
 from .signals import Signals
 
@@ -94,7 +94,7 @@ class Trainer:
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self.lr = 0.0  # of the last step
         self._trace = profiling.Trace(self.folder, on=False)
-        self._speed = (0.0, 0.0)  # images/s and seconds of the last epoch
+        self._speed = (0.0, 0.0, 0.0)  # images/s, seconds and share of waiting for data of the last epoch
         self.history: list[dict[str, Any]] = []
         self.best = -1.0  # accuracy of the best epoch; below that of any
         self.result: evaluation.Result | None = None  # of the last evaluation
@@ -162,10 +162,7 @@ class Trainer:
 
     def run(self) -> int:
         """Trains to the end or until a signal; returns the signal's number, or 0."""
-        pin = self.processes.device.type == "cuda"
-        train = loader(self.data.train, self.batches, self.options.workers, pin)
-        held_out = loader(self.held_images, self.held_batches, self.options.workers, pin)
-        test = loader(self.data.test, self.test_batches, self.options.workers, pin)
+        train, held_out, test = self._loaders()
         with workers_of(train, held_out, test), Signals() as signals, contextlib.ExitStack() as reports:
             self._trace = profiling.Trace(self.folder / f"trace-{self.processes.rank}.json.gz", self.options.profile)
             reports.callback(lambda: self._trace.close())
@@ -185,6 +182,16 @@ class Trainer:
                 self._evaluate(test, "test")
         self._final(chosen)
         return 0
+
+    def _loaders(self) -> list[Any]:
+        """Batches to train with, to evaluate after each epoch, and to test on."""
+        parts = [(self.data.train, self.batches), (self.held_images, self.held_batches)]
+        if self.options.validation:
+            parts.append((self.data.test, self.test_batches))
+        table = prepared_values(self.data.preparation, self.sums.float()).to(AMP[self.options.amp] or torch.float32)
+        found, line = loaders(self.options, parts, table, self.memory_format)
+        self._say(line)
+        return found if self.options.validation else [*found, found[1]]
 
     def save(self, best: bool) -> None:
         """Writes a checkpoint: all processes gather, or write their shards; all raise if that fails.
@@ -240,7 +247,9 @@ class Trainer:
             if name not in self.broken:
                 self.broken.add(name)
                 report.say(f"broken image {len(self.broken)}: {name}")
-        images = prepare(batch.images, self.data.preparation, self.sums.float(), self.memory_format)
+        images = batch.images
+        if images.dtype == torch.uint8:  # the device prepares its own
+            images = prepare(images, self.data.preparation, self.sums.float(), self.memory_format)
         return images, batch.labels.to(self.processes.device, non_blocking=True)
 
     def _pass(self, batch: Batch, last: bool) -> None:
@@ -269,7 +278,7 @@ class Trainer:
             self.sums.zero_()
         bar = report.Bar(self.epoch + 1, self.recipe.epochs, steps, self.done, self.processes.rank == 0)
         with contextlib.closing(bar):
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(bar.timed(batches)):
                 last = (number + 1) % self.options.accumulate == 0
                 self._pass(batch, last)
                 if not last:
@@ -285,7 +294,7 @@ class Trainer:
                     return received
                 if self.options.save_every and self.done % self.options.save_every == 0 and self.done < steps:
                     self.save(best=False)
-        self._speed = (bar.speed(), bar.seconds())
+        self._speed = (bar.speed(), bar.seconds(), bar.waiting())
         return 0
 
     def _step(self) -> None:
@@ -340,7 +349,8 @@ class Trainer:
             report.log(self.folder / "log.csv", self.history)
             if self._tensorboard is not None:
                 self._tensorboard.row(row)
-            report.say(summary.epoch_line(row, self.recipe.epochs, self.processes.world))
+            waiting = f", {self._speed[2]:.1%} waiting for data"
+            report.say(summary.epoch_line(row, self.recipe.epochs, self.processes.world) + waiting)
 
     def _final(self, chosen: str) -> None:
         broken = set().union(*self.processes.everyone(self.broken))

@@ -13,7 +13,7 @@ from . import checkpoints
 from .data import Preparation
 from .options import MODELS, ProgramError
 
-__all__ = ["build", "of_checkpoint", "prepare"]
+__all__ = ["build", "of_checkpoint", "prepare", "prepared_values"]
 
 
 class _Scores(models.ResNet32):
@@ -61,3 +61,9 @@ def prepare(images: Tensor, preparation: Preparation, like: Tensor, memory_forma
     mean, std = (like.new_tensor(v)[:, None, None] for v in (preparation.mean, preparation.std))
     # The stems take three channels: repeat a grey one.
     return ((x / 255 - mean) / std).expand(-1, 3, -1, -1).contiguous(memory_format=memory_format)
+
+
+def prepared_values(preparation: Preparation, like: Tensor) -> Tensor:
+    """What :func:`prepare` makes of the values of a pixel, ``[3, 256]``: by its own arithmetic, so bit for bit."""
+    values = torch.arange(256, dtype=torch.uint8).expand(1, len(preparation.mean), 1, 256)
+    return prepare(values, preparation, like, torch.contiguous_format)[0, :, 0].contiguous()

@@ -27,7 +27,7 @@ class ProgramError(Exception):
 # Options that the trained weights do not depend on.
 _NO_RESULT = {
     *("data", "test_data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
-    *("config", "evaluate", "tensorboard", "profile", "checkpoints", "allow_world_change", "allow_nan"),
+    *("config", "evaluate", "tensorboard", "profile", "data_on", "checkpoints", "allow_world_change", "allow_nan"),
 }
 
 
@@ -66,6 +66,7 @@ class Options:
     strategy: str = "ddp"
     sync_bn: bool = False
     workers: int = 2
+    data_on: str = "auto"
     save_every: int = 0
     keep: int = 3
     checkpoints: str = "whole"
@@ -167,6 +168,12 @@ def _parser(exit_on_error: bool = True) -> _Parser:
         "once, at the end",
     )
     option(data, "--workers", type=int, metavar="N", help="processes that load (default 2)")
+    option(
+        data,
+        "--data-on",
+        choices=["auto", "device", "workers"],
+        help="who prepares images: the device, from its memory, where they fit (auto: if so), or the workers",
+    )
     how = parser.add_argument_group("training")
     option(how, "--model", choices=MODELS, metavar="MODEL", help=", ".join(MODELS) + " (default cifar_resnet20)")
     option(how, "--recipe", choices=["he", "onecycle"], help="steps as He et al., or one cosine cycle (default)")

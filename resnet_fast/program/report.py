@@ -12,7 +12,7 @@ import datetime
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ def writable(folder: Path) -> None:
 
 
 class Bar:
-    """Progress of an epoch: loss, accuracy, images/s, time left of all epochs; a bar, or lines off a terminal."""
+    """Progress of an epoch: loss, accuracy, images/s, time left of all epochs, share of time spent waiting for data.
+
+    A bar, or lines off a terminal.
+    """
 
     every = 30.0  # seconds between lines
 
@@ -73,7 +76,16 @@ class Bar:
         self._done = first
         self.started = time.perf_counter()
         self._shown = self.started if self._lines else 0.0
+        self._waited = 0.0
         self.images = 0
+
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """``batches``; the time until each arrives counts as waiting for data."""
+        start = time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
     def step(self, images: int, sums: Tensor) -> None:
         self.images += images
@@ -86,7 +98,7 @@ class Bar:
             loss, correct, count = sums.tolist()
             state = (
                 f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, "
-                f"{self.speed():.0f} images/s, {self.left()} left in all"
+                f"{self.speed():.0f} images/s, {self.waiting():.0%} waiting for data, {self.left()} left in all"
             )
             if self._lines:
                 say(f"{self._name}, step {self._done}/{self._steps}: {state}")
@@ -103,6 +115,10 @@ class Bar:
 
     def speed(self) -> float:
         return self.images / self.seconds()
+
+    def waiting(self) -> float:
+        """The share of the time that the loop spent waiting for data."""
+        return self._waited / self.seconds()
 
     def close(self) -> None:
         self._bar.close()

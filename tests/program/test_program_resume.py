@@ -29,7 +29,7 @@ def wait_for(path, process):
 
 
 def test_killed_in_the_middle_of_an_epoch(tmp_path, capfd):
-    given = [*small_cifar(tmp_path), *OPTIONS, "--workers", "1"]
+    given = [*small_cifar(tmp_path), *OPTIONS, "--data-on", "workers", "--workers", "1"]
     assert run(*given, "--out", tmp_path / "whole") == 0
     killed = start(*given, "--out", tmp_path / "killed")
     wait_for(tmp_path / "killed/step-00000013.pt", killed)  # of 20 steps, 10 an epoch
@@ -52,7 +52,7 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_ends(number, tmp_path, capfd):
     given = [*small_cifar(tmp_path, count=48), "--epochs", "2", "--save-every", "3", "--keep", "99"]
-    process = start(*given, "--workers", "1", "--out", tmp_path / "run")
+    process = start(*given, "--data-on", "workers", "--workers", "1", "--out", tmp_path / "run")
     wait_for(tmp_path / "run/step-00000003.pt", process)
     os.killpg(process.pid, number)  # loading workers, too, as from a terminal
     time.sleep(0.01)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..options import Options, ProgramError
 from .archives import digits, read_cifar
 from .batches import IGNORED, Batch, Batches, Data, Images, Preparation
+from .device import DeviceBatches, loaders
 from .folders import Files, folder
 from .images import centred, open_image
 from .loading import loader, workers_of
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Data",
+    "DeviceBatches",
     "Files",
     "Images",
     "Preparation",
@@ -30,6 +32,7 @@ __all__ = [
     "centred",
     "load",
     "loader",
+    "loaders",
     "open_image",
     "workers_of",
 ]

@@ -76,13 +76,16 @@ class Batches(Sampler):
     def __len__(self) -> int:
         return self.total() - self.first
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def indices(self) -> np.ndarray:
+        """Indices of the images of each batch that remains, ``int64 [batches, batch]``; -1 for an empty slot."""
         together = self.batch * self.world
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)[self.consumed :]
         else:
             order = np.full(self.total() * together, IGNORED)
             order[: self.length] = np.arange(self.length)
-        for number in range(self.first, self.total()):
-            start = number * together + self.rank * self.batch
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch]]
+        return order[: self.total() * together].reshape(-1, self.world, self.batch)[self.first :, self.rank]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.indices():
+            yield [(self.epoch, index) for index in batch.tolist()]

@@ -27,6 +27,7 @@ class Samples(Dataset):
         index = np.array([i for _, i in keys])
         there = index >= 0
         images, labels = self.images[index], np.where(there, self.labels[index], IGNORED)
+        images[~there] = 0
         if self.seed is not None:
             images = crop_and_flip(images, draws(self.seed, keys[0][0], index, 3), self.padding, self.flip)
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), [])
