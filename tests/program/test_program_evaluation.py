@@ -120,8 +120,8 @@ def test_best_by_validation_and_the_test_set_once(tmp_path, monkeypatch, capfd):
     real, seen = evaluation.evaluate, []
 
     def planted(network, batches, *rest):
-        seen.append((len(batches.dataset), network.state_dict()["conv1.weight"].clone()))
         result = real(network, batches, *rest)
+        seen.append((result.images, network.state_dict()["conv1.weight"].clone()))
         if len(seen) > 3:
             return result
         right = (1, 4, 2)[len(seen) - 1]

@@ -22,8 +22,8 @@ def test_lines_where_there_is_no_terminal(monkeypatch, capfd):
     bar.close()
     # 11 s a step, 33 s between lines. After three of the seven steps of this epoch 4 + 20 are left, then 1 + 20.
     assert capfd.readouterr().out.splitlines() == [
-        "epoch 2/4, step 6/10: loss 0.500, accuracy 75.0%, 6 images/s, 0:04:24 left in all",
-        "epoch 2/4, step 9/10: loss 0.500, accuracy 75.0%, 6 images/s, 0:03:51 left in all",
+        "epoch 2/4, step 6/10: loss 0.500, accuracy 75.0%, 6 images/s, 0% waiting for data, 0:04:24 left in all",
+        "epoch 2/4, step 9/10: loss 0.500, accuracy 75.0%, 6 images/s, 0% waiting for data, 0:03:51 left in all",
     ]
     hidden = report.Bar(1, 1, steps=2, first=0, show=False)
     clock[0] += 99
