@@ -24,6 +24,7 @@ class Processes:
     def __init__(self, options: Options) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.launched = "RANK" in os.environ  # by torchrun
         cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
         if cuda and not torch.cuda.is_available():
             raise ProgramError("--device cuda, but no CUDA device is visible")

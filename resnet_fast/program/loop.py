@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import state_dict as whole
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoints, recipes, report
+from .captured_step import CapturedStep, CudaGraphs, obstacle
 from .data import IGNORED, Batch, Batches, Data, loaders, workers_of
 from .distributed import Processes
 from .networks import build, prepare, prepared_values
@@ -89,6 +90,8 @@ class Trainer:
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
+        self.graph = self._captured_step()
+        self._held: list[tuple[Tensor, Tensor]] = []  # inputs of the passes of a step that the graph will run
         self.epoch = self.done = 0  # complete epochs, and steps done in the next one
         # Totals of this epoch: loss, correct predictions, images.
         self.sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
@@ -100,6 +103,15 @@ class Trainer:
         self.broken: set[str] = set()
         # Each process draws dropout masks of its own.
         torch.manual_seed(options.seed + 1 + processes.rank)
+
+    def _captured_step(self) -> CapturedStep | None:
+        device = self.processes.device
+        if obstacle(self.options, device, launched=self.processes.launched) is not None:
+            return None
+        wanted = self.options.cuda_graph == "on"
+        return CapturedStep(
+            self.network, self.optimizer, self.scaler, self._pass_inputs, CudaGraphs(device), wanted=wanted
+        )
 
     def state(self) -> dict[str, Any]:
         self.processes.share_buffers(self.network)
@@ -208,9 +220,24 @@ class Trainer:
             images = prepare(images, self.data.preparation, self.sums.float(), self.memory_format)
         return images, batch.labels.to(self.processes.device, non_blocking=True)
 
+    def _take(self, batch: Batch, last: bool) -> None:
+        """A pass on ``batch`` and, after the ``last`` of a step, the step; or both at once, by the graph."""
+        if self.graph is None:
+            self._pass(batch, last)
+            if last:
+                self._step()
+            return
+        self._held.append(self._inputs(batch))
+        if last:
+            self.graph.run(self._held)
+            self._held = []
+            self._advance(skipped=True)  # or not: asking would wait for the device
+
     def _pass(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one batch; accumulates gradients, loss and correct predictions."""
-        images, labels = self._inputs(batch)
+        self._pass_inputs(*self._inputs(batch), last)
+
+    def _pass_inputs(self, images: Tensor, labels: Tensor, last: bool) -> None:
         with self.processes.pass_without_sync(self.joined, last):
             with self._autocast():
                 scores = self.joined(images)
@@ -231,11 +258,10 @@ class Trainer:
         with contextlib.closing(bar):
             for number, batch in enumerate(bar.timed(batches)):
                 last = (number + 1) % self.options.accumulate == 0
-                self._pass(batch, last)
+                self._take(batch, last)
                 if not last:
                     bar.images += len(batch.labels) * self.processes.world
                     continue
-                self._step()
                 bar.step(len(batch.labels) * self.processes.world, self.sums)
                 received = self.processes.highest(signals.received)
                 if received:
@@ -250,8 +276,12 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._advance(self.scaler.get_scale() < scale)
+
+    def _advance(self, skipped: bool) -> None:
+        """What follows an optimizer's step, which the scaler may have skipped."""
         self.lr = float(self.optimizer.param_groups[0]["lr"])
-        with _quiet_skipped_step(self.scaler.get_scale() < scale):
+        with _quiet_skipped_step(skipped):
             self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.network)

@@ -38,6 +38,7 @@ class Options:
     ema: float = 0.0
     channels_last: bool = True
     compile: bool = False
+    cuda_graph: str = "auto"
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -51,7 +52,19 @@ class Options:
 
     def result(self) -> dict[str, Any]:
         """The options that the trained weights depend on; a resumed run must have the same."""
-        others = ("data", "out", "checksum", "device", "threads", "workers", "data_on", "save_every", "keep", "resume")
+        others = (
+            "data",
+            "out",
+            "checksum",
+            "device",
+            "threads",
+            "workers",
+            "data_on",
+            "cuda_graph",
+            "save_every",
+            "keep",
+            "resume",
+        )
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def check(self) -> None:
@@ -117,6 +130,12 @@ def parse(arguments: list[str] | None = None) -> Options:
     option(run, "--amp", choices=["off", "bf16", "fp16"], help="autocast; fp16 with loss scaling")
     option(run, "--channels-last", action=argparse.BooleanOptionalAction)
     option(run, "--compile", action="store_true", help="torch.compile")
+    option(
+        run,
+        "--cuda-graph",
+        choices=["auto", "on", "off"],
+        help="a step as one CUDA graph (auto: on one GPU, without --compile and fp16)",
+    )
     option(run, "--backend", choices=list(backends.NAMES), help="eager: PyTorch's own operators, to compare")
     option(run, "--device", choices=["auto", "cpu", "cuda"])
     option(run, "--threads", type=int, metavar="N", help="default: as many as PyTorch takes")

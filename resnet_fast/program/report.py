@@ -79,8 +79,8 @@ class Bar:
             self._shown = now
             loss, correct, count = sums.tolist()
             self._bar.set_postfix_str(
-                f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, {self.speed():.0f} images/s, "
-                f"{self.waiting():.0%} waiting for data"
+                f"loss {loss / max(count, 1):.3f}, accuracy {correct / max(count, 1):.1%}, {self.speed():.0f} images/s"
+                f", {self.waiting():.0%} waiting for data"
             )
 
     def seconds(self) -> float:
