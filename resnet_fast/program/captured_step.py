@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .options import Options, ProgramError
-from .report import say
 
 __all__ = ["CapturedStep", "CudaGraphs", "Graphs", "obstacle"]
 
@@ -59,11 +58,11 @@ class CapturedStep:
     """One training step of ``network``: the first steps run as they are, the next is captured, then it is replayed.
 
     The learning rate is a tensor that each replay sets, loss scale and the search for infinities are tensors already;
-    PyTorch's fused SGD reads them on the device. Steps outside of the graph are by the same kernel: a resumed run, which
-    begins with some, ends with the same weights bit for bit.
+    PyTorch's fused SGD reads them on the device. Steps outside of the graph are by the same kernel: a resumed run,
+    which begins with some, ends with the same weights bit for bit.
 
     run_pass: forward and backward of (images, labels, whether they are the step's last), accumulating gradients.
-    wanted: a step that cannot be captured ends the run; else it says so, and steps run as they are from then on.
+    give_up: is told why the step cannot be captured. Where it returns, steps run as they are from then on.
     """
 
     # cuDNN and the tuner choose in the first, tapes are recorded in the second.
@@ -76,21 +75,17 @@ class CapturedStep:
         scaler: torch.amp.GradScaler,
         run_pass: Callable[[Tensor, Tensor, bool], None],
         graphs: Graphs,
-        wanted: bool,
+        give_up: Callable[[str], None],
     ) -> None:
         self.network, self.optimizer, self.scaler, self.run_pass = network, optimizer, scaler, run_pass
-        self.graphs, self.wanted = graphs, wanted
+        self.graphs, self.give_up = graphs, give_up
         self._eager, self._gave_up = 0, False
         self._replay: Callable[[], None] | None = None
         self._held: Inputs = ()  # what the graph reads
         self._rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
 
     def run(self, inputs: Inputs) -> None:
-        """A step on the images and labels of its passes, whose shapes are the same in every step.
-
-        Raises:
-            ProgramError: the step cannot be captured, as was wanted.
-        """
+        """A step on the images and labels of its passes, whose shapes are the same in every step."""
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         if self._replay is None and self._eager >= self.WARM_UP and not self._gave_up and self._has_momentum():
@@ -116,8 +111,11 @@ class CapturedStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _has_momentum(self) -> bool:
-        """Whether the optimizer has made a step. The scaler skips the first ones: fused SGD would skip them after it has
-        allocated momentum, which then nothing writes."""
+        """Whether the optimizer has made a step.
+
+        The scaler skips the first ones: fused SGD would skip them after it has allocated momentum, which then nothing
+        writes.
+        """
         states = [self.optimizer.state[p] for group in self.optimizer.param_groups for p in group["params"]]
         return all(state.get("momentum_buffer") is not None for state in states)
 
@@ -126,10 +124,7 @@ class CapturedStep:
         try:
             return self.graphs.capture(lambda: self._step(self._held))
         except RuntimeError as error:
-            reason = f"the step cannot be captured in a CUDA graph: {str(error).splitlines()[0]}"
-            if self.wanted:
-                raise ProgramError(f"{reason}; want --cuda-graph off") from error
-            say(f"{reason}; it runs without one")
+            self.give_up(str(error).splitlines()[0])
             self._gave_up, self._held = True, ()
             self.optimizer.zero_grad(set_to_none=True)  # those of the capture hold nothing
             return None

@@ -106,12 +106,19 @@ class Trainer:
 
     def _captured_step(self) -> CapturedStep | None:
         device = self.processes.device
-        if obstacle(self.options, device, launched=self.processes.launched) is not None:
+        reason = obstacle(self.options, device, launched=self.processes.launched)
+        if device.type == "cuda" and self.processes.rank == 0:
+            report.say("steps are replayed as a CUDA graph" if reason is None else f"no CUDA graph: {reason}")
+        if reason is not None:
             return None
-        wanted = self.options.cuda_graph == "on"
-        return CapturedStep(
-            self.network, self.optimizer, self.scaler, self._pass_inputs, CudaGraphs(device), wanted=wanted
-        )
+        parts = (self.network, self.optimizer, self.scaler, self._pass_inputs)
+        return CapturedStep(*parts, CudaGraphs(device), self._give_up)
+
+    def _give_up(self, reason: str) -> None:
+        reason = f"the step cannot be captured in a CUDA graph: {reason}"
+        if self.options.cuda_graph == "on":
+            raise ProgramError(f"{reason}; want --cuda-graph off")
+        report.say(f"{reason}; it runs without one")
 
     def state(self) -> dict[str, Any]:
         self.processes.share_buffers(self.network)

@@ -17,7 +17,7 @@ from resnet_fast.program.options import Options, ProgramError, parse
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def prepared(tmp_path, monkeypatch, graphs, *given, scaled=False, wanted=True):
+def prepared(tmp_path, monkeypatch, graphs, *given, scaled=False):
     """A trainer of eight steps an epoch."""
     monkeypatch.setattr(models, "cifar_resnet20", lambda num_classes: models.CifarResNet(1, num_classes))
     options = parse([*small_cifar(tmp_path, count=64), "--epochs", "1", "--out", str(tmp_path / "run"), *given])
@@ -28,9 +28,8 @@ def prepared(tmp_path, monkeypatch, graphs, *given, scaled=False, wanted=True):
         trainer.network.fc.bias.register_hook(lambda grad: grad + poison)
         trainer._advance = lambda skipped: (advance(skipped), poison.fill_(math.inf if trainer.done == 4 else 0))
     if graphs is not None:
-        trainer.graph = CapturedStep(
-            trainer.network, trainer.optimizer, trainer.scaler, trainer._pass_inputs, graphs, wanted=wanted
-        )
+        parts = (trainer.network, trainer.optimizer, trainer.scaler, trainer._pass_inputs)
+        trainer.graph = CapturedStep(*parts, graphs, trainer._give_up)
     return trainer
 
 
@@ -93,12 +92,14 @@ def test_evaluation_sees_what_a_replay_wrote(tmp_path, monkeypatch):
 
 
 def test_step_that_cannot_be_captured(tmp_path, monkeypatch, capfd):
-    broken = trained(tmp_path, monkeypatch, RecordedGraphs(broken=True), wanted=False)
+    broken = trained(tmp_path, monkeypatch, RecordedGraphs(broken=True))
     line = "the step cannot be captured in a CUDA graph: operation not permitted"
     assert capfd.readouterr().out.count(f"{line}; it runs without one\n") == 1
     assert differences(broken, trained(tmp_path, monkeypatch, RecordedGraphs())) == []
+    trainer = prepared(tmp_path, monkeypatch, None)
+    trainer.options = dataclasses.replace(trainer.options, cuda_graph="on")
     with pytest.raises(ProgramError, match=f"^{line}; want --cuda-graph off$"):
-        trained(tmp_path, monkeypatch, RecordedGraphs(broken=True))
+        trainer._give_up("operation not permitted")
 
 
 def test_where_it_runs(tmp_path, capfd):
