@@ -30,7 +30,8 @@ class Processes:
 
     def __init__(self, options: Options) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+        self.launched = "RANK" in os.environ  # by torchrun
+        self.world = int(os.environ.get("WORLD_SIZE", 1)) if self.launched else 1
         self.device = _device(options)
         if options.strategy == "fsdp" and "RANK" not in os.environ:
             raise ProgramError("--strategy fsdp shards over processes: start it with torchrun")

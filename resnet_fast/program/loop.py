@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +28,7 @@ from . import (
     tensorboard,
     validation,
 )
+from .captured_step import CapturedStep, CudaGraphs, obstacle
 from .data import IGNORED, Batch, Batches, Data, loaders, workers_of
 from .distributed import Processes
 from .networks import build, prepare, prepared_values
@@ -87,6 +86,8 @@ class Trainer:
         self.optimizer = recipes.optimizer(self.network, self.recipe)
         self.schedule = recipes.schedule(self.optimizer, options, self.steps * self.recipe.epochs)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=options.amp == "fp16")
+        self.graph = self._captured_step()
+        self._held: list[tuple[Tensor, ...]] = []  # inputs of the passes of a step that the graph will run
         self.step = 0  # steps done, of all epochs
         self.epoch = self.done = 0  # complete epochs, and steps done in the next one
         self.consumed = 0  # images of this epoch that another number of processes has trained on
@@ -114,6 +115,22 @@ class Trainer:
     def start_line(self) -> str:
         images = {"training": len(self.data.train), self.held_out: len(self.held_images), "test": len(self.data.test)}
         return summary.start_line(self.options, self.processes, self.network, images, self.steps, self.recipe.epochs)
+
+    def _captured_step(self) -> CapturedStep | None:
+        device = self.processes.device
+        reason = obstacle(self.options, device, launched=self.processes.launched)
+        if device.type == "cuda":
+            self._say("steps are replayed as a CUDA graph" if reason is None else f"no CUDA graph: {reason}")
+        if reason is not None:
+            return None
+        parts = (self.network, self.optimizer, self.scaler, self._pass_inputs)
+        return CapturedStep(*parts, CudaGraphs(device), self._give_up)
+
+    def _give_up(self, reason: str) -> None:
+        reason = f"the step cannot be captured in a CUDA graph: {reason}"
+        if self.options.cuda_graph == "on":
+            raise ProgramError(f"{reason}; want --cuda-graph off")
+        report.say(f"{reason}; it runs without one")
 
     def state(self, *, weights: bool = True) -> dict[str, Any]:
         """All of the run that changes; without ``weights``, model and optimizer are None."""
@@ -180,7 +197,7 @@ class Trainer:
             if self.result is None or self.options.validation:  # or resumed after the last epoch
                 self.result = None
                 self._evaluate(test, "test")
-        self._final(chosen)
+        summary.final(self, chosen)
         return 0
 
     def _loaders(self) -> list[Any]:
@@ -252,20 +269,41 @@ class Trainer:
             images = prepare(images, self.data.preparation, self.sums.float(), self.memory_format)
         return images, batch.labels.to(self.processes.device, non_blocking=True)
 
+    def _take(self, batch: Batch, last: bool) -> None:
+        """A pass on ``batch`` and, after the ``last`` of a step, the step; or both at once, by the graph."""
+        if self.graph is None:
+            self._pass(batch, last)
+            if last:
+                self._step()
+            return
+        self._held.append(self._mixed(batch))
+        if last:
+            self.graph.run(self._held)
+            self._held = []
+            self._advance(skipped=True)  # or not: asking would wait for the device
+
     def _pass(self, batch: Batch, last: bool) -> None:
         """Forward and backward of one batch; accumulates gradients, loss and correct predictions."""
-        images, labels = self._inputs(batch)
+        self._pass_inputs(*self._mixed(batch), last)
+
+    def _mixed(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images and what :class:`mixing.Targets` holds of their labels."""
         options = self.options
         before = self.consumed + self.done * options.batch * options.accumulate * self.processes.world
         drawn = mixing.draw(options.seed, self.epoch, before, mixup=options.mixup, cutmix=options.cutmix)
-        images, targets = mixing.mix(images, labels, drawn)
+        images, targets = mixing.mix(*self._inputs(batch), drawn)
+        return images, *(t for t in targets if t is not None)
+
+    def _pass_inputs(self, images: Tensor, *targets_and_last: Any) -> None:
+        *tensors, last = targets_and_last
+        targets = mixing.Targets(*tensors)
         with self.processes.pass_without_sync(self.joined, last):
             with self._autocast():
                 scores = self.joined(images)
-                loss = mixing.loss(scores.float(), targets, options.label_smoothing)
-            self.scaler.scale(loss / options.accumulate).backward()
+                loss = mixing.loss(scores.float(), targets, self.options.label_smoothing)
+            self.scaler.scale(loss / self.options.accumulate).backward()
         correct = (scores.detach().argmax(1) == targets.heavier).sum()
-        count = (labels != IGNORED).sum()
+        count = (targets.labels != IGNORED).sum()
         self.sums += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
 
     def _train(self, batches: Any, signals: Signals) -> int:
@@ -280,11 +318,10 @@ class Trainer:
         with contextlib.closing(bar):
             for number, batch in enumerate(bar.timed(batches)):
                 last = (number + 1) % self.options.accumulate == 0
-                self._pass(batch, last)
+                self._take(batch, last)
                 if not last:
                     bar.images += len(batch.labels) * self.processes.world
                     continue
-                self._step()
                 self._trace.step()
                 bar.step(len(batch.labels) * self.processes.world, self.sums)
                 received = self.processes.highest(max(signals.received, self._lost()))
@@ -302,8 +339,12 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._advance(self.scaler.get_scale() < scale)
+
+    def _advance(self, skipped: bool) -> None:
+        """What follows an optimizer's step, which the scaler may have skipped."""
         self.lr = float(self.optimizer.param_groups[0]["lr"])
-        with _quiet_skipped_step(self.scaler.get_scale() < scale):
+        with recipes.quiet_skipped_step(skipped):
             self.schedule.step()
         if self.ema is not None:
             self.ema.update_parameters(self.network)
@@ -351,23 +392,3 @@ class Trainer:
                 self._tensorboard.row(row)
             waiting = f", {self._speed[2]:.1%} waiting for data"
             report.say(summary.epoch_line(row, self.recipe.epochs, self.processes.world) + waiting)
-
-    def _final(self, chosen: str) -> None:
-        broken = set().union(*self.processes.everyone(self.broken))
-        if self.processes.rank != 0 or self.result is None:
-            return
-        report.draw(report.curves, self.folder / "curves.png", {self.options.model: self.history})
-        summary.write_result(self.folder, self.result, self.data.preparation.classes)
-        on = " of the validation images" if self.options.validation else ""
-        report.say(f"final: {summary.result_text(self.result)}{chosen}; best epoch {self.best:.2%}{on}")
-        if broken:
-            report.say(f"{len(broken)} broken images were left out")
-
-
-@contextlib.contextmanager
-def _quiet_skipped_step(skipped: bool) -> Iterator[None]:
-    """Silences PyTorch's warning where the scaler skipped the optimizer's step: the schedule advances all the same."""
-    with warnings.catch_warnings():
-        if skipped:
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        yield

@@ -39,16 +39,21 @@ class Draw(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Labels ``int64 [N]``, those mixed in, and the share of the first."""
+    """Labels ``int64 [N]`` and, of mixed images, those mixed in, and the share of the first, a scalar.
+
+    All of it is tensors: a captured step reads what they hold when it is replayed.
+    """
 
     labels: Tensor
     partners: Tensor | None = None
-    share: float = 1.0
+    share: Tensor | None = None
 
     @property
     def heavier(self) -> Tensor:
         """The labels with the larger share, which count as right."""
-        return self.labels if self.partners is None or self.share >= 0.5 else self.partners
+        if self.partners is None or self.share is None:
+            return self.labels
+        return torch.where(self.share >= 0.5, self.labels, self.partners)
 
 
 def symmetric_beta(alpha: float, u: float, v: float) -> float:
@@ -110,7 +115,9 @@ def mix(images: Tensor, labels: Tensor, drawn: Draw | None) -> tuple[Tensor, Tar
         mixed[1::2] = share * odd + (1 - share) * even
     partners = labels.unflatten(0, (-1, 2)).flip(1).flatten()
     # A slot without an image has no loss, mixed or not.
-    return mixed, Targets(labels, torch.where(labels == IGNORED, IGNORED, partners), share)
+    return mixed, Targets(
+        labels, torch.where(labels == IGNORED, IGNORED, partners), images.new_full((), share, dtype=torch.float32)
+    )
 
 
 def loss(scores: Tensor, targets: Targets, smoothing: float) -> Tensor:
@@ -119,7 +126,7 @@ def loss(scores: Tensor, targets: Targets, smoothing: float) -> Tensor:
     ``F.cross_entropy(scores, p, label_smoothing=smoothing)`` with ``p = share * one_hot(labels) + (1 - share) *
     one_hot(partners)``; slots without an image do not count.
     """
-    if targets.partners is None:
+    if targets.partners is None or targets.share is None:
         return F.cross_entropy(scores, targets.labels, ignore_index=IGNORED, label_smoothing=smoothing)
     own, other = (
         F.cross_entropy(scores, labels, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum")

@@ -27,7 +27,17 @@ class ProgramError(Exception):
 # Options that the trained weights do not depend on.
 _NO_RESULT = {
     *("data", "test_data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
-    *("config", "evaluate", "tensorboard", "profile", "data_on", "checkpoints", "allow_world_change", "allow_nan"),
+    *(
+        "config",
+        "evaluate",
+        "tensorboard",
+        "profile",
+        "data_on",
+        "cuda_graph",
+        "checkpoints",
+        "allow_world_change",
+        "allow_nan",
+    ),
 }
 
 
@@ -60,6 +70,7 @@ class Options:
     ema: float = 0.0
     channels_last: bool = True
     compile: bool = False
+    cuda_graph: str = "auto"
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -204,6 +215,12 @@ def _parser(exit_on_error: bool = True) -> _Parser:
     option(run, "--amp", choices=["off", "bf16", "fp16"], help="autocast; fp16 with loss scaling")
     option(run, "--channels-last", action=argparse.BooleanOptionalAction)
     option(run, "--compile", action=argparse.BooleanOptionalAction, help="torch.compile")
+    option(
+        run,
+        "--cuda-graph",
+        choices=["auto", "on", "off"],
+        help="a step as one CUDA graph (auto: on one GPU, without --compile and fp16)",
+    )
     option(run, "--backend", choices=list(backends.NAMES), help="eager: PyTorch's own operators, to compare")
     option(run, "--device", choices=["auto", "cpu", "cuda"])
     option(run, "--threads", type=int, metavar="N", help="default: as many as PyTorch takes")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -10,7 +13,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LinearLR, LRS
 
 from .options import Options, ProgramError
 
-__all__ = ["Recipe", "of", "optimizer", "schedule"]
+__all__ = ["Recipe", "of", "optimizer", "quiet_skipped_step", "schedule"]
 
 
 class Recipe(NamedTuple):
@@ -73,3 +76,12 @@ def schedule(optimizer: SGD, options: Options, steps: int) -> LRScheduler:
     if options.model == "cifar_resnet110":
         return ChainedScheduler([ConstantLR(optimizer, factor=0.1, total_iters=400), falls])
     return falls
+
+
+@contextlib.contextmanager
+def quiet_skipped_step(skipped: bool) -> Iterator[None]:
+    """Silences PyTorch's warning where the scaler skipped the optimizer's step: the schedule advances all the same."""
+    with warnings.catch_warnings():
+        if skipped:
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        yield

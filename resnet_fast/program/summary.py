@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +14,10 @@ from .evaluation import Result
 from .history import held_out
 from .options import Options
 
-__all__ = ["epoch_line", "result_text", "start_line", "write_result"]
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+__all__ = ["epoch_line", "final", "result_text", "start_line"]
 
 
 def _counted(number: int, what: str) -> str:
@@ -73,8 +75,20 @@ def result_text(result: Result) -> str:
     return f"{result.right} of {result.images} test images right, {result.accuracy:.2%}{top5}"
 
 
-def write_result(folder: Path, result: Result, classes: list[str]) -> None:
-    """Writes confusion.png and classes.csv, and says the accuracy of classes."""
+def final(trainer: Trainer, chosen: str) -> None:
+    """The reports of the end: curves.png, confusion.png and classes.csv; what was found. All processes call it.
+
+    chosen: which weights were tested, if not those of the last epoch.
+    """
+    broken = set().union(*trainer.processes.everyone(trainer.broken))
+    if trainer.processes.rank != 0 or trainer.result is None:
+        return
+    folder, result, classes = trainer.folder, trainer.result, trainer.data.preparation.classes
+    report.draw(report.curves, folder / "curves.png", {trainer.options.model: trainer.history})
     report.draw(report.confusion_chart, folder / "confusion.png", result.confusion, classes)
     report.class_log(folder / "classes.csv", classes, result.of_classes())
     report.say(report.worst_classes(classes, result.of_classes()))
+    on = " of the validation images" if trainer.options.validation else ""
+    report.say(f"final: {result_text(result)}{chosen}; best epoch {trainer.best:.2%}{on}")
+    if broken:
+        report.say(f"{len(broken)} broken images were left out")

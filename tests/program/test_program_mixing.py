@@ -25,12 +25,12 @@ def test_loss_is_pytorchs(smoothing):
     labels = torch.tensor([0, 4, 2, 2, 1, 3])
     plain = mixing.loss(scores, mixing.Targets(labels), smoothing)
     torch.testing.assert_close(plain, F.cross_entropy(scores, labels, label_smoothing=smoothing))
-    targets = mixing.Targets(labels, labels.flip(0), 0.3)
+    targets = mixing.Targets(labels, labels.flip(0), torch.tensor(0.3))
     wanted = F.cross_entropy(scores, soft(targets, 5), label_smoothing=smoothing)
     torch.testing.assert_close(mixing.loss(scores, targets, smoothing), wanted)
     # Slots without an image do not count.
     there = torch.tensor([True, True, False, False, True, True])
-    empty = mixing.Targets(torch.where(there, labels, -1), torch.where(there, labels.flip(0), -1), 0.3)
+    empty = mixing.Targets(torch.where(there, labels, -1), torch.where(there, labels.flip(0), -1), torch.tensor(0.3))
     wanted = F.cross_entropy(scores[there], soft(targets, 5)[there], label_smoothing=smoothing)
     torch.testing.assert_close(mixing.loss(scores, empty, smoothing), wanted)
 
@@ -60,7 +60,8 @@ def test_mixup_of_pairs(dtype):
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert targets.partners.tolist() == [1, 3, 2, 0]
     assert targets.share == 0.25
-    assert targets.heavier is targets.partners
+    assert targets.heavier.equal(targets.partners)
+    assert targets._replace(share=torch.tensor(0.5)).heavier.equal(labels)
     same, plain = mixing.mix(images, labels, None)
     assert same is images
     assert plain.heavier is labels
