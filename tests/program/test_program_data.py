@@ -114,7 +114,7 @@ def test_damaged_compression(tmp_path):
     whole = gzip.decompress(path.read_bytes())
     packer = zlib.compressobj(wbits=31)
     path.write_bytes(packer.compress(whole[:60_000]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99)
-    with pytest.raises(ProgramError, match="cannot be read: .*Error -3 while decompressing data: invalid block type"):
+    with pytest.raises(ProgramError, match=r"cannot be read: .*Error -3 while decompressing data: invalid block type"):
         read_cifar(path, checksum(path))
 
 
