@@ -27,17 +27,8 @@ class ProgramError(Exception):
 # Options that the trained weights do not depend on.
 _NO_RESULT = {
     *("data", "test_data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
-    *(
-        "config",
-        "evaluate",
-        "tensorboard",
-        "profile",
-        "data_on",
-        "cuda_graph",
-        "checkpoints",
-        "allow_world_change",
-        "allow_nan",
-    ),
+    *("config", "evaluate", "tensorboard", "profile", "data_on", "cuda_graph", "checkpoints"),
+    *("allow_world_change", "allow_nan"),
 }
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .data.folders import class_warnings, list_images
+from .data.folders import list_images
+from .data.photographs import class_warnings
 from .data.shards import CLASS_NAMES, INDEX, library, packed_index, scan
 from .options import ProgramError
 from .text import printable
@@ -58,7 +59,7 @@ def write_shards(folder: Path, out: Path, samples: int = 1000) -> list[str]:
     """
     library()
     classes, files, warnings = list_images(folder)
-    warnings += class_warnings(classes, {part: np.array([label for _, label in files[part]]) for part in files})
+    warnings += class_warnings(classes, {part: np.array([n for _, n in files[part]]) for part in files})
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.glob("*.tar")):

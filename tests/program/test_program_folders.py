@@ -156,7 +156,7 @@ def test_classes_that_teach_nothing(tmp_path):
     root = photographs(tmp_path, ["cat"])
     assert [*loaded(root).warnings] == ["there is one class only, cat: every answer will be right"]
     (root / "train/dog").mkdir()
-    assert [*loaded(root).warnings] == ["classes without train images: 1 (dog)", "classes without test images: 1 (dog)"]
+    assert [*loaded(root).warnings] == [f"classes without {part} images: 1 (dog)" for part in ("training", "test")]
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -221,6 +221,7 @@ def test_a_chart_that_fails_ends_no_run(tmp_path, monkeypatch, capfd):
         raise ValueError("first\nsecond")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
-    for chart, content in ((report.curves, {}), (report.confusion_chart, torch.eye(2))):
+    rows = [dict.fromkeys(report.COLUMNS, 1)]
+    for chart, content in ((report.curves, {"run": rows}), (report.confusion_chart, torch.eye(2))):
         report.draw(chart, tmp_path / "x.png", content, *([["a", "b"]] if chart is report.confusion_chart else []))
         assert f"warning: {tmp_path}/x.png is not drawn: first second" in capfd.readouterr().out

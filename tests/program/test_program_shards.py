@@ -217,6 +217,40 @@ def test_an_index_that_does_not_fit_is_not_used(made):
         assert len(loaded(made).train) == 22, row
 
 
+def test_a_sample_taken_out_in_place_is_noticed(made):
+    """Padding keeps the size."""
+    path = made / "train-000000.tar"
+    header, offset, size, _ = shards.scan(path, None)[0][3].tolist()
+    content = path.read_bytes()
+    end = offset + size + -size % 512
+    path.write_bytes(content[: header - 1024] + content[end:] + bytes(end - header + 1024))
+    assert path.stat().st_size == len(content)
+    data = loaded(made).train
+    assert len(data) == 20
+    brightness = [60 * (1 + CLASSES.index(name)) for name in sorted(CLASSES)]
+    found = [data.open(i).getpixel((0, 0))[0] // 60 * 60 for i in range(20)]
+    assert found == [brightness[label] for label in data.labels]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [({"png": png(0)}, "a: 1 images and 0 .cls"), ({"txt": b""}, "a: 0 images"), (None, "want KEY.cls")],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_shards_without_a_sample(part, given, problem, made):
+    for path in made.glob(f"{part}-*.tar"):
+        written(path, {} if given is None else {"a": given})
+    with pytest.raises(ProgramError, match=rf"no sample in \d shards, .*{part}-000000.tar the first: .*{problem}"):
+        loaded(made)
+
+
+def test_a_folder_of_shards_wants_both_parts(made):
+    for path in made.glob("test-*"):
+        path.unlink()
+    with pytest.raises(ProgramError, match=r"has shards train-\*\.tar, but no test-\*\.tar"):
+        loaded(made)
+
+
 @pytest.mark.parametrize(
     ("data", "test", "message"),
     [
@@ -245,7 +279,8 @@ def test_names_of_classes_that_are_none(content, message, made):
 def test_without_the_library(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(ProgramError, match=r"shards need webdataset: pip install resnet_fast\[shards\]"):
-        loaded(made)
+        loaded(made / "train-*.tar", made / "test-*.tar")
+    assert len(loaded(made).train) == 21  # it is asked for patterns, and to write and to scan
 
 
 def test_a_run_goes_on_at_the_sample(made, tmp_path, capfd):

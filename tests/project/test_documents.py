@@ -104,11 +104,11 @@ def test_readme_code(capsys):
 
 
 def test_training_commands_parse(monkeypatch):
-    text = TRAINING.replace("\\\n    ", "").replace('"$@"', "--resume")
+    text = TRAINING.replace("\\\n    ", "")
     commands = re.findall(
         r"^(?:    python|    torchrun|srun torchrun)(?: .*)? -m resnet_fast\.train (.*)$", text, re.MULTILINE
     )
-    assert len(commands) == 9
+    assert len(commands) == 11
     read = []
     monkeypatch.setattr(train.options.config, "arguments", lambda path, *_: read.append(path) or ["--data=saved"])
     for command in commands:

@@ -6,7 +6,6 @@ again, and a resumed run sees the same images.
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
 from ..options import Options, ProgramError
@@ -17,7 +16,7 @@ from .folders import Files, folder
 from .images import centred, open_image
 from .loading import loader, workers_of
 from .memory import Samples, in_memory
-from .shards import from_shards
+from .shards import from_shards, shard_paths
 
 __all__ = [
     "IGNORED",
@@ -46,13 +45,16 @@ def load(options: Options) -> Data:
     if path.suffix == ".tar":
         if options.test_data is None:
             raise ProgramError(f"--data is {options.data}: shards to train with; want --test-data, shards to test on")
-        return from_shards(options.data, options.test_data, options)
+        train, test = shard_paths("--data", options.data), shard_paths("--test-data", options.test_data)
+        return from_shards(train, test, options)
     if options.test_data is not None:
         raise ProgramError(f"--test-data goes with shards, --data *.tar; --data is {options.data}")
     if path.is_dir():
-        if any(path.glob("train-*.tar")):
-            place = glob.escape(options.data)
-            return from_shards(f"{place}/train-*.tar", f"{place}/test-*.tar", options)
+        train, test = sorted(path.glob("train-*.tar")), sorted(path.glob("test-*.tar"))
+        if train:
+            if not test:
+                raise ProgramError(f"--data is {options.data}: has shards train-*.tar, but no test-*.tar")
+            return from_shards(train, test, options)
         return folder(path, options)
     if path.is_file():
         return in_memory(read_cifar(path, options.checksum), options, padding=4, flip=True)

@@ -9,14 +9,11 @@ import numpy as np
 from PIL import Image
 
 from ..options import Options, ProgramError
-from .batches import Data, Preparation
+from .batches import Data
 from .images import check_regular, open_image
-from .photographs import SUFFIXES, Photographs, check_readable
+from .photographs import SUFFIXES, Photographs, abridged, data_of
 
-__all__ = ["MEAN", "STD", "Files", "abridged", "class_warnings", "folder", "list_images"]
-
-# Of ImageNet: they serve for all photographs.
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+__all__ = ["Files", "folder", "list_images"]
 
 
 class Files(Photographs):
@@ -107,38 +104,11 @@ def list_images(root: Path) -> tuple[list[str], dict[str, list[tuple[Path, int]]
     return names["train"], files, abridged(f"skipped in {root}", skipped)
 
 
-def abridged(what: str, lines: list[str]) -> list[str]:
-    """``lines`` as one warning: how many, and the first ten."""
-    if not lines:
-        return []
-    shown = [*lines[:10], *(["..."] if len(lines) > 10 else [])]
-    return [f"{what}: {len(lines)} ({'; '.join(shown)})"]
-
-
-def class_warnings(classes: list[str], labels: dict[str, np.ndarray]) -> list[str]:
-    """Of empty classes in each part, and of a class that is the only one."""
-    found = []
-    for part, numbers in labels.items():
-        there = np.bincount(numbers, minlength=len(classes)) > 0
-        found += abridged(f"classes without {part} images", [classes[i] for i in np.flatnonzero(~there)])
-    if len(classes) == 1:
-        found.append(f"there is one class only, {classes[0]}: every answer will be right")
-    return found
-
-
 def folder(root: Path, options: Options) -> Data:
     """The data in ``root``; classes are the folders in ``root/train``."""
     classes, files, warnings = list_images(root)
-    warnings += class_warnings(classes, {part: np.array([label for _, label in files[part]]) for part in files})
     train = files["train"]
     if options.limit is not None:
         train = [train[i] for i in np.random.default_rng(0).permutation(len(train))[: options.limit]]
-    data = Data(
-        Files(train, options.image_size, options.seed),
-        Files(files["test"], options.image_size, None),
-        Preparation(classes, options.image_size, 3, MEAN, STD),
-        warnings,
-    )
-    check_readable(data.train, "training")  # type: ignore[arg-type]
-    check_readable(data.test, "test")  # type: ignore[arg-type]
-    return data
+    size = options.image_size
+    return data_of(Files(train, size, options.seed), Files(files["test"], size, None), classes, warnings)

@@ -9,12 +9,14 @@ from torch.utils.data import Dataset
 
 from ..options import ProgramError
 from .augment import draws, random_box
-from .batches import IGNORED, Batch
+from .batches import IGNORED, Batch, Data, Preparation
 from .images import centred
 
-__all__ = ["SUFFIXES", "Photographs", "check_readable"]
+__all__ = ["SUFFIXES", "Photographs", "abridged", "check_readable", "class_warnings", "data_of"]
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Of ImageNet: they serve for all photographs.
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Photographs(Dataset):
@@ -73,3 +75,34 @@ def check_readable(images: Photographs, what: str) -> None:
         except (OSError, ValueError) as error:
             reason = f"the last, {images.name(index)}: {error}"
     raise ProgramError(f"no {what} image can be read ({reason})")
+
+
+def abridged(what: str, lines: list[str]) -> list[str]:
+    """``lines`` as one warning: how many, and the first ten."""
+    if not lines:
+        return []
+    shown = [*lines[:10], *(["..."] if len(lines) > 10 else [])]
+    return [f"{what}: {len(lines)} ({'; '.join(shown)})"]
+
+
+def class_warnings(classes: list[str], labels: dict[str, np.ndarray]) -> list[str]:
+    """Of empty classes in each part, and of a class that is the only one."""
+    found = []
+    for part, numbers in labels.items():
+        there = np.bincount(numbers, minlength=len(classes)) > 0
+        found += abridged(f"classes without {part} images", [classes[i] for i in np.flatnonzero(~there)])
+    if len(classes) == 1:
+        found.append(f"there is one class only, {classes[0]}: every answer will be right")
+    return found
+
+
+def data_of(train: Photographs, test: Photographs, classes: list[str], warnings: list[str]) -> Data:
+    """Both parts as data, with warnings of classes.
+
+    Raises:
+        ProgramError: a part has no readable image.
+    """
+    check_readable(train, "training")
+    check_readable(test, "test")
+    more = class_warnings(classes, {"training": train.labels, "test": test.labels})
+    return Data(train, test, Preparation(classes, train.size, 3, _MEAN, _STD), [*warnings, *more])

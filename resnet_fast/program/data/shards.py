@@ -24,12 +24,11 @@ from PIL import Image
 
 from ..options import Options, ProgramError
 from ..text import one_line
-from .batches import Data, Preparation
-from .folders import MEAN, STD, abridged, class_warnings
+from .batches import Data
 from .images import check_regular, open_image
-from .photographs import SUFFIXES, Photographs, check_readable
+from .photographs import SUFFIXES, Photographs, abridged, data_of
 
-__all__ = ["CLASS_NAMES", "INDEX", "Shards", "from_shards", "library", "packed_index", "scan"]
+__all__ = ["CLASS_NAMES", "INDEX", "Shards", "from_shards", "library", "packed_index", "scan", "shard_paths"]
 
 CLASS_NAMES = "classes.json"  # beside the training shards: a list of names; without it, numbers are names
 
@@ -43,7 +42,7 @@ def library():  # type: ignore[no-untyped-def]
     return webdataset
 
 
-def _paths(option: str, pattern: str) -> list[Path]:
+def shard_paths(option: str, pattern: str) -> list[Path]:
     """The shards of ``pattern``, braces and wildcards expanded; each once."""
     try:
         expanded = library().shardlists.expand_urls(pattern)
@@ -88,7 +87,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                 archive.members.clear()  # type: ignore[attr-defined]  # a list of all that it saw
                 if member.isreg() and not _META.match(member.name):
                     content = b""
-                    if member.name.endswith(".cls"):
+                    if member.name.lower().endswith(".cls"):
                         file.seek(member.offset_data)
                         content = file.read(min(member.size, 99))
                     yield member, content
@@ -127,6 +126,17 @@ def _samples(path: Path, classes: int | None) -> Iterator[_Sample]:
             yield sample._replace(problem=f"{path}: {key}: {sample.problem}") if sample.problem else sample
 
 
+def _member_at(path: Path, header: int) -> tarfile.TarInfo | None:
+    """The member whose header begins at that byte, or None if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(header)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                return archive.next()
+    except (tarfile.TarError, OSError, ValueError):
+        return None
+
+
 class Shards(Photographs):
     """Images in shards."""
 
@@ -137,15 +147,8 @@ class Shards(Photographs):
 
     def name(self, index: int) -> str:
         shard, header = self.index[index, :2].tolist()
-        try:
-            with self.paths[shard].open("rb") as file:
-                file.seek(header)
-                with tarfile.open(fileobj=file, mode="r:") as archive:
-                    member = archive.next()
-            name = member.name if member is not None else ""
-        except (tarfile.TarError, OSError):  # the shard is another by now
-            name = f"byte {header}"
-        return f"{self.paths[shard]}: {name}"
+        member = _member_at(self.paths[shard], header)  # None: the shard is another by now
+        return f"{self.paths[shard]}: {f'byte {header}' if member is None else member.name}"
 
     def open(self, index: int) -> Image.Image:
         shard, _, offset, size, _ = self.index[index].tolist()
@@ -180,8 +183,11 @@ def _packed_rows(path: Path) -> np.ndarray | None:
     rows, size = numbers[1:], path.stat().st_size
     if not len(numbers) or numbers[0].tolist() != [_INDEX_FORMAT, size, len(rows), 0]:
         return None
-    within = (rows >= 0).all() and (rows[:, :3] <= size).all() and (rows[:, 3] < _MOST_CLASSES).all()
-    return rows if within else None
+    if not (rows >= 0).all() or not (rows[:, :3] <= size).all() or not (rows[:, 3] < _MOST_CLASSES).all():
+        return None
+    # What was taken out of a shard, or put in, moved the last sample, even if padding kept the shard's size.
+    last = _member_at(path, int(rows[-1, 0])) if len(rows) else None
+    return rows if last is not None and [last.offset_data, last.size] == rows[-1, 1:3].tolist() else None
 
 
 def _indexed(paths: list[Path], classes: int | None) -> tuple[np.ndarray, list[str]]:
@@ -193,6 +199,9 @@ def _indexed(paths: list[Path], classes: int | None) -> tuple[np.ndarray, list[s
             rows, problems = scan(path, classes)
             broken += problems
         found.append(np.insert(rows, 0, number, axis=1))
+    if sum(map(len, found)) == 0:
+        wish = f"want KEY.cls and KEY.SUFFIX of {', '.join(sorted(SUFFIXES))}"
+        raise ProgramError(f"no sample in {len(paths)} shards, {paths[0]} the first: {broken[0] if broken else wish}")
     return np.concatenate(found), broken
 
 
@@ -208,33 +217,19 @@ def _class_names(path: Path) -> list[str] | None:
     return names
 
 
-def from_shards(train: str, test: str, options: Options) -> Data:
-    """The data in the shards that the patterns ``train`` and ``test`` name."""
-    paths = {"train": _paths("--data", train), "test": _paths("--test-data", test)}
-    classes = _class_names(paths["train"][0].with_name(CLASS_NAMES))
-    index, broken = {}, []
-    for part, there in paths.items():
-        index[part], problems = _indexed(there, None if classes is None else len(classes))
-        broken += problems
-        if classes is None and len(index[part]):
-            classes = [str(number) for number in range(int(index[part][:, 4].max()) + 1)]
-        if not len(index[part]):
-            raise ProgramError(
-                f"no {part} sample in {len(there)} shards, {there[0]} the first: want KEY.cls and KEY.SUFFIX of "
-                + ", ".join(sorted(SUFFIXES))
-            )
-    assert classes is not None
-    warnings = abridged("broken samples, left out", broken)
-    warnings += class_warnings(classes, {part: rows[:, 4] for part, rows in index.items()})
-    rows = index["train"]
+def from_shards(train: list[Path], test: list[Path], options: Options) -> Data:
+    """The data in shards."""
+    classes = _class_names(train[0].with_name(CLASS_NAMES))
+    rows, broken = _indexed(train, None if classes is None else len(classes))
+    if classes is None:
+        classes = [str(number) for number in range(int(rows[:, 4].max()) + 1)]
+    test_rows, more = _indexed(test, len(classes))
     if options.limit is not None:
         rows = rows[np.random.default_rng(0).permutation(len(rows))[: options.limit]]
-    data = Data(
-        Shards(paths["train"], rows, options.image_size, options.seed),
-        Shards(paths["test"], index["test"], options.image_size, None),
-        Preparation(classes, options.image_size, 3, MEAN, STD),
-        warnings,
+    size = options.image_size
+    return data_of(
+        Shards(train, rows, size, options.seed),
+        Shards(test, test_rows, size, None),
+        classes,
+        abridged("broken samples, left out", broken + more),
     )
-    check_readable(data.train, "training")  # type: ignore[arg-type]
-    check_readable(data.test, "test")  # type: ignore[arg-type]
-    return data
