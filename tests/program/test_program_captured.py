@@ -10,7 +10,7 @@ from helpers.program_support import differences, run, small_cifar
 from helpers.recorded_graph import RecordedGraphs
 
 from resnet_fast import models
-from resnet_fast.program import data, distributed, loop
+from resnet_fast.program import data, distributed, loop, signals
 from resnet_fast.program.captured_step import CapturedStep, obstacle
 from resnet_fast.program.options import Options, ProgramError, parse
 
@@ -38,14 +38,19 @@ def trained(tmp_path, *given, start=None, **options):
     trainer = prepared(tmp_path, *given, **options)
     if start is not None:
         trainer.restore(tmp_path / "run" / start)
-    assert trainer._train(trainer._loaders()[0], loop._Signals()) == 0
+    assert trainer._train(trainer._loaders()[0], signals.Signals()) == 0
     return trainer.state()
 
 
 @pytest.mark.parametrize(
     ("way", "scaled", "replays"),
-    [((), False, 5), (("--accumulate", "2", "--ema", "0.9", "--recipe", "he"), False, 1), ((), True, 6)],
-    ids=["plain", "accumulated", "scaled"],
+    [
+        ((), False, 5),
+        (("--accumulate", "2", "--ema", "0.9", "--recipe", "he"), False, 1),
+        (("--mixup", "0.4", "--cutmix", "1", "--label-smoothing", "0.1"), False, 5),
+        ((), True, 6),
+    ],
+    ids=["plain", "accumulated", "mixed", "scaled"],
 )
 def test_trains_as_without(way, scaled, replays, tmp_path, monkeypatch):
     if scaled:  # of the first step there is no momentum
