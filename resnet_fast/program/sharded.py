@@ -89,9 +89,10 @@ def load(path: Path, rest: dict[str, Any], network: nn.Module, optimizer: Optimi
     damaged = [name for name in names if not _is_whole(path / name, rest["files"][name])]
     for name in (name for own in processes.everyone(damaged) for name in own):
         raise ProgramError(f"checkpoint {path} is damaged: {name} is missing, or its checksum is wrong")
+    reader = _Reader(path, _described(path))
     model, steps = of.get_model_state_dict(network), of.get_optimizer_state_dict(network, optimizer)
     try:
-        dcp.load(_tensors(model, steps), storage_reader=_Reader(path))
+        dcp.load(_tensors(model, steps), storage_reader=reader)
     except CheckpointException as error:
         raise ProgramError(f"checkpoint {path} does not fit: {_cause(error).strerror}") from error
     of.set_model_state_dict(network, model)
@@ -118,11 +119,23 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+def _described(path: Path) -> Metadata:
+    try:
+        with (path / ".metadata").open("rb") as file:
+            return _Unpickler(file).load()
+    except Exception as error:  # of many kinds, depending on the content
+        raise ProgramError(f"checkpoint {path} is not one of resnet_fast.train: its .metadata, {error}") from error
+
+
 class _Reader(dcp.FileSystemReader):
+    """Reads what ``metadata`` describes."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._described = metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        if self._described.storage_meta is None:
+            self._described.storage_meta = StorageMeta()
+        self._described.storage_meta.load_id = self.load_id
+        return self._described

@@ -1,13 +1,16 @@
 """Runs that lose processes go on: restarts, a lost agent, another number of processes; sharded checkpoints."""
 
 import os
+import pickle
 import shutil
 import signal
 import socket
+import zlib
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.program_support import checkpoint, differences, run, small_cifar, start, torchrun
 from test_program_resume import wait_for
 
@@ -236,6 +239,26 @@ def test_damaged_sharded_checkpoint(sharded_run, capfd):
             assert f"checkpoint {last}" in error
             assert error.count("\n") == 1, error
             (last / name).write_bytes(content)
+
+
+class Caller:
+    def __reduce__(self):
+        return print, ("called",)
+
+
+def test_description_of_shards_calls_nothing(sharded_run, capfd):
+    """A folder whose checksums are right, but whose ``.metadata`` is a pickle that calls."""
+    given, out = sharded_run
+    last = out / "step-00000008"
+    state, content = checkpoint(last / "state.pt"), pickle.dumps(Caller())
+    state["files"][".metadata"] = zlib.crc32(content)
+    torch.save(state, last / "state.pt")
+    (last / ".metadata").write_bytes(content)
+    assert run(*given, "--resume") == 2
+    output = capfd.readouterr()
+    assert f"checkpoint {last} is not one of resnet_fast.train: its .metadata, it asks for builtins.print" in output.err
+    assert output.err.count("\n") == 1
+    assert "called" not in output.out
 
 
 def test_full_disk_while_shards_are_written(sharded_run, capfd, monkeypatch):
