@@ -129,10 +129,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if group is None:
             return super().forward(x)
         self._check_input_dim(x)
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if not self.affine:
             dtype = torch.promote_types(x.dtype, torch.float32)
-            weight, bias = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (1, 0))
+            weight = torch.ones(x.shape[1], dtype=dtype, device=x.device)
+            bias = torch.zeros_like(weight)
         y, mean, variance, n = _Normalize.apply(x, weight, bias, self.eps, group)
         if self.running_mean is not None:
             self._track(mean, variance, n)

@@ -59,8 +59,12 @@ def forward(
         y, stats, affine, filters = kernels.convolve(layer, ready(layer.source), own, running[i] if running else None)
         values[i + 1] = Value(y, affine, layer.relu)
         unread = i + 1 == len(layers) and not layer.normalized
-        for tensor, each in zip((None if unread else y, None, affine, stats, filters, None), saved, strict=True):
-            each.append(tensor)
+        saved.ys.append(None if unread else y)
+        saved.sums.append(None)
+        saved.scales.append(affine)
+        saved.stats.append(stats)
+        saved.filters.append(filters)
+        saved.counts.append(None)
         if layer.synced:
             synced.add(i, stats, y.numel() // y.shape[1])
         if layer.residual >= 0:

@@ -43,9 +43,7 @@ class Program:
         self.eps = [0.0 if bn is None else bn.eps for bn in norms]
         self.normalized = [bn is not None for bn in norms]
         self.batch = [bn is not None and (bn.training or bn.running_mean is None) for bn in norms]
-        self.synced = [
-            batch and is_synchronized(bn) and bn.training for bn, batch in zip(norms, self.batch, strict=True)
-        ]
+        self.synced = [bn is not None and bn.training and is_synchronized(bn) for bn in norms]
         self.layers = layers_of(specs, self.eps, self.normalized, self.batch)
         self.statistics = RunningStatistics(norms, self.batch)
         self.passes = Passes(self.layers)

@@ -85,9 +85,10 @@ class Kernels:
         return sums[::2].clone()  # they become gradients of other parameters: no alias
 
     def gradients(
-        self, layers: list[Layer], pixels: list[int], stats: list[Tensor], tensors: list[Tensor | None], needed: Any
+        self, layers: list[Layer], pixels: list[Any], stats: list[Tensor], tensors: list[Tensor | None], needed: Any
     ) -> Gradients:
-        """The per-channel gradients of one backward. needed: whether the gradient of each layer's output is."""
+        """The per-channel gradients of one backward. pixels: values per channel of each layer's output, a tensor where
+        batch norm is synchronised. needed: whether the gradient of each layer's output is."""
         return Gradients(layers, pixels, stats, tensors, needed)
 
     def backward(

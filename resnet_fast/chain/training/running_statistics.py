@@ -151,11 +151,11 @@ def _track(calls: list[Any]) -> None:
         running = [bn.running_var for bn, _, _ in members]
         shares = [momentum * n / (n - 1) for _, _, n in members]
         torch._foreach_mul_(running, 1 - momentum)
+        variances = [variance for _, variance in rows]
         if any(isinstance(share, Tensor) for share in shares):  # the host need not know them
-            unbiased = [variance * share for (_, variance), share in zip(rows, shares, strict=True)]
+            torch._foreach_add_(running, [v * share for v, share in zip(variances, shares, strict=True)])
         else:
-            unbiased = torch._foreach_mul([variance for _, variance in rows], shares)
-        torch._foreach_add_(running, unbiased)
+            torch._foreach_add_(running, torch._foreach_mul(variances, shares))
 
 
 def _average(bn: nn.BatchNorm2d, now: Tensor, n: Any) -> None:
