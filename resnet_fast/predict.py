@@ -15,6 +15,7 @@ from torch import Tensor, nn
 try:
     from .program import checkpoints, data, networks
     from .program.options import ProgramError
+    from .program.text import printable
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.predict needs {error.name}: pip install resnet_fast[train]")
 
@@ -70,14 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             best = predict(network, preparation, image).topk(min(given.top, len(preparation.classes)))
         except (OSError, ValueError) as error:
-            print(f"{image}: cannot be read: {error}", file=sys.stderr)
+            print(f"{image}: cannot be read: {error}", file=sys.stderr)  # escapes what it cannot take
             status = 1
             continue
         answers = (
             f"{preparation.classes[i]} {share:.1%}"
             for i, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         )
-        print(f"{image}: {', '.join(answers)}")
+        print(printable(f"{image}: {', '.join(answers)}"))
     return status
 
 

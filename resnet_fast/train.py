@@ -44,7 +44,10 @@ def _train(given: options.Options, processes: distributed.Processes) -> int:
     start = _start_from(given)
     if processes.rank == 0:
         report.writable(Path(given.out))
-    trainer = loop.Trainer(given, data.load(given), processes)
+    loaded = data.load(given)
+    for warning in loaded.warnings:
+        say(f"warning: {warning}")
+    trainer = loop.Trainer(given, loaded, processes)
     if start is not None:
         trainer.restore(start)
         say(f"goes on from {start}: epoch {trainer.epoch + 1}, step {trainer.done + 1}")

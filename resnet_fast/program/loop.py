@@ -349,8 +349,9 @@ class Trainer:
         if self.processes.rank != 0 or self.confusion is None:
             return
         folder = Path(self.options.out)
-        report.curves(folder / "curves.png", {self.options.model: self.history})
-        report.confusion_chart(folder / "confusion.png", self.confusion, self.data.preparation.classes)
+        report.draw(report.curves, folder / "curves.png", {self.options.model: self.history})
+        classes = self.data.preparation.classes
+        report.draw(report.confusion_chart, folder / "confusion.png", self.confusion, classes)
         correct, count = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
         report.say(f"final: {correct} of {count} test images right, {correct / count:.2%}; best epoch {self.best:.2%}")
         if broken:

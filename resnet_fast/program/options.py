@@ -23,6 +23,7 @@ class Options:
 
     data: str
     out: str = "runs/last"
+    test_data: str | None = None
     checksum: str | None = None
     image_size: int = 224
     limit: int | None = None
@@ -52,19 +53,8 @@ class Options:
 
     def result(self) -> dict[str, Any]:
         """The options that the trained weights depend on; a resumed run must have the same."""
-        others = (
-            "data",
-            "out",
-            "checksum",
-            "device",
-            "threads",
-            "workers",
-            "data_on",
-            "cuda_graph",
-            "save_every",
-            "keep",
-            "resume",
-        )
+        where = ("data", "test_data", "out", "checksum", "device", "threads", "workers", "data_on", "cuda_graph")
+        others = (*where, "save_every", "keep", "resume")
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def check(self) -> None:
@@ -104,8 +94,12 @@ def parse(arguments: list[str] | None = None) -> Options:
 
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", required=True, help="mnist5k, a CIFAR archive, or a folder: train/CLASS/*, test/CLASS/*"
+        "--data",
+        required=True,
+        help="mnist5k, a CIFAR archive, a folder (train/CLASS/*, test/CLASS/*), or WebDataset shards: a folder of "
+        "train-*.tar and test-*.tar, or a pattern such as 'train-{000..146}.tar'",
     )
+    option(data, "--test-data", metavar="PATTERN", help="shards to test on, where --data is a pattern")
     option(data, "--checksum", metavar="MD5", help="of an archive of one's own in CIFAR's format")
     option(data, "--image-size", type=int, metavar="PIXELS", help="to which photographs are cut (default 224)")
     option(data, "--limit", type=int, metavar="N", help="train on N images only")

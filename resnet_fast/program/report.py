@@ -10,7 +10,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from .checkpoints import write
 from .options import ProgramError
+from .text import chart_labels, one_line, printable
 
-__all__ = ["COLUMNS", "Bar", "confusion_chart", "curves", "log", "read_log", "say", "writable"]
+__all__ = ["COLUMNS", "Bar", "confusion_chart", "curves", "draw", "log", "read_log", "say", "writable"]
 
 COLUMNS = (
     "epoch",
@@ -38,7 +39,7 @@ COLUMNS = (
 
 def say(text: str) -> None:
     """Prints a line above the progress bar."""
-    tqdm.write(text)
+    tqdm.write(printable(text))
     sys.stdout.flush()
 
 
@@ -161,14 +162,23 @@ def confusion_chart(path: Path, matrix: Tensor, classes: list[str]) -> None:
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= 40:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        labels, fonts = chart_labels(classes)
+        axes.set_xticks(range(len(classes)), labels, rotation=90, parse_math=False, family=fonts)
+        axes.set_yticks(range(len(classes)), labels, parse_math=False, family=fonts)
         for row, column in torch.nonzero(matrix).tolist():
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, int(matrix[row, column]), ha="center", va="center", color=color, fontsize=7)
     right = float(matrix.diagonal().sum()) / max(float(matrix.sum()), 1.0)
     axes.set(xlabel="predicted", ylabel="true", title=f"{right:.2%} of {int(matrix.sum())} right")
     _save(figure, path)
+
+
+def draw(chart: Callable[..., None], path: Path, *content: Any) -> None:
+    """``chart(path, *content)``; a chart that fails is said, and ends no run."""
+    try:
+        chart(path, *content)
+    except Exception as error:
+        say(f"warning: {path} is not drawn: {one_line(error)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,8 +19,13 @@ CLASSES = [f"class{i}" for i in range(10)]
 
 
 def make_archive(path, members):
-    with tarfile.open(path, "w:gz") as archive:
+    """A tar.gz at ``path``, which may be an open file, of bytes, or whole entries, by name."""
+    place = {"name" if isinstance(path, Path) else "fileobj": path}
+    with tarfile.open(**place, mode="w:gz", compresslevel=1) as archive:
         for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                archive.addfile(content)
+                continue
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
@@ -37,6 +42,48 @@ def cifar_members(images, labels, test_images, test_labels):
     members["cifar-10-batches-py/test_batch"] = part(test_images, test_labels)
     members["cifar-10-batches-py/batches.meta"] = pickle.dumps({b"label_names": [c.encode() for c in CLASSES]}, 4)
     return members
+
+
+def _binary_members(train, test, label_bytes):
+    def part(images, labels):
+        head = np.stack([*(np.full_like(labels, 7),) * (label_bytes - 1), labels], 1).astype(np.uint8)
+        return np.concatenate([head, images.reshape(-1, 3072)], 1).tobytes()
+
+    if label_bytes == 2:
+        names = "\n".join(f"fine{i}" for i in range(100))
+        folder = "cifar-100-binary/"
+        return {
+            folder + "train.bin": part(*train),
+            folder + "test.bin": part(*test),
+            folder + "fine_label_names.txt": names.encode(),
+        }
+    folder = "cifar-10-batches-bin/"
+    images, labels = train
+    members = {f"{folder}data_batch_{i + 1}.bin": part(images[i::5], labels[i::5]) for i in range(5)}
+    return {
+        **members,
+        folder + "test_batch.bin": part(*test),
+        folder + "batches.meta.txt": ("\n".join(CLASSES) + "\n\n").encode(),
+    }
+
+
+def _cifar_100_members(train, test):
+    def part(images, labels):
+        return pickle.dumps({b"data": images.reshape(-1, 3072), b"fine_labels": labels.tolist()}, 4)
+
+    names = pickle.dumps({b"fine_label_names": [f"fine{i}".encode() for i in range(100)]}, 4)
+    folder = "cifar-100-python/"
+    return {folder + "train": part(*train), folder + "test": part(*test), folder + "meta": names}
+
+
+def archive_members(kind, count):
+    """What an archive of ``count`` and half as many images of noise holds; kind: its name without ``.tar.gz``."""
+    train, test = random_images(count), random_images(count // 2, seed=1)
+    if kind == "cifar-10-python":
+        return cifar_members(*train, *test)
+    if kind == "cifar-100-python":
+        return _cifar_100_members(train, test)
+    return _binary_members(train, test, 1 if "-10-" in kind else 2)
 
 
 def random_images(count, seed=0):

@@ -107,7 +107,7 @@ def test_training_commands_parse():
     commands = re.findall(
         r"^    (?:python|torchrun --nproc-per-node 2) -m resnet_fast\.train (.*)$", TRAINING, re.MULTILINE
     )
-    assert len(commands) == 3
+    assert len(commands) >= 5
     for command in commands:
         assert train.options.parse(command.split()).data in command
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -46,6 +46,7 @@ class Data(NamedTuple):
     train: Images
     test: Images
     preparation: Preparation
+    warnings: Sequence[str] = ()
 
 
 class Batches(Sampler):

@@ -2,88 +2,113 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from ..options import Options, ProgramError
-from .augment import draws, random_box
-from .batches import IGNORED, Batch, Data, Preparation
-from .images import centred, open_image
+from .batches import Data
+from .images import check_regular, open_image
+from .photographs import SUFFIXES, Photographs, abridged, data_of
 
-__all__ = ["Files", "folder"]
+__all__ = ["Files", "folder", "list_images"]
 
 
-class Files(Dataset):
-    """Image files; with ``seed``, random boxes of them, randomly mirrored. Keys are ``(epoch, index)``.
-
-    Broken files are reported. In training the next readable file replaces one, so that batches stay full; in testing
-    its slot is ignored.
-    """
+class Files(Photographs):
+    """Image files with their labels."""
 
     def __init__(self, files: list[tuple[Path, int]], size: int, seed: int | None) -> None:
-        self.files, self.size, self.seed = files, size, seed
+        super().__init__(np.array([label for _, label in files], np.int64), size, seed)
+        self.files = files
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def name(self, index: int) -> str:
+        return str(self.files[index][0])
 
-    def _pixels(self, epoch: int, index: int) -> np.ndarray:
-        image = open_image(self.files[index][0], 3)
-        if self.seed is None:
-            return centred(image, self.size)
-        dice = draws(self.seed, epoch, np.array([index]), 5)[0]
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, random_box(*image.size, dice))
-        pixels = np.asarray(image).transpose(2, 0, 1)
-        return pixels[..., ::-1] if dice[4] < 0.5 else pixels
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
-        images = np.zeros((len(keys), 3, self.size, self.size), np.uint8)
-        labels = np.full(len(keys), IGNORED, np.int64)
-        broken: list[str] = []
-        for slot, (epoch, first) in enumerate(keys):
-            candidates = range(first, first + len(self)) if self.seed is not None else range(first, first + 1)
-            for index in (i % len(self) for i in candidates if first >= 0):
-                try:
-                    images[slot] = self._pixels(epoch, index)
-                    labels[slot] = self.files[index][1]
-                    break
-                except (OSError, ValueError) as error:
-                    broken.append(f"{self.files[index][0]}: {error}")
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), broken)
+    def open(self, index: int) -> Image.Image:
+        return open_image(self.files[index][0], 3)
 
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_Identity = tuple[int, int]  # device and inode
 
 
-def _listed(place: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((place / name).rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    if not files:
-        raise ProgramError(f"{place} holds no images: want {place}/CLASS/IMAGE ({', '.join(sorted(_SUFFIXES))})")
-    return files
+def _identity(folder: Path) -> _Identity:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
-def folder(root: Path, options: Options) -> Data:
-    """The data in ``root``; classes are the folders in ``root/train``."""
+def _scan(folder: Path, above: set[_Identity], skipped: list[str]) -> tuple[list[Path], list[Path]]:
+    """Folders and image files in ``folder``, without hidden folders, folders of ``above`` and what is no file."""
+    folders, images = [], []
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        skipped.append(f"{folder}: {error.strerror}")
+        return [], []
+    for entry in entries:
+        path = Path(entry.path)
+        try:
+            if entry.is_dir():
+                if entry.name.startswith("."):
+                    skipped.append(f"{path}: hidden")
+                elif _identity(path) in above:
+                    skipped.append(f"{path}: leads back to a folder that it lies in")
+                else:
+                    folders.append(path)
+            elif path.suffix.lower() in SUFFIXES:
+                if not entry.is_file():
+                    check_regular(path)
+                images.append(path)
+        except OSError as error:
+            skipped.append(f"{path}: {error.strerror or error}")
+    return folders, images
+
+
+def _images_below(folder: Path, above: set[_Identity], skipped: list[str]) -> list[Path]:
+    above = above | {_identity(folder)}
+    folders, images = _scan(folder, above, skipped)
+    return images + [image for inner in folders for image in _images_below(inner, above, skipped)]
+
+
+def list_images(root: Path) -> tuple[list[str], dict[str, list[tuple[Path, int]]], list[str]]:
+    """Classes, image files with labels of ``train`` and ``test``, and warnings.
+
+    Raises:
+        ProgramError: a part is missing or without images, or the parts have different classes.
+    """
+    names: dict[str, list[str]] = {}
+    skipped: list[str] = []
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise ProgramError(
                 f"{root} has no folder {part!r}: want {root}/train/CLASS/IMAGE and {root}/test/CLASS/IMAGE"
             )
-    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
-    strangers = sorted(path.name for path in (root / "test").iterdir() if path.is_dir() and path.name not in classes)
+        folders, strays = _scan(root / part, {_identity(root), _identity(root / part)}, skipped)
+        names[part] = sorted(path.name for path in folders)
+        skipped += [f"{path}: in no class" for path in strays]
+    strangers = sorted(set(names["test"]) - set(names["train"]))
     if strangers:
         raise ProgramError(f"{root}/test has classes that {root}/train lacks: {', '.join(strangers)}")
-    train, test = _listed(root / "train", classes), _listed(root / "test", classes)
+    files = {}
+    label = {name: number for number, name in enumerate(names["train"])}
+    for part, there in names.items():
+        above = {_identity(root), _identity(root / part)}
+        files[part] = [
+            (path, label[name]) for name in there for path in sorted(_images_below(root / part / name, above, skipped))
+        ]
+        if not files[part]:
+            raise ProgramError(
+                f"{root / part} holds no images: want {root / part}/CLASS/IMAGE ({', '.join(sorted(SUFFIXES))})"
+            )
+    return names["train"], files, abridged(f"skipped in {root}", skipped)
+
+
+def folder(root: Path, options: Options) -> Data:
+    """The data in ``root``; classes are the folders in ``root/train``."""
+    classes, files, warnings = list_images(root)
+    train = files["train"]
     if options.limit is not None:
         train = [train[i] for i in np.random.default_rng(0).permutation(len(train))[: options.limit]]
-    # Mean and deviation of ImageNet serve for all photographs.
-    preparation = Preparation(classes, options.image_size, 3, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    return Data(Files(train, options.image_size, options.seed), Files(test, options.image_size, None), preparation)
+    size = options.image_size
+    return data_of(Files(train, size, options.seed), Files(files["test"], size, None), classes, warnings)
