@@ -161,7 +161,7 @@ AUGMENT_CASES = [
 
 
 def augment_arguments(count, channels, height, width, outputs, padding, flip, dtype=torch.float32, random=True):
-    """Of the operator augment: every image, the first one twice, and an empty slot; in float32 table entries all differ."""
+    """Of augment: every image, the first one twice, and an empty slot; in float32 all entries of the table differ."""
     images = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8)
     index = torch.tensor([*range(count), -1, 0])
     table = (torch.arange(outputs * 256).reshape(outputs, 256) - 300).to(dtype)
