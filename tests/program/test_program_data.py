@@ -1,11 +1,14 @@
 """Data of the training program: archives, folders, augmentation, order."""
 
+import gzip
 import io
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
+import zlib
 from itertools import chain
 
 import numpy as np
@@ -73,12 +76,45 @@ def test_pickle_that_calls_is_refused(tmp_path):
         (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}), "lacks"),
         (pickle.dumps({b"data": np.zeros((2, 99), np.uint8), b"labels": [0, 1]}), r"want uint8 \[N, 3072\]"),
         (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}), "want from 0 to 9"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]}), r"labels <U3 .* integers \[N\]"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1.5]}), r"labels float64 \[1\]"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [[1], [2, 3]]}), "make no array"),
+        (pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}), "holds an array of f8, want u1"),
+        (pickle.dumps({b"data": [[1] * 3072], b"labels": [1]}), "has pixels int64"),
+        (pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": np.zeros(0, np.uint8)}), "no test images"),
     ],
 )
 def test_damaged_part(part, message, tmp_path):
     members = {**archive_members("cifar-10-python", 23), "cifar-10-batches-py/test_batch": part}
     path = make_archive(tmp_path / "cifar-10-python.tar.gz", members)
     with pytest.raises(ProgramError, match=message):
+        read_cifar(path, checksum(path))
+
+
+@pytest.mark.parametrize("names", [None, "cat", ["cat"], {b"label_names": b"cat"}, {b"label_names": [1]}])
+def test_names_that_are_none(names, tmp_path):
+    members = {**archive_members("cifar-10-python", 5), "cifar-10-batches-py/batches.meta": pickle.dumps(names)}
+    path = make_archive(tmp_path / "cifar-10-python.tar.gz", members)
+    with pytest.raises(ProgramError, match=r"batches.meta (holds a \w+, want a dictionary|has no list of class names)"):
+        read_cifar(path, checksum(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
+def test_a_part_that_is_no_file(kind, tmp_path):
+    """tarfile would follow a link to itself for ever."""
+    link = tarfile.TarInfo("cifar-10-batches-py/test_batch")
+    link.type, link.linkname = kind, "test_batch" if kind == tarfile.SYMTYPE else link.name
+    path = make_archive(tmp_path / "cifar-10-python.tar.gz", {**archive_members("cifar-10-python", 5), link.name: link})
+    with pytest.raises(ProgramError, match="test_batch is not a file"):
+        read_cifar(path, checksum(path))
+
+
+def test_damaged_compression(tmp_path):
+    path = make_archive(tmp_path / "cifar-10-binary.tar.gz", archive_members("cifar-10-binary", 23))
+    whole = gzip.decompress(path.read_bytes())
+    packer = zlib.compressobj(wbits=31)
+    path.write_bytes(packer.compress(whole[:60_000]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99)
+    with pytest.raises(ProgramError, match=r"cannot be read: .*Error -3 while decompressing data: invalid block type"):
         read_cifar(path, checksum(path))
 
 

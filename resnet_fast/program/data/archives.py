@@ -207,7 +207,7 @@ def read_cifar(path: Path, md5: str | None = None) -> Arrays:
     if found != wanted:
         raise ProgramError(f"{path} has the checksum (MD5) {found}, want {wanted}: damaged, or not CIFAR's")
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:gz") as archive:
 
             def read(member: str, parser: Callable[[bytes, _Format, str], Any]) -> Any:
                 file = archive.extractfile(member) if archive.getmember(member).isreg() else None
