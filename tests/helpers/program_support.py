@@ -14,6 +14,7 @@ import torch
 from resnet_fast import models, train
 from resnet_fast.program import data, distributed, loop
 from resnet_fast.program.data.archives import checksum
+from resnet_fast.program.data.augment import crop_and_flip, draws, stream
 from resnet_fast.program.options import parse
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +159,34 @@ def differences(a, b, name=""):
             return [name]
         return [found for i in range(len(a)) for found in differences(a[i], b[i], f"{name}.{i}")]
     return [] if a == b else [name]
+
+
+AUGMENT_STREAM = (2**63 + 5, 7)  # seed and epoch
+# set, channels, height, width, channels of the result, padding, flip: odd sizes, grey, one pixel, more padding than
+# image, and an image larger than one block of the GPU's kernel.
+AUGMENT_CASES = [
+    (9, 3, 7, 5, 3, 2, True),
+    (5, 1, 5, 9, 3, 1, True),
+    (4, 1, 6, 6, 1, 2, False),
+    (3, 2, 1, 1, 2, 0, True),
+    (2, 3, 3, 4, 3, 5, True),
+    (3, 3, 19, 23, 3, 4, True),
+]
+
+
+def augment_arguments(count, channels, height, width, outputs, padding, flip, dtype=torch.float32, random=True):
+    """Of augment: every image, the first one twice, and an empty slot; in float32 all entries of the table differ."""
+    images = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8)
+    index = torch.tensor([*range(count), -1, 0])
+    table = (torch.arange(outputs * 256).reshape(outputs, 256) - 300).to(dtype)
+    return images, index, table, stream(*AUGMENT_STREAM) if random else None, padding, flip
+
+
+def augmented(images, index, table, chosen, padding, flip):
+    """What augment gives, by the NumPy path of the workers."""
+    pixels = images.numpy()[index.numpy()]
+    pixels[index.numpy() < 0] = 0
+    if chosen is not None:
+        pixels = crop_and_flip(pixels, draws(*AUGMENT_STREAM, index.numpy(), 3), padding, flip)
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels)).long().expand(-1, len(table), -1, -1)
+    return torch.stack([table[k][pixels[:, k]] for k in range(len(table))], 1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.augment_support import CASES, arguments, expected
+from helpers.program_support import AUGMENT_CASES, augment_arguments, augmented
 
 from resnet_fast import backends
 from resnet_fast.ops.augment import augment
@@ -11,20 +11,20 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("random", [True, False])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", AUGMENT_CASES, ids=str)
 def test_equals_numpy(case, random):
-    given = arguments(*case, random=random)
+    given = augment_arguments(*case, random=random)
     out = augment(*given)
-    assert torch.equal(out, expected(*given))
+    assert torch.equal(out, augmented(*given))
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype):
-    given = arguments(*CASES[0], dtype=dtype)
+    given = augment_arguments(*AUGMENT_CASES[0], dtype=dtype)
     out = augment(*given)
     assert out.dtype == dtype
-    assert torch.equal(out, expected(*given))
+    assert torch.equal(out, augmented(*given))
 
 
 def test_every_shift_and_both_sides_are_drawn():
@@ -43,17 +43,17 @@ def test_every_shift_and_both_sides_are_drawn():
 
 
 def test_many_images_by_threads():
-    given = arguments(300, 3, 8, 8, 3, 2, True)
-    assert torch.equal(augment(*given), expected(*given))
+    given = augment_arguments(300, 3, 8, 8, 3, 2, True)
+    assert torch.equal(augment(*given), augmented(*given))
 
 
 def test_empty_batch():
-    images, _, table, *rest = arguments(*CASES[0])
+    images, _, table, *rest = augment_arguments(*AUGMENT_CASES[0])
     assert augment(images, torch.zeros(0, dtype=torch.int64), table, *rest).shape == (0, 3, 7, 5)
 
 
 def test_operator_is_well_formed():
-    torch.library.opcheck(torch.ops.resnet_fast.augment, arguments(*CASES[0]))
+    torch.library.opcheck(torch.ops.resnet_fast.augment, augment_arguments(*AUGMENT_CASES[0]))
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_operator_is_well_formed():
     ],
 )
 def test_errors_name_the_argument(number, change, message):
-    given = list(arguments(*CASES[0]))
+    given = list(augment_arguments(*AUGMENT_CASES[0]))
     given[number] = change(given[number])
     with pytest.raises((RuntimeError, TypeError), match=message):
         torch.ops.resnet_fast.augment(*given)
 
 
 def test_without_a_kernel():
-    given = arguments(*CASES[0])
+    given = augment_arguments(*AUGMENT_CASES[0])
     with backends.use("eager"), pytest.raises(RuntimeError, match=r"augment cannot run: backends.use\('eager'\)"):
         augment(*given)

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from helpers import triton_gate as gate
-from helpers.augment_support import CASES, arguments, expected
+from helpers.program_support import AUGMENT_CASES, augment_arguments, augmented
 
 from resnet_fast._triton import augment as kernels
 from resnet_fast.ops.augment import augment
 
 
 @pytest.mark.parametrize("random", [True, False])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", AUGMENT_CASES, ids=str)
 def test_equals_numpy(simulated_device, case, random):
-    given = arguments(*case, random=random)
+    given = augment_arguments(*case, random=random)
     out = augment(*given)
-    assert torch.equal(out, expected(*given))
+    assert torch.equal(out, augmented(*given))
     assert out.is_contiguous(memory_format=torch.channels_last)
     ((name, _),) = simulated_device.launches
     assert name == "_augment_kernel"
@@ -22,18 +22,18 @@ def test_equals_numpy(simulated_device, case, random):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(simulated_device, dtype):
-    given = arguments(*CASES[0], dtype=dtype)
-    assert torch.equal(augment(*given), expected(*given))
+    given = augment_arguments(*AUGMENT_CASES[0], dtype=dtype)
+    assert torch.equal(augment(*given), augmented(*given))
 
 
 def test_index_out_of_range_reads_nothing(simulated_device):
-    images, _, table, *rest = arguments(*CASES[0])
+    images, _, table, *rest = augment_arguments(*AUGMENT_CASES[0])
     out = augment(images, torch.tensor([9, -1, 2**40, -(2**40)]), table, *rest)
     assert torch.equal(out, table[:, 0, None, None].expand(4, 3, 7, 5))
 
 
 def test_empty_batch(simulated_device):
-    images, _, table, *rest = arguments(*CASES[0])
+    images, _, table, *rest = augment_arguments(*AUGMENT_CASES[0])
     assert augment(images, torch.zeros(0, dtype=torch.int64), table, *rest).shape == (0, 3, 7, 5)
     assert simulated_device.launches == []
 
@@ -50,7 +50,7 @@ def test_empty_batch(simulated_device):
     ],
 )
 def test_errors_name_the_argument(simulated_device, number, change, message):
-    given = list(arguments(*CASES[0]))
+    given = list(augment_arguments(*AUGMENT_CASES[0]))
     given[number] = change(given[number])
     with pytest.raises(RuntimeError, match=message):
         augment(*given)
@@ -64,7 +64,7 @@ def test_geometry():
 @pytest.mark.parametrize("arch", gate.ARCHS)
 def test_code(arch):
     """The eight elements of a thread are written as two vectors."""
-    images, index, table, *rest = arguments(4, 3, 32, 32, 3, 4, True)
+    images, index, table, *rest = augment_arguments(4, 3, 32, 32, 3, 4, True)
     ((kernel, args, meta),) = gate.launches(kernels.augment, images, index, table, *rest)
     sass = gate.inspect_launch(kernel, args, meta, arch)
     assert sass.spills == sass.stack == 0
