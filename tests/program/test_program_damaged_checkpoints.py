@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import differences, small_cifar
+from helpers.program_support import differences, evaluated, small_cifar
 from test_program_checkpoints import state
 
 from resnet_fast import models, predict, reference
@@ -142,7 +142,7 @@ def test_changed_values(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(models, "cifar_resnet20", lambda num_classes: models.CifarResNet(1, num_classes))
     options = parse([*small_cifar(tmp_path, count=16), "--out", str(tmp_path / "run"), "--epochs", "1", "--ema", "0.9"])
     trainer = loop.Trainer(options, data.load(options), distributed.Processes(options))
-    trainer._end_epoch((1.0, 0.5))
+    trainer._end_epoch(evaluated(1.0, right=1))
     (path,) = (tmp_path / "run").glob("step-*")
     whole, dice, refused = checkpoints.load(path), np.random.default_rng(0), [0, 0]
     for _ in range(40):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from helpers.program_support import checkpoint, environment, run, small_cifar
+from helpers.program_support import checkpoint, environment, evaluated, run, small_cifar
 from test_program_data import photographs
 
 from resnet_fast import models
@@ -164,7 +164,7 @@ def test_divergence_ends_the_run(where, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "_pass", spoilt)
     if where == "test loss":
-        monkeypatch.setattr(loop.Trainer, "_evaluate", lambda trainer, batches: (math.nan, 0.1))
+        monkeypatch.setattr(loop.Trainer, "_evaluate", lambda trainer, batches: evaluated(math.nan, right=0))
     assert run(*given) == 2
     step, good = {"loss": (5, 4), "gradient": (4, 2), "test loss": (10, 8)}[where]
     error = capfd.readouterr().err
@@ -200,8 +200,8 @@ def test_no_image_can_be_read(tmp_path, capfd):
 
 def test_nothing_right_has_a_best_checkpoint(tmp_path):
     trainer = trainer_for(*small_cifar(tmp_path, count=16), "--epochs", "2", "--out", tmp_path)
-    trainer._end_epoch((2.0, 0.0))
-    trainer._end_epoch((1.0, 0.0))
+    trainer._end_epoch(evaluated(2.0, right=0))
+    trainer._end_epoch(evaluated(1.0, right=0))
     assert checkpoint(tmp_path / "best.pt")["epoch"] == 1
 
 
