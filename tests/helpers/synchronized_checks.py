@@ -172,8 +172,10 @@ CASES = {  # how the network is changed, synchronised and wrapped, passes
 
 def networks_like_one_process():
     for name, (change, synchronize, wrap, count) in CASES.items():
-        torch.manual_seed(1)
         plain = name.startswith("fuse") or name == "convert what is fused"
+        if plain and dist.get_world_size() > 2:
+            continue  # the processes say the same as two
+        torch.manual_seed(1)
         own = (reference.CifarResNet if plain else CifarResNet)(1).double()
         truth = reference.CifarResNet(1).double()
         truth.load_state_dict(own.state_dict())
