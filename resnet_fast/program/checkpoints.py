@@ -25,7 +25,7 @@ import torch
 
 from .options import ProgramError
 
-__all__ = ["FORMAT", "clean", "load", "newest", "restore_best", "save", "write"]
+__all__ = ["FORMAT", "accuracy", "clean", "content", "load", "newest", "restore_best", "save", "write"]
 
 FORMAT = 1
 _BEST = "best.pt"
@@ -140,10 +140,10 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, best: bool) -> Path:
     Raises:
         ProgramError: it could not be written; the message names the last good checkpoint.
     """
-    path, content = folder / name_of(state["step"]), pack(state)
-    with_reason(path, lambda: write(path, content))
+    path, packed = folder / name_of(state["step"]), pack(state)
+    with_reason(path, lambda: write(path, packed))
     if best:
-        with_reason(folder / _BEST, lambda: write(folder / _BEST, content))
+        with_reason(folder / _BEST, lambda: write(folder / _BEST, packed))
     with_reason(path, lambda: prune(folder, keep))
     return path
 
@@ -176,7 +176,12 @@ def with_reason(path: Path, action: Callable[[], Any]) -> None:
 def best_step(history: list[dict[str, Any]]) -> int | None:
     """The step after which the network was best, the first of equals; None before the first epoch's end."""
     # max returns the first of equals.
-    return max(history, key=lambda row: row["test_accuracy"])["step"] if history else None
+    return max(history, key=accuracy)["step"] if history else None
+
+
+def accuracy(row: dict[str, Any]) -> Any:
+    """By which the best epoch is chosen: on validation images, or else on those of the test; None in no such row."""
+    return row.get("validation_accuracy", row.get("test_accuracy"))
 
 
 def restore_best(folder: Path, start: Path, history: list[dict[str, Any]]) -> str | None:
@@ -211,7 +216,7 @@ def load(path: Path, *, sharded: bool = False) -> dict[str, Any]:
         ProgramError: the file is missing or damaged, holds more than tensors and plain values, or is not one of
             ``resnet_fast.train``.
     """
-    state = _unpickled(path)
+    state = content(path)
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int) or found != FORMAT:
         raise ProgramError(f"checkpoint {path} has format {_short(found)}, want {FORMAT}: not of resnet_fast.train")
@@ -236,38 +241,48 @@ def misfit(path: Path, error: Exception) -> ProgramError:
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("test_accuracy"), float)
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(accuracy(row), float)
 
 
 def _short(value: object) -> str:
     return str(value) if value is None or isinstance(value, int) else f"of type {type(value).__name__}"
 
 
-def _unpickled(path: Path) -> Any:
+def content(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, whoever wrote it.
+
+    Raises:
+        ProgramError: the file is missing or damaged, or holds more than tensors and plain values.
+    """
+
     def refused(reason: str) -> ProgramError:
         return ProgramError(f"checkpoint {path} {reason}")
 
     try:
-        content = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise refused(f"cannot be read: {error.strerror}") from error
-    if not content:
+    if not data:
         raise refused("is empty")
-    if not content.startswith(b"PK\x03\x04"):
-        raise refused("is not one of resnet_fast.train, or its beginning is damaged")
+    is_zip = data.startswith(b"PK\x03\x04")  # not so before PyTorch 1.6
+    if is_zip:
+        _compare_checksums(data, refused)
     try:
-        # torch.load does not compare checksums: a flipped bit would be a wrong weight.
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for other kinds of files
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, depending on the damage
+        if is_zip and isinstance(error, pickle.UnpicklingError):
+            raise refused("holds more than tensors and plain values") from error
+        raise refused("is damaged, or not a file of torch.save") from error
+
+
+def _compare_checksums(data: bytes, refused: Callable[[str], ProgramError]) -> None:
+    """torch.load does not compare them: a flipped bit would be a wrong weight."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()
     except Exception as error:  # of many kinds, depending on the damage
         raise refused("is truncated or damaged") from error
     if damaged is not None:
         raise refused(f"is damaged: the checksum of its part {damaged!r} is wrong")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice for other kinds of files
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise refused("holds more than tensors and plain values: not of resnet_fast.train") from error
-    except Exception as error:  # of many kinds, depending on the damage
-        raise refused("is damaged, or not one of resnet_fast.train") from error

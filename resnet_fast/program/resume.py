@@ -124,7 +124,7 @@ def _set(trainer: Trainer, path: Path, state: dict[str, Any], parts: bool) -> No
         trainer.ema.load_state_dict(state["ema"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.lr, trainer.history = state["lr"], state["history"]
-    trainer.best = max((row["test_accuracy"] for row in trainer.history), default=-1.0)
+    trainer.best = max(map(checkpoints.accuracy, trainer.history), default=-1.0)
     if len(state["sums"]) == processes.world:
         trainer.sums.copy_(state["sums"][processes.rank])
     elif processes.rank == 0:
