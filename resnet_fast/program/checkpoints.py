@@ -26,7 +26,7 @@ import torch
 from .history import best_step, held_out
 from .options import ProgramError
 
-__all__ = ["FORMAT", "clean", "load", "newest", "restore_best", "save", "write"]
+__all__ = ["FORMAT", "clean", "content", "load", "newest", "restore_best", "save", "write"]
 
 FORMAT = 1
 _BEST = "best.pt"
@@ -141,10 +141,10 @@ def save(folder: Path, state: dict[str, Any], *, keep: int, best: bool) -> Path:
     Raises:
         ProgramError: it could not be written; the message names the last good checkpoint.
     """
-    path, content = folder / name_of(state["step"]), pack(state)
-    with_reason(path, lambda: write(path, content))
+    path, packed = folder / name_of(state["step"]), pack(state)
+    with_reason(path, lambda: write(path, packed))
     if best:
-        with_reason(folder / _BEST, lambda: write(folder / _BEST, content))
+        with_reason(folder / _BEST, lambda: write(folder / _BEST, packed))
     with_reason(path, lambda: prune(folder, keep))
     return path
 
@@ -206,7 +206,7 @@ def load(path: Path, *, sharded: bool = False) -> dict[str, Any]:
         ProgramError: the file is missing or damaged, holds more than tensors and plain values, or is not one of
             ``resnet_fast.train``.
     """
-    state = _unpickled(path)
+    state = content(path)
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int) or found != FORMAT:
         raise ProgramError(f"checkpoint {path} has format {_short(found)}, want {FORMAT}: not of resnet_fast.train")
@@ -242,31 +242,41 @@ def _short(value: object) -> str:
     return str(value) if value is None or isinstance(value, int) else f"of type {type(value).__name__}"
 
 
-def _unpickled(path: Path) -> Any:
+def content(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, whoever wrote it.
+
+    Raises:
+        ProgramError: the file is missing or damaged, or holds more than tensors and plain values.
+    """
+
     def refused(reason: str) -> ProgramError:
         return ProgramError(f"checkpoint {path} {reason}")
 
     try:
-        content = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise refused(f"cannot be read: {error.strerror}") from error
-    if not content:
+    if not data:
         raise refused("is empty")
-    if not content.startswith(b"PK\x03\x04"):
-        raise refused("is not one of resnet_fast.train, or its beginning is damaged")
+    is_zip = data.startswith(b"PK\x03\x04")  # not so before PyTorch 1.6
+    if is_zip:
+        _compare_checksums(data, refused)
     try:
-        # torch.load does not compare checksums: a flipped bit would be a wrong weight.
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for other kinds of files
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, depending on the damage
+        if is_zip and isinstance(error, pickle.UnpicklingError):
+            raise refused("holds more than tensors and plain values") from error
+        raise refused("is damaged, or not a file of torch.save") from error
+
+
+def _compare_checksums(data: bytes, refused: Callable[[str], ProgramError]) -> None:
+    """torch.load does not compare them: a flipped bit would be a wrong weight."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             damaged = archive.testzip()
     except Exception as error:  # of many kinds, depending on the damage
         raise refused("is truncated or damaged") from error
     if damaged is not None:
         raise refused(f"is damaged: the checksum of its part {damaged!r} is wrong")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice for other kinds of files
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise refused("holds more than tensors and plain values: not of resnet_fast.train") from error
-    except Exception as error:  # of many kinds, depending on the damage
-        raise refused("is damaged, or not one of resnet_fast.train") from error

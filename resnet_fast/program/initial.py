@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from . import checkpoints
 from .options import ProgramError
 
 __all__ = ["Taken", "head_of", "take", "weights_of"]
@@ -47,20 +46,6 @@ def weights_of(content: Any) -> dict[str, Tensor] | None:
     return weights or None
 
 
-def _content(path: Path) -> Any:
-    """What a file of ``torch.save`` holds, whoever wrote it, also before PyTorch 1.6."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice for other kinds of files
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ProgramError(f"--init {path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # of many kinds, depending on the damage
-        raise ProgramError(
-            f"--init {path} cannot be loaded: it is damaged, or holds more than tensors and plain values"
-        ) from error
-
-
 def head_of(network: nn.Module) -> str:
     """The name of the network's last layer, the classifier."""
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -76,7 +61,7 @@ def take(network: nn.Module, path: Path) -> Taken:
     Raises:
         ProgramError: the file cannot be loaded, or its tensors are not those of the network.
     """
-    weights = weights_of(_content(path))
+    weights = weights_of(checkpoints.content(path))
     if weights is None:
         raise ProgramError(f"--init {path} holds no weights: want a checkpoint or a state_dict")
     own = network.state_dict()

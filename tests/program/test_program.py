@@ -254,4 +254,4 @@ def test_clear_errors(tmp_path, capfd):
         assert message in error
         assert "Traceback" not in error
     assert predict.main([str(tmp_path / "none.pt"), "x.png"]) == 2
-    assert "none.pt cannot be read" in capfd.readouterr().err
+    assert "none.pt cannot be read: No such file" in capfd.readouterr().err

@@ -21,8 +21,8 @@ class Caller:
         return print, ("called",)
 
 
-def saved(path, content):
-    torch.save(content, path)
+def saved(path, content, **how):
+    torch.save(content, path, **how)
     return path.read_bytes()
 
 
@@ -36,15 +36,16 @@ def foreign(folder):
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), script)
     return [
         (b"", "is empty"),
-        (b"PK", "is not one of resnet_fast.train"),
-        (pickle.dumps(3), "is not one of resnet_fast.train"),
+        (b"PK", "is damaged, or not a file of torch.save"),
+        (pickle.dumps(3), "is damaged, or not a file of torch.save"),
         (whole[: len(whole) // 2], "is truncated or damaged"),
         (whole[:-1], "is truncated or damaged"),
         (bytes(flipped), "is damaged: the checksum of its part"),
         (saved(path, {"format": checkpoints.FORMAT, "model": Caller()}), "holds more than tensors and plain values"),
         (saved(path, torch.nn.Linear(1, 1)), "holds more than tensors and plain values"),
-        (script.getvalue(), "is damaged, or not one of resnet_fast.train"),
+        (script.getvalue(), "is damaged, or not a file of torch.save"),
         (saved(path, reference.cifar_resnet20().state_dict()), "has format None, want 1"),
+        (saved(path, {"x": torch.ones(2)}, _use_new_zipfile_serialization=False), "has format None, want 1"),
         (saved(path, {"format": 99}), "has format 99, want 1"),
         (saved(path, {"format": torch.ones(3)}), "has format of type Tensor, want 1"),
         (saved(path, [1]), "has format None, want 1"),
