@@ -24,6 +24,7 @@ def one_process_takes_up_shards_of_two(folder, monkeypatch):
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     given = [*small_cifar(folder / "0"), "--epochs", "1", "--lr", "0.01", "--strategy", "fsdp", "--accumulate", "2"]
+    given += ["--sync-bn"]
     chosen = options.parse([*given, "--checkpoints", "sharded", "--allow-world-change", "--out", str(folder / "new")])
     group = distributed.Processes(chosen)
     try:
