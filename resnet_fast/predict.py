@@ -6,6 +6,7 @@ Exit status: 0 all images read, 1 some not readable, 2 the checkpoint cannot be 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from .program import checkpoints, data, networks
+    from .program import data, networks
     from .program.options import ProgramError
+    from .program.text import printable
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.predict needs {error.name}: pip install resnet_fast[train]")
 
@@ -27,14 +29,7 @@ def load(checkpoint: Path) -> tuple[nn.Module, data.Preparation]:
     Raises:
         ProgramError: the file cannot be loaded, or ``resnet_fast.train`` did not write it.
     """
-    state = checkpoints.load(checkpoint)
-    preparation = data.Preparation(**state["preparation"])
-    network = networks.build(state["options"]["model"], preparation)
-    weights = state["model"]
-    if state["ema"] is not None:
-        weights = {name.removeprefix("module."): t for name, t in state["ema"].items() if name != "n_averaged"}
-    network.load_state_dict(weights)
-    return network.eval().to(memory_format=torch.channels_last), preparation  # type: ignore[call-overload]
+    return networks.of_checkpoint(checkpoint)
 
 
 @torch.no_grad()
@@ -56,28 +51,34 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("images", type=Path, nargs="+", metavar="image")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes shown for each image (default 3)")
+    parser.add_argument("--top", type=int, metavar="N", help="classes shown for each image (default 3; --json: all)")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each image, probabilities from 0 to 1")
     given = parser.parse_args(arguments)
-    if given.top < 1:
+    if given.top is not None and given.top < 1:
         parser.error(f"--top is {given.top}, want at least 1")
     try:
         network, preparation = load(given.checkpoint)
     except ProgramError as error:
         print(f"resnet_fast.predict: {error}", file=sys.stderr)
         return 2
+    classes = preparation.classes
+    top = min(given.top or (len(classes) if given.json else 3), len(classes))
     status = 0
     for image in given.images:
         try:
-            best = predict(network, preparation, image).topk(min(given.top, len(preparation.classes)))
+            best = predict(network, preparation, image).topk(top)
         except (OSError, ValueError) as error:
-            print(f"{image}: cannot be read: {error}", file=sys.stderr)
+            print(f"{image}: cannot be read: {error}", file=sys.stderr)  # escapes what it cannot take
+            if given.json:
+                print(json.dumps({"image": str(image), "error": str(error)}))
             status = 1
             continue
-        answers = (
-            f"{preparation.classes[i]} {share:.1%}"
-            for i, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
-        print(f"{image}: {', '.join(answers)}")
+        answers = [(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        if given.json:
+            found = [{"class": name, "probability": probability} for name, probability in answers]
+            print(json.dumps({"image": str(image), "classes": found}))
+        else:
+            print(printable(f"{image}: {', '.join(f'{name} {probability:.1%}' for name, probability in answers)}"))
     return status
 
 

@@ -81,6 +81,10 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "train_chain_backward(Tensor grad, Tensor x, Tensor[] tensors, Tensor[] saved, bool[] present, int[] fields, "
       "float[] eps, bool[] batch, bool[] needs) -> Tensor[]");
 
+  // y[n, k, h, w] = table[k, pixel of image index[n]], zeros for index -1; with a stream of random numbers
+  // (resnet_fast/program/data/augment.py) shifted by up to `padding` and, with flip, half of them mirrored.
+  m.def("augment(Tensor images, Tensor index, Tensor table, int? stream, int padding, bool flip) -> Tensor");
+
   // conv_bn_relu on CUDA devices: the tiles (cuda/conv/conv_plan.h); the geometry of a launch as [blocks, threads,
   // shared bytes, floats and counters of the split-K workspace, completed args]; the launch, whose counters are zero
   // before and after.

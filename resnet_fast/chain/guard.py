@@ -21,8 +21,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..backends.native import extension
 from . import patches
+from .sync_batch_norm import SyncBatchNorm2d
 
-__all__ = ["DROPOUTS", "HOOKS", "StalenessGuard", "attributes", "hooks_reason", "refresh", "touched"]
+__all__ = ["DROPOUTS", "HOOKS", "NORMS", "StalenessGuard", "attributes", "hooks_reason", "refresh", "touched"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _VERSION: Any = Tensor._version
@@ -41,9 +42,11 @@ DROPOUTS = (
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: ("eps", "training"),
+    nn.SyncBatchNorm: ("eps", "training", "process_group"),
     **dict.fromkeys(DROPOUTS, ("training", "p")),
 }
-_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Linear, nn.AdaptiveAvgPool2d, *DROPOUTS)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)
+_LAYERS = (nn.Conv2d, *NORMS, nn.ReLU, nn.Identity, nn.Linear, nn.AdaptiveAvgPool2d, *DROPOUTS)
 patches.register_layers(*_LAYERS)
 patches.register(nn.Sequential, nn.AvgPool2d, nn.MaxPool2d)
 

@@ -20,6 +20,7 @@ from ..ops.unfused import taps_reason
 from . import patches
 from .frozen_norm import FrozenNorm
 from .guard import DROPOUTS, hooks_reason
+from .sync_batch_norm import is_synchronized
 
 __all__ = ["ChainRecorder", "EagerExecutor", "GraphBuilder", "eps_of", "operator", "sources_of", "structure_reason"]
 
@@ -65,7 +66,8 @@ def structure_reason(conv: nn.Module | None, bn: nn.Module | None, read: Contain
     """
     if conv is not None and type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} where a Conv2d was"
-    if bn is not None and type(bn) not in (nn.BatchNorm2d, FrozenNorm) and bn not in read:
+    known = type(bn) in (nn.BatchNorm2d, FrozenNorm) or is_synchronized(bn)
+    if bn is not None and not known and bn not in read:
         return f"{type(bn).__name__} where a BatchNorm2d was"
     eps: Any = 0.0 if bn is None else bn.eps
     if not eps >= 0:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..chain.guard import DROPOUTS
+from ..chain.guard import DROPOUTS, NORMS
 from ..chain.record import structure_reason
 from .functional_batch_norm import find_functional_norms, vacuous_checks
 from .trace import IN_PLACE
@@ -149,7 +149,7 @@ class _Matcher:
         self.module = {n: _module(root, n) for n in self.nodes}
         self.norms = find_functional_norms(root, graph, training)
         self.checks = vacuous_checks(graph)
-        calls: Counter[Any] = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)))
+        calls: Counter[Any] = Counter(m for m in self.module.values() if isinstance(m, (nn.Conv2d, *NORMS)))
         calls.update(norm.module for norm in self.norms.values())
         self.barred: dict[Any, str] = {m: "called more than once" for m, n in calls.items() if n > 1}
         self.barred.update(barred)
@@ -187,12 +187,12 @@ class _Matcher:
             if n in self.alias:
                 continue
             module = self.module[n]
-            if module in self.barred and not isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            if module in self.barred and not isinstance(module, (nn.Conv2d, *NORMS)):
                 continue
             if isinstance(module, nn.Conv2d):
                 self.depth[n] += 1
                 self._conv(n, module)
-            elif isinstance(module, nn.BatchNorm2d) and inputs:
+            elif isinstance(module, NORMS) and inputs:
                 self._bn(n, str(n.target), module, inputs[0], structure_reason(None, module))
             elif n in self.norms:
                 norm = self.norms[n]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.arguments import check_add_relu
+from ..ops.augment import check_augment
 from ..ops.chain import cuda_unpack
 from ..ops.conv_autograd import fake_add_layer, fake_conv
 from ..ops.spec import DEFERRED, FOLDED, ConvSpec, check_values, conv_size, decode, empty_image
@@ -147,6 +148,14 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     from .._triton import add_relu as elementwise
 
     return elementwise.add_relu(a, b)
+
+
+def augment(images: Tensor, index: Tensor, table: Tensor, stream: int | None, padding: int, flip: bool) -> Tensor:
+    check_augment(images, index, table, padding)
+    check_pixels("augment", table.shape[0] * images.shape[2] * images.shape[3])
+    from .._triton import augment as gather
+
+    return gather.augment(images, index, table, stream, padding, flip)
 
 
 def conv_bn(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:

@@ -56,7 +56,7 @@ def _register() -> None:
         KERNELS.update({op: _lazily(file, op) for op, file in _CONVOLUTIONS.items()})
     if backends.has_triton():
         KERNELS.update({op: _lazily("training_operators", op) for op in training_shapes.FAKES})
-        KERNELS["add_relu"] = _lazily("operators", "add_relu")
+        KERNELS.update({op: _lazily("operators", op) for op in ("add_relu", "augment")})
     for op, kernel in KERNELS.items():
         if not backends.has_kernel(op, "cuda"):  # the extension's own
             library.impl(op, kernel, "CUDA")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from . import chain, conv_autograd, flops, training
+from . import augment, chain, conv_autograd, flops, training
 from .add_relu import register as register_add_relu
 from .arguments import shapeless
 from .differentiation import Registry
@@ -36,7 +36,8 @@ def _register() -> Registry:
     for op, fake in fakes.items():
         torch.library.register_fake(f"resnet_fast::{op}", shapeless(op, fake), lib=registry)
         torch.library.register_autograd(f"resnet_fast::{op}", without_gradient(op), lib=registry)
-    for op in (*unfused, *fakes):
+    torch.library.register_fake("resnet_fast::augment", shapeless("augment", augment.fake), lib=registry)
+    for op in (*unfused, *fakes, "augment"):
         backends.note_kernel(op)
     flops.register_when_imported()
     return registry

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .options import Options, ProgramError
 
-__all__ = ["Processes"]
+__all__ = ["FirstProcessError", "Processes"]
+
+T = TypeVar("T")
+
+
+class FirstProcessError(ProgramError):
+    """An error of rank 0, which reports it, raised on the other processes so that they end with it."""
 
 
 class Processes:
@@ -23,18 +30,23 @@ class Processes:
 
     def __init__(self, options: Options) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise ProgramError("--device cuda, but no CUDA device is visible")
+        self.launched = "RANK" in os.environ  # by torchrun
+        self.world = int(os.environ.get("WORLD_SIZE", 1)) if self.launched else 1
+        self.device = _device(options)
         if options.strategy == "fsdp" and "RANK" not in os.environ:
             raise ProgramError("--strategy fsdp shards over processes: start it with torchrun")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ:
-            # gloo carries signals and totals as CPU tensors, beside the gradients.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            try:
+                # gloo carries signals and totals as CPU tensors, beside the gradients.
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            except (ValueError, RuntimeError) as error:  # RuntimeError: a store or a peer that does not answer
+                reason = str(error).strip().splitlines()[0]
+                raise ProgramError(f"the processes cannot be joined: {reason}; start them with torchrun") from error
+        # How often torchrun started these processes again: an agent that joined later has counted less.
+        self.restarts = self.highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -62,6 +74,24 @@ class Processes:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def from_first(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on rank 0, on every process; where it raises ProgramError there, all raise it."""
+        if self.world == 1:
+            return action()
+        answer: list[Any] = [None, None]  # the result, the message of an error
+        failure = None
+        if self.rank == 0:
+            try:
+                answer[0] = action()
+            except ProgramError as error:
+                failure, answer[1] = error, str(error)
+        dist.broadcast_object_list(answer, 0, device=torch.device("cpu"))
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise FirstProcessError(answer[1])
+        return answer[0]
 
     def share_buffers(self, network: nn.Module) -> None:
         """Broadcasts buffers of rank 0, as DistributedDataParallel does before each step."""
@@ -91,3 +121,16 @@ class Processes:
         elif isinstance(network, DistributedDataParallel) and not last:
             return network.no_sync()
         return nullcontext()
+
+
+def _device(options: Options) -> torch.device:
+    """The device of this process, which ``--device`` and torchrun's ``LOCAL_RANK`` name."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.device == "cuda" and not visible:
+        raise ProgramError("--device cuda, but no CUDA device is visible")
+    if options.device == "cpu" or not visible:
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= visible:
+        raise ProgramError(f"{visible} CUDA devices are visible: want at most as many processes (--nproc-per-node)")
+    return torch.device("cuda", local)

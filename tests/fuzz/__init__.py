@@ -11,7 +11,7 @@ import warnings
 import torch
 
 # Each is a module with check(seed).
-KINDS = ("operators", "wrong_calls", "networks", "structure")
+KINDS = ("operators", "wrong_calls", "networks", "structure", "images", "archives", "shards")
 
 
 def trial(kind, seed):

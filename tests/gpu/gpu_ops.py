@@ -13,6 +13,7 @@ from resnet_fast.chain.pooling import flat_average
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.candidates.triton import tiles
 from resnet_fast.gpu.layer import Layer, gpu_of
+from resnet_fast.ops.augment import augment
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [
@@ -125,6 +126,20 @@ def test_add_relu(gpu, dtype):
     a[1, 2, 3, 4] = torch.nan
     out = ops.add_relu(a.to(gpu), channels_last(b.to(gpu))).cpu()
     assert torch.equal(out.nan_to_num(7), F.relu(a + b).nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_augment(gpu, dtype):
+    """As they are, the values of the table; cropped and mirrored, what the CPU's kernel gives."""
+    images = torch.randint(0, 256, (7, 3, 19, 23), dtype=torch.uint8)
+    index, table = torch.tensor([6, -1, *range(6)]), torch.randn(3, 256).to(dtype)
+    plain = torch.stack([table[k][images[index][:, k].long()] for k in range(3)], 1)
+    plain[1] = table[:, 0, None, None]
+    moved_there = [t.to(gpu) for t in (images, index, table)]
+    assert torch.equal(augment(*moved_there, None, 4, True).cpu(), plain)
+    there = augment(*moved_there, -(2**62) - 5, 4, True)
+    assert there.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(there.cpu(), augment(images, index, table, -(2**62) - 5, 4, True))
 
 
 @pytest.mark.machine

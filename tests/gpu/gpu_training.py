@@ -11,6 +11,7 @@ from helpers.support import assert_error_rule, channels_last, randomize_
 import resnet_fast
 from resnet_fast import backends, reference
 from resnet_fast.gpu.tape import Tape
+from resnet_fast.program.captured_step import CapturedStep, CudaGraphs
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,44 @@ def test_a_whole_step_in_a_graph(gpu):
         plain()
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.machine
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None], ids=str)
+def test_the_programs_captured_step(gpu, dtype, monkeypatch):
+    """Two passes a step, another learning rate in each: the bits of steps without a graph."""
+
+    def trained(m):
+        optimizer = torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        loss = torch.zeros((), device=gpu)
+
+        def run_pass(x, target, last):
+            with torch.autocast("cuda", dtype, enabled=dtype is not None):
+                scores = m(x)
+            found = F.cross_entropy(scores.float(), target)
+            scaler.scale(found).backward()
+            loss.add_(found.detach())
+
+        steps = CapturedStep(m, optimizer, scaler, run_pass, CudaGraphs(torch.device(gpu, 0)), pytest.fail)
+        for number, pair in enumerate(zip(batches[::2], batches[1::2], strict=True)):
+            optimizer.param_groups[0]["lr"] = 0.05 / (number + 1)
+            steps.run([(x, target) for x in pair])
+            assert optimizer.param_groups[0]["lr"] == 0.05 / (number + 1)
+        with torch.no_grad():
+            scores = m.eval()(batches[0])
+        return [loss, scores, *m.state_dict().values()], steps._replay
+
+    model = resnet_fast.cifar_resnet20().to(gpu, memory_format=torch.channels_last).train()
+    _, target = images(gpu, 16, 32)
+    batches = [images(gpu, 16, 32)[0] for _ in range(20)]
+    other = copy.deepcopy(model)
+    ours, replay = trained(model)
+    assert replay is not None
+    monkeypatch.setattr(CapturedStep, "WARM_UP", 99)
+    theirs, replay = trained(other)
+    assert replay is None
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.machine

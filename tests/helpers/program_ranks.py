@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import synchronized_checks
 from helpers.program_support import differences, small_cifar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fast import cifar_resnet20
-from resnet_fast.program import data, distributed, loop, options, sync_batch_norm
+from resnet_fast import CifarResNet
+from resnet_fast.chain import sync_batch_norm
+from resnet_fast.program import checkpoints, data, distributed, loop, options, signals
 
 LR = 0.05
 
@@ -54,7 +56,7 @@ def batch_norm_like_one_process(rank, world):
 
 def training_like_one_process(rank, world):
     """Three steps of a network in float64: weights and statistics of one process with the joined batch."""
-    alone = cifar_resnet20().double()
+    alone = CifarResNet(1).double()
     shared = copy.deepcopy(alone)
     sync_batch_norm.convert(shared)
     joined = DistributedDataParallel(shared)
@@ -74,13 +76,14 @@ def training_like_one_process(rank, world):
 def trained(folder, group, name, *given):
     """The state after one epoch of the program's own loop; another trainer takes it up from the file."""
     out = folder.parent / name
-    chosen = options.parse([*small_cifar(folder), "--epochs", "1", "--lr", "0.01", "--out", str(out), *given])
+    settings = ["--epochs", "1", "--lr", "0.01", "--sync-bn", "--out", str(out)]
+    chosen = options.parse([*small_cifar(folder), *settings, *given])
     trainer = loop.Trainer(chosen, data.load(chosen), group)
-    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    received = trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), signals.Signals())
     assert received == 0
     trainer.save(best=False)
     other = loop.Trainer(chosen, data.load(chosen), group)
-    other.restore(out / f"step-{trainer.done:08d}.pt")
+    other.restore(checkpoints.newest(out))
     assert differences(other.state(), trainer.state()) == []
     return trainer.state()
 
@@ -89,6 +92,8 @@ def strategies_agree(folder, group):
     """Sharded and replicated weights, and gradients sent once or with every pass, come to the same."""
     ddp = trained(folder, group, "ddp", "--accumulate", "2")
     fsdp = trained(folder, group, "fsdp", "--accumulate", "2", "--strategy", "fsdp")
+    parts = trained(folder, group, "sharded", "--accumulate", "2", "--strategy", "fsdp", "--checkpoints", "sharded")
+    assert differences(parts["model"], fsdp["model"]) == []
     every_pass = distributed.Processes.pass_without_sync
     distributed.Processes.pass_without_sync = staticmethod(lambda network, last: every_pass(network, True))
     try:
@@ -97,9 +102,10 @@ def strategies_agree(folder, group):
         distributed.Processes.pass_without_sync = staticmethod(every_pass)
     assert ddp["step"] == fsdp["step"] == chatty["step"] == 80 // (8 * 2 * group.world)
     for name, value in ddp["model"].items():
-        # Two steps from the same weights in float32; other orders of sums.
-        close(fsdp["model"][name].double(), value.double(), f"fsdp {name}", 1e-3)
-        close(chatty["model"][name].double(), value.double(), f"every pass {name}", 1e-3)
+        # Two steps from the same weights in float32, with other orders of sums: an activation next to zero may pass its
+        # ReLU or not, which moves a bias that began at zero by a percent. What is not sent moves it by half.
+        close(fsdp["model"][name].double(), value.double(), f"fsdp {name}", 0.05)
+        close(chatty["model"][name].double(), value.double(), f"every pass {name}", 0.05)
     assert ddp["optimizer"].keys() == fsdp["optimizer"].keys()
 
 
@@ -124,6 +130,7 @@ def main():
     batch_norm_like_one_process(rank, world)
     training_like_one_process(rank, world)
     no_sync_sends_nothing(rank, world)
+    synchronized_checks.main()
     own = folder / str(rank)
     own.mkdir()
     if world == 2:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_fast
 from resnet_fast import backends, blocks, models, ops, reference
 from resnet_fast.chain.pooling import MaxPool2d
-from resnet_fast.program.sync_batch_norm import _Normalize
+from resnet_fast.chain.sync_batch_norm import _Normalize
 
 OPERATORS = ("conv_bn", "conv_bn_relu", "conv_bn_add_relu", "add_relu")
 ONLY_OPERATORS = ("functional.jacobian by vmap", "functional.jacobian, forward")
@@ -318,7 +318,7 @@ def test_synchronised_batch_norm_refuses_second_derivatives(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         x = torch.randn(2, 3, 4, 4, requires_grad=True)
-        y = _Normalize.apply(x, torch.ones(3), torch.zeros(3), 1e-5)[0]
+        y = _Normalize.apply(x, torch.ones(3), torch.zeros(3), 1e-5, dist.group.WORLD)[0]
         with pytest.raises(RuntimeError, match="SyncBatchNorm2d has no second derivatives"):
             torch.autograd.grad(y.sin().sum(), x, create_graph=True)
         assert torch.autograd.grad(y.sin().sum(), x)[0].abs().max() > 0

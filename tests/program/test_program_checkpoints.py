@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import resource
 import signal
 
@@ -14,7 +13,11 @@ from resnet_fast.program.options import ProgramError
 
 
 def state(step, size=10):
-    return {"step": step, "model": {"weight": torch.full((size,), float(step))}}
+    """The least that a run's state holds."""
+    lists, tables = ("rng", "sums", "history"), ("optimizer", "schedule", "scaler", "options", "preparation")
+    plain = {name: [] for name in lists} | {name: {} for name in tables}
+    model = {"weight": torch.full((size,), float(step))}
+    return {"step": step, "epoch": 0, "done": step, "lr": 0.1, "model": model, **plain}
 
 
 def names(folder):
@@ -73,35 +76,63 @@ def test_killed_while_writing(tmp_path):
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert checkpoints.newest(tmp_path) == tmp_path / "step-00000001.pt"
+    assert f"-{child}.writing" in names(tmp_path)[0]  # a name of its own
+    checkpoints.clean(tmp_path)
     checkpoints.save(tmp_path, state(2), keep=3, best=False)
     assert names(tmp_path) == ["step-00000001.pt", "step-00000002.pt"]
+
+
+def test_disk_that_is_full_for_the_best_one(tmp_path, monkeypatch):
+    """The message names the file that is missing, and the one that is whole."""
+    checkpoints.save(tmp_path, state(1), keep=1, best=True)
+    real = os.replace
+
+    def full(source, target):
+        if target.name == "best.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ProgramError, match=r"best\.pt cannot be written: No space .* last good one is .*00000002\.pt"):
+        checkpoints.save(tmp_path, state(2), keep=1, best=True)
+
+
+def test_failing_sync_of_the_folder(tmp_path, monkeypatch):
+    """The file is there, but may not be after a power cut: the one before is the last good one."""
+    checkpoints.save(tmp_path, state(1), keep=1, best=False)
+    monkeypatch.setattr(checkpoints, "_sync_folder", lambda folder: os.listdir(folder / "none"))
+    with pytest.raises(ProgramError, match=r"00000002\.pt cannot be written: .*; the last good one is .*00000001\.pt"):
+        checkpoints.save(tmp_path, state(2), keep=1, best=False)
+
+
+def with_history(step, *accuracies):
+    rows = [{"step": 5 * (i + 1), "test_accuracy": accuracy} for i, accuracy in enumerate(accuracies)]
+    return {**state(step), "history": rows}
+
+
+def test_best_one_is_written_again(tmp_path):
+    """Where a stop came between step-N.pt and best.pt, it is of the epoch before, or not there."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    before = checkpoints.save(run, with_history(5, 0.5), keep=9, best=True)
+    assert checkpoints.restore_best(run, before, with_history(5, 0.5)["history"]) is None
+    last = with_history(10, 0.5, 0.7)
+    start = checkpoints.save(run, last, keep=9, best=False)
+    assert "written again" in checkpoints.restore_best(run, start, last["history"])
+    assert checkpoints.load(run / "best.pt")["step"] == 10
+    (run / "best.pt").unlink()
+    later = with_history(15, 0.5, 0.7, 0.7)  # the first of equals is the best
+    start = checkpoints.save(run, later, keep=9, best=False)
+    assert "written again" in checkpoints.restore_best(run, start, later["history"])
+    assert checkpoints.load(run / "best.pt")["step"] == 10
+    assert "written again" in checkpoints.restore_best(elsewhere, start, later["history"])
+    assert checkpoints.load(elsewhere / "best.pt")["step"] == 10
+    for path in (run / "best.pt", run / "step-00000010.pt", elsewhere / "best.pt"):
+        path.unlink()
+    assert "no checkpoint of that step is left" in checkpoints.restore_best(elsewhere, start, later["history"])
+    assert checkpoints.restore_best(run, start, []) is None
 
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProgramError, match="Not a directory; there is none yet"):
         checkpoints.save(tmp_path / "file" / "run", state(1), keep=1, best=False)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.getcwd, ()
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    torch.save({"format": checkpoints.FORMAT, "model": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ProgramError, match=r"evil\.pt cannot be loaded: Weights only load failed"):
-        checkpoints.load(tmp_path / "evil.pt")
-    torch.save({"format": 99}, tmp_path / "format.pt")
-    with pytest.raises(ProgramError, match="has format 99, want 1"):
-        checkpoints.load(tmp_path / "format.pt")
-    torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(ProgramError, match="has format None, want 1"):
-        checkpoints.load(tmp_path / "list.pt")
-    with pytest.raises(ProgramError, match="No such file"):
-        checkpoints.load(tmp_path / "missing.pt")
-    whole = checkpoints.save(tmp_path, state(1), keep=1, best=False).read_bytes()
-    for content in (whole[: len(whole) // 2], b"", pickle.dumps(3)):
-        (tmp_path / "damaged.pt").write_bytes(content)
-        with pytest.raises(ProgramError, match=r"damaged\.pt cannot be loaded"):
-            checkpoints.load(tmp_path / "damaged.pt")

@@ -1,74 +1,37 @@
 """Data of the training program: archives, folders, augmentation, order."""
 
+import gzip
 import io
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
+import zlib
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import CLASSES, cifar_members, environment, make_archive, random_images
+from helpers.program_support import CLASSES, archive_members, environment, make_archive, random_images
 from PIL import Image
 
 from resnet_fast.program import data
-from resnet_fast.program.archives import checksum, digits, read_cifar
-from resnet_fast.program.augment import crop_and_flip, draws, random_box
 from resnet_fast.program.data import Batches, Files, Samples, load, loader
+from resnet_fast.program.data.archives import checksum, digits, read_cifar
+from resnet_fast.program.data.augment import crop_and_flip, draws, random_box
 from resnet_fast.program.options import Options, ProgramError
 
 TRAIN, TEST = random_images(23), random_images(11, seed=1)
 
 
-def binary_members(label_bytes):
-    def part(images, labels):
-        head = np.stack([*(np.full_like(labels, 7),) * (label_bytes - 1), labels], 1).astype(np.uint8)
-        return np.concatenate([head, images.reshape(-1, 3072)], 1).tobytes()
-
-    if label_bytes == 2:
-        names = "\n".join(f"fine{i}" for i in range(100))
-        folder = "cifar-100-binary/"
-        return {
-            folder + "train.bin": part(*TRAIN),
-            folder + "test.bin": part(*TEST),
-            folder + "fine_label_names.txt": names.encode(),
-        }
-    folder = "cifar-10-batches-bin/"
-    images, labels = TRAIN
-    members = {f"{folder}data_batch_{i + 1}.bin": part(images[i::5], labels[i::5]) for i in range(5)}
-    return {
-        **members,
-        folder + "test_batch.bin": part(*TEST),
-        folder + "batches.meta.txt": ("\n".join(CLASSES) + "\n\n").encode(),
-    }
-
-
-def cifar_100_members():
-    def part(images, labels):
-        return pickle.dumps({b"data": images.reshape(-1, 3072), b"fine_labels": labels.tolist()}, 4)
-
-    names = pickle.dumps({b"fine_label_names": [f"fine{i}".encode() for i in range(100)]}, 4)
-    return {
-        "cifar-100-python/train": part(*TRAIN),
-        "cifar-100-python/test": part(*TEST),
-        "cifar-100-python/meta": names,
-    }
-
-
-ARCHIVES = {
-    "cifar-10-python.tar.gz": lambda: cifar_members(*TRAIN, *TEST),
-    "cifar-10-binary.tar.gz": lambda: binary_members(1),
-    "cifar-100-python.tar.gz": cifar_100_members,
-    "cifar-100-binary.tar.gz": lambda: binary_members(2),
-}
+ARCHIVES = [f"cifar-{classes}-{form}.tar.gz" for classes in (10, 100) for form in ("python", "binary")]
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_archive(name, tmp_path):
-    path = make_archive(tmp_path / name, ARCHIVES[name]())
+    path = make_archive(tmp_path / name, archive_members(name.removesuffix(".tar.gz"), 23))
     arrays = read_cifar(path, checksum(path))
     order = np.concatenate([np.arange(23)[i::5] for i in range(5)]) if "-10-" in name else np.arange(23)
     np.testing.assert_array_equal(arrays.train_images, TRAIN[0][order])
@@ -79,7 +42,7 @@ def test_archive(name, tmp_path):
 
 
 def test_another_checksum_is_refused(tmp_path):
-    path = make_archive(tmp_path / "cifar-10-python.tar.gz", ARCHIVES["cifar-10-python.tar.gz"]())
+    path = make_archive(tmp_path / "cifar-10-python.tar.gz", archive_members("cifar-10-python", 23))
     with pytest.raises(ProgramError, match=r"has the checksum .* want c58f30108f718f92721af3b95e74349a"):
         read_cifar(path)
 
@@ -98,7 +61,7 @@ class Evil:
 def test_pickle_that_calls_is_refused(tmp_path):
     evil = Evil()
     evil.path = str(tmp_path / "made")
-    members = {**ARCHIVES["cifar-10-python.tar.gz"](), "cifar-10-batches-py/test_batch": pickle.dumps(evil)}
+    members = {**archive_members("cifar-10-python", 23), "cifar-10-batches-py/test_batch": pickle.dumps(evil)}
     path = make_archive(tmp_path / "cifar-10-python.tar.gz", members)
     with pytest.raises(ProgramError, match=r"asks for posix\.mkdir"):
         read_cifar(path, checksum(path))
@@ -113,17 +76,50 @@ def test_pickle_that_calls_is_refused(tmp_path):
         (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}), "lacks"),
         (pickle.dumps({b"data": np.zeros((2, 99), np.uint8), b"labels": [0, 1]}), r"want uint8 \[N, 3072\]"),
         (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}), "want from 0 to 9"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": ["cat"]}), r"labels <U3 .* integers \[N\]"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1.5]}), r"labels float64 \[1\]"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [[1], [2, 3]]}), "make no array"),
+        (pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}), "holds an array of f8, want u1"),
+        (pickle.dumps({b"data": [[1] * 3072], b"labels": [1]}), "has pixels int64"),
+        (pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": np.zeros(0, np.uint8)}), "no test images"),
     ],
 )
 def test_damaged_part(part, message, tmp_path):
-    members = {**ARCHIVES["cifar-10-python.tar.gz"](), "cifar-10-batches-py/test_batch": part}
+    members = {**archive_members("cifar-10-python", 23), "cifar-10-batches-py/test_batch": part}
     path = make_archive(tmp_path / "cifar-10-python.tar.gz", members)
     with pytest.raises(ProgramError, match=message):
         read_cifar(path, checksum(path))
 
 
+@pytest.mark.parametrize("names", [None, "cat", ["cat"], {b"label_names": b"cat"}, {b"label_names": [1]}])
+def test_names_that_are_none(names, tmp_path):
+    members = {**archive_members("cifar-10-python", 5), "cifar-10-batches-py/batches.meta": pickle.dumps(names)}
+    path = make_archive(tmp_path / "cifar-10-python.tar.gz", members)
+    with pytest.raises(ProgramError, match=r"batches.meta (holds a \w+, want a dictionary|has no list of class names)"):
+        read_cifar(path, checksum(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE])
+def test_a_part_that_is_no_file(kind, tmp_path):
+    """tarfile would follow a link to itself for ever."""
+    link = tarfile.TarInfo("cifar-10-batches-py/test_batch")
+    link.type, link.linkname = kind, "test_batch" if kind == tarfile.SYMTYPE else link.name
+    path = make_archive(tmp_path / "cifar-10-python.tar.gz", {**archive_members("cifar-10-python", 5), link.name: link})
+    with pytest.raises(ProgramError, match="test_batch is not a file"):
+        read_cifar(path, checksum(path))
+
+
+def test_damaged_compression(tmp_path):
+    path = make_archive(tmp_path / "cifar-10-binary.tar.gz", archive_members("cifar-10-binary", 23))
+    whole = gzip.decompress(path.read_bytes())
+    packer = zlib.compressobj(wbits=31)
+    path.write_bytes(packer.compress(whole[:60_000]) + packer.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99)
+    with pytest.raises(ProgramError, match=r"cannot be read: .*Error -3 while decompressing data: invalid block type"):
+        read_cifar(path, checksum(path))
+
+
 def test_truncated_archive(tmp_path):
-    path = make_archive(tmp_path / "cifar-10-binary.tar.gz", binary_members(1))
+    path = make_archive(tmp_path / "cifar-10-binary.tar.gz", archive_members("cifar-10-binary", 23))
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ProgramError, match="cannot be read"):
         read_cifar(path, checksum(path))
@@ -312,7 +308,7 @@ def test_a_worker_left_behind_does_not_keep_the_interpreter():
     script = """
 import torch
 from resnet_fast.program import data
-data.GRACE = 1
+data.loading.GRACE = 1
 images, labels = torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40, dtype=torch.long)
 samples = data.Samples(images.numpy(), labels.numpy(), 4, True, 7)
 batches = iter(data.loader(samples, data.Batches(40, 8, seed=7), 1, False))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.program_support import checkpoint, differences, run, small_cifar, start
 
-from resnet_fast.program import data, distributed, loop
+from resnet_fast.program import data, distributed, loop, signals
 from resnet_fast.program.options import parse
 
 OPTIONS = ["--epochs", "2", "--save-every", "3", "--keep", "20", "--ema", "0.9", "--lr", "0.05"]
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait_for(path, process):
-    for _ in range(600):
+    for _ in range(2400):
         if path.exists():
             return
         assert process.poll() is None, process.stdout.read()
@@ -29,7 +29,7 @@ def wait_for(path, process):
 
 
 def test_killed_in_the_middle_of_an_epoch(tmp_path, capfd):
-    given = [*small_cifar(tmp_path), *OPTIONS, "--workers", "1"]
+    given = [*small_cifar(tmp_path), *OPTIONS, "--data-on", "workers", "--workers", "1"]
     assert run(*given, "--out", tmp_path / "whole") == 0
     killed = start(*given, "--out", tmp_path / "killed")
     wait_for(tmp_path / "killed/step-00000013.pt", killed)  # of 20 steps, 10 an epoch
@@ -52,7 +52,7 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, capfd):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_ends(number, tmp_path, capfd):
     given = [*small_cifar(tmp_path, count=48), "--epochs", "2", "--save-every", "3", "--keep", "99"]
-    process = start(*given, "--workers", "1", "--out", tmp_path / "run")
+    process = start(*given, "--data-on", "workers", "--workers", "1", "--out", tmp_path / "run")
     wait_for(tmp_path / "run/step-00000003.pt", process)
     os.killpg(process.pid, number)  # loading workers, too, as from a terminal
     time.sleep(0.01)
@@ -76,7 +76,7 @@ def test_stopped_after_the_last_step_of_an_epoch(tmp_path):
     assert run(*given, "--out", tmp_path / "whole") == 0
     options = parse([*given, "--out", str(tmp_path / "stopped")])
     trainer = loop.Trainer(options, data.load(options), distributed.Processes(options))
-    trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), loop._Signals())
+    trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), signals.Signals())
     trainer.save(best=False)
     assert run(*given, "--out", tmp_path / "stopped", "--resume") == 0
     whole, stopped = (checkpoint(tmp_path / name / "step-00000010.pt") for name in ("whole", "stopped"))

@@ -103,13 +103,44 @@ def test_readme_code(capsys):
     assert not resnet_fast.backends.fallbacks()
 
 
-def test_training_commands_parse():
+def test_training_commands_parse(monkeypatch):
+    text = TRAINING.replace("\\\n    ", "")
     commands = re.findall(
-        r"^    (?:python|torchrun --nproc-per-node 2) -m resnet_fast\.train (.*)$", TRAINING, re.MULTILINE
+        r"^(?:    python|    torchrun|srun torchrun)(?: .*)? -m resnet_fast\.train (.*)$", text, re.MULTILINE
     )
-    assert len(commands) == 3
+    assert len(commands) == 11
+    read = []
+    monkeypatch.setattr(train.options.config, "arguments", lambda path, *_: read.append(path) or ["--data=saved"])
     for command in commands:
-        assert train.options.parse(command.split()).data in command
+        assert train.options.parse(command.split()).data in (command if "--config" not in command else "saved")
+    assert read == [Path("runs/cifar/config.yaml")]
+
+
+def test_scaling_is_computed_from_what_was_measured():
+    """Every row of docs/scaling.md from the documents of measurements, the parameters and the links' speeds."""
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    gpu, cpu = (
+        (ROOT / "docs" / "measurements" / f"{name}.md").read_text() for name in ("gpu-networks", "cpu-training")
+    )
+    rows = re.findall(r"^\| (\w+), batch (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for name, batch, cells in rows:
+        step, megabytes, *rest = cells.split(" | ")
+        with torch.device("meta"):
+            network = getattr(resnet_fast, name)()
+        count = 4 * sum(parameter.numel() for parameter in network.parameters())
+        assert megabytes == f"{count / 1e6:.1f}"
+        if len(rest[0].split(".")[1]) == 3:  # of an H200
+            milliseconds, digits, share, links = float(step), 3, 2, (450e9, 400e9)
+            assert re.search(rf"^\| {name}, batch {batch} \| [\d.]+ \| [\d.]+ \| {step} \|", gpu, re.MULTILINE)
+        else:
+            measured = rf"^\| {name}, batch {batch}, \d+ x \d+ \| (\d+) \| \*\*([\d.]+)\*\* "
+            eager, ratio = re.search(measured, cpu, re.MULTILINE).groups()
+            milliseconds, digits, share, links = float(eager) * float(ratio), 1, 3, (3.125e9, 3.125e9)
+            assert step == f"{milliseconds:.0f}"
+        times = [2 * (n - 1) / n * count / link * 1e3 for n, link in zip((8, 64), links, strict=True)]
+        wanted = [f"{t:.{digits}f}" for t in times]
+        assert rest == wanted + [f"{milliseconds / (milliseconds + t):.{share}f}" for t in times]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,6 +8,9 @@ import pytest
 from resnet_fast import ops
 from resnet_fast.chain.guard import StalenessGuard
 
+COUNTS = {"operators": 200, "wrong_calls": 200, "networks": 8, "structure": 8}
+COUNTS |= {"images": 380, "archives": 120, "shards": 200}
+
 # Shapes are small.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +26,7 @@ def told(found):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("kind", "count"), [("operators", 200), ("wrong_calls", 200), ("networks", 8), ("structure", 8)]
-)
+@pytest.mark.parametrize(("kind", "count"), COUNTS.items())
 def test_trials(kind, count):
     found = faults(kind, count)
     assert not found, f"python -m tests.fuzz {kind} --trials 1 --seed ...\n{told(found)}"
@@ -46,6 +47,17 @@ def test_wrong_numbers_are_found(monkeypatch):
 def test_stale_weights_are_found(monkeypatch):
     monkeypatch.setattr(StalenessGuard, "is_valid", lambda self: True)
     assert any(fuzz.trial("networks", seed) for seed in range(10))
+
+
+def test_exceptions_that_escape_are_found(monkeypatch):
+    """Those that nobody thought of: here, what messages are made by fails."""
+
+    def fail(error):
+        raise KeyError from error
+
+    for kind in ("images", "archives"):
+        monkeypatch.setattr(f"resnet_fast.program.data.{kind}.one_line", fail)
+        assert faults(kind, 20)
 
 
 def test_errors_that_do_not_name_the_argument_are_found(monkeypatch):

@@ -42,27 +42,41 @@ def forward(
     for each layer, the running statistics that ``kernels`` update.
     """
     values: dict[int, Value] = {0: Value(x)}
-    saved = SavedTensors([], [], [], [], [])
+    saved, synced = SavedTensors([], [], [], [], [], []), kernels.statistics()
+
+    def ready(value: int) -> Value:
+        """A value; the first time, with the statistics of all processes if its batch norm is synchronised."""
+        i = value - 1
+        if value > 0 and layers[i].synced and saved.counts[i] is None:
+            saved.counts[i], saved.stats[i] = synced.wait(i)
+            affine = kernels.affine(layers[i], saved.stats[i], *tensors[TENSORS * i + 2 : TENSORS * i + 4])
+            saved.scales[i], values[value] = affine, values[value]._replace(scale_shift=affine)
+        return values[value]
+
     last_reader = {value: i for i, layer in enumerate(layers) for value in (layer.source, layer.residual)}
     for i, layer in enumerate(layers):
         own = tensors[TENSORS * i : TENSORS * (i + 1)]
-        y, stats, affine, filters = kernels.convolve(layer, values[layer.source], own, running[i] if running else None)
-        value = Value(y, affine, layer.relu)
+        y, stats, affine, filters = kernels.convolve(layer, ready(layer.source), own, running[i] if running else None)
+        values[i + 1] = Value(y, affine, layer.relu)
+        unread = i + 1 == len(layers) and not layer.normalized
+        saved.ys.append(None if unread else y)
+        saved.sums.append(None)
+        saved.scales.append(affine)
+        saved.stats.append(stats)
+        saved.filters.append(filters)
+        saved.counts.append(None)
+        if layer.synced:
+            synced.add(i, stats, y.numel() // y.shape[1])
         if layer.residual >= 0:
-            value = Value(kernels.apply(value, _addable(kernels, values[layer.residual])))
-        values[i + 1] = value
+            values[i + 1] = Value(kernels.apply(ready(i + 1), _addable(kernels, ready(layer.residual))))
+            saved.scales[i] = None
+        if not unread and not (recompute if layer.residual >= 0 else layer.normalized):
+            saved.sums[i] = values[i + 1].tensor
         for read in {layer.source, layer.residual} - {-1}:
             if last_reader[read] == i:
                 del values[read]
-        unread = i + 1 == len(layers) and not layer.normalized
-        total = None if value.scale_shift is not None else value.tensor
-        if unread or (recompute and layer.residual >= 0):
-            total = None
-        saved.ys.append(None if unread else y)
-        saved.sums.append(total)
-        saved.scales.append(value.scale_shift)
-        saved.stats.append(stats)
-        saved.filters.append(filters)
+    for value in list(values):  # the last, and any that no layer reads
+        ready(value)
     last = values[len(layers)]
     return (last.tensor if last.scale_shift is None else kernels.apply(last)), saved
 
@@ -87,7 +101,7 @@ class ChainBackward:
         """needs: whether the gradient of x, and of each of ``tensors``, is wanted. Empties ``saved`` as it goes; scales
         and filters may be missing from it."""
         self.kernels, self.layers, self.x, self.tensors, self.needs = kernels, layers, x, tensors, needs
-        self.ys, self.sums, self.scales, self.stats, self.filters = saved
+        self.ys, self.sums, self.scales, self.stats, self.filters, synced = saved
         self.pending: dict[int, Tensor] = {}  # gradients of values, as far as accumulated
         self.masked: dict[int, tuple[Tensor, Any]] = {}  # the gradient behind a value's ReLU, and its reductions
         self.readers: dict[int, list[int]] = {}
@@ -105,7 +119,8 @@ class ChainBackward:
                 self.scales[i] = kernels.affine(layer, self.stats[i], *tensors[TENSORS * i + 2 : TENSORS * i + 4])
         self.segments = self._segments()
         self._restore_ends()
-        self.vectors = kernels.gradients(layers, counts(layers, x.shape), self.stats, tensors, needed[1:])
+        pixels = [own if n is None else n for own, n in zip(counts(layers, x.shape), synced, strict=True)]
+        self.vectors = kernels.gradients(layers, pixels, self.stats, tensors, needed[1:])
         self.grads: list[Tensor | None] = [None] * len(needs)
 
     def _segments(self) -> dict[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ... import backends
 from ...ops.differentiation import first_order, gradients_again, wanted
 from ...ops.spec import ConvSpec, encode
 from ..guard import StalenessGuard
+from ..sync_batch_norm import group_of, is_synchronized
 from . import operator as train_chain  # noqa: F401  (registers the operator)
 from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
 from .passes import Passes
@@ -42,9 +43,24 @@ class Program:
         self.eps = [0.0 if bn is None else bn.eps for bn in norms]
         self.normalized = [bn is not None for bn in norms]
         self.batch = [bn is not None and (bn.training or bn.running_mean is None) for bn in norms]
+        self.synced = [bn is not None and bn.training and is_synchronized(bn) for bn in norms]
         self.layers = layers_of(specs, self.eps, self.normalized, self.batch)
         self.statistics = RunningStatistics(norms, self.batch)
         self.passes = Passes(self.layers)
+
+    def _connect(self) -> Passes:
+        """The passes, among the processes that there are now: they may have met after the recording."""
+        at = self.synced.index(True) if True in self.synced else None
+        group = None if at is None else group_of(cast(Any, self.pairs[at][1]).process_group)
+        if group is not self.passes.group:
+            synced = [own and group is not None for own in self.synced]
+            self.layers = [layer._replace(synced=own) for layer, own in zip(self.layers, synced, strict=True)]
+            self.passes = Passes(self.layers, group)
+        return self.passes
+
+    def takes_empty(self) -> bool:
+        """Whether batches without images may be run: the other processes have some."""
+        return self._connect().group is not None and self.synced == self.batch
 
     def is_valid(self) -> bool:
         """Whether the modules are unchanged since ``guard`` was set."""
@@ -61,12 +77,17 @@ class Program:
         tracked = {memory for bn in norms if bn.training for memory in buffer_memory(bn)}
         if any(memory in tracked for bn in norms if not bn.training for memory in buffer_memory(bn)):
             return "statistics that one batch norm keeps and another one takes"
+        synced = [cast(Any, bn) for (_, bn), own in zip(self.pairs, self.synced, strict=True) if own]
+        if synced and torch.compiler.is_compiling():
+            return f"{type(synced[0]).__name__} under torch.compile"
+        if any(bn.process_group is not synced[0].process_group for bn in synced):
+            return "batch norms of several process groups"
         return None
 
     def run(self, x: Tensor) -> Tensor:
-        pixels = counts(self.layers, x.shape)
-        for (conv, _), n, batch in zip(self.pairs, pixels, self.batch, strict=True):
-            if batch and n == 1:
+        passes, pixels = self._connect(), counts(self.layers, x.shape)
+        for (conv, _), n, layer in zip(self.pairs, pixels, self.layers, strict=True):
+            if layer.batch_statistics and not layer.synced and n == 1:
                 size = torch.Size((1, conv.weight.shape[0], 1, 1))
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         tensors = self._tensors()
@@ -74,13 +95,17 @@ class Program:
             out, stats = self._traced(x, tensors)
             self.statistics.track(stats, pixels, ())
             return out
-        running = self.statistics.for_kernels(x.device) if self.passes.updates_statistics(x) else ()
+        running = self.statistics.for_kernels(x.device) if passes.updates_statistics(x) else ()
         # Copy to channels_last outside of the function: it then saves its input, which second derivatives connect to.
-        track = partial(self.statistics.track, pixels=pixels, done=running)
+        track = partial(self._track, pixels, running)
         recompute, copied = backends.training.recompute_outputs, dense(x)
         original = None if copied is x else x.detach()
-        out, *_ = _Train.apply(self.passes, recompute, running, track, original, copied, *tensors)
+        out, *_ = _Train.apply(passes, recompute, running, track, original, copied, *tensors)
         return out
+
+    def _track(self, pixels: list[int], done: Sequence[Running | None], saved: SavedTensors) -> None:
+        everywhere = [own if n is None else n for own, n in zip(pixels, saved.counts, strict=True)]
+        self.statistics.track(saved.stats, everywhere, done)
 
     def _tensors(self) -> list[Tensor | None]:
         """``TENSORS`` of each layer."""
@@ -106,7 +131,7 @@ class _Train(torch.autograd.Function):
     """``forward(passes, recompute, running, track, original, x, *TENSORS a layer) -> (out, *[mean; variance] a layer)``
 
     x: channels_last. original: the tensor that x is a copy of, or None; saved so that in-place changes to it raise, as
-    in PyTorch. running: the statistics that kernels update. track: called with the batch statistics before anything is
+    in PyTorch. running: the statistics that kernels update. track: called with what will be saved before it is
     saved, because activation checkpointing stops its second run at the last saved tensor. Second derivatives run the
     chain again on PyTorch's own operators.
     """
@@ -117,7 +142,7 @@ class _Train(torch.autograd.Function):
         passes: Passes,
         recompute: bool,
         running: Sequence[Running | None],
-        track: Callable[[list[Tensor]], None],
+        track: Callable[[SavedTensors], None],
         original: Tensor | None,
         x: Tensor,
         *tensors: Tensor | None,
@@ -125,7 +150,7 @@ class _Train(torch.autograd.Function):
         # Skip the operators' autograd keys, which only raise.
         with torch._C._AutoDispatchBelowAutograd():
             out, saved = passes.forward(x, list(tensors), recompute, running)
-        track(saved.stats)
+        track(saved)
         ctx.passes = passes
         ctx.tensors = [False] * 4 + [t is not None for t in (original, x, *tensors)]
         ctx.save_for_backward(original, x, *(t for each in saved for t in each), *tensors)
@@ -137,6 +162,10 @@ class _Train(torch.autograd.Function):
         layers = ctx.passes.layers
         count = len(layers)
         if not first_order(grad):
+            if ctx.passes.group is not None:
+                raise RuntimeError(
+                    "create_graph=True: synchronised batch norm has no second derivatives, want create_graph=False"
+                )
             _, x, *rest = ctx.saved_tensors
             tensors = [x, *rest[SAVED * count :]]
             return None, None, None, None, None, *gradients_again(_EagerChain(layers), tensors, wanted(ctx)[5:], grad)

@@ -32,14 +32,23 @@ class Kernels:
         """
         weight, bias, gamma, beta, mean, var = tensors
         assert weight is not None
-        algorithm = training_algorithm(weight, layer.stride, source.tensor)
-        y, stats = torch.ops.resnet_fast.conv_bn_stats.default(
-            *source, weight, bias, layer.stride, layer.padding, algorithm, layer.batch_statistics
-        )
+        y, stats = self._convolve(layer, source, weight, bias, layer.batch_statistics)
         if mean is not None and var is not None:
             stats = torch.stack((mean, var)).to(stats.dtype)
         affine = self.affine(layer, stats, gamma, beta) if layer.normalized else None
         return y, stats, affine, None
+
+    def _convolve(
+        self, layer: Layer, source: Value, weight: Tensor, bias: Tensor | None, stats: bool
+    ) -> tuple[Tensor, Tensor]:
+        algorithm = training_algorithm(weight, layer.stride, source.tensor)
+        return torch.ops.resnet_fast.conv_bn_stats.default(
+            *source, weight, bias, layer.stride, layer.padding, algorithm, stats
+        )
+
+    def statistics(self) -> Any:
+        """The :class:`.synchronized.Statistics` of one forward; None where a chain has no synchronised layers."""
+        return None
 
     def affine(self, layer: Layer, stats: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         """``[scale; shift]`` of batch norm with ``stats`` = ``[mean; variance]``."""
@@ -76,9 +85,10 @@ class Kernels:
         return sums[::2].clone()  # they become gradients of other parameters: no alias
 
     def gradients(
-        self, layers: list[Layer], pixels: list[int], stats: list[Tensor], tensors: list[Tensor | None], needed: Any
+        self, layers: list[Layer], pixels: list[Any], stats: list[Tensor], tensors: list[Tensor | None], needed: Any
     ) -> Gradients:
-        """The per-channel gradients of one backward. needed: whether the gradient of each layer's output is."""
+        """The per-channel gradients of one backward. pixels: values per channel of each layer's output, a tensor where
+        batch norm is synchronised. needed: whether the gradient of each layer's output is."""
         return Gradients(layers, pixels, stats, tensors, needed)
 
     def backward(
@@ -157,11 +167,21 @@ class Gradients:
 
         sums: the layer's reductions. A gradient of gamma may be left to :meth:`rest`.
         """
+        return self._complete(i, sums), self._vectors(i, sums, needs)
+
+    def _complete(self, i: int, sums: Tensor) -> Tensor | None:
+        """The coefficients, with the factors that they lack."""
+        coefficients = self.coefficients.get(i)
+        if coefficients is not None and self.layers[i].batch_statistics:
+            coefficients[1].mul_(sums[1])
+            coefficients[2].mul_(sums[0])
+        return coefficients
+
+    def _vectors(
+        self, i: int, sums: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         of_g, of_gy, *_ = sums.unbind(0)
         coefficients, batch = self.coefficients.get(i), self.layers[i].batch_statistics
-        if coefficients is not None and batch:
-            coefficients[1].mul_(of_gy)
-            coefficients[2].mul_(of_g)
         need_bias, need_gamma, need_beta = needs
         bias, gamma, beta = (self._tensor(i, k) for k in (1, 2, 3))
         of_bias = of_beta = None
@@ -173,7 +193,7 @@ class Gradients:
             self._gammas.append((i, of_gy, self.inv_std[i]))
         if need_beta and beta is not None:
             of_beta = of_g.to(beta.dtype)
-        return coefficients, (of_bias, None, of_beta)
+        return of_bias, None, of_beta
 
     def rest(self) -> Iterable[tuple[int, Tensor]]:
         """Gradients of gamma that :meth:`of_layer` left, by layer; after the last layer."""

@@ -28,6 +28,7 @@ class Layer(NamedTuple):
     eps: float
     normalized: bool
     batch_statistics: bool
+    synced: bool = False  # the batch's of all processes
 
 
 class SavedTensors(NamedTuple):
@@ -38,6 +39,7 @@ class SavedTensors(NamedTuple):
     scales: list[Tensor | None]  # [scale; shift]
     stats: list[Tensor]  # [mean; variance]
     filters: list[Tensor | None]  # as the kernels read them; None where they pack them again
+    counts: list[Tensor | None]  # values per channel in all processes, where batch norm is synchronised
 
 
 SAVED = len(SavedTensors._fields)

@@ -151,7 +151,7 @@ def _gradients(grad: Tensor, x: Tensor, tensors: list[Tensor], saved: list[Tenso
     missing: list[Tensor | None] = [None] * count
     wanted = iter(needs[1:])
     needed = [needs[0], *(there and next(wanted) for there in settings[0])]
-    complete = SavedTensors(ys, sums, missing.copy(), stats, missing)
+    complete = SavedTensors(ys, sums, missing.copy(), stats, missing, missing)
     grads = passes.backward(dense(x), complete, spread, needed, grad)
     return [g for g, need in zip(grads, needed, strict=True) if need and g is not None]
 

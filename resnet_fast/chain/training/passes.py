@@ -12,6 +12,7 @@ from .. import devices
 from .driver import ChainBackward, forward
 from .kernels import Kernels
 from .layers import Layer, SavedTensors
+from .synchronized import SyncedKernels
 
 __all__ = ["Passes"]
 
@@ -19,15 +20,20 @@ _OPERATORS = Kernels()
 
 
 class Passes:
-    """Forward and backward of one chain. On a GPU the launches of a pass are recorded, then replayed from C++."""
+    """Forward and backward of one chain. On a GPU the launches of a pass are recorded, then replayed from C++.
 
-    def __init__(self, layers: list[Layer]) -> None:
-        self.layers = layers
+    group: the processes that synchronised layers take their statistics over, or None. A tape holds no collectives: with
+    a group, GPUs run the operators one by one.
+    """
+
+    def __init__(self, layers: list[Layer], group: Any = None) -> None:
+        self.layers, self.group = layers, group
+        self._operators = _OPERATORS if group is None else SyncedKernels(layers, group)
         self._replayed: Any = None
 
     def _on_gpu(self, x: Tensor) -> Any:
         """The chain's replayed passes where ``x`` is on a GPU, else None."""
-        if backends.kind(x) != "cuda":
+        if not self.updates_statistics(x):
             return None
         if self._replayed is None:
             self._replayed = devices.gpu.passes(self.layers)
@@ -35,7 +41,7 @@ class Passes:
 
     def updates_statistics(self, x: Tensor) -> bool:
         """Whether the forward itself updates the running statistics."""
-        return backends.kind(x) == "cuda"
+        return backends.kind(x) == "cuda" and self.group is None
 
     def forward(
         self, x: Tensor, tensors: list[Tensor | None], recompute: bool, running: Sequence[Any]
@@ -44,7 +50,7 @@ class Passes:
         replayed = self._on_gpu(x)
         if replayed is not None:
             return replayed.forward(x, tensors, recompute, running)
-        return forward(_OPERATORS, self.layers, x, tensors, recompute)
+        return forward(self._operators, self.layers, x, tensors, recompute)
 
     def backward(
         self, x: Tensor, saved: SavedTensors, tensors: list[Tensor | None], needs: Sequence[bool], grad: Tensor
@@ -53,4 +59,4 @@ class Passes:
         replayed = self._on_gpu(x)
         if replayed is not None:
             return replayed.backward(x, saved, tensors, needs, grad)
-        return ChainBackward(_OPERATORS, self.layers, x, saved, tensors, needs).gradients(grad)
+        return ChainBackward(self._operators, self.layers, x, saved, tensors, needs).gradients(grad)

@@ -74,10 +74,11 @@ class RunningStatistics:
             self._found = buffers, found
         return self._found[1]
 
-    def track(self, stats: list[Tensor], pixels: list[int], done: Sequence[Running | None]) -> None:
+    def track(self, stats: list[Tensor], pixels: list[Any], done: Sequence[Running | None]) -> None:
         """Updates all but those that kernels have ``done``.
 
-        stats: [mean; variance] of each layer's output. pixels: how many values per channel they are of.
+        stats: [mean; variance] of each layer's output. pixels: how many values per channel they are of, a number, or a
+        tensor where all processes count.
         """
         with torch.no_grad():
             for layers in self.rounds:
@@ -134,7 +135,7 @@ def _track(calls: list[Any]) -> None:
     counters = [n for n in (held(bn, "num_batches_tracked") for bn, *_ in calls) if n is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    groups: dict[tuple[float, torch.dtype], list[tuple[nn.BatchNorm2d, Tensor, int]]] = {}
+    groups: dict[tuple[float, torch.dtype], list[tuple[nn.BatchNorm2d, Tensor, Any]]] = {}
     for bn, now, n in calls:
         if bn.running_mean is None:
             continue
@@ -150,10 +151,14 @@ def _track(calls: list[Any]) -> None:
         running = [bn.running_var for bn, _, _ in members]
         shares = [momentum * n / (n - 1) for _, _, n in members]
         torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, torch._foreach_mul([variance for _, variance in rows], shares))
+        variances = [variance for _, variance in rows]
+        if any(isinstance(share, Tensor) for share in shares):  # the host need not know them
+            torch._foreach_add_(running, [v * share for v, share in zip(variances, shares, strict=True)])
+        else:
+            torch._foreach_add_(running, torch._foreach_mul(variances, shares))
 
 
-def _average(bn: nn.BatchNorm2d, now: Tensor, n: int) -> None:
+def _average(bn: nn.BatchNorm2d, now: Tensor, n: Any) -> None:
     """``momentum=None``: the cumulative average over all batches. Their count stays a tensor, so that CUDA graphs and
     compiled graphs can capture it."""
     assert bn.num_batches_tracked is not None

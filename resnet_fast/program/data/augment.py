@@ -1,14 +1,16 @@
 """Random crops and flips whose random numbers depend on seed, epoch and image alone.
 
 They do not depend on the worker, the batch or the process: a resumed run and any number of workers or processes see the
-same augmented images. :mod:`.data` calls it.
+same augmented images. The kernels of :func:`resnet_fast.ops.augment.augment` compute them bit for bit.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["crop_and_flip", "draws", "random_box"]
+__all__ = ["crop_and_flip", "draws", "random_box", "stream"]
+
+_STEP = 0x9E3779B97F4A7C15
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -18,13 +20,18 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def stream(seed: int, epoch: int) -> int:
+    """The 64-bit state of seed and epoch, as a signed integer; an image's numbers follow from it and the index."""
+    state = np.array([seed], dtype=np.uint64)
+    for part in (epoch, 0):
+        state = _mix(state + np.uint64(_STEP)) + np.uint64(part)
+    return int(state.view(np.int64)[0])
+
+
 def draws(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
     """Uniform random numbers in [0, 1), ``[len(indices), count]``, a function of seed, epoch and index."""
-    step = np.uint64(0x9E3779B97F4A7C15)
-    state = np.full(len(indices), seed, dtype=np.uint64)
-    for part in (np.full(len(indices), epoch, dtype=np.uint64), indices.astype(np.uint64)):
-        state = _mix(state + step) + part
-    numbers = _mix(_mix(state)[:, None] + step * np.arange(1, count + 1, dtype=np.uint64))
+    state = _mix(np.int64(stream(seed, epoch)).view(np.uint64) + indices.astype(np.uint64))
+    numbers = _mix(state[:, None] + np.uint64(_STEP) * np.arange(1, count + 1, dtype=np.uint64))
     return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -1,7 +1,7 @@
 """Data sets in one file: CIFAR-10 and CIFAR-100 as their authors pack them, and 5,000 digits of MNIST.
 
 CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html, with the checksums stated there. Archives are read in place: nothing
-is unpacked to disk, and no code in a pickle is executed. :mod:`.data` turns the arrays into batches.
+is unpacked to disk, and no code in a pickle is executed. :mod:`.memory` turns the arrays into batches.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import os
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .options import ProgramError
+from ..options import ProgramError
+from ..text import one_line
 
 __all__ = ["Arrays", "checksum", "digits", "read_cifar"]
 
@@ -93,16 +96,42 @@ def checksum(path: Path, name: str = "md5") -> str:
     return digest.hexdigest()
 
 
+class _Dtype:
+    """Stands in for ``numpy.dtype``."""
+
+    def __init__(self, name: Any = None, *_: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and fields: bytes have none."""
+
+
+class _Array:
+    """Stands in for ``numpy.ndarray``, whose own ``__setstate__`` takes a damaged state for true."""
+
+    def __init__(self, *_: Any) -> None:
+        self.pixels = np.empty(0)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        if dtype.name not in ("u1", b"u1"):
+            raise ProgramError(f"the archive's pickle holds an array of {dtype.name}, want u1 (bytes)")
+        self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
 class _Unpickler(pickle.Unpickler):
-    """Loads NumPy arrays, and refuses every other class or function."""
+    """Loads arrays of bytes, and refuses every other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy.core in NumPy 1 is numpy._core in NumPy 2.
-        if (module.replace("numpy.core", "numpy._core"), name) == ("numpy._core.multiarray", "_reconstruct"):
-            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise ProgramError(f"the archive's pickle asks for {module}.{name}: only NumPy arrays are read")
+        found = {
+            ("numpy._core.multiarray", "_reconstruct"): _Array,
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+        }.get((module.replace("numpy.core", "numpy._core"), name))
+        if found is None:
+            raise ProgramError(f"the archive's pickle asks for {module}.{name}: only NumPy arrays are read")
+        return found
 
 
 def _unpickle(data: bytes, what: str) -> dict[bytes, Any]:
@@ -112,24 +141,29 @@ def _unpickle(data: bytes, what: str) -> dict[bytes, Any]:
         raise
     # A damaged pickle may raise any exception.
     except Exception as error:
-        raise ProgramError(f"{what} is not a readable pickle: {error}") from error
+        raise ProgramError(f"{what} is not a readable pickle: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ProgramError(f"{what} holds a {type(content).__name__}, want a dictionary")
     return content
 
 
 def _images(pixels: Any, labels: Any, form: _Format, what: str) -> tuple[np.ndarray, np.ndarray]:
-    pixels, labels = np.asarray(pixels), np.asarray(labels, dtype=np.int64)
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1]:
+    # Rows of different lengths make no array.
+    try:
+        pixels, labels = (np.asarray(a.pixels if isinstance(a, _Array) else a) for a in (pixels, labels))
+    except ValueError as error:
+        raise ProgramError(f"{what} has pixels or labels that make no array: {one_line(error)}") from error
+    whole = labels.dtype.kind in "iu"
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,) or not whole or labels.shape != pixels.shape[:1]:
         raise ProgramError(
-            f"{what} has pixels {pixels.dtype} {list(pixels.shape)} and labels {list(labels.shape)}, want uint8 "
-            "[N, 3072] and [N]"
+            f"{what} has pixels {pixels.dtype} {list(pixels.shape)} and labels {labels.dtype} {list(labels.shape)}, "
+            "want uint8 [N, 3072] and integers [N]"
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < form.classes:
         raise ProgramError(
             f"{what} has labels from {labels.min()} to {labels.max()}, want from 0 to {form.classes - 1}"
         )
-    return pixels.reshape(-1, 3, 32, 32), labels
+    return pixels.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
 def _part(data: bytes, form: _Format, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -148,10 +182,12 @@ def _part(data: bytes, form: _Format, what: str) -> tuple[np.ndarray, np.ndarray
 
 def _names(data: bytes, form: _Format, what: str) -> list[str]:
     if form.label_bytes:
-        return data.decode().split()
+        return [os.fsdecode(name) for name in data.split()]
     content = _unpickle(data, what)
-    key = b"label_names" if b"label_names" in content else b"fine_label_names"
-    return [name.decode() for name in content.get(key, [])]
+    names = content.get(b"label_names", content.get(b"fine_label_names"))
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise ProgramError(f"{what} has no list of class names as bytes")
+    return [os.fsdecode(name) for name in names]
 
 
 def read_cifar(path: Path, md5: str | None = None) -> Arrays:
@@ -171,21 +207,24 @@ def read_cifar(path: Path, md5: str | None = None) -> Arrays:
     if found != wanted:
         raise ProgramError(f"{path} has the checksum (MD5) {found}, want {wanted}: damaged, or not CIFAR's")
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:gz") as archive:
 
             def read(member: str, parser: Callable[[bytes, _Format, str], Any]) -> Any:
-                file = archive.extractfile(member)
-                if file is None:
+                file = archive.extractfile(member) if archive.getmember(member).isreg() else None
+                if file is None:  # a link may lead to itself
                     raise ProgramError(f"{path}: {member} is not a file")
                 return parser(file.read(), form, f"{path}: {member}")
 
             train = [read(member, _part) for member in form.train]
             test = [read(member, _part) for member in form.test]
             classes = read(form.names, _names)
-    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        raise ProgramError(f"{path} cannot be read: {error}") from error
+    # gzip and tarfile raise what their parsers stumble over.
+    except (tarfile.TarError, zlib.error, KeyError, EOFError, OSError, ValueError, OverflowError) as error:
+        raise ProgramError(f"{path} cannot be read: {one_line(error)}") from error
     if len(classes) != form.classes:
         raise ProgramError(f"{path}: {form.names} names {len(classes)} classes, want {form.classes}")
+    if not sum(len(labels) for _, labels in test):
+        raise ProgramError(f"{path} holds no test images")
     images = [np.concatenate([images for images, _ in parts]) for parts in (train, test)]
     labels = [np.concatenate([labels for _, labels in parts]) for parts in (train, test)]
     return Arrays(images[0], labels[0], images[1], labels[1], classes)

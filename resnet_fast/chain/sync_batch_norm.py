@@ -1,6 +1,7 @@
-"""Synchronised batch norm on any device that can all-reduce; :class:`.loop.Trainer` converts networks to it.
+"""Synchronised batch norm: the statistics over all processes, and the module that computes it in plain PyTorch.
 
-``torch.nn.SyncBatchNorm`` refuses CPU tensors; this one computes the same from the same ``state_dict``.
+Chains compute the same in :mod:`.training.synchronized`. ``torch.nn.SyncBatchNorm`` refuses CPU tensors where it runs
+unfused; :class:`SyncBatchNorm2d` runs on any device that can all-reduce, with the same ``state_dict``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["SyncBatchNorm2d", "convert"]
+__all__ = ["SyncBatchNorm2d", "all_gather", "check_count", "combine", "convert", "group_of", "is_synchronized"]
+
+
+def group_of(process_group: Any) -> Any:
+    """The process group that statistics are taken over; None where this process is alone, or not in the group.
+
+    process_group: None for all processes, as in ``torch.nn.SyncBatchNorm``.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def is_synchronized(module: Any) -> bool:
+    """Whether ``module`` takes its statistics over processes, if there are several."""
+    return type(module) in (SyncBatchNorm2d, nn.SyncBatchNorm)
+
+
+def all_gather(own: Tensor, group: Any) -> tuple[Tensor, Any]:
+    """``own`` of each process in the order of ranks, as [processes, ...], and the collective to wait for."""
+    gathered = own.new_empty(dist.get_world_size(group), *own.shape)
+    return gathered, dist.all_gather(list(gathered.unbind(0)), own, group=group, async_op=True)
+
+
+def combine(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance per channel over all processes.
+
+    gathered: float64 [processes, 3, C], of each process the count, the mean and M2 = sum((x - mean)^2). Combined in the
+    order of ranks without cancellation (Chan, Golub, LeVeque 1979), so bitwise equal on all processes. A count of 0
+    has no weight.
+    """
+    counts, means, m2s = gathered.unbind(1)
+    n = counts.sum(0)
+    mean = (counts * means).sum(0) / n
+    return n, mean, (m2s + counts * (means - mean) ** 2).sum(0) / n
+
+
+def check_count(own: int, n: Tensor) -> None:
+    """Raises ValueError, as PyTorch does, if all processes have less than two values per channel.
+
+    A process with two ``own`` values knows it without reading ``n``, for which the host would wait.
+    """
+    if own < 2 and int(n.min()) < 2:
+        raise ValueError(f"Expected more than 1 value per channel when training, got {int(n.min())} in all processes")
 
 
 def _per_channel(t: Tensor) -> Tensor:
@@ -21,9 +66,7 @@ def _per_channel(t: Tensor) -> Tensor:
 class _Normalize(torch.autograd.Function):
     """y = (x - mean) * invstd * weight + bias, with mean and variance over the batches of all processes.
 
-    Forward: each process gathers count, mean and M2 = sum((x - mean)^2) of all batches and combines them in the order
-    of ranks (Chan, Golub, LeVeque 1979): without cancellation, and bitwise equal everywhere. Backward, with
-    xhat = (x - mean) * invstd and sums over all processes:
+    Backward, with xhat = (x - mean) * invstd and sums over all processes:
 
         dx = weight * invstd * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n)
 
@@ -31,24 +74,25 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.to(weight.dtype)
         count = x.numel() // x.shape[1]
-        own = wide.new_zeros(3, x.shape[1])
-        if count > 0:  # an empty batch has weight zero
+        own = wide.new_zeros(3, x.shape[1], dtype=torch.float64)
+        if count > 0:
             variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
             own.copy_(torch.stack([torch.full_like(mean, count), mean, variance * count]))
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own)
-        counts, means, m2s = torch.stack(gathered).double().unbind(1)
-        n = counts.sum(0)
-        mean64 = (counts * means).sum(0) / n
-        var64 = (m2s.sum(0) + (counts * (means - mean64) ** 2).sum(0)) / n
+        gathered, work = all_gather(own, group)
+        work.wait()
+        n, mean64, var64 = combine(gathered)
+        check_count(count, n)
         mean, variance = mean64.to(weight.dtype), var64.to(weight.dtype)
         invstd = (var64 + eps).rsqrt().to(weight.dtype)
         xhat = (wide - _per_channel(mean)) * _per_channel(invstd)
         ctx.save_for_backward(x, weight, mean, invstd, n)
         ctx.mark_non_differentiable(mean, variance, n)
+        ctx.group = group
         return (xhat * _per_channel(weight) + _per_channel(bias)).to(x.dtype), mean, variance, n
 
     @staticmethod
@@ -60,10 +104,10 @@ class _Normalize(torch.autograd.Function):
         xhat = (x.to(weight.dtype) - _per_channel(mean)) * _per_channel(invstd)
         grad_bias, grad_weight = wide.sum((0, 2, 3)), (wide * xhat).sum((0, 2, 3))
         sums = torch.stack([grad_bias, grad_weight]).double()
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=ctx.group)
         mean_grad, mean_grad_xhat = (sums / n).to(weight.dtype)
         dx = wide - _per_channel(mean_grad) - xhat * _per_channel(mean_grad_xhat)
-        return (dx * _per_channel(weight * invstd)).to(x.dtype), grad_weight, grad_bias, None
+        return (dx * _per_channel(weight * invstd)).to(x.dtype), grad_weight, grad_bias, None, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -78,14 +122,21 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         ValueError: as in ``nn.BatchNorm2d``, if all processes together have one value per channel.
     """
 
+    process_group = None  # all processes
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        group = group_of(self.process_group) if self.training else None
+        if group is None:
             return super().forward(x)
         self._check_input_dim(x)
-        y, mean, variance, n = _Normalize.apply(x, self.weight, self.bias, self.eps)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if not self.affine:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            weight = torch.ones(x.shape[1], dtype=dtype, device=x.device)
+            bias = torch.zeros_like(weight)
+        y, mean, variance, n = _Normalize.apply(x, weight, bias, self.eps, group)
         if self.running_mean is not None:
-            if int(n[0]) < 2:
-                raise ValueError(f"SyncBatchNorm2d got {int(n[0])} value per channel, want at least 2 to train")
             self._track(mean, variance, n)
         return y
 
@@ -104,6 +155,4 @@ def convert(network: nn.Module) -> None:
     """Makes every ``nn.BatchNorm2d`` in ``network`` a :class:`SyncBatchNorm2d`, in place; parameters are unchanged."""
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
-            if not module.affine:
-                raise ValueError("convert: a BatchNorm2d without weight and bias, want affine=True")
             module.__class__ = SyncBatchNorm2d
