@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -41,7 +43,11 @@ class Processes:
         if "RANK" in os.environ:
             try:
                 # gloo carries signals and totals as CPU tensors, beside the gradients.
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+                backend, store = "cpu:gloo,cuda:nccl" if cuda else "gloo", _store_of_the_attempt(self.rank, self.world)
+                whom: dict[str, Any] = (
+                    {} if store is None else {"store": store, "rank": self.rank, "world_size": self.world}
+                )
+                dist.init_process_group(backend, **whom)
             except (ValueError, RuntimeError) as error:  # RuntimeError: a store or a peer that does not answer
                 reason = str(error).strip().splitlines()[0]
                 raise ProgramError(f"the processes cannot be joined: {reason}; start them with torchrun") from error
@@ -121,6 +127,33 @@ class Processes:
         elif isinstance(network, DistributedDataParallel) and not last:
             return network.no_sync()
         return nullcontext()
+
+
+def _store_of_the_attempt(rank: int, world: int) -> dist.Store | None:
+    """The store of torchrun's agent, with keys of this attempt's own; None where there is no such store.
+
+    The agent keeps one store over all restarts, and with it the addresses of processes that are gone. Rank 0 names the
+    attempt; each other process answers by a name of its own, and goes on once rank 0 has had that very answer: an
+    earlier attempt had others.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    mine, until = uuid.uuid4().hex, time.monotonic() + 300
+    if rank == 0:
+        store.set("attempt", mine)
+        answers = [f"{mine}/{other}" for other in range(1, world)]
+        if answers:
+            store.wait(answers)
+        store.set(f"{mine}/go", " ".join(store.get(answer).decode() for answer in answers))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() < until:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", mine)
+        if store.check([f"{attempt}/go"]) and mine in store.get(f"{attempt}/go").decode():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
+    raise RuntimeError("rank 0 does not answer")
 
 
 def _device(options: Options) -> torch.device:

@@ -5,12 +5,15 @@ import pickle
 import shutil
 import signal
 import socket
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.program_support import checkpoint, differences, run, small_cifar, start, torchrun
 from test_program_resume import wait_for
 
@@ -166,6 +169,24 @@ def test_rate_and_totals_with_other_steps(tmp_path, capfd, monkeypatch):
     assert (out / "log.csv").read_text().count("\n") == 3
     # Totals of the epoch that both had a part in: 24 + 40 images.
     assert float(state["sums"][0][2]) == 80
+
+
+def test_attempts_do_not_share_addresses(monkeypatch):
+    """torchrun's agent keeps its store: a process that is early must not take what the attempt before left there."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    for attempt in (b"1", b"2"):
+        with ThreadPoolExecutor(1) as pool:
+            early = pool.submit(distributed._store_of_the_attempt, 1, 2)
+            time.sleep(0.2)
+            first = distributed._store_of_the_attempt(0, 2)
+            second = early.result(timeout=60)
+        assert not second.check(["address"])
+        first.set("address", attempt)
+        assert second.get("address") == attempt
+    assert distributed._store_of_the_attempt(0, 1).check(["address"]) is False
 
 
 def test_restarted_job_knows_its_checkpoints(tmp_path, monkeypatch):
