@@ -16,7 +16,7 @@ from torch import Tensor, nn
 try:
     from .program import data, networks
     from .program.options import ProgramError
-    from .program.text import printable
+    from .program.reports.text import printable
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.predict needs {error.name}: pip install resnet_fast[train]")
 

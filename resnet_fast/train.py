@@ -29,8 +29,8 @@ try:
         resume,
         run_lock,
         signals,
-        summary,
     )
+    from .program.reports import summary
 except ModuleNotFoundError as error:
     sys.exit(f"resnet_fast.train needs {error.name}: pip install resnet_fast[train]")
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from .history import best_step, held_out
 from .options import ProgramError
+from .reports.history import best_step, held_out
 
 __all__ = ["FORMAT", "clean", "content", "load", "newest", "restore_best", "save", "write"]
 

@@ -14,25 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..chain.sync_batch_norm import convert
-from . import (
-    checkpoints,
-    evaluation,
-    initial,
-    mixing,
-    profiling,
-    recipes,
-    report,
-    resume,
-    sharded,
-    summary,
-    tensorboard,
-    validation,
-)
+from . import checkpoints, evaluation, initial, mixing, recipes, report, resume, sharded, validation
 from .captured_step import CapturedStep, CudaGraphs, obstacle
 from .data import IGNORED, Batch, Batches, Data, loaders, workers_of
 from .distributed import Processes
 from .networks import build, prepare, prepared_values
 from .options import AMP, Options, ProgramError
+from .reports import profiling, summary, tensorboard
 from .signals import Signals
 
 __all__ = ["Trainer"]
@@ -180,12 +168,12 @@ class Trainer:
     def run(self) -> int:
         """Trains to the end or until a signal; returns the signal's number, or 0."""
         train, held_out, test = self._loaders()
-        with workers_of(train, held_out, test), Signals() as signals, contextlib.ExitStack() as reports:
+        with workers_of(train, held_out, test), Signals() as signals, contextlib.ExitStack() as closing:
             self._trace = profiling.Trace(self.folder / f"trace-{self.processes.rank}.json.gz", self.options.profile)
-            reports.callback(lambda: self._trace.close())
+            closing.callback(lambda: self._trace.close())
             if self.options.tensorboard and self.processes.rank == 0:
                 self._tensorboard = tensorboard.Log(self.folder / "tensorboard", self.step + 1)
-                reports.callback(self._tensorboard.close)
+                closing.callback(self._tensorboard.close)
             while self.epoch < self.recipe.epochs:
                 received = self._train(train, signals)
                 if received:

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoints import write
-from .history import held_out
 from .options import ProgramError
-from .text import chart_labels, one_line, printable
+from .reports.history import held_out
+from .reports.text import chart_labels, one_line, printable
 
 __all__ = [
     "Bar",

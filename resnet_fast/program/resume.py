@@ -11,8 +11,8 @@ import torch
 from torch.distributed.checkpoint import state_dict as whole
 
 from . import checkpoints, sharded
-from .history import accuracy
 from .options import Options, ProgramError
+from .reports.history import accuracy
 
 if TYPE_CHECKING:
     from .loop import Trainer

@@ -20,7 +20,7 @@ from .data.folders import list_images
 from .data.photographs import class_warnings
 from .data.shards import CLASS_NAMES, INDEX, library, packed_index, scan
 from .options import ProgramError
-from .text import printable
+from .reports.text import printable
 
 __all__ = ["main", "write_shards"]
 

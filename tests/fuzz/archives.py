@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from helpers.program_support import archive_members, make_archive
+from helpers.program.support import archive_members, make_archive
 
 from fuzz.mutations import mutated
 from resnet_fast.program.data.archives import checksum, read_cifar

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.program_support import AUGMENT_CASES, augment_arguments, augmented
+from helpers.program.support import AUGMENT_CASES, augment_arguments, augmented
 
 from resnet_fast import backends
 from resnet_fast.ops.augment import augment

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
 from PIL import Image
 from test_program_data import photographs
 

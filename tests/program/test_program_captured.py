@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers.program_support import differences, run, small_cifar
+from helpers.program.support import differences, run, small_cifar
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

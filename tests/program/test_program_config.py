@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from helpers.program_support import checkpoint, differences, eight_layers, run, small_cifar
+from helpers.program.support import checkpoint, differences, eight_layers, run, small_cifar
 
 from resnet_fast.program.options import Options, ProgramError, parse
 

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import differences, evaluated, small_cifar
+from helpers.program.support import differences, evaluated, small_cifar
 from test_program_checkpoints import state
 
 from resnet_fast import models, predict, reference

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import CLASSES, archive_members, environment, make_archive, random_images
+from helpers.program.support import CLASSES, archive_members, environment, make_archive, random_images
 from PIL import Image
 
 from resnet_fast.program import data

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import checkpoint, differences, random_images, run, small_cifar
+from helpers.program.support import checkpoint, differences, random_images, run, small_cifar
 from test_program_data import photographs
 
 from resnet_fast import backends, models

@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from helpers.program_support import ROOT, checkpoint, differences, environment, small_cifar, torchrun
+from helpers.program.support import ROOT, checkpoint, differences, environment, small_cifar, torchrun
 
 from resnet_fast import train
 from resnet_fast.program import checkpoints, data, distributed, loop, options
@@ -11,8 +11,8 @@ from resnet_fast.program import checkpoints, data, distributed, loop, options
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_like_one_process(processes, tmp_path, monkeypatch):
-    """What ``program_ranks.py`` asserts: batch norm, training, strategies, no_sync."""
-    command = [*torchrun(processes)[:-1], str(ROOT / "tests/helpers/program_ranks.py"), str(tmp_path)]
+    """What ``ranks.py`` asserts: batch norm, training, strategies, no_sync."""
+    command = [*torchrun(processes)[:-1], str(ROOT / "tests/helpers/program/ranks.py"), str(tmp_path)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(list(tmp_path.glob("*/done"))) == processes

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.program_support import checkpoint, differences, run, small_cifar, start, torchrun
+from helpers.program.support import checkpoint, differences, run, small_cifar, start, torchrun
 from test_program_resume import wait_for
 
 from resnet_fast import models, predict

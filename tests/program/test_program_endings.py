@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from helpers.program_support import checkpoint, environment, evaluated, run, small_cifar
+from helpers.program.support import checkpoint, environment, evaluated, run, small_cifar
 from test_program_data import photographs
 
 from resnet_fast import models

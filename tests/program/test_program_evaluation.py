@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.program_support import checkpoint, eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import checkpoint, eight_layers, run, small_cifar, trainer_for
 from PIL import Image
 from test_program_data import photographs
 
 from resnet_fast import predict
-from resnet_fast.program import data, distributed, evaluation, report, shards, summary, validation
+from resnet_fast.program import data, distributed, evaluation, report, shards, validation
 from resnet_fast.program.options import Options, ProgramError, parse
+from resnet_fast.program.reports import summary
 
 
 def evaluated(scores, labels, classes):

@@ -8,7 +8,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from helpers.program_support import checkpoint, run
+from helpers.program.support import checkpoint, run
 from PIL import Image
 
 from resnet_fast import predict
@@ -16,7 +16,7 @@ from resnet_fast.program import report
 from resnet_fast.program.data import load, open_image
 from resnet_fast.program.data.photographs import Photographs, check_readable
 from resnet_fast.program.options import Options, ProgramError
-from resnet_fast.program.text import chart_labels, printable
+from resnet_fast.program.reports.text import chart_labels, printable
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.program_support import eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import eight_layers, run, small_cifar, trainer_for
 
 from resnet_fast import models, reference
 from resnet_fast.program import initial

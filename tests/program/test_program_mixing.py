@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.program_support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
 
 from resnet_fast.program import data, mixing, recipes
 from resnet_fast.program.options import Options, ProgramError, parse

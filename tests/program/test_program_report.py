@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers.program_support import checkpoint, eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import checkpoint, eight_layers, run, small_cifar, trainer_for
 
-from resnet_fast.program import options, profiling, report, summary
+from resnet_fast.program import options, report
+from resnet_fast.program.reports import profiling, summary
 
 
 def test_lines_where_there_is_no_terminal(monkeypatch, capfd):

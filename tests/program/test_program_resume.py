@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers.program_support import checkpoint, differences, run, small_cifar, start
+from helpers.program.support import checkpoint, differences, run, small_cifar, start
 
 from resnet_fast.program import data, distributed, loop, signals
 from resnet_fast.program.options import parse

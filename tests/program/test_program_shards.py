@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from helpers.program_support import checkpoint, differences, run
+from helpers.program.support import checkpoint, differences, run
 from PIL import Image
 
 from resnet_fast.program import shards as command

@@ -1,4 +1,4 @@
-"""Which collective carries which statistics; the rest needs processes: ``tests/helpers/synchronized_checks.py``."""
+"""Which collective carries which statistics; the rest needs processes: ``tests/helpers/program/synchronized.py``."""
 
 import pytest
 from torch import nn

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..options import ProgramError
-from ..text import one_line
+from ..reports.text import one_line
 
 __all__ = ["Arrays", "checksum", "digits", "read_cifar"]
 

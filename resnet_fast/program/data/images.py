@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-from ..text import one_line
+from ..reports.text import one_line
 
 __all__ = ["centred", "check_regular", "open_image"]
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ..options import Options, ProgramError
-from ..text import one_line
+from ..reports.text import one_line
 from .batches import Data
 from .images import check_regular, open_image
 from .photographs import SUFFIXES, Photographs, abridged, data_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import triton_gate as gate
-from helpers.program_support import AUGMENT_CASES, augment_arguments, augmented
+from helpers.program.support import AUGMENT_CASES, augment_arguments, augmented
 
 from resnet_fast._triton import augment as kernels
 from resnet_fast.ops.augment import augment

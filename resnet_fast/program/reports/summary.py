@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import backends
-from . import report
-from .distributed import Processes
-from .evaluation import Result
+from ... import backends
+from .. import report
+from ..distributed import Processes
+from ..evaluation import Result
+from ..options import Options
 from .history import held_out
-from .options import Options
 
 if TYPE_CHECKING:
-    from .loop import Trainer
+    from ..loop import Trainer
 
 __all__ = ["epoch_line", "final", "result_text", "start_line"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import profiler
 
-from . import report
+from .. import report
 
 __all__ = ["STEPS", "Trace"]
 

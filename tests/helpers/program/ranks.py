@@ -1,4 +1,4 @@
-"""Checks that every process of a torchrun makes: ``torchrun ... program_ranks.py FOLDER``."""
+"""Checks that every process of a torchrun makes: ``torchrun ... ranks.py FOLDER``."""
 
 import copy
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import synchronized_checks
-from helpers.program_support import differences, small_cifar
+from helpers.program import synchronized
+from helpers.program.support import differences, small_cifar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -130,7 +130,7 @@ def main():
     batch_norm_like_one_process(rank, world)
     training_like_one_process(rank, world)
     no_sync_sends_nothing(rank, world)
-    synchronized_checks.main()
+    synchronized.main()
     own = folder / str(rank)
     own.mkdir()
     if world == 2:

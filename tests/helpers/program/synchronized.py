@@ -1,4 +1,4 @@
-"""Checks of fused training on several processes, for ``program_ranks.py``: networks equal one process with all images.
+"""Checks of fused training on several processes, for ``ranks.py``: networks equal one process with all images.
 
 The truth is the network in plain PyTorch, in one process, on the joined batch, in float64.
 """

@@ -17,7 +17,7 @@ from resnet_fast.program.data.archives import checksum
 from resnet_fast.program.data.augment import crop_and_flip, draws, stream
 from resnet_fast.program.options import parse
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLASSES = [f"class{i}" for i in range(10)]
 
 
