@@ -61,7 +61,7 @@ class Options:
     ema: float = 0.0
     channels_last: bool = True
     compile: bool = False
-    cuda_graph: str = "auto"
+    cuda_graph: str = "off"
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -210,7 +210,7 @@ def _parser(exit_on_error: bool = True) -> _Parser:
         run,
         "--cuda-graph",
         choices=["auto", "on", "off"],
-        help="a step as one CUDA graph (auto: on one GPU, without --compile and fp16)",
+        help="a step as one CUDA graph (auto: on one GPU, without --compile and fp16; default off)",
     )
     option(run, "--backend", choices=list(backends.NAMES), help="eager: PyTorch's own operators, to compare")
     option(run, "--device", choices=["auto", "cpu", "cuda"])

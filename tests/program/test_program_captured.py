@@ -173,14 +173,14 @@ def test_step_that_cannot_be_captured(tmp_path, monkeypatch, capfd):
 
 def test_where_it_runs(tmp_path, capfd):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert obstacle(Options("x"), gpu, launched=False) is None
+    assert obstacle(Options("x", cuda_graph="auto"), gpu, launched=False) is None
     assert obstacle(Options("x", cuda_graph="on", amp="fp16"), gpu, launched=False) is None
     for options, device, launched, reason in (
-        (Options("x"), cpu, False, "it wants a CUDA device, and this run is on cpu"),
-        (Options("x"), gpu, True, "it wants a single process, without torchrun"),
-        (Options("x", compile=True), gpu, False, "it does not go with --compile"),
-        (Options("x", amp="fp16"), gpu, False, "with --amp fp16 on request only"),
-        (Options("x", cuda_graph="off"), gpu, False, "--cuda-graph off"),
+        (Options("x", cuda_graph="auto"), cpu, False, "it wants a CUDA device, and this run is on cpu"),
+        (Options("x", cuda_graph="auto"), gpu, True, "it wants a single process, without torchrun"),
+        (Options("x", compile=True, cuda_graph="auto"), gpu, False, "it does not go with --compile"),
+        (Options("x", amp="fp16", cuda_graph="auto"), gpu, False, "with --amp fp16 on request only"),
+        (Options("x"), gpu, False, "--cuda-graph off"),
     ):
         assert obstacle(options, device, launched=launched) == reason
         if options.cuda_graph == "auto" and options.amp == "off":
