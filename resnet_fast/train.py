@@ -55,10 +55,10 @@ def _train(given: options.Options, processes: distributed.Processes, stack: Exit
         say(f"warning: {warning}")
     trainer = loop.Trainer(given, loaded, processes, fresh=start is None)
     say(trainer.start_line())
-    processes.from_first(lambda: report.write_text(out / "config.yaml", given.as_yaml()))
     if start is not None:
         trainer.restore(start)
         say(f"goes on from {start}: epoch {trainer.epoch + 1}, step {trainer.done + 1}")
+    processes.from_first(lambda: report.write_text(out / "config.yaml", given.as_yaml()))
     received = trainer.run()
     if received:
         name = signal.Signals(received).name
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         traceback.print_exc()
         print(f"resnet_fast.train: process {rank} stopped: {reason[0]}", file=sys.stderr)
-        last = None if given is None else checkpoints.newest(Path(given.out))
+        last = None if given is None or given.evaluate is not None else checkpoints.newest(Path(given.out))
         if last is not None:
             print(f"resnet_fast.train: {last} is whole; start it again with --resume", file=sys.stderr)
         return 1

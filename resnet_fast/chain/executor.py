@@ -215,8 +215,7 @@ class ChainExecutor:
         if not torch.compiler.is_compiling() and not program.statistics.writable():
             return None, x, "statistics made in inference mode, outside of it"  # PyTorch raises
         x, reason = _admitted(x, program.pairs[0][0].weight, autocast)
-        if x.numel() == 0 and not (x.shape[0] == 0 and program.takes_empty()):
-            reason = reason or "an empty input"
+        reason = reason or program.reason_for(x)
         return (program if reason is None else None), x, reason
 
     def _differentiable(self, x: Tensor, autocast: torch.dtype | None, channels_last: bool) -> Tensor | None:

@@ -41,6 +41,7 @@ DROPOUTS = (
 )
 _SETTINGS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    SyncBatchNorm2d: ("eps", "training", "process_group"),  # before the class it is derived from
     nn.BatchNorm2d: ("eps", "training"),
     nn.SyncBatchNorm: ("eps", "training", "process_group"),
     **dict.fromkeys(DROPOUTS, ("training", "p")),

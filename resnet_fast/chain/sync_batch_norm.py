@@ -31,10 +31,10 @@ def is_synchronized(module: Any) -> bool:
     return type(module) in (SyncBatchNorm2d, nn.SyncBatchNorm)
 
 
-def all_gather(own: Tensor, group: Any) -> tuple[Tensor, Any]:
-    """``own`` of each process in the order of ranks, as [processes, ...], and the collective to wait for."""
+def all_gather(own: Tensor, group: Any, *, async_op: bool = False) -> tuple[Tensor, Any]:
+    """``own`` of each process in the order of ranks, as [processes, ...]; with ``async_op`` what to wait for, too."""
     gathered = own.new_empty(dist.get_world_size(group), *own.shape)
-    return gathered, dist.all_gather(list(gathered.unbind(0)), own, group=group, async_op=True)
+    return gathered, dist.all_gather(list(gathered.unbind(0)), own, group=group, async_op=async_op)
 
 
 def combine(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,9 +51,10 @@ def combine(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_count(own: int, n: Tensor) -> None:
-    """Raises ValueError, as PyTorch does, if all processes have less than two values per channel.
+    """Raises ValueError if all processes together have less than two values per channel.
 
-    A process with two ``own`` values knows it without reading ``n``, for which the host would wait.
+    So does ``nn.BatchNorm2d``; ``nn.SyncBatchNorm`` of several processes goes on. A process with two ``own`` values
+    knows it without reading ``n``, for which the host would wait.
     """
     if own < 2 and int(n.min()) < 2:
         raise ValueError(f"Expected more than 1 value per channel when training, got {int(n.min())} in all processes")
@@ -61,6 +62,11 @@ def check_count(own: int, n: Tensor) -> None:
 
 def _per_channel(t: Tensor) -> Tensor:
     return t[None, :, None, None]
+
+
+def _wide(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` in the dtype of the arithmetic: float32, or float64 where the weights are."""
+    return x.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 class _Normalize(torch.autograd.Function):
@@ -77,18 +83,17 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = x.to(weight.dtype)
+        wide = _wide(x, weight)
         count = x.numel() // x.shape[1]
         own = wide.new_zeros(3, x.shape[1], dtype=torch.float64)
         if count > 0:
             variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-            own.copy_(torch.stack([torch.full_like(mean, count), mean, variance * count]))
-        gathered, work = all_gather(own, group)
-        work.wait()
+            own[0], own[1], own[2] = count, mean, variance.double() * count
+        gathered, _ = all_gather(own, group)
         n, mean64, var64 = combine(gathered)
         check_count(count, n)
-        mean, variance = mean64.to(weight.dtype), var64.to(weight.dtype)
-        invstd = (var64 + eps).rsqrt().to(weight.dtype)
+        mean, variance = mean64.to(wide.dtype), var64.to(wide.dtype)
+        invstd = (var64 + eps).rsqrt().to(wide.dtype)
         xhat = (wide - _per_channel(mean)) * _per_channel(invstd)
         ctx.save_for_backward(x, weight, mean, invstd, n)
         ctx.mark_non_differentiable(mean, variance, n)
@@ -100,43 +105,46 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():  # once_differentiable raises only if the incoming gradient requires one
             raise RuntimeError("create_graph=True: SyncBatchNorm2d has no second derivatives, want create_graph=False")
         x, weight, mean, invstd, n = ctx.saved_tensors
-        wide = grad.to(weight.dtype)
-        xhat = (x.to(weight.dtype) - _per_channel(mean)) * _per_channel(invstd)
+        wide = _wide(grad, weight)
+        xhat = (_wide(x, weight) - _per_channel(mean)) * _per_channel(invstd)
         grad_bias, grad_weight = wide.sum((0, 2, 3)), (wide * xhat).sum((0, 2, 3))
         sums = torch.stack([grad_bias, grad_weight]).double()
         dist.all_reduce(sums, group=ctx.group)
-        mean_grad, mean_grad_xhat = (sums / n).to(weight.dtype)
+        mean_grad, mean_grad_xhat = (sums / n).to(wide.dtype)
         dx = wide - _per_channel(mean_grad) - xhat * _per_channel(mean_grad_xhat)
-        return (dx * _per_channel(weight * invstd)).to(x.dtype), grad_weight, grad_bias, None, None
+        dx = (dx * _per_channel(weight * invstd)).to(x.dtype)
+        return dx, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` over the joined batches of all processes of the default group, in training mode.
+    """``nn.BatchNorm2d`` over the joined batches of all processes of a group, in training mode.
 
     Equivalent to ``nn.SyncBatchNorm``, and to ``nn.BatchNorm2d`` in one process with all the images. In eval mode, and
     with one process, it runs ``nn.BatchNorm2d``. Collective: all processes must call it.
 
-    Shape: ``[N, C, H, W] -> [N, C, H, W]``; float16 and bfloat16 images are computed in the weights' dtype.
+    Args:
+        process_group: the processes, all by default; the others as in ``nn.BatchNorm2d``.
+
+    Shape: ``[N, C, H, W] -> [N, C, H, W]``; computed in float32, or in float64 where the weights are.
 
     Raises:
         ValueError: as in ``nn.BatchNorm2d``, if all processes together have one value per channel.
     """
 
-    process_group = None  # all processes
+    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
         group = group_of(self.process_group) if self.training else None
         if group is None:
             return super().forward(x)
         self._check_input_dim(x)
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if not self.affine:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            weight = torch.ones(x.shape[1], dtype=dtype, device=x.device)
-            bias = torch.zeros_like(weight)
+        plain = torch.ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        weight = plain if self.weight is None else self.weight
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias
         y, mean, variance, n = _Normalize.apply(x, weight, bias, self.eps, group)
-        if self.running_mean is not None:
+        if self.track_running_stats and self.running_mean is not None:
             self._track(mean, variance, n)
         return y
 
@@ -144,15 +152,18 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def _track(self, mean: Tensor, variance: Tensor, n: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        share = 0.0 if self.momentum is None else self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                share = 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_((variance * (n / (n - 1))).to(self.running_var.dtype), share)
 
 
-def convert(network: nn.Module) -> None:
+def convert(network: nn.Module, process_group: Any = None) -> None:
     """Makes every ``nn.BatchNorm2d`` in ``network`` a :class:`SyncBatchNorm2d`, in place; parameters are unchanged."""
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
+            module.process_group = process_group

@@ -23,7 +23,7 @@ def augment(images: Tensor, index: Tensor, table: Tensor, stream: int | None, pa
     Args:
         images: the set, ``uint8 [set, K or 1, H, W]``, contiguous. A single channel serves for all K.
         index: ``int64 [N]``, from 0 to set - 1; -1 for a slot without an image, whose pixels are 0.
-        table: ``[K, 256]``, contiguous, elements of 16, 32 or 64 bits.
+        table: ``[K, 256]``, contiguous, float16, bfloat16, float32 or float64.
         stream: the state of the random numbers (``stream`` in that file), a signed 64-bit integer; None neither crops
             nor mirrors.
         padding: pixels by which images are shifted at most (He et al. 2015, section 4.2, with 4), filled with 0.
@@ -57,6 +57,8 @@ def check_augment(images: Tensor, index: Tensor, table: Tensor, padding: int) ->
                 f"augment: {name} of shape {list(t.shape)} on {t.device}, want {rank} dimensions, contiguous, on "
                 f"{images.device}"
             )
+    if table.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise RuntimeError(f"augment: table has dtype {table.dtype}, want float16, bfloat16, float32 or float64")
     if table.shape[1] != VALUES:
         raise RuntimeError(f"augment: table has shape {list(table.shape)}, want [channels, {VALUES}]")
     if images.shape[1] not in (1, table.shape[0]):

@@ -31,6 +31,7 @@ __all__ = ["FORMAT", "clean", "content", "load", "newest", "restore_best", "save
 FORMAT = 1
 _BEST = "best.pt"
 _WRITING = "writing"
+_OLD = f".old.{_WRITING}"
 # What a state holds at least, and of which type: what is read without asking.
 _CONTENT: dict[str, Any] = {
     "step": int,
@@ -55,7 +56,14 @@ def temporary(path: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Removes what programs that were killed have left half written; call it while no other program writes."""
+    """Removes what programs that were killed have left half written; call it while no other program writes.
+
+    A folder that was to be replaced comes back where its successor has not.
+    """
+    for path in folder.glob(f".step-*{_OLD}"):
+        whole = path.with_name(path.name.removeprefix(".").removesuffix(_OLD))
+        if not whole.exists():
+            os.replace(path, whole)
     for path in folder.glob(f".*.{_WRITING}"):
         remove(path)
 
@@ -101,7 +109,7 @@ def begin(path: Path) -> Path:
 
 def publish(part: Path, path: Path) -> None:
     """Makes the folder ``part`` the checkpoint ``path``, in place of one of the same step."""
-    old = path.with_name(f".{path.name}.old.{_WRITING}")
+    old = path.with_name(f".{path.name}{_OLD}")
     if path.exists():
         os.replace(path, old)
     os.replace(part, path)

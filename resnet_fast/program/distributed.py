@@ -35,7 +35,7 @@ class Processes:
         self.launched = "RANK" in os.environ  # by torchrun
         self.world = int(os.environ.get("WORLD_SIZE", 1)) if self.launched else 1
         self.device = _device(options)
-        if options.strategy == "fsdp" and "RANK" not in os.environ:
+        if options.strategy == "fsdp" and not self.launched and options.evaluate is None:
             raise ProgramError("--strategy fsdp shards over processes: start it with torchrun")
         cuda = self.device.type == "cuda"
         if cuda:

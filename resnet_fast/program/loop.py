@@ -193,7 +193,9 @@ class Trainer:
         parts = [(self.data.train, self.batches), (self.held_images, self.held_batches)]
         if self.options.validation:
             parts.append((self.data.test, self.test_batches))
-        table = prepared_values(self.data.preparation, self.sums.float()).to(AMP[self.options.amp] or torch.float32)
+        # Mixed in float32, as workers' images are, and rounded afterwards.
+        dtype = None if self.options.mixup else AMP[self.options.amp]
+        table = prepared_values(self.data.preparation, self.sums.float()).to(dtype or torch.float32)
         found, line = loaders(self.options, parts, table, self.memory_format)
         self._say(line)
         return found if self.options.validation else [*found, found[1]]
@@ -228,13 +230,10 @@ class Trainer:
 
     def _diverged(self) -> NoReturn:
         """Ends the run, on all processes: the loss is not finite, and what would be saved is of no use."""
-        sums = self.processes.total(self.sums)
         last = checkpoints.newest(self.folder)
         left = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
 
         def fail() -> NoReturn:
-            if not sums[2]:
-                raise ProgramError(f"no image of --data {self.options.data} to train on can be read")
             raise ProgramError(
                 f"the loss is not finite in epoch {self.epoch + 1}, step {self.done}: the run diverged; {left}; "
                 f"want a smaller --lr than {self.recipe.lr}, or --allow-nan to go on"
@@ -343,8 +342,9 @@ class Trainer:
 
         what: the images' name, by default of those held out.
         """
-        self.processes.share_buffers(self.network)
         network = self.network if self.ema is None else self.ema.module
+        for each in dict.fromkeys((self.network, network)):
+            self.processes.share_buffers(each)
         classes = len(self.data.preparation.classes)
         result = evaluation.evaluate(network, batches, self._inputs, self._autocast, classes, self.processes)
         if result is None:
@@ -374,9 +374,8 @@ class Trainer:
         is_best = held.accuracy > self.best
         self.best = max(self.best, held.accuracy)
         self.save(is_best)
-        if self.processes.rank == 0:
-            report.log(self.folder / "log.csv", self.history)
-            if self._tensorboard is not None:
-                self._tensorboard.row(row)
-            waiting = f", {self._speed[2]:.1%} waiting for data"
-            report.say(summary.epoch_line(row, self.recipe.epochs, self.processes.world) + waiting)
+        self.processes.from_first(lambda: report.log(self.folder / "log.csv", self.history))
+        if self._tensorboard is not None:
+            self._tensorboard.row(row)
+        waiting = f", {self._speed[2]:.1%} waiting for data"
+        self._say(summary.epoch_line(row, self.recipe.epochs, self.processes.world) + waiting)

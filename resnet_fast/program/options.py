@@ -27,7 +27,7 @@ class ProgramError(Exception):
 # Options that the trained weights do not depend on.
 _NO_RESULT = {
     *("data", "test_data", "out", "checksum", "device", "threads", "workers", "save_every", "keep", "resume"),
-    *("config", "evaluate", "tensorboard", "profile", "data_on", "cuda_graph", "checkpoints"),
+    *("config", "evaluate", "tensorboard", "profile", "data_on", "checkpoints"),
     *("allow_world_change", "allow_nan"),
 }
 
@@ -113,15 +113,13 @@ class Options:
                 )
         if (self.mixup or self.cutmix) and self.batch % 2:
             raise ProgramError(f"--batch is {self.batch}, want an even one: --mixup and --cutmix mix images in pairs")
-        if self.init is not None and self.evaluate is not None:
-            raise ProgramError("--init and --evaluate exclude each other: what is evaluated is not trained")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ProgramError("--tensorboard needs tensorboard: pip install resnet_fast[tensorboard]")
         if not 0 <= self.ema < 1:
             raise ProgramError(f"--ema is {self.ema}, want a decay from 0 (off) to below 1, such as 0.999")
         if self.strategy == "fsdp" and self.ema:
             raise ProgramError("--ema does not run with --strategy fsdp: the average is kept whole on each process")
-        if self.checkpoints == "sharded" and self.strategy != "fsdp":
+        if self.checkpoints == "sharded" and self.strategy != "fsdp" and self.evaluate is None:
             raise ProgramError("--checkpoints sharded is for sharded weights: want --strategy fsdp")
         if self.strategy == "fsdp" and self.amp == "fp16":
             raise ProgramError("--amp fp16 does not run with --strategy fsdp: want --amp bf16, which needs no scaler")

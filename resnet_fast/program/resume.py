@@ -29,19 +29,22 @@ def choose(options: Options, restarts: int) -> Path | None:
     """The checkpoint to go on from, or None to start; call it where ``--out`` is locked.
 
     A job that torchrun restarts goes on from its newest checkpoint without ``--resume``. ``.job`` tells that the
-    checkpoints are its own: it is there from the first attempt that was let in until the run ends.
+    checkpoints are its own: it is there from the first attempt that was let in until the run ends, and holds the job's
+    id and ``--resume``.
     """
     out = Path(options.out)
     last = checkpoints.newest(out)
     own, job = out / _JOB, os.environ.get("TORCHELASTIC_RUN_ID", "")
     # torchrun does not count a restart because agents joined or left; "none" is the id of all jobs without one.
-    again = own.is_file() and own.read_text() == job and (restarts > 0 or job not in ("", "none"))
-    if again and last is not None:
+    me = f"{job}\n{options.resume}"
+    was = own.read_text() if own.is_file() else ""
+    again = was.split("\n")[0] == job if restarts > 0 else was == me and job not in ("", "none")
+    if again and was and last is not None:
         return last
-    own.unlink(missing_ok=True)
+    own.unlink(missing_ok=True)  # if this start is refused, so are its restarts
     start = _chosen(options, last)
     if job:
-        checkpoints.with_reason(own, lambda: checkpoints.write(own, job.encode()))
+        checkpoints.with_reason(own, lambda: checkpoints.write(own, me.encode()))
     return start
 
 

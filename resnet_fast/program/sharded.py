@@ -67,7 +67,7 @@ def save(
             raise
 
     processes.from_first(lambda: checkpoints.with_reason(path, finish))
-    processes.from_first(lambda: checkpoints.prune(folder, keep))
+    processes.from_first(lambda: checkpoints.with_reason(path, lambda: checkpoints.prune(folder, keep)))
 
 
 def _cause(error: CheckpointException) -> OSError:

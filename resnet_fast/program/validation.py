@@ -12,6 +12,7 @@ from . import checkpoints
 from .data import Data, Files, Images, Samples
 from .data.shards import Shards
 from .options import ProgramError
+from .reports.history import best_step
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -66,6 +67,8 @@ def take_best(trainer: Trainer) -> str:
     if not trainer.processes.everyone(path.exists())[0]:
         return "; the weights of the last epoch, as there is no best.pt"
     state = checkpoints.load(path)
+    if state["step"] != best_step(trainer.history):  # of a way that a stop has cut off
+        return f"; the weights of the last epoch, as {path} is of step {state['step']}, not of the best epoch"
     try:
         if trainer.ema is not None:
             trainer.ema.load_state_dict(state["ema"])

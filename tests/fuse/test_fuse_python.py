@@ -75,7 +75,9 @@ def networks_of(path):
     if isinstance(table, ast.Dict):
         rows = [(k.value, v.elts[2]) for k, v in zip(table.keys, table.values, strict=True)]
     else:
-        rows = [(f"pytorchcv {row.elts[1].value}", row.elts[3]) for row in table.elts]
+        # Classes that the tests build smaller than anybody does are not in the document.
+        names = [row.elts[1].value for row in table.elts]
+        rows = [(f"pytorchcv {n}", row.elts[3]) for n, row in zip(names, table.elts, strict=True) if n.islower()]
     return {name: ast.literal_eval(counts) for name, counts in rows}
 
 

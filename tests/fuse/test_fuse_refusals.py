@@ -70,7 +70,6 @@ LEFT = {
     "uneven padding": (body, {"conv1": nn.Conv2d(8, 8, 2, padding="same")}, "uneven padding"),
     "no norm": (lambda m, x: m.relu(m.conv1(x)), {}, r"ReLU \(relu\) behind it"),
     "group norm": (lambda m, x: m.bn1(m.conv1(x)), {"bn1": nn.GroupNorm(2, 8)}, r"GroupNorm \(bn1\) behind it"),
-    "SyncBatchNorm": (lambda m, x: m.bn1(m.conv1(x)), {"bn1": nn.SyncBatchNorm(8)}, r"SyncBatchNorm \(bn1\) behind it"),
     "control flow": (branch, {}, "its forward cannot be traced: symbolically traced variables"),
     "shape": (lambda m, x: m.bn1(m.conv1(x)) if x.shape[1] == 8 else x, {}, "its forward cannot be traced"),
     "attributes": (counting, {"calls": 0}, "it sets m.calls"),

@@ -132,6 +132,21 @@ def test_best_one_is_written_again(tmp_path):
     assert checkpoints.restore_best(run, start, []) is None
 
 
+def test_folder_that_was_to_be_replaced_comes_back(tmp_path):
+    """A stop between the two renames of a sharded checkpoint that is written again."""
+    for step, renamed in ((3, True), (4, False)):
+        folder = tmp_path / f".step-0000000{step}.old.writing"
+        folder.mkdir()
+        (folder / "state.pt").write_text("old")
+        if not renamed:
+            (tmp_path / f"step-0000000{step}").mkdir()
+    (tmp_path / ".step-00000003.host-1.writing").mkdir()
+    checkpoints.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert (tmp_path / "step-00000003/state.pt").read_text() == "old"
+    assert not (tmp_path / "step-00000004/state.pt").exists()
+
+
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProgramError, match="Not a directory; there is none yet"):

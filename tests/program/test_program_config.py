@@ -88,6 +88,9 @@ def test_a_run_from_its_own_file(tmp_path, monkeypatch, capfd):
     assert yaml.safe_load((tmp_path / "b/config.yaml").read_text())["out"] == str(tmp_path / "b")
     assert run("--config", tmp_path / "b/config.yaml", "--resume") == 0
     assert "goes on from" in capfd.readouterr().out
+    saved = (tmp_path / "b/config.yaml").read_text()
+    assert run("--config", tmp_path / "b/config.yaml", "--resume", "--lr", "0.5") == 2
+    assert (tmp_path / "b/config.yaml").read_text() == saved
 
 
 def test_message_of_the_program(capfd):

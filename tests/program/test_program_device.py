@@ -48,7 +48,7 @@ def test_the_workers_images(channels, dtype):
     "way",
     [
         ["--ema", "0.9", "--accumulate", "2", "--save-every", "1"],
-        ["--amp", "bf16"],
+        ["--amp", "bf16", "--mixup", "0.4"],
         ["--no-channels-last", "--limit", "20"],
     ],
     ids=" ".join,

@@ -213,7 +213,8 @@ def test_restarted_job_knows_its_checkpoints(tmp_path, monkeypatch):
     with pytest.raises(ProgramError, match="of an earlier run"):
         attempt("7", 0)
     assert attempt("7", 0, "auto") == path
-    assert attempt("7", 0) == path  # an agent joined: torchrun does not count that
+    assert attempt("7", 0, "auto") == path  # an agent joined: torchrun does not count that
+    assert attempt("7", 0, "elsewhere.pt") == Path("elsewhere.pt")  # a new start that names a file
     resume.finished(options())
     with pytest.raises(ProgramError, match="of an earlier run"):
         attempt("7", 0)

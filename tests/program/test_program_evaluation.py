@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from test_program_data import photographs
 
 from resnet_fast import predict
-from resnet_fast.program import data, distributed, evaluation, report, shards, validation
+from resnet_fast.program import checkpoints, data, distributed, evaluation, report, shards, validation
 from resnet_fast.program.options import Options, ProgramError, parse
 from resnet_fast.program.reports import summary
 
@@ -154,6 +155,12 @@ def test_best_by_validation_and_the_test_set_once(tmp_path, monkeypatch, capfd):
     assert run(*given, "--out", tmp_path / "run", "--resume") == 0
     assert [images for images, _ in seen] == [kept, kept, kept, 20, 20]
     assert seen[4][1].equal(seen[1][1])
+    # best.pt of a way that a stop has cut off is not taken.
+    shutil.copy(max((tmp_path / "run").glob("step-*.pt")), tmp_path / "run/best.pt")
+    monkeypatch.setattr(checkpoints, "restore_best", lambda *_: None)
+    assert run(*given, "--out", tmp_path / "run", "--resume") == 0
+    assert seen[5][1].equal(seen[2][1])
+    assert "the weights of the last epoch, as" in capfd.readouterr().out
 
 
 def test_evaluation_only(tmp_path, monkeypatch, capfd):

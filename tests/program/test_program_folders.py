@@ -221,7 +221,7 @@ def test_a_chart_that_fails_ends_no_run(tmp_path, monkeypatch, capfd):
         raise ValueError("first\nsecond")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
-    rows = [dict.fromkeys(report.COLUMNS, 1)]
+    rows = [{"epoch": 1, **{f"{part}_{what}": 0.5 for part in ("train", "test") for what in ("loss", "accuracy")}}]
     for chart, content in ((report.curves, {"run": rows}), (report.confusion_chart, torch.eye(2))):
         report.draw(chart, tmp_path / "x.png", content, *([["a", "b"]] if chart is report.confusion_chart else []))
         assert f"warning: {tmp_path}/x.png is not drawn: first second" in capfd.readouterr().out

@@ -9,7 +9,7 @@ from helpers.program.support import eight_layers, run, small_cifar, trainer_for
 
 from resnet_fast import models, reference
 from resnet_fast.program import initial
-from resnet_fast.program.options import ProgramError, parse
+from resnet_fast.program.options import ProgramError
 
 
 def network(classes=10):
@@ -127,6 +127,20 @@ def test_the_program_starts_from_them(weights, tmp_path, monkeypatch, capfd):
     assert f"was trained with init {path} (now None)" in capfd.readouterr().err
 
 
-def test_init_is_not_evaluated():
-    with pytest.raises(ProgramError, match="--init and --evaluate exclude each other"):
-        parse(["--data", "x", "--init", "a", "--evaluate", "b"])
+def test_what_was_fine_tuned_is_evaluated(tmp_path, monkeypatch, capfd):
+    """By the run's own file of options, which has ``init``."""
+    monkeypatch.setattr(models, "cifar_resnet20", lambda num_classes: models.CifarResNet(1, num_classes))
+    torch.save(models.CifarResNet(1).state_dict(), tmp_path / "init.pt")
+    given = [
+        *small_cifar(tmp_path, count=16),
+        "--epochs",
+        "1",
+        "--out",
+        tmp_path / "run",
+        "--init",
+        tmp_path / "init.pt",
+    ]
+    assert run(*given) == 0
+    config = ["--config", tmp_path / "run/config.yaml", "--evaluate", tmp_path / "run/best.pt"]
+    assert run(*config) == run(*config, "--strategy", "fsdp", "--checkpoints", "sharded") == 0
+    assert capfd.readouterr().out.count("best.pt: loss") == 2

@@ -151,12 +151,12 @@ def test_import_is_quick(tmp_path):
     """At most a twentieth of the processor time that torch's own import takes, on whatever machine, from cached
     bytecode, as every start but the first.
 
-    The fastest of three: the others measure who else is busy.
+    The fastest of five: the others measure who else is busy.
     """
     code = "from time import process_time as now; a = now(); import torch; b = now(); import resnet_fast; "
     code += "print(b - a, now() - b)"
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    times = [tuple(map(float, run([sys.executable, "-c", code], env=env).stdout.split())) for _ in range(3)]
+    times = [tuple(map(float, run([sys.executable, "-c", code], env=env).stdout.split())) for _ in range(5)]
     torchs, ours = map(min, zip(*times, strict=True))
     assert ours < 0.05 * torchs, times
 

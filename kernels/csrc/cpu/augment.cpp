@@ -90,6 +90,11 @@ Tensor augment(const Tensor& images, const Tensor& index, const Tensor& table, s
   const int64_t channels = table.size(0);
   RESNET_FAST_CHECK(table.is_cpu() && table.size(1) == kValues && table.is_contiguous(), op, ": table has shape ",
                     shape(table), ", want a contiguous [channels, 256] on the CPU");
+  const ScalarType dtype = table.scalar_type();
+  RESNET_FAST_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                        dtype == ScalarType::BFloat16,
+                    op, ": table has a dtype of ", table.element_size(), " bytes that is none of float16, bfloat16, ",
+                    "float32 and float64");
   RESNET_FAST_CHECK(images.size(1) == channels || images.size(1) == 1, op, ": images have ", images.size(1),
                     " channels, want 1, or ", channels, " as table has");
   RESNET_FAST_CHECK(padding >= 0 && padding <= kMaxPadding, op, ": padding is ", padding, ", want from 0 to ",
@@ -101,7 +106,7 @@ Tensor augment(const Tensor& images, const Tensor& index, const Tensor& table, s
                       count - 1);
   }
   const Images from{static_cast<const uint8_t*>(images.data_ptr()), images.size(1), images.size(2), images.size(3)};
-  Tensor out = empty_tensor({n, channels, from.height, from.width}, table.scalar_type());
+  Tensor out = empty_tensor({n, channels, from.height, from.width}, dtype);
   const int64_t size = channels * from.height * from.width;
   if (n * size == 0) return out;
   // Elements are moved, whatever they are.
@@ -120,8 +125,7 @@ Tensor augment(const Tensor& images, const Tensor& index, const Tensor& table, s
   switch (table.element_size()) {
     case 2: write(uint16_t{}); break;
     case 4: write(uint32_t{}); break;
-    case 8: write(uint64_t{}); break;
-    default: RESNET_FAST_CHECK(false, op, ": table has elements of ", table.element_size(), " bytes, want 2, 4 or 8");
+    default: write(uint64_t{});
   }
   return out;
 }

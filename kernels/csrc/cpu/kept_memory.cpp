@@ -164,8 +164,21 @@ CachingAllocator& allocator() {
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
 // None where PyTorch is to allocate the memory.
+// Bytes of an element; 0 of dtypes that no kernel here writes.
+size_t size_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return 8;
+    case ScalarType::Float: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    case ScalarType::Byte: return 1;
+    default: return 0;
+  }
+}
+
 std::optional<Tensor> kept_tensor(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType type) {
-  size_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : type == ScalarType::Byte ? 1 : 2;
+  size_t bytes = size_of(type);
+  if (bytes == 0) return std::nullopt;
   for (const int64_t size : sizes) {
     const bool too_large = size < 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes);
     RESNET_FAST_CHECK(!too_large && bytes <= SIZE_MAX / 2, "resnet_fast: no memory for a tensor of ", sizes.size(),

@@ -58,9 +58,13 @@ class Program:
             self.passes = Passes(self.layers, group)
         return self.passes
 
-    def takes_empty(self) -> bool:
-        """Whether batches without images may be run: the other processes have some."""
-        return self._connect().group is not None and self.synced == self.batch
+    def reason_for(self, x: Tensor) -> str | None:
+        """Why ``x`` cannot be run, which all processes must answer alike, or None."""
+        together = True in self.synced and self._connect().group is not None
+        if together and self.synced != self.batch:
+            return "batch norms with and without the statistics of all processes"
+        # The other processes may have images.
+        return "an empty input" if x.numel() == 0 and not (together and x.shape[0] == 0) else None
 
     def is_valid(self) -> bool:
         """Whether the modules are unchanged since ``guard`` was set."""
@@ -164,7 +168,8 @@ class _Train(torch.autograd.Function):
         if not first_order(grad):
             if ctx.passes.group is not None:
                 raise RuntimeError(
-                    "create_graph=True: synchronised batch norm has no second derivatives, want create_graph=False"
+                    "synchronised batch norm has no second derivatives and no batches of gradients: want "
+                    "create_graph=False and is_grads_batched=False"
                 )
             _, x, *rest = ctx.saved_tensors
             tensors = [x, *rest[SAVED * count :]]

@@ -76,7 +76,7 @@ class Statistics:
         if members is None:
             return
         rows = torch.cat([_row(*self._own[j]) for j in members], 1)
-        self._started.update(dict.fromkeys(members, (members, *all_gather(rows, self._group))))
+        self._started.update(dict.fromkeys(members, (members, *all_gather(rows, self._group, async_op=True))))
 
     def wait(self, i: int) -> tuple[Tensor, Tensor]:
         """The count and [mean; variance] of layer i, over all processes."""

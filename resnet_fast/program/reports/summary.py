@@ -81,12 +81,14 @@ def final(trainer: Trainer, chosen: str) -> None:
     chosen: which weights were tested, if not those of the last epoch.
     """
     broken = set().union(*trainer.processes.everyone(trainer.broken))
-    if trainer.processes.rank != 0 or trainer.result is None:
-        return
     folder, result, classes = trainer.folder, trainer.result, trainer.data.preparation.classes
+    if result is None:
+        return
+    trainer.processes.from_first(lambda: report.class_log(folder / "classes.csv", classes, result.of_classes()))
+    if trainer.processes.rank != 0:
+        return
     report.draw(report.curves, folder / "curves.png", {trainer.options.model: trainer.history})
     report.draw(report.confusion_chart, folder / "confusion.png", result.confusion, classes)
-    report.class_log(folder / "classes.csv", classes, result.of_classes())
     report.say(report.worst_classes(classes, result.of_classes()))
     on = " of the validation images" if trainer.options.validation else ""
     report.say(f"final: {result_text(result)}{chosen}; best epoch {trainer.best:.2%}{on}")

@@ -31,9 +31,12 @@ def batch_norm_like_one_process(rank, world):
     grad = torch.randn_like(x)
     start = sum(counts[:rank])
     mine = slice(start, start + counts[rank])
-    for momentum in (0.1, None):
-        alone = nn.BatchNorm2d(5, momentum=momentum, dtype=torch.float64)
+    for variant in ("", "momentum=None", "no beta", "not tracked any more"):
+        alone = nn.BatchNorm2d(5, momentum=None if variant == "momentum=None" else 0.1, dtype=torch.float64)
         nn.init.uniform_(alone.weight), nn.init.uniform_(alone.bias)
+        if variant == "no beta":
+            alone.bias = None
+        alone.track_running_stats = variant != "not tracked any more"
         synced = copy.deepcopy(alone)
         sync_batch_norm.convert(synced)
         for _ in range(2):
@@ -44,14 +47,17 @@ def batch_norm_like_one_process(rank, world):
         if counts[rank]:
             close(y, wanted[mine], "output")
             close(own.grad, whole.grad[mine], "gradient")
-        for name in ("weight", "bias"):
-            gradient = getattr(synced, name).grad
-            dist.all_reduce(gradient)
-            close(gradient, getattr(alone, name).grad, name)
+        for (name, p), q in zip(synced.named_parameters(), alone.parameters(), strict=True):
+            dist.all_reduce(p.grad)
+            close(p.grad, q.grad, name)
         for name, value in alone.state_dict().items():
             close(synced.state_dict()[name].double(), value.double(), name)
     synced.eval(), alone.eval()
     close(synced(x), alone(x), "evaluation")
+    half = sync_batch_norm.SyncBatchNorm2d(2, dtype=torch.float16)
+    x = torch.randn(1, 2, 300, 300, dtype=torch.float64).half()  # more values a channel than float16 can count
+    wanted = nn.BatchNorm2d(2, dtype=torch.float64)(x.double())
+    close(half(x), wanted, "float16", 2e-3)
 
 
 def training_like_one_process(rank, world):
@@ -109,6 +115,17 @@ def strategies_agree(folder, group):
     assert ddp["optimizer"].keys() == fsdp["optimizer"].keys()
 
 
+def averages_are_evaluated_alike(folder, group):
+    """Every process evaluates rank 0's average, with its statistics, which is what is saved."""
+    given = ["--epochs", "1", "--ema", "0.5", "--lr", "0.01", "--out", str(folder.parent / "ema")]
+    chosen = options.parse([*small_cifar(folder), *given])
+    trainer = loop.Trainer(chosen, data.load(chosen), group)
+    trainer._train(data.loader(trainer.data.train, trainer.batches, 0, False), signals.Signals())
+    trainer._evaluate(data.loader(trainer.data.test, trainer.test_batches, 0, False))
+    own = torch.cat([t.double().flatten() for t in trainer.ema.module.state_dict().values()])
+    assert all(t.equal(own) for t in group.everyone(own))
+
+
 def no_sync_sends_nothing(rank, world):
     network = nn.Linear(3, 2)
     joined = DistributedDataParallel(network)
@@ -135,6 +152,7 @@ def main():
     own.mkdir()
     if world == 2:
         strategies_agree(own, group)
+        averages_are_evaluated_alike(own, group)
     (own / "done").write_text("")
     group.close()
 

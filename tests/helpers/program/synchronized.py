@@ -247,9 +247,14 @@ def collectives_and_groups():
     group = groups[rank // 2 if world == 4 else rank]
     block = blocks.Bottleneck(4, 2, 2).double()
     x, mine = torch.randn(world, 2, 4, 6, 6, dtype=torch.float64), slice(rank // 2 * 2, rank // 2 * 2 + 2)
-    for process_group, images in ((None, x), (group, x[mine] if world == 4 else x[rank : rank + 1])):
-        synced, truth = copy.deepcopy(block), copy.deepcopy(block)
-        synced = nn.SyncBatchNorm.convert_sync_batchnorm(synced, process_group)
+    ours_of = lambda network, process_group: sync_batch_norm.convert(network, process_group) or network  # noqa: E731
+    for process_group, images, convert in (
+        (None, x, nn.SyncBatchNorm.convert_sync_batchnorm),
+        (group, x[mine] if world == 4 else x[rank : rank + 1], nn.SyncBatchNorm.convert_sync_batchnorm),
+        (group, x[mine] if world == 4 else x[rank : rank + 1], ours_of),
+    ):
+        truth = copy.deepcopy(block)
+        synced = convert(copy.deepcopy(block), process_group)
         dist.all_gather, dist.all_reduce, counted[:] = count(0), count(1), (0, 0)
         try:
             y = synced(x[rank])
@@ -272,6 +277,20 @@ def collectives_and_groups():
         with pytest.raises(ValueError, match="more than 1 value per channel when training, got 1 in all"):
             module(torch.ones(int(rank == 0), 3, 1, 1))
     assert backends.fallbacks() == {}
+
+
+def mixed_norms():
+    """A norm that keeps to its process's batch, which is empty on one: all of them run the block unfused."""
+    rank = dist.get_rank()
+    torch.manual_seed(5)
+    block = blocks.BasicBlock(3, 3).double()
+    block.bn1 = sync_batch_norm.SyncBatchNorm2d(3, dtype=torch.float64)
+    backends.fallbacks(clear=True)
+    y = block(torch.randn(int(rank > 0) * 2, 3, 5, 5, dtype=torch.float64))
+    y.sum().backward()
+    assert y.shape[0] == int(rank > 0) * 2
+    (reason,) = backends.fallbacks(clear=True)
+    assert "with and without the statistics of all processes" in reason
 
 
 def unsynchronized_runs_fused():
@@ -302,4 +321,5 @@ def main():
     rounded_like_one_process()
     options_like_one_process()
     collectives_and_groups()
+    mixed_norms()
     unsynchronized_runs_fused()
