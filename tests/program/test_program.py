@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.program.support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import checkpoint, differences, eight_layers, rates, run, small_cifar, trainer_for
 from PIL import Image
 from test_program_data import photographs
 
@@ -190,17 +190,6 @@ def test_accumulated_passes_are_one_step(tmp_path):
             trainer._pass(next(batches), i + 1 == passes)
         gradients.append(trainer.network.conv1.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
-
-
-def rates(options, steps):
-    optimizer = recipes.optimizer(torch.nn.Linear(1, 1), recipes.of(options))
-    schedule = recipes.schedule(optimizer, options, steps)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
 
 
 def test_recipe_of_he():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.program.support import checkpoint, differences, eight_layers, run, small_cifar, trainer_for
+from helpers.program.support import checkpoint, differences, eight_layers, rates, run, small_cifar, trainer_for
 
-from resnet_fast.program import data, mixing, recipes
+from resnet_fast.program import data, mixing
 from resnet_fast.program.options import Options, ProgramError, parse
 
 
@@ -169,17 +169,6 @@ def test_options_that_older_checkpoints_lack(tmp_path, monkeypatch):
         other = trainer_for(tmp_path, f"--{name.replace('_', '-')}", value)
         with pytest.raises(ProgramError, match=rf"was trained with .*{name} (0\.0|None) \(now {float(value)}\)"):
             other.restore(path)
-
-
-def rates(options, steps):
-    optimizer = recipes.optimizer(torch.nn.Linear(1, 1), recipes.of(options))
-    schedule = recipes.schedule(optimizer, options, steps)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
 
 
 def test_warmup_step_by_step():

@@ -34,11 +34,11 @@ class Photographs(Dataset):
 
     def name(self, index: int) -> str:
         """For messages."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.name")
 
     def open(self, index: int) -> Image.Image:
         """The image, in colour; raises OSError or ValueError if it is broken."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.open")
 
     def _pixels(self, epoch: int, index: int) -> np.ndarray:
         image = self.open(index)

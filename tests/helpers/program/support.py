@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from resnet_fast import models, train
-from resnet_fast.program import data, distributed, evaluation, loop
+from resnet_fast.program import data, distributed, evaluation, loop, recipes
 from resnet_fast.program.data.archives import checksum
 from resnet_fast.program.data.augment import crop_and_flip, draws, stream
 from resnet_fast.program.options import parse
@@ -195,3 +195,15 @@ def augmented(images, index, table, chosen, padding, flip):
         pixels = crop_and_flip(pixels, draws(*AUGMENT_STREAM, index.numpy(), 3), padding, flip)
     pixels = torch.from_numpy(np.ascontiguousarray(pixels)).long().expand(-1, len(table), -1, -1)
     return torch.stack([table[k][pixels[:, k]] for k in range(len(table))], 1)
+
+
+def rates(options, steps):
+    """The learning rate of each step."""
+    optimizer = recipes.optimizer(torch.nn.Linear(1, 1), recipes.of(options))
+    schedule = recipes.schedule(optimizer, options, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
