@@ -58,14 +58,28 @@ class GpuDevice:
     replay: Replay = None
 
     def __init__(self) -> None:
-        self._launchers: dict[str, Launcher] = {}
+        self._registered: dict[str, Launcher] = {}
+        self._fill: Callable[[], None] | None = None
+        self._filling = threading.RLock()
 
     def register(self, name: str, launcher: Launcher) -> None:
         """`launcher(grid, block, shared, args)` starts the CUDA kernel `name` on the current stream."""
-        self._launchers[name] = launcher
+        self._registered[name] = launcher
+
+    def register_when_asked(self, fill: Callable[[], None]) -> None:
+        """`fill()` registers launchers, before the first kernel is looked up."""
+        self._fill = fill
+
+    def _launchers(self) -> dict[str, Launcher]:
+        if self._fill is not None:
+            with self._filling:
+                if self._fill is not None:
+                    self._fill()
+                    self._fill = None
+        return self._registered
 
     def has_cuda(self, name: str) -> bool:
-        return name in self._launchers
+        return name in self._launchers()
 
     def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
         if _this_thread.compiles_only:
@@ -95,7 +109,7 @@ class GpuDevice:
         if _this_thread.compiles_only:
             return
         try:
-            launcher = self._launchers[name]
+            launcher = self._launchers()[name]
         except KeyError:
             raise RuntimeError(f"resnet_fast was built without the CUDA kernel {name!r}") from None
         with _guard(args):

@@ -7,11 +7,10 @@ from importlib import import_module
 from typing import Any
 
 from .. import backends
+from ..backends import launch
 from ..chain import devices
 from ..ops import training as training_shapes
 from ..ops.register import library
-from . import residual_network
-from .cuda import avg_pool, conv, hopper, stem
 
 __all__ = ["KERNELS"]
 
@@ -30,11 +29,18 @@ _LAUNCHES = (
     "conv_bn_relu_launch",
     "conv_bn_relu_pool_launch",
     "avg_pool_flatten_launch",
+    "residual_stage_launch",
 )
 
 
+# The files that have launchers of the extension's kernels; the first is for whole networks.
+_NETWORK = "residual_network"
+_LAUNCHERS = ("cuda.conv", "cuda.stem", "cuda.avg_pool", "cuda.hopper")
+
+
 def _lazily(module: str, name: str) -> Callable[..., Any]:
-    """``name`` of a module in this folder, imported at the first call: importing Triton takes a second."""
+    """``name`` of a module in this folder, imported at the first call: most processes use one device, and importing
+    Triton takes a second."""
 
     def call(*args: Any) -> Any:
         return getattr(import_module(f".{module}", __package__), name)(*args)
@@ -46,12 +52,18 @@ def _register() -> None:
     assert library is not None
     for op in _LAUNCHES:
         backends.note_kernel(op)
-    if residual_network.kernels():
-        residual_network.register()
-        KERNELS["residual_network"] = residual_network.residual_network
+    launchers: list[str] = []
+    if backends.has_kernel("residual_stage_launch", "cuda"):
+        launchers.append(_NETWORK)
+        KERNELS["residual_network"] = _lazily(_NETWORK, "residual_network")
     if backends.has_cuda_convolution():
-        for launcher in (conv, stem, avg_pool, hopper):
-            launcher.register()
+        launchers.extend(_LAUNCHERS)
+
+    def register_launchers() -> None:
+        for file in launchers:
+            _lazily(file, "register")()
+
+    launch.gpu.register_when_asked(register_launchers)
     if backends.has_cuda_convolution() or backends.has_triton():
         KERNELS.update({op: _lazily(file, op) for op, file in _CONVOLUTIONS.items()})
     if backends.has_triton():
@@ -66,5 +78,8 @@ def _register() -> None:
 if backends.loaded():
     _register()
 devices.gpu = devices.Gpu(
-    _lazily("chain", "GpuChain"), _lazily("training", "ReplayedPasses"), avg_pool.suits, avg_pool.avg_pool_flatten
+    _lazily("chain", "GpuChain"),
+    _lazily("training", "ReplayedPasses"),
+    _lazily("cuda.avg_pool", "suits"),
+    _lazily("cuda.avg_pool", "avg_pool_flatten"),
 )

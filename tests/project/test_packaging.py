@@ -151,14 +151,20 @@ def test_import_is_quick(tmp_path):
     """At most a twentieth of the processor time that torch's own import takes, on whatever machine, from cached
     bytecode, as every start but the first.
 
-    The fastest of five: the others measure who else is busy.
+    The best of five, after one that writes the bytecode: the others measure who else is busy.
     """
     code = "from time import process_time as now; a = now(); import torch; b = now(); import resnet_fast; "
     code += "print(b - a, now() - b)"
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    times = [tuple(map(float, run([sys.executable, "-c", code], env=env).stdout.split())) for _ in range(5)]
-    torchs, ours = map(min, zip(*times, strict=True))
-    assert ours < 0.05 * torchs, times
+    times = [tuple(map(float, run([sys.executable, "-c", code], env=env).stdout.split())) for _ in range(6)]
+    assert min(ours / torchs for torchs, ours in times[1:]) < 0.05, times
+
+
+def test_import_brings_no_launchers():
+    """Launchers of the GPU are imported and registered when a first kernel is looked up."""
+    code = "import sys, resnet_fast; from resnet_fast.backends import launch; names = set(sys.modules); "
+    code += "launch.has_cuda(''); print(*(m for m in ('conv', 'stem') if f'resnet_fast.gpu.cuda.{m}' in names))"
+    assert run([sys.executable, "-c", code]).stdout.split() == []
 
 
 def test_import_brings_nothing_heavy():
