@@ -78,7 +78,7 @@ def check(config, shape, dtype=torch.float16, stride=1, with_residual=True, relu
 
 # Batch, height, width, channels in and out: the least; whole chunks and blocks; tails of channels, filters and pixels;
 # more chunks than any tile has stages.
-SHAPES = [(1, 1, 1, 8, 8), (1, 8, 32, 64, 128), (3, 7, 7, 72, 72), (1, 16, 17, 136, 200), (1, 3, 5, 392, 16)]
+SHAPES = [(1, 1, 1, 8, 8), (1, 8, 32, 64, 128), (3, 7, 7, 72, 72), (1, 16, 17, 136, 200), (1, 3, 5, 584, 16)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -136,27 +136,27 @@ def test_not_finite():
 
 
 def test_every_statement_that_orders_is_needed():
-    """More chunks than stages, residuals, output over the stages, split sums: without a wait, barrier or fence there is
+    """All numbers of steps, residuals, output over the stages, split sums: without a wait, barrier or fence there is
     a fault or a wrong result.
 
     But one: the first of two barriers around the counter of split sums, because to the simulator a fence publishes all
     that its block has done."""
-    shape, four_steps = case(1, 3, 3, 328, 8), case(1, 3, 3, 200, 8)
-    bare = (*shape[:4], None)
+    deep = case(1, 3, 3, 584, 8)
+    shapes = [case(1, 3, 3, 64 * steps, 8) for steps in range(1, 9)]  # all stages at once
+    cases = [(1, deep, 0), (1, (*deep[:4], None), 0), *((1, shape, 0) for shape in shapes), (3, deep, 0), (5, deep, 1)]
     text, kernel = ptx(torch.float16, 0)
 
-    def right(kernel, splits, operands, seed=0):
-        expected = reference(*operands).half()
-        return torch.equal(run(Conv1x1Config(0, splits), *operands, kernel=kernel, seed=seed)[0], expected)
+    def right(kernel, splits, operands, seed):
+        y, _ = run(Conv1x1Config(0, splits), *operands, kernel=kernel, seed=seed)
+        return torch.equal(y, reference(*operands).half())
 
     def run_all(kernel):
-        cases = ((1, shape), (1, bare), (1, four_steps), (3, shape), (5, shape))
-        return all(right(kernel, *c, seed) for c in cases for seed in (0, 1))
+        return all(right(kernel, *c) for c in cases)
 
     assert run_all(kernel)
     pattern = r"^\s*(wgmma\.(wait_group|fence|commit_group)|fence\.|membar|bar\.|cp\.async\.(wait|commit)_group).*$"
-    left = [what.split("\t")[0].strip() for _, what in survivors(text, pattern, kernel.name, run_all)]
-    assert left == ["bar.sync"]
+    left = [what.replace("\t", "").strip() for _, what in survivors(text, pattern, kernel.name, run_all)]
+    assert left == ["bar.sync 0;"]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -186,9 +186,9 @@ def test_plans():
                 assert p.threads == 128 * t.warpgroups
                 assert p.shared <= 227 * 1024
                 assert p.blocks == -(-layer.pixels // t.pixels) * -(-k // (64 * t.warpgroups))
-                assert min(2, a[CHUNKS]) <= a[STAGES] <= min(4, a[CHUNKS])
+                assert min(2, a[CHUNKS]) <= a[STAGES] <= min(8, a[CHUNKS])
                 if a[STAGES] > 2:  # never for fewer blocks
-                    assert t.blocks * (p.shared + 1024) <= 228 * 1024
+                    assert min(t.blocks, -(-p.blocks // 132)) * (p.shared + 1024) <= 228 * 1024
                 numbers = torch.arange(layer.pixels + t.pixels)
                 for d, inverse in ((layer.out_width, a[WIDTH_INVERSE]), (layer.out_height, a[HEIGHT_INVERSE])):
                     assert torch.equal(numbers if d == 1 else numbers * inverse >> 32, numbers // d)

@@ -25,14 +25,14 @@ struct Conv1x1Block {
   }
 };
 
-// Waits for this thread's copies except the newest groups, at most kConv1x1Stages - 1: the instruction takes a constant.
-__device__ inline void wait_copies(int pending) {
-  switch (pending) {
-    case 0: return ptx::cp_async_wait<0>();
-    case 1: return ptx::cp_async_wait<1>();
-    case 2: return ptx::cp_async_wait<2>();
-    default: return ptx::cp_async_wait<kConv1x1Stages - 1>();
+// Waits for this thread's copies except the newest groups, at most kConv1x1Stages - 1: the instruction takes a
+// constant.
+template <int kPending = 0>
+__device__ void wait_copies(int pending) {
+  if constexpr (kPending + 1 < kConv1x1Stages) {
+    if (pending != kPending) return wait_copies<kPending + 1>(pending);
   }
+  ptx::cp_async_wait<kPending>();
 }
 
 // A block's copies of operands, in vectors of 16 bytes. Adjacent threads copy adjacent channels.

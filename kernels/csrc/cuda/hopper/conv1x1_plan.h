@@ -21,7 +21,7 @@ struct Conv1x1Tile {
 };
 
 constexpr Conv1x1Tile kConv1x1Tiles[] = {
-    {64, 1, 3},  // small batches: most blocks, four stages in flight each
+    {64, 1, 3},  // small batches: most blocks
     {128, 1, 3},  // half the filters' bytes for a pixel
     {256, 1, 2},  // to 64 channels from many pixels: filters are a fifth of the bytes
     {128, 2, 2},  // wide outputs with residual: the input is read half as often
@@ -29,7 +29,8 @@ constexpr Conv1x1Tile kConv1x1Tiles[] = {
 };
 constexpr int kConv1x1TileCount = sizeof(kConv1x1Tiles) / sizeof(kConv1x1Tiles[0]);
 
-constexpr int kConv1x1Chunk = 64, kConv1x1Stages = 4;  // channels of a k step; the most stages
+constexpr int kConv1x1Chunk = 64, kConv1x1Stages = 8;  // channels of a k step; the most stages
+constexpr int kMultiprocessors = 132;  // of an H100 SXM or H200: a plan may give few blocks more shared memory
 
 // Arguments of the kernel, by value. All are 32-bit integers: Python passes them as a list.
 struct Conv1x1Args {
@@ -73,7 +74,8 @@ constexpr bool supports(Conv1x1Tile t, const Conv1x1Args& a) {
 }
 
 // Completes `a`, which holds the shape, residual and splits. The output tile lies behind the stages if the residual
-// arrives there meanwhile, else over them. There are as many stages as leave room for the tile's other blocks.
+// arrives there meanwhile, else over them. There are as many stages as leave room for the other blocks that a
+// multiprocessor may have: one block hides latency by its stages alone.
 constexpr Conv1x1Plan plan_conv1x1(Conv1x1Tile t, Conv1x1Args a) {
   a.out_height = (a.height - 1) / a.stride + 1;
   a.out_width = (a.width - 1) / a.stride + 1;
@@ -83,13 +85,15 @@ constexpr Conv1x1Plan plan_conv1x1(Conv1x1Tile t, Conv1x1Args a) {
   a.width_inverse = a.out_width == 1 ? 0 : inverse_of(static_cast<uint32_t>(a.out_width));
   a.height_inverse = a.out_height == 1 ? 0 : inverse_of(static_cast<uint32_t>(a.out_height));
   if (a.splits > a.chunks) a.splits = a.chunks;
+  const int64_t blocks = int64_t{a.pixels + t.pixels - 1} / t.pixels * a.channel_blocks;
+  const int64_t load = (blocks * a.splits + kMultiprocessors - 1) / kMultiprocessors;
+  const int resident = load < t.blocks ? static_cast<int>(load) : t.blocks;
   const int behind = a.residual ? output_bytes(t) : 0, steps = (a.chunks + a.splits - 1) / a.splits;
-  a.stages = (kMultiprocessorShared / t.blocks - kReservedShared - behind) / stage_bytes(t);
+  a.stages = (kMultiprocessorShared / resident - kReservedShared - behind) / stage_bytes(t);
   a.stages = a.stages < 2 ? 2 : a.stages > kConv1x1Stages ? kConv1x1Stages : a.stages;
   if (a.stages > steps) a.stages = steps;
   a.output = a.residual ? a.stages * stage_bytes(t) : 0;
   const int stages = a.stages * stage_bytes(t) + behind;
-  const int64_t blocks = int64_t{a.pixels + t.pixels - 1} / t.pixels * a.channel_blocks;
   const bool split = a.splits > 1;
   return {a,
           blocks,
