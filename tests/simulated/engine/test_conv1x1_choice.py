@@ -127,5 +127,12 @@ def test_a_measurement_verifies_first(monkeypatch, stride, residual):
 def test_wrong_configurations(config, words):
     with pytest.raises(RuntimeError, match=words):
         plan(LAYERS[0], config)
+
+
+def test_wrong_arguments():
+    with pytest.raises(RuntimeError, match="conv1x1: args has 1 integers, want 18"):
+        torch.ops.resnet_fast.conv1x1_plan(0, [1])
+    with pytest.raises(RuntimeError, match="conv1x1: args has -1, want 0 to 4294967295"):
+        torch.ops.resnet_fast.conv1x1_plan(0, [-1] * 18)
     with pytest.raises(RuntimeError, match="cannot compute"), cuda_device(), tune.use(Conv1x1Config(0, 2)):
         ops.conv_bn_relu(torch.ones(1, 64, 4, 4).half(), torch.ones(64, 64, 1, 1).half())
