@@ -24,7 +24,7 @@ from .options import Options
 __all__ = ["FAMILIES", "main"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# batch, channels, size, filters, kernel, stride, padding: halo, gather, projection, stem, odd, split sums.
+# batch, channels, size, filters, kernel, stride, padding: halo, gather, projection, stem, odd, split sums, 1x1.
 SHAPES = [
     (2, 64, (9, 7), 64, 3, 1, 1),
     (1, 32, (11, 6), 48, 3, 2, 1),
@@ -32,6 +32,7 @@ SHAPES = [
     (1, 3, (13, 10), 64, 7, 2, 3),
     (2, 20, (6, 7), 24, 3, 1, 1),
     (1, 128, (7, 7), 128, 3, 1, 1),
+    (2, 136, (9, 7), 72, 1, 2, 0),
 ]
 
 
@@ -84,25 +85,26 @@ def _convolutions(device: str, small: bool, kind: str, dtype: torch.dtype) -> No
                 found = list(configs.tiles(layer, gpu))
                 choices = [dataclasses.replace(found[0], split_k=3), *found[:2]]
             elif kind == "cuda":
-                choices = _cuda_choices(layer, gpu.shared)
+                choices = _cuda_choices(layer, gpu)
             for choice in choices[:2] if small else choices:
                 with _allow_tf32(precision == "tf32"), tune.use(choice):
                     y = ops.conv_bn_add_relu(x, residual, weight, stride=stride, padding=padding)
                 _close(y, exact, f"{choice} {layer}")
 
 
-def _cuda_choices(layer: Any, shared: int) -> list[Any]:
+def _cuda_choices(layer: Any, gpu: Any) -> list[Any]:
+    from resnet_fast.gpu.candidates import conv1x1, hopper
     from resnet_fast.gpu.candidates import cuda as cuda_configs
 
     simt = layer.dtype == torch.float32 and layer.precision == "ieee"
-    found = []
+    found: list[Any] = []
     for i, tile in enumerate(cuda_configs.tiles()):
         for splits in (1, 3):
             config = cuda_configs.CudaConfig(i, min(tile.pixels, 64), splits)
             made = cuda_configs.plan(layer, config) if tile.simt == simt else None
-            if made is not None and made.shared <= shared:
+            if made is not None and made.shared <= gpu.shared:
                 found.append(config)
-    return found
+    return [*found, *hopper.candidates(layer, gpu), *conv1x1.candidates(layer, gpu)]
 
 
 def _conv_family(kind: str, dtype: torch.dtype) -> Callable[[str, bool], None]:

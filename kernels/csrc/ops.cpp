@@ -102,6 +102,13 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv_halo_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
+  // The same for 1x1 convolutions (cuda/hopper/conv1x1_plan.h); a tile is its pixels, warpgroups and blocks.
+  m.def("conv1x1_tiles() -> int[]");
+  m.def("conv1x1_plan(int tile, int[] args) -> int[]");
+  m.def(
+      "conv1x1_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
+      "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
+
   // PyTorch's current stream on the device of x, and the CUDA graph capture that it takes part in, 0 if none.
   m.def("current_capture(Tensor x) -> int[]");
 

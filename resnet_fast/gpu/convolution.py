@@ -17,6 +17,7 @@ from .. import backends
 from ..backends import launch
 from ..ops.spec import empty_image
 from . import library, tune
+from .candidates.conv1x1 import Conv1x1Config
 from .candidates.cuda import CudaConfig
 from .candidates.hopper import HopperConfig
 from .candidates.triton import Config
@@ -52,12 +53,13 @@ _STARTS: dict[type, Callable[..., None]] = {
     Config: _start_triton,
     CudaConfig: cuda_conv.conv_bn_relu,
     HopperConfig: hopper_conv.conv_bn_relu,
+    Conv1x1Config: hopper_conv.conv_bn_relu,
 }
 
 
 def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
     """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``; images in channels_last."""
-    if isinstance(choice, Config | CudaConfig | HopperConfig):
+    if isinstance(choice, Config | CudaConfig | HopperConfig | Conv1x1Config):
         y = empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
         start = _STARTS[type(choice)]
         start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)
@@ -108,7 +110,7 @@ def trials(layer: Layer, device: torch.device) -> list[Callable[[Choice], object
 
 
 def _run_choice(layer: Layer, x: Tensor, filters: Filter, residual: Tensor | None, choice: Choice) -> Tensor:
-    if isinstance(choice, HopperConfig):
+    if isinstance(choice, HopperConfig | Conv1x1Config):
         hopper_conv.verify(layer, choice, x.device)
     return run(layer, choice, x, filters, residual)
 

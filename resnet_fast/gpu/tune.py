@@ -1,10 +1,10 @@
 """Chooses the kernel that runs a layer on this GPU: measured once for each shape, cached on disk.
 
-The candidates are the tiles of :mod:`.candidates.triton`, of :mod:`.candidates.cuda` and of :mod:`.candidates.hopper`
-if the extension holds them, cuDNN and cuBLASLt (:mod:`.library`) if filters may be folded, and aten's convolution
-followed by one fused pass: to the accuracy of the measurement (:mod:`.timing`) a fused layer is never slower than an
-unfused one. ``backends.use("cuda")`` and ``backends.use("triton")`` restrict the candidates to one kind, and cache
-choices of their own.
+The candidates are the tiles of :mod:`.candidates.triton`, and of :mod:`.candidates.cuda`, :mod:`.candidates.hopper` and
+:mod:`.candidates.conv1x1` if the extension holds them, cuDNN and cuBLASLt (:mod:`.library`) if filters may be folded,
+and aten's convolution followed by one fused pass: to the accuracy of the measurement (:mod:`.timing`) a fused layer is
+never slower than an unfused one. ``backends.use("cuda")`` and ``backends.use("triton")`` restrict the candidates to one
+kind, and cache choices of their own.
 
 Choices are cached in ``$RESNET_FAST_CACHE/gpu-<name>-<versions>.json`` (default ``~/.cache/resnet_fast``), so that
 later processes run the same kernels and give the same bits. Choices of :mod:`.shipped` are not measured again.
@@ -32,9 +32,11 @@ import torch
 from .. import backends
 from ..backends import launch
 from . import library, shipped, timing
+from .candidates import conv1x1 as conv1x1_configs
 from .candidates import cuda as cuda_configs
 from .candidates import hopper as hopper_configs
 from .candidates import triton as configs
+from .candidates.conv1x1 import Conv1x1Config
 from .candidates.cuda import CudaConfig
 from .candidates.hopper import HopperConfig
 from .candidates.triton import Config
@@ -45,7 +47,7 @@ __all__ = ["Tuner", "choices", "tuner", "use"]
 LIBRARY = "library"  # aten's convolution, followed by one fused pass
 # Forms of a chain: one launch a stage, one launch for a convolution and its pooling, one launch a convolution.
 STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
-Choice = Config | CudaConfig | HopperConfig | str
+Choice = Config | CudaConfig | HopperConfig | Conv1x1Config | str
 Run = Callable[[Any], object]
 # Returns seconds a call of each candidate, and the exceptions of those that cannot run here.
 Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
@@ -101,6 +103,7 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
     # After the others: these have not been timed on a GPU yet, and the first candidate wins a tie.
     if backend != "triton" and backends.has_cuda_convolution():
         found += hopper_configs.candidates(layer, gpu)
+        found += conv1x1_configs.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
         return found
     return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
@@ -269,6 +272,8 @@ def _parse(entry: str | dict[str, int]) -> Choice:
         return entry
     if "halo" in entry:
         return HopperConfig(**entry)
+    if "conv1x1" in entry:
+        return Conv1x1Config(**entry)
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
 
 

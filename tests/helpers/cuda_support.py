@@ -33,6 +33,12 @@ def find_cuda(name):
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::HaloArgs);"""
         return source, (*FLAGS, "-arch=sm_90a"), stem
+    if stem == "conv1x1_fwd_kernel":
+        source = f"""#include "cuda/hopper/conv1x1.cuh"
+        template __global__ void resnet_fast::cuda::conv1x1_fwd_kernel<{t}, {number}>(
+            const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
+            const __grid_constant__ resnet_fast::cuda::Conv1x1Args);"""
+        return source, (*FLAGS, "-arch=sm_90a"), stem
     if stem == "conv_bn_relu_pool_fwd_kernel":
         source = f"""#include "cuda/stem/conv_bn_relu_pool.cuh"
         template __global__ void resnet_fast::cuda::conv_bn_relu_pool_fwd_kernel<{t}, {number}>(

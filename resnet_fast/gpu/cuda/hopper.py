@@ -1,4 +1,4 @@
-"""``[relu](conv2d(x, weight) * scale + shift [+ residual])``, 3x3, by the kernels of ``kernels/csrc/cuda/hopper``."""
+"""``[relu](conv2d(x, weight) * scale + shift [+ residual])``, 3x3 and 1x1, by ``kernels/csrc/cuda/hopper``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import launch
+from ..candidates import conv1x1
+from ..candidates.conv1x1 import Conv1x1Config
+from ..candidates.cuda import Plan
 from ..candidates.hopper import KERNELS, HopperConfig, instance, plan, tiles
 from ..layer import Layer
 from .conv import counters_of
@@ -18,14 +21,24 @@ from .conv import counters_of
 __all__ = ["conv_bn_relu", "kernel_name", "verify"]
 
 
-def kernel_name(dtype: torch.dtype, number: int) -> str:
-    """The kernel's name in the launch seam."""
-    return f"conv_halo_fwd_kernel<{str(dtype).removeprefix('torch.')}, {number}>"
+def kernel_name(stem: str, dtype: torch.dtype, number: int) -> str:
+    """The kernel's name in the launch seam. stem: ``"conv_halo"`` or ``"conv1x1"``."""
+    return f"{stem}_fwd_kernel<{str(dtype).removeprefix('torch.')}, {number}>"
+
+
+def _plan(layer: Layer, config: HopperConfig | Conv1x1Config) -> tuple[str, Plan]:
+    """The kernel that computes a layer, and its launch."""
+    made = conv1x1.plan(layer, config) if isinstance(config, Conv1x1Config) else plan(layer, config)
+    if made is None:
+        raise RuntimeError(f"conv_bn_relu: {config} cannot compute {layer}")
+    if isinstance(config, Conv1x1Config):
+        return kernel_name("conv1x1", layer.dtype, config.conv1x1), made
+    return kernel_name("conv_halo", layer.dtype, instance(layer, config)), made
 
 
 def conv_bn_relu(
     layer: Layer,
-    config: HopperConfig,
+    config: HopperConfig | Conv1x1Config,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -38,15 +51,13 @@ def conv_bn_relu(
     ``y`` must be aligned to 16 bytes; other operands are copied if they are not. Split-K reduces float32 partial sums
     in a workspace.
     """
-    made = plan(layer, config)
-    if made is None:
-        raise RuntimeError(f"conv_bn_relu: {config} cannot compute {layer}")
+    kernel, made = _plan(layer, config)
     partial = counters = None
     if config.splits > 1:
         partial = torch.empty(made.partial_floats, device=x.device)
         counters = counters_of(x, made.counters)
     launch.cuda_launch(
-        kernel_name(layer.dtype, instance(layer, config)),
+        kernel,
         (made.blocks, config.splits),
         (made.threads,),
         made.shared,
@@ -59,7 +70,7 @@ def conv_bn_relu(
 
 
 @functools.cache
-def verify(layer: Layer, config: HopperConfig, device: torch.device) -> None:
+def verify(layer: Layer, config: HopperConfig | Conv1x1Config, device: torch.device) -> None:
     """Raises RuntimeError unless ``config`` computes ``layer`` exactly on small integers, whose sums are exact.
 
     Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
@@ -69,7 +80,7 @@ def verify(layer: Layer, config: HopperConfig, device: torch.device) -> None:
         return torch.randint(-most, most + 1, shape, device=device).to(layer.dtype)
 
     x = whole(2, layer.batch, layer.height, layer.width, layer.channels)
-    weight = whole(1, layer.out_channels, 3, 3, layer.channels)
+    weight = whole(1, layer.out_channels, *layer.kernel, layer.channels)
     y = torch.empty(
         layer.batch, layer.out_height, layer.out_width, layer.out_channels, dtype=layer.dtype, device=device
     )
@@ -77,16 +88,18 @@ def verify(layer: Layer, config: HopperConfig, device: torch.device) -> None:
     scale, shift = torch.ones(layer.out_channels, device=device), torch.arange(layer.out_channels, device=device) % 5.0
     images = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual, y)]
     conv_bn_relu(layer, config, images[0], weight, scale, shift, images[1], images[2])  # type: ignore[arg-type]
-    exact = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(), None, layer.stride, 1)
+    operands = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
+    exact = F.conv2d(*operands, None, layer.stride, layer.padding)
     exact = exact.permute(0, 2, 3, 1) + shift + (0 if residual is None else residual)
     if not torch.equal(y, (exact.relu() if layer.relu else exact).to(layer.dtype)):
         raise RuntimeError(f"{config} computes {layer} wrongly on {device}")
 
 
-def _launcher(tile: int) -> Any:
+def _launcher(stem: str, tile: int) -> Any:
     def start(grid: tuple[int, ...], block: tuple[int, ...], shared: int, args: tuple[Any, ...]) -> None:
         *tensors, packed = args
-        torch.ops.resnet_fast.conv_halo_launch(*tensors, tile, list(struct.unpack(f"{len(packed) // 4}I", packed)))
+        op = getattr(torch.ops.resnet_fast, f"{stem}_launch")
+        op(*tensors, tile, list(struct.unpack(f"{len(packed) // 4}I", packed)))
 
     return start
 
@@ -95,4 +108,6 @@ def register() -> None:
     """Registers the extension's kernels with the launch seam."""
     for dtype in (torch.float16, torch.bfloat16):
         for i in range(KERNELS * len(tiles())):
-            launch.gpu.register(kernel_name(dtype, i), _launcher(i // KERNELS))
+            launch.gpu.register(kernel_name("conv_halo", dtype, i), _launcher("conv_halo", i // KERNELS))
+        for i in range(len(conv1x1.tiles())):
+            launch.gpu.register(kernel_name("conv1x1", dtype, i), _launcher("conv1x1", i))

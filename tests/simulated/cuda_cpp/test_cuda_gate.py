@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import cuda_gate as gate
 
+from resnet_fast.gpu.candidates import conv1x1 as conv1x1_configs
 from resnet_fast.gpu.candidates import hopper as hopper_configs
 from resnet_fast.gpu.candidates.cuda import tiles
 
@@ -76,9 +77,26 @@ def test_hopper_convolutions():
         assert sum(n for name, n in loop.items() if name.startswith("HGMMA")) == channels // 16, what
 
 
+def test_hopper_1x1_convolutions():
+    """As above; as many blocks of a tile as it says share a multiprocessor."""
+    found = [k for k in gate.kernels() if k.stem == "conv1x1_fwd_kernel" and k.arch == 90]
+    expected = set(itertools.product(("float16", "bfloat16"), range(len(conv1x1_configs.tiles()))))
+    assert {(k.dtype, k.values[0]) for k in found} == expected
+    for k in found:
+        tile = conv1x1_configs.tiles()[k.values[0]]
+        what = f"{k.dtype} {tile}: {k.registers} registers, {dict(k.opcodes.most_common(8))}"
+        assert tile.blocks * 4 * tile.warpgroups * -(-k.registers * 32 // 256) * 256 <= 65536, what
+        assert k.count("HGMMA") == sum(n for name, n in k.main_loop.items() if name.startswith("HGMMA")) == 4, what
+        assert k.count("HMMA") == 0, what
+        assert k.shared == 1024, what
+        assert k.count("LDGSTS.128") > 0, what
+        assert k.count("STG.128") > 0, what
+
+
+@pytest.mark.parametrize("stem", ["conv_halo_fwd_kernel", "conv1x1_fwd_kernel"])
 @pytest.mark.parametrize("arch", [80, 100])
-def test_other_architectures_hold_no_wgmma(arch):
-    found = [k for k in gate.kernels() if k.stem == "conv_halo_fwd_kernel" and k.arch == arch]
+def test_other_architectures_hold_no_wgmma(arch, stem):
+    found = [k for k in gate.kernels() if k.stem == stem and k.arch == arch]
     assert found
     assert all(k.opcodes.total() < 32 for k in found)
 
