@@ -15,7 +15,7 @@ from benchmarks.memory import saved_bytes
 from resnet_fast import backends, blocks, reference
 from resnet_fast.chain import sync_batch_norm
 from resnet_fast.chain.record import ChainRecorder
-from resnet_fast.chain.training.cuts import stages
+from resnet_fast.chain.training.cuts import BUCKET_BYTES, stages
 from resnet_fast.chain.training.passes import Passes
 
 
@@ -40,25 +40,33 @@ def specs_of(*modules):
     return recorder.specs
 
 
-def test_a_stage_begins_with_the_block_that_has_a_stride():
-    def block(*given):
-        return blocks.BasicBlock(*given)
+def cut(specs, size=1):
+    return stages(specs, [size] * len(specs))
 
-    parts = [[block(4, 4), block(4, 4)], [block(4, 8, 2), block(8, 8)], [blocks.Bottleneck(8, 4, 2)]]
-    whole = specs_of(*(m for part in parts for m in part))
-    assert stages(whole) == [specs_of(*part) for part in parts]
-    assert stages(parts[1][0].train() and specs_of(*parts[1])) == [specs_of(*parts[1])]
-    stem = resnet_fast.CifarResNet(1)
-    assert [len(part) for part in stages(specs_of(stem, *stem.layer1, *stem.layer2))] == [3, 3]
+
+def test_a_stage_begins_with_the_block_that_has_a_stride():
+    block, stem = blocks.BasicBlock, resnet_fast.CifarResNet(1)
+    parts = [[stem, block(16, 4), block(4, 4)], [block(4, 8, 2), block(8, 8)], [blocks.Bottleneck(8, 4, 2)]]
+    assert cut(specs_of(*(m for part in parts for m in part))) == [specs_of(*part) for part in parts]
+    assert cut(specs_of(*parts[1])) == [specs_of(*parts[1])]
     strided = specs_of(stem)[0]._replace(stride=(2, 2))
-    assert stages([strided, strided._replace(source=1)]) == [[strided, strided._replace(source=1)]]  # no block ends
+    no_blocks = [strided, strided._replace(source=1)]
+    assert cut(no_blocks) == [no_blocks]
+
+
+def test_a_large_stage_is_cut_where_a_bucket_is_full():
+    block = blocks.BasicBlock(4, 4)
+    parts = [[block], [block, block], [block, block]]
+    whole = specs_of(*(m for part in parts for m in part))
+    assert cut(whole, BUCKET_BYTES // 4) == [specs_of(*part) for part in parts]
+    assert cut(whole, BUCKET_BYTES // 4 - 1) == [specs_of(*part) for part in ([block] * 2, [block] * 3)]
 
 
 def test_no_cut_where_a_later_layer_reads_across():
     plain = specs_of(blocks.BasicBlock(4, 4), blocks.BasicBlock(4, 8, 2), blocks.BasicBlock(8, 8))
-    assert len(stages(plain)) == 2
-    last = plain[-1]._replace(residual=1)
-    assert stages([*plain[:-1], last]) == [[*plain[:-1], last]]
+    assert len(cut(plain)) == 2
+    across = [*plain[:-1], plain[-1]._replace(residual=1)]
+    assert cut(across) == [across]
 
 
 def in_flat_order():
@@ -129,15 +137,15 @@ def passes(model, x, first):
 )
 def test_the_bits_of_the_whole_chain(process_group, one_thread, make, options):
     """With one thread and few pixels: a reduction between stages then has one block of sums with a cut and without."""
-    cut = make().train()
-    whole = copy.deepcopy(cut)
-    x = torch.randn(2, 16 if isinstance(cut, nn.Sequential) else 3, 8, 8)
-    joined = DistributedDataParallel(cut, **options)
+    model = make().train()
+    whole = copy.deepcopy(model)
+    x = torch.randn(2, 16 if isinstance(model, nn.Sequential) else 3, 8, 8)
+    joined = DistributedDataParallel(model, **options)
     # A static graph wants its first pass sent.
     first = torch.enable_grad if joined.static_graph else joined.no_sync
     ours, theirs = passes(joined, x, first), passes(whole, x, torch.enable_grad)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    if not isinstance(cut, Checkpointed):
+    if not isinstance(model, Checkpointed):
         assert (functions(joined(x)), functions(whole(x))) == (3, 1)
     assert backends.fallbacks() == {}
 
@@ -183,6 +191,6 @@ def test_a_cut_keeps_no_more(process_group, recompute):
     model, x = resnet_fast.CifarResNet(1).train(), channels_last(torch.randn(2, 3, 16, 16))
     whole = saved_bytes(model, lambda: model(x))
     joined = DistributedDataParallel(model)
-    cut = saved_bytes(model, lambda: joined(x))
+    in_stages = saved_bytes(model, lambda: joined(x))
     first = 2 * 16 * 16 * 16 * x.element_size()
-    assert cut - whole == (first + first // 2 if recompute else 0)
+    assert in_stages - whole == (first + first // 2 if recompute else 0)

@@ -17,16 +17,26 @@ from .layers import block_ends
 
 __all__ = ["GradientSender", "stages"]
 
+# What DistributedDataParallel sends at once, by default.
+BUCKET_BYTES = 25 * 2**20
 
-def stages(specs: Sequence[ConvSpec]) -> list[list[ConvSpec]]:
-    """The chain as chains, one behind the other: a stage begins with the block that has a stride.
 
-    A cut behind a residual sum, which is written and saved anyway, costs no memory.
+def stages(specs: Sequence[ConvSpec], sizes: Sequence[int]) -> list[list[ConvSpec]]:
+    """The chain as chains, one behind the other; sizes: bytes of each layer's weight.
+
+    A stage begins with the block that has a stride, or where what follows fills a bucket. A cut behind a residual sum,
+    which is written and saved anyway, costs no memory.
     """
-    lasts = sorted({len(specs) - 1, *block_ends(specs)})
-    firsts = [0, *(last + 1 for last in lasts[:-1])]
-    strided = [max(max(spec.stride) for spec in specs[a : b + 1]) > 1 for a, b in zip(firsts, lasts, strict=True)]
-    starts = [a for a, begins in zip(firsts, strided, strict=True) if begins or a == 0]
+    starts, behind, end = [], 0, len(specs)
+    for last in [*block_ends(specs), -1]:
+        begin = last + 1
+        behind += sum(sizes[begin:end])
+        strided = any(max(spec.stride) > 1 for spec in specs[begin:end])
+        if begin == 0 or strided or behind >= BUCKET_BYTES:
+            starts.append(begin)
+            behind = 0
+        end = begin
+    starts.reverse()
     return [
         [spec._replace(source=spec.source - a, residual=max(spec.residual - a, -1)) for spec in specs[a:b]]
         for a, b in zip(starts, [*starts[1:], len(specs)], strict=True)

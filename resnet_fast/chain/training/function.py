@@ -102,8 +102,8 @@ class Program:
         if torch.compiler.is_compiling() or not self._sender.exists():
             return (self,)
         if self._stages is None:
-            pairs, specs = iter(self.pairs), stages(self.specs)
-            self._stages = [type(self)(list(islice(pairs, len(own))), own) for own in specs] if len(specs) > 1 else []
+            cut, pairs = stages(self.specs, [conv.weight.nbytes for conv, _ in self.pairs]), iter(self.pairs)
+            self._stages = [type(self)(list(islice(pairs, len(own))), own) for own in cut] if len(cut) > 1 else []
         return self._stages or (self,)
 
     def _run(self, x: Tensor) -> Tensor:
