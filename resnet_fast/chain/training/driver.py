@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from .kernels import Kernels
-from .layers import TENSORS, Layer, SavedTensors, Value, counts, dense
+from .layers import TENSORS, Layer, SavedTensors, Value, block_ends, counts, dense
 
 __all__ = ["ChainBackward", "forward"]
 
@@ -129,12 +129,7 @@ class ChainBackward:
         The backward recomputes the residual sums that were not saved a segment at a time: of n sums about 2 sqrt(n)
         exist at once (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
         """
-        ends, nearest = [], len(self.layers)
-        for i, layer in reversed(list(enumerate(self.layers))):
-            # A segment may end at a residual sum if no later layer reads a value before it.
-            if i in self.missing and nearest > i:
-                ends.append(i)
-            nearest = min(nearest, layer.source, layer.residual if layer.residual >= 0 else nearest)
+        ends = [i for i in block_ends(self.layers) if i in self.missing]
         step = max(1, round(sqrt(len(ends))))
         lasts = sorted({len(self.layers) - 1, *ends[::step]})
         return dict(zip(lasts, [0, *(last + 1 for last in lasts)], strict=False))

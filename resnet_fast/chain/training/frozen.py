@@ -47,10 +47,10 @@ class FrozenProgram(Program):
     def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for t in self.sources())
 
-    def run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
         # GPUs run the training passes, which are replayed, and whose kernels take given statistics, too.
         if backends.training.recompute_outputs or backends.kind(x) != "cpu":
-            return super().run(x)
+            return super()._run(x)
         return _Frozen.apply(self.layers, x, *self.sources())
 
 

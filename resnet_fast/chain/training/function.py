@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from ...ops.spec import ConvSpec, encode
 from ..guard import StalenessGuard
 from ..sync_batch_norm import group_of, is_synchronized
 from . import operator as train_chain  # noqa: F401  (registers the operator)
+from .cuts import GradientSender, stages
 from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
 from .passes import Passes
 from .running_statistics import Running, RunningStatistics, buffer_memory, held
@@ -35,6 +37,7 @@ class Program:
     """
 
     owner: Any = None  # the module that caches it: a copied attribute must not serve another module
+    _stages: list[Program] | None = None  # made when they first run; empty where there is one alone
 
     def __init__(self, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d | None]], specs: list[ConvSpec]) -> None:
         self.pairs, self.specs, self.fields = pairs, specs, encode(specs)
@@ -47,6 +50,7 @@ class Program:
         self.layers = layers_of(specs, self.eps, self.normalized, self.batch)
         self.statistics = RunningStatistics(norms, self.batch)
         self.passes = Passes(self.layers)
+        self._sender = GradientSender()
 
     def _connect(self) -> Passes:
         """The passes, among the processes that there are now: they may have met after the recording."""
@@ -89,6 +93,20 @@ class Program:
         return None
 
     def run(self, x: Tensor) -> Tensor:
+        for part in self._parts():
+            x = part._run(x)
+        return x
+
+    def _parts(self) -> Sequence[Program]:
+        """The program, or under DistributedDataParallel those of its stages."""
+        if torch.compiler.is_compiling() or not self._sender.exists():
+            return (self,)
+        if self._stages is None:
+            cut, pairs = stages(self.specs, [conv.weight.nbytes for conv, _ in self.pairs]), iter(self.pairs)
+            self._stages = [type(self)(list(islice(pairs, len(own))), own) for own in cut] if len(cut) > 1 else []
+        return self._stages or (self,)
+
+    def _run(self, x: Tensor) -> Tensor:
         passes, pixels = self._connect(), counts(self.layers, x.shape)
         for (conv, _), n, layer in zip(self.pairs, pixels, self.layers, strict=True):
             if layer.batch_statistics and not layer.synced and n == 1:

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ...ops.spec import ConvSpec, conv_size
 
-__all__ = ["SAVED", "TENSORS", "Layer", "SavedTensors", "Value", "counts", "dense", "layers_of", "unpacked"]
+__all__ = [
+    "SAVED",
+    "TENSORS",
+    "Layer",
+    "SavedTensors",
+    "Value",
+    "block_ends",
+    "counts",
+    "dense",
+    "layers_of",
+    "unpacked",
+]
 
 # Tensors of a layer: weight, bias, gamma, beta, and the running mean and variance where batch norm is in eval mode.
 TENSORS = 6
@@ -62,6 +73,16 @@ def layers_of(specs: Sequence[ConvSpec], eps: list[float], normalized: list[bool
         )
         for spec, epsilon, norm, own in zip(specs, eps, normalized, batch, strict=True)
     ]
+
+
+def block_ends(layers: Sequence[Layer | ConvSpec]) -> list[int]:
+    """The residual sums that are all that later layers read of what was before, last to first."""
+    ends, nearest = [], len(layers)
+    for i, layer in reversed(list(enumerate(layers))):
+        if layer.residual >= 0 and nearest > i:
+            ends.append(i)
+        nearest = min(nearest, layer.source, layer.residual if layer.residual >= 0 else nearest)
+    return ends
 
 
 def counts(layers: list[Layer], shape: torch.Size) -> list[int]:

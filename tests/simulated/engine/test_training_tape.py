@@ -15,6 +15,7 @@ from benchmarks.gpu.host import Nothing
 from resnet_fast import backends, blocks, reference
 from resnet_fast.backends import launch
 from resnet_fast.chain.training import operator as train_chain
+from resnet_fast.chain.training.cuts import GradientSender
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.recorder import Launch
 from resnet_fast.gpu.tape import Tape, Tapes
@@ -30,7 +31,7 @@ def settings():
 def programs(model):
     owners = [*model.modules(), *(m._whole for m in model.modules() if getattr(m, "_whole", None) is not None)]
     kept = [getattr(m, name, None) for m in owners for name in ("_program", "_eval_program")]
-    return [program for program in kept if program is not None]
+    return [part for program in kept if program is not None for part in program._stages or [program]]
 
 
 def tapes_of(model):
@@ -132,6 +133,21 @@ def test_a_network(simulated_device):
     """Stem, stages and pooling in two tapes, whose buffers of shared memory never hold two values at once."""
     names = check_replay(resnet_fast.CifarResNet(1).train(), simulated_device, (2, 3, 12, 12), torch.bfloat16)
     assert names.count("_conv_bn_stats_kernel") == names.count("_finalize_stats_kernel") == 9
+
+
+def test_a_chain_cut_into_stages(simulated_device, monkeypatch):
+    """As under DistributedDataParallel: two tapes a stage, which together compute what those of the chain do."""
+    cut = randomize_(blocks.Stage(blocks.BasicBlock(8, 8), blocks.BasicBlock(8, 16, 2))).train()
+    monkeypatch.setattr(GradientSender, "exists", lambda self: True)
+    names = check_replay(cut, simulated_device, (2, 8, 4, 4), passes=4)
+    assert [len(p.layers) for p in programs(cut)] == [2, 3]
+    # One a stage: that of the whole chain reduces the gradient in between as a convolution writes it.
+    assert names.count("_bn_backward_reduce_kernel") == 2
+    whole, x = copy.deepcopy(cut), channels_last(torch.randn(2, 8, 4, 4))
+    ours = step(cut, x)
+    monkeypatch.undo()
+    for a, b in zip(ours, step(whole, x), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_are_those_of_eager(simulated_device, monkeypatch):
