@@ -7,6 +7,7 @@
 #include "chain/tape.h"
 #include "cpu/conv/chain.h"
 #include "staleness_guard.h"
+#include "tensor_state.h"
 
 STABLE_TORCH_LIBRARY(resnet_fast, m) {
   // y = relu(a + b)
@@ -148,7 +149,7 @@ static PyObject* take_spread(PyObject*, PyObject*) { return PyBool_FromLong(resn
 // Importing the module runs the registrations.
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {{"unchanged", is_valid, METH_O, nullptr},
-                                  {"fingerprint", fingerprint, METH_O, nullptr},
+                                  {"tensor_state", tensor_state, METH_VARARGS, nullptr},
                                   {"tape", resnet_fast::add_tape, METH_VARARGS, nullptr},
                                   {"drop_tape", resnet_fast::drop_tape, METH_O, nullptr},
                                   {"kernel", resnet_fast::kernel, METH_O, nullptr},

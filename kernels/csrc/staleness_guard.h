@@ -5,6 +5,3 @@
 
 // _C.unchanged(snapshot: bytes) -> bool; resnet_fast/chain/guard.py writes the snapshot.
 PyObject* is_valid(PyObject* self, PyObject* snapshot);
-
-// _C.fingerprint((address: int, bytes: int)) -> int: the hash of a sample of that memory, as `is_valid` computes it.
-PyObject* fingerprint(PyObject* self, PyObject* place);

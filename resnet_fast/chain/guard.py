@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..backends.native import extension
-from . import patches
+from . import patches, tensor_state
 from .sync_batch_norm import SyncBatchNorm2d
 
 __all__ = ["DROPOUTS", "HOOKS", "NORMS", "StalenessGuard", "attributes", "hooks_reason", "refresh", "touched"]
@@ -74,13 +74,6 @@ def hooks_reason(parts: list[nn.Module]) -> str | None:
         if reason is not None:
             return reason
     return None
-
-
-def _has_version(t: Tensor) -> bool:
-    try:
-        return t._version >= 0
-    except RuntimeError:
-        return False
 
 
 def _extent(t: Tensor) -> tuple[int, int] | None:
@@ -216,7 +209,7 @@ class StalenessGuard:
     """Snapshot of modules as they were packed: their children, settings, hooks, methods, and their tensors' contents.
 
     Contents are compared by PyTorch's version counter (``Tensor._version``), by the address of the memory, and on CPUs
-    by a fingerprint taken at every check: all of a tensor of up to 512 bytes, eight pieces of 64 bytes of a larger one.
+    by a fingerprint, a copy of a sample: all of a tensor of up to 512 bytes, eight pieces of 64 bytes of a larger one.
     The fingerprint shows writes that PyTorch does not count: by fused optimizers, collectives, other processes and
     libraries. On other devices reading it would make the host wait; :func:`touched` and optimizer steps invalidate the
     guard there. Tensors made or moved in inference mode have no version counter: shape and strides are compared.
@@ -246,8 +239,12 @@ class StalenessGuard:
         children = [m._modules for m in modules if m._modules or _is_container(m)]
         hooks = [getattr(m, hooks) for m in modules[1:] for hooks in HOOKS]
         dicts = [value for m in opened for value in attributes(m).values() if type(value) is dict]
-        was.count((*stores, *children, *hooks, *dicts))
-        for entries in (*stores, *children, *hooks, *dicts):
+        filled = [entries for entries in (*stores, *children, *hooks, *dicts) if entries]
+        empty = [entries for entries in (*children, *hooks, *dicts) if not entries]
+        was.count(empty)
+        was.add(*empty)
+        was.count(filled)
+        for entries in filled:
             was.add_values(entries)
         # num_batches_tracked, an integer, changes no result.
         tensors = [t for store in stores for t in store.values() if t is not None and t.is_floating_point()]
@@ -255,9 +252,7 @@ class StalenessGuard:
         self.unread = [t for t, extent in zip(tensors, extents, strict=False) if extent is None]
         self.storages = frozenset(start for t in tensors if contents and (start := _storage(t)) is not None)
         self._add_tensors(was, tensors, contents, kinds, outside)
-        was.count(read := [extent for extent in extents if extent is not None])
-        for extent in read:
-            was.words.extend((*extent, extension.fingerprint(extent)))
+        was.words.frombytes(tensor_state.samples([extent for extent in extents if extent is not None]))
         self.modules = frozenset(map(id, modules))
         self._held = was.held
         self._snapshot: bytes | None = was.words.tobytes()
@@ -308,10 +303,12 @@ class StalenessGuard:
             was.add(owner, type(owner), stored)
             was.add_entry(stored, "forward")
             names = [name for name in dict.fromkeys(wanted) if name != "forward"]
+            positions = {name: i for i, name in enumerate(stored)}
             was.count(names)
             for name in names:
                 was.add(name)
                 was.add_entry(stored, name)
+                was.words.append(positions.get(name, 0))
         return outside
 
     def _add_tensors(
@@ -320,13 +317,18 @@ class StalenessGuard:
         uncounted = [t for t in tensors if contents and t.is_inference()]
         # Aliases keep the memory alive: a new tensor must not get the old address.
         self._aliases = [t.detach() for t in tensors if contents]
-        methods = [t.data_ptr for t in tensors if contents] + [t.stride for t in uncounted if t.dim() > 1]
+        states = {t: state for t in tensors if contents and (state := tensor_state.of(t))}
+        was.count(states)
+        was.held += states
+        was.words.frombytes(b"".join(states.values()))
+        others = [t for t in tensors if contents and t not in states]
+        methods = [t.data_ptr for t in others] + [t.stride for t in uncounted if t.dim() > 1]
         was.count(methods)
         was.add(*chain.from_iterable((method, method()) for method in methods))
         if contents:
             # A tensor moved in inference mode has kept a version, which counts changes outside of inference mode.
             asked: list[tuple[Any, Sequence[Any]]] = [
-                (_VERSION, [t for t in tensors if not t.is_inference() or _has_version(t)])
+                (_VERSION, [t for t in others if not t.is_inference() or tensor_state.has_version(t)])
             ]
             # In place, in the same memory, only shape and strides can change.
             asked += [(_SHAPE, uncounted)]
