@@ -38,7 +38,9 @@ class Nothing:
     def has_cuda(self, name: str) -> bool:
         return True
 
-    def triton(self, kernel: Any, grid: Any, args: Sequence[Any], meta: dict[str, Any]) -> Any:
+    def triton(
+        self, kernel: Any, grid: Any, args: Sequence[Any], meta: dict[str, Any], reaches: Sequence[Any] = ()
+    ) -> Any:
         self.launches += 1
         return kernel, args
 

@@ -89,6 +89,12 @@ class _Cuda:
     """Records the launches of a chain at its second call with inputs of a kind, and replays them from C++ at later
     calls: launching a layer from Python takes several times as long as the GPU runs it. ``False``: never."""
 
+    check_weights: bool = True
+    """In inference, compares a sample of every weight and buffer on the device at the head of each chain, and packs
+    anew there what has changed: one launch a chain, at which the host waits for nothing, in tapes and CUDA graphs, too.
+    It sees what PyTorch does not count (``docs/limits.md``). Wants Triton, and runs whichever backend is selected.
+    ``False``: only changes that PyTorch counts are seen."""
+
 
 cuda = _Cuda()
 
@@ -212,7 +218,7 @@ def _cuda_status() -> str:
         return "not compiled: no nvcc was found when resnet_fast was built"
     if not torch.cuda.is_available() and not launch.is_simulated():
         return "compiled, but no CUDA device is visible"
-    return "loaded" if has_triton() else "loaded, but training needs Triton, too: pip install triton"
+    return "loaded" if has_triton() else "loaded, but training and check_weights need Triton, too: pip install triton"
 
 
 def _triton_status() -> str:

@@ -8,7 +8,7 @@ without a GPU. Geometry comes from pure functions of shapes elsewhere. This modu
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 # Starts a CUDA kernel on the current stream: grid, block, bytes of shared memory, arguments.
@@ -27,6 +27,7 @@ class Compiled:
     parameters: tuple[str, ...]  # types of the parameters, in Triton's names
     scratch_pointers: int  # unused pointer parameters after these
     owner: Any  # keeps the function alive
+    reaches: Sequence[Any] = ()  # tensors whose addresses it finds in memory
 
 
 Replay = Callable[[Compiled, Sequence[int], Sequence[tuple[bytes, int]]], None] | Literal[False] | None
@@ -39,7 +40,9 @@ class Device(Protocol):
     # the GPU. False: tapes launch nothing.
     replay: Replay
 
-    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
+    def triton(
+        self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any], reaches: Sequence[Any] = ()
+    ) -> Any:
         """Launches a Triton kernel; returns the argument of :meth:`compiled_triton`."""
 
     def cuda(self, name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None: ...
@@ -81,7 +84,9 @@ class GpuDevice:
     def has_cuda(self, name: str) -> bool:
         return name in self._launchers()
 
-    def triton(self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any]) -> Any:
+    def triton(
+        self, kernel: Any, grid: Grid, args: Sequence[Any], meta: dict[str, Any], reaches: Sequence[Any] = ()
+    ) -> Any:
         if _this_thread.compiles_only:
             return kernel.warmup(*args, grid=grid, **meta)
         with _guard(args):
@@ -176,21 +181,23 @@ def use_device(replacement: Device) -> Iterator[Device]:
         _device = before
 
 
-def launch(kernel: Any, grid: Grid, args: Sequence[Any], **meta: Any) -> None:
+def launch(kernel: Any, grid: Grid, args: Sequence[Any], *, reaches: Sequence[Any] = (), **meta: Any) -> None:
     """Launches the Triton kernel `kernel[grid](*args, **meta)`.
 
     grid: up to three integers, or a function of the bound arguments, as in Triton; with a zero in it nothing is
-    launched. meta: constexprs, num_warps, num_stages.
+    launched. reaches: tensors that the kernel reaches by addresses in memory. meta: constexprs, num_warps, num_stages.
     """
     if not callable(grid) and 0 in tuple(grid):
         return
     # Allow fused multiply-add, as in the C++ kernels; Triton's default changes from release to release.
     meta.setdefault("enable_fp_fusion", True)
-    ran = device().triton(kernel, grid, args, meta)
+    ran = device().triton(kernel, grid, args, meta, reaches)
     if _this_thread.recorder is not None:
         compiled, passed = device().compiled_triton(ran)
         bound = dict(zip(kernel.arg_names, args, strict=False)) | meta
-        _this_thread.recorder.launched(compiled, grid(bound) if callable(grid) else grid, [bound[n] for n in passed])
+        values = [bound[n] for n in passed]
+        compiled = replace(compiled, reaches=tuple(reaches))
+        _this_thread.recorder.launched(compiled, grid(bound) if callable(grid) else grid, values)
 
 
 def cuda_launch(name: str, grid: Sequence[int], block: Sequence[int], shared: int, args: Sequence[Any]) -> None:

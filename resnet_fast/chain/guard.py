@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .. import backends
 from ..backends.native import extension
 from . import patches, tensor_state
 from .sync_batch_norm import SyncBatchNorm2d
@@ -78,7 +79,7 @@ def hooks_reason(parts: list[nn.Module]) -> str | None:
 
 def _extent(t: Tensor) -> tuple[int, int] | None:
     """Address and bytes from the first element to the last, of a dense tensor on the CPU; else None."""
-    if t.device.type != "cpu" or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
+    if backends.kind(t) != "cpu" or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
         return None
     last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), (last + 1) * t.element_size() if t.numel() else 0
@@ -174,19 +175,16 @@ def refresh(model: nn.Module) -> None:
 
     No call is needed after changes that PyTorch counts (``Tensor._version``), a step of a ``torch.optim`` optimizer,
     ``load_state_dict``, or ``train()`` or ``eval()`` of a module that runs fused or of one that holds it, even if the
-    mode stays. On CPUs every call also compares a sample of each tensor: all of up to 512 bytes, else eight pieces of
-    64 bytes. A call is needed after these changes, which none of that shows:
-
-    - on CPUs: writes to elements outside of the sample alone, through ``Tensor.data``, NumPy or DLPack views, shared
-      memory, a storage or a collective, or within ``torch.inference_mode()`` to weights made or moved in it;
-    - on GPUs: in-place writes to any element, through these, by collectives such as ``torch.distributed.broadcast``, by
-      the replay of a CUDA graph, or by kernels of other libraries, or within inference mode to weights made or moved in
-      it.
+    mode stays. Every call also compares a sample of each tensor, on GPUs by a kernel if
+    ``backends.cuda.check_weights`` is on and Triton is installed: all of up to 512 bytes, else eight pieces of 64
+    bytes. A call is needed after changes that none of that shows: writes to elements outside of the sample alone,
+    through ``Tensor.data``, NumPy or DLPack views, shared memory, a storage, a collective, a CUDA graph, kernels of
+    other libraries, or within ``torch.inference_mode()`` to weights made or moved in it.
 
     On GPUs, weights that want a gradient are packed anew after a step of any optimizer, even of another network's.
 
-    Where a gradient is wanted, CPUs pack weights at every call. Programs frozen by ``torch.compile`` and CUDA graphs
-    hold copies of the weights: compile or capture them again.
+    Where a gradient is wanted, CPUs pack weights at every call. Programs frozen by ``torch.compile`` hold copies of the
+    weights: compile them again. CUDA graphs compare at each replay; where the kernel does not run, capture them again.
 
     Args:
         model: a network or any part of one, fused or not, in any mode.
@@ -212,7 +210,8 @@ class StalenessGuard:
     by a fingerprint, a copy of a sample: all of a tensor of up to 512 bytes, eight pieces of 64 bytes of a larger one.
     The fingerprint shows writes that PyTorch does not count: by fused optimizers, collectives, other processes and
     libraries. On other devices reading it would make the host wait; :func:`touched` and optimizer steps invalidate the
-    guard there. Tensors made or moved in inference mode have no version counter: shape and strides are compared.
+    guard there, and a kernel compares (:mod:`resnet_fast.gpu.freshness`). Tensors made or moved in inference mode have
+    no version counter: shape and strides are compared.
 
     Without ``contents``, only the identity, class, dtype, device and shape of tensors are compared; without ``kinds``,
     only their identity. All else is compared by identity: setting an attribute to an equal value may cost one packing

@@ -6,10 +6,11 @@ convolution, each by the kernel chosen for its shape. :class:`resnet_fast.chain.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,27 @@ from torch import Tensor
 
 from .. import backends
 from ..ops.spec import FOLDED, ConvSpec, encode
-from . import plan, residual_network, tune
+from . import freshness, plan, residual_network, tune
 from .cuda import stem as cuda_stem
 from .layer import precision
 from .operators import conv_chain, run_steps, steps
 from .packing import packed, scale_shift
 from .tape import Tapes
 
+if TYPE_CHECKING:
+    from .._triton.refresh_filters import PackedFilter
+
 __all__ = ["GpuChain"]
 
 Key = tuple[Any, ...]  # shape and dtype of the input, and the switches that decide
+
+
+class _Filters(NamedTuple):
+    """Packed tensors for inputs of a kind, the specs with a GPU's flags, and what keeps the tensors fresh."""
+
+    packed: list[Tensor]
+    specs: Sequence[ConvSpec]
+    follower: freshness.FilterFollower | None
 
 
 class GpuChain:
@@ -40,11 +52,12 @@ class GpuChain:
     ) -> None:
         self.specs, self.sources, self.eps = specs, sources, eps
         self.layers = encode(specs)
-        self._packed: dict[tuple[int, bool, torch.dtype], Tensor] = {}  # by layer, folded and dtype
-        self._filters: dict[Key, tuple[list[Tensor], list[ConvSpec]]] = {}
+        # By layer, folded, dtype, and whether they follow their weights.
+        self._packed: dict[tuple[int, bool, torch.dtype, bool], tuple[Tensor, PackedFilter | None]] = {}
+        self._made: dict[Key, _Filters] = {}
         self._steps: dict[Key, list[Any]] = {}
         self._foldable: dict[torch.dtype, list[bool]] = {}
-        self._networks: dict[Key, Tensor] = {}
+        self._packing = threading.RLock()
         self.tapes = Tapes()
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
@@ -65,10 +78,10 @@ class GpuChain:
 
     def run_layers(self, x: Tensor) -> Tensor:
         """One launch a convolution. Caches the steps that the operator ``conv_chain`` derives at each call."""
-        key = self._key(x)
+        key, filters = self._key(x), self._planned(x)
         planned = self._steps.get(key)
         if planned is None:
-            planned = steps(x, *self.packed(x))
+            planned = steps(x, filters.packed, filters.specs)
             if not tune.capturing():
                 self._steps[key] = planned
         return run_steps(x, planned)
@@ -81,17 +94,20 @@ class GpuChain:
     ) -> Tensor:
         """One launch for each of :meth:`stages`; head: weight and bias of the linear layer after average pooling."""
         classes = 0 if head is None else head[0].shape[0]
-        key = (x.shape[1:], x.dtype, classes)
-        packed = self._networks.get(key)
-        if packed is None:
-            with torch.no_grad():
-                filters = [self._plain(i, x.dtype) for i in range(len(self.sources))]
-                packed = self._networks[key] = residual_network.pack(stages, filters, x.dtype, head)
-        return residual_network.residual_network(x, packed, self.layers, classes)
+
+        def pack() -> _Filters:
+            filters = [self._plain(i, x.dtype) for i in range(len(self.sources))]
+            return _Filters([residual_network.pack(stages, filters, x.dtype, head)], self.specs, None)
+
+        def follow(filters: _Filters) -> list[PackedFilter]:
+            return freshness.followed_stages(filters.packed[0], stages, self.sources, self.eps, x.dtype, head)
+
+        filters = self._fresh((x.shape[1:], x.dtype, classes, freshness.follows()), x, pack, follow)
+        return residual_network.residual_network(x, filters.packed[0], self.layers, classes)
 
     def _run_pooled(self, x: Tensor, pool: Sequence[int]) -> Tensor:
-        filters = [self._filter(i, x.dtype, False) for i in range(len(self.sources))]
-        return conv_chain(x, filters, self.layers, pool)
+        filters = self._one_by_one((x.dtype, freshness.follows()), x, lambda: self.specs)
+        return conv_chain(x, filters.packed, self.layers, pool)
 
     def stages(self, x: Tensor) -> tuple[residual_network.Stage, ...] | None:
         """The stages of the chain, if each can run as one launch on the GPU of ``x`` and that is faster; else None."""
@@ -134,7 +150,8 @@ class GpuChain:
         """Whether the first of ``forms`` is the fastest, measured once on the GPU of ``x``."""
         name = f"{kind} {self._digest} {'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
         backend = "cuda" if backends.selected() == "cuda" else "auto"
-        return tune.tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
+        with freshness.measuring():
+            return tune.tuner(x.device).choose_form(name, forms, backend) == next(iter(forms))
 
     @cached_property
     def _digest(self) -> str:
@@ -143,21 +160,65 @@ class GpuChain:
 
     def packed(self, x: Tensor) -> tuple[list[Tensor], list[ConvSpec]]:
         """Filters packed for the kernels chosen for inputs like ``x``, and the specs with their flags."""
-        key = self._key(x)
-        planned = self._filters.get(key)
-        if planned is None:
-            with torch.no_grad():
-                # Reading weights waits for the device, which a graph's capture forbids: a later call plans again.
-                captured = tune.capturing()
-                folds = [False] * len(self.sources) if captured else self._folds(x.dtype)
-                specs = plan.planned(self.specs, x, folds)
-                planned = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(specs)], specs
-            if not captured:
-                self._filters[key] = planned
-        return planned
+        filters = self._planned(x)
+        return filters.packed, list(filters.specs)
+
+    def _planned(self, x: Tensor) -> _Filters:
+        def specs() -> list[ConvSpec]:
+            # Reading weights waits for the device, which a graph's capture forbids.
+            folds = [False] * len(self.sources) if tune.capturing() else self._folds(x.dtype)
+            return plan.planned(self.specs, x, folds)
+
+        return self._one_by_one(self._key(x), x, specs)
+
+    def _one_by_one(self, key: Key, x: Tensor, specs: Callable[[], Sequence[ConvSpec]]) -> _Filters:
+        """A packed tensor for each of ``specs()``."""
+        followed: list[PackedFilter] = []
+
+        def pack() -> _Filters:
+            flagged = specs()
+            pairs = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(flagged)]
+            followed.extend(filters for _, filters in pairs if filters is not None)
+            return _Filters([packed for packed, _ in pairs], flagged, None)
+
+        return self._fresh(key, x, pack, lambda _: followed)
+
+    def _fresh(
+        self,
+        key: Key,
+        x: Tensor,
+        pack: Callable[[], _Filters],
+        follow: Callable[[_Filters], Sequence[PackedFilter]],
+    ) -> _Filters:
+        """``pack()``, once for each ``key``; from then on refreshed on the device, before it is read.
+
+        A CUDA graph's capture that finds nothing packed packs within the graph, at each replay.
+        """
+        filters, captures = self._made.get(key), tune.capturing()
+        if filters is None:
+            with self._packing, torch.no_grad():
+                filters = pack() if captures else self._made.get(key) or self._make(x, pack, follow)
+            if captures:
+                return filters
+            self._made[key] = filters
+        if filters.follower is not None:
+            filters.follower.refresh()
+        if captures:
+            freshness.keep(self.sources[0][0], *filters.packed)
+        return filters
+
+    def _make(
+        self, x: Tensor, pack: Callable[[], _Filters], follow: Callable[[_Filters], Sequence[PackedFilter]]
+    ) -> _Filters:
+        filters = pack()
+        if freshness.follows():
+            filters = filters._replace(follower=freshness.follower(follow(filters), x.dtype))
+        if x.is_cuda:  # other streams may read it from now on
+            torch.cuda.current_stream(x.device).synchronize()
+        return filters
 
     def _key(self, x: Tensor) -> Key:
-        return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced()
+        return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced(), freshness.follows()
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
         """For each layer, whether batch norm's scale may be folded into its filters."""
@@ -165,21 +226,30 @@ class GpuChain:
             self._foldable[dtype] = plan.foldable(self.sources, self.eps, dtype)
         return self._foldable[dtype]
 
-    def _filter(self, layer: int, dtype: torch.dtype, folded: bool) -> Tensor:
-        """A packed filter: without its shift if a later layer adds it, with the shifts that this layer adds."""
-        key = (layer, folded, dtype)
-        if key not in self._packed:
+    def _filter(self, layer: int, dtype: torch.dtype, folded: bool) -> tuple[Tensor, PackedFilter | None]:
+        """A packed filter: without its shift if a later layer adds it, with the shifts that this layer adds; and what
+        follows it."""
+        key = (layer, folded, dtype, freshness.follows())
+        captures = tune.capturing()
+        found = None if captures else self._packed.get(key)
+        if found is None:
             later = plan.deferred(self.specs)
-            with torch.no_grad():
-                scale, shift = self._scale_shift(layer)
-                for other, reader in later.items():
-                    if reader == layer:
-                        shift = shift + self._scale_shift(other)[1]
-                weight = self.sources[layer][0]
-                assert weight is not None
-                shift = torch.zeros_like(shift) if layer in later else shift
-                self._packed[key] = packed(weight, scale, shift, dtype, folded=folded)
-        return self._packed[key]
+            scale, shift = self._scale_shift(layer)
+            other = next((i for i, reader in later.items() if reader == layer), None)
+            shift = shift if other is None else shift + self._scale_shift(other)[1]
+            weight = self.sources[layer][0]
+            assert weight is not None
+            shift = torch.zeros_like(shift) if layer in later else shift
+            into = packed(weight, scale, shift, dtype, folded=folded)
+            if captures:  # nothing is in it before the first replay
+                return into, None
+            filters = None
+            if freshness.follows():
+                added, eps = ((), 0.0) if other is None else (self.sources[other], self.eps[other])
+                flags = {"folded": folded, "deferred": layer in later}
+                filters = freshness.followed(into, self.sources[layer], added, (self.eps[layer], eps), dtype, **flags)
+            found = self._packed[key] = into, filters
+        return found
 
     def _plain(self, layer: int, dtype: torch.dtype) -> Tensor:
         """A packed filter with exactly its own scale and shift, for the kernels that run a stage a launch."""

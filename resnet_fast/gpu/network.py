@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..chain.executor import ChainExecutor, autocast_dtype
 from ..chain.guard import StalenessGuard, hooks_reason
+from .freshness import RefreshedNetwork
 from .tape import Tapes
 
 __all__ = ["Network", "Replayed"]
@@ -26,7 +27,7 @@ class Network(ChainExecutor):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._guard: StalenessGuard | None = None
-        self.tapes = Tapes()
+        self.tapes, self._refreshed = Tapes(), RefreshedNetwork()
         self._known = False  # whether the code of every module is known
 
     @property
@@ -37,13 +38,15 @@ class Network(ChainExecutor):
         autocast = autocast_dtype(x)
         if self.cannot_run(x, False, autocast) is not None or not self._is_valid():
             return forward(x)
-        kind = (backends.selected(), torch.backends.cudnn.allow_tf32, autocast, torch.is_inference_mode_enabled())
-        return self.tapes.run(x, kind, lambda: forward(x))
+        modes = (torch.backends.cudnn.allow_tf32, autocast, torch.is_inference_mode_enabled())
+        kind = (backends.selected(), backends.cuda.check_weights, *modes)
+        refreshed = self._refreshed
+        return self.tapes.run(x, kind, lambda: refreshed.run((*kind, x.shape, x.dtype), lambda: forward(x)))
 
     def _is_valid(self) -> bool:
         if self._guard is None or not self._guard.is_valid():
             modules = list(self.model.modules())
-            self.tapes = Tapes()
+            self.tapes, self._refreshed = Tapes(), RefreshedNetwork()
             # The guard compares what matters of the many simple layers anyway: open the others alone.
             self._guard = StalenessGuard(modules, {m: () for m in modules if type(m) not in _SIMPLE})
             self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)

@@ -293,7 +293,8 @@ class LaunchRecorder(TorchDispatchMode):
 
     def constants(self) -> list[Any]:
         """Objects that must live as long as the tape."""
-        return [*self._constants, *(s.compiled.owner for s in self.steps if isinstance(s, Launch))]
+        compiled = [s.compiled for s in self.steps if isinstance(s, Launch)]
+        return [*self._constants, *((c.owner, c.reaches) for c in compiled)]
 
 
 class _Pause:

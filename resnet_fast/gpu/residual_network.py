@@ -71,12 +71,22 @@ class Stage:
 
     def floats(self, dtype: torch.dtype) -> int:
         """Length of its packed filters in floats. The stem's taps are padded to 3 columns x 4 rows x 4 channels."""
-        return sum(k * (48 if c == 3 else r * s * c) * dtype.itemsize // 4 + 2 * k for k, r, s, c in self.weights())
+        return sum(_filter_floats(shape, dtype) + 2 * shape[0] for shape in self.weights())
 
     def kernels(self, dtype: torch.dtype) -> list[int]:
         """The numbers of its kernels, in the order of images a block."""
         wanted = (self.entry, dtype.itemsize, self.channels, self.size)
         return [i for i, k in enumerate(kernels()) if k[:4] == wanted]
+
+
+class Section(NamedTuple):
+    """A layer in packed filters: its weight's [K, R, S, C], then where its filters begin, and how many floats they
+    have; scale and shift follow."""
+
+    layer: int
+    shape: tuple[int, int, int, int]
+    begin: int
+    floats: int
 
 
 @cache
@@ -163,6 +173,26 @@ def _choose(stage: Stage, dtype: torch.dtype, images: int, multiprocessors: int)
     return next((i for i in numbers if images <= kernels()[i].images * multiprocessors), numbers[-1])
 
 
+def _filter_floats(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    k, r, s, c = shape
+    return k * (48 if c == 3 else r * s * c) * dtype.itemsize // 4
+
+
+def sections(found: Sequence[Stage], dtype: torch.dtype) -> list[Section]:
+    """The layers in the order of :func:`pack`."""
+    listed, begin = [], 0
+    for stage in found:
+        for layer, shape in zip(stage.layers, stage.weights(), strict=True):
+            listed.append(Section(layer, shape, begin, _filter_floats(shape, dtype)))
+            begin += listed[-1].floats + 2 * shape[0]
+    return listed
+
+
+def arranged(weight: Tensor) -> Tensor:
+    """A view of [K, R, S, C] in the order of kernels; a stem's is padded to [K, 4, 3, 4]."""
+    return _stem_fragments(weight) if weight.shape[3] == 4 else _fragments(weight)
+
+
 def _fragments(weight: Tensor) -> Tensor:
     """[K, R, S, C] in the order of mma fragments.
 
@@ -172,21 +202,21 @@ def _fragments(weight: Tensor) -> Tensor:
     k, r, s, c = weight.shape
     word = 4 // weight.element_size()
     parts = weight.view(k // 16, 2, 8, r, s, c // (8 * word), 2, 4, word)
-    return parts.permute(5, 4, 3, 0, 2, 7, 1, 6, 8).reshape(-1)
+    return parts.permute(5, 4, 3, 0, 2, 7, 1, 6, 8)
 
 
 def _stem_fragments(weight: Tensor) -> Tensor:
-    """:func:`_fragments` of a stem's [K, 3, 3, 3], padded to four rows of taps of four channels.
+    """:func:`_fragments` of a stem's [K, 3, 3, 3], padded to [K, 4, 3, 4]: four rows of taps of four channels.
 
     In 16 bits a word has two channels of one row: the lane mod 4 gives the row's low bit and the pair of channels, the
     word's index the row's high bit. In float32 the lane mod 4 is the channel, the word's index the row's low bit, and
     each half of the rows is a step of its own.
     """
     k = weight.shape[0]
-    parts = torch.nn.functional.pad(weight, (0, 1, 0, 0, 0, 1)).view(k // 16, 2, 8, 2, 2, 3, 2, 2)
+    parts = weight.view(k // 16, 2, 8, 2, 2, 3, 2, 2)
     if weight.element_size() == 4:
-        return parts.permute(5, 3, 0, 2, 6, 7, 1, 4).reshape(-1)
-    return parts.permute(5, 0, 2, 4, 6, 1, 3, 7).reshape(-1)
+        return parts.permute(5, 3, 0, 2, 6, 7, 1, 4)
+    return parts.permute(5, 0, 2, 4, 6, 1, 3, 7)
 
 
 def _to_tf32(weight: Tensor) -> Tensor:
@@ -207,12 +237,12 @@ def pack(
     weight ``[classes, channels]`` and bias of the linear layer at the end.
     """
     pieces: list[Tensor] = []
-    for stage in found:
-        for layer, shape in zip(stage.layers, stage.weights(), strict=True):
-            weight, scale, shift, _ = cuda_unpack(filters[layer], shape, dtype)
-            weight = _to_tf32(weight) if dtype == torch.float32 else weight
-            arranged = _stem_fragments(weight) if shape[3] == 3 else _fragments(weight)
-            pieces += [arranged.view(torch.float32), scale, shift]
+    for section in sections(found, dtype):
+        weight, scale, shift, _ = cuda_unpack(filters[section.layer], section.shape, dtype)
+        weight = _to_tf32(weight) if dtype == torch.float32 else weight
+        if section.shape[3] == 3:
+            weight = torch.nn.functional.pad(weight, (0, 1, 0, 0, 0, 1))
+        pieces += [arranged(weight).reshape(-1).view(torch.float32), scale, shift]
     if head is not None:
         weight, bias = head
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias

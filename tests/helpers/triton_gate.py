@@ -67,7 +67,7 @@ def launches(function, *args, **kwargs) -> list[tuple]:
     seen: list[tuple] = []
 
     class Recorder:
-        def triton(self, kernel, grid, args, meta):
+        def triton(self, kernel, grid, args, meta, reaches=()):
             seen.append((kernel, args, meta))
 
         def cuda(self, name, grid, block, shared, args):

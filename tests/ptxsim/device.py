@@ -49,7 +49,7 @@ class SimulatedDevice:
     def has_cuda(self, name: str) -> bool:
         return name in self._cuda or (self.find_cuda is not None and self.find_cuda(name) is not None)
 
-    def triton(self, kernel, grid, args, meta):
+    def triton(self, kernel, grid, args, meta, reaches=()):
         binary, bound = compile_triton(kernel, *args, **meta)
         self._run(
             _kernel(binary.ptx, binary.name),
@@ -58,6 +58,7 @@ class SimulatedDevice:
             [bound[n] for n in binary.passed],
             binary.shared,
             binary.passed,
+            reaches=reaches,
         )
         return binary
 
@@ -80,7 +81,7 @@ class SimulatedDevice:
             else:
                 memory = (ctypes.c_char * extent).from_address(int.from_bytes(data, "little"))
                 args.append(torch.frombuffer(memory, dtype=torch.uint8) if extent else None)
-        self._run(kernel, grid, compiled.threads, args, compiled.shared, name=name)
+        self._run(kernel, grid, compiled.threads, args, compiled.shared, name=name, reaches=compiled.reaches)
 
     def cuda(self, name, grid, block, shared, args) -> None:
         if name not in self._cuda:
@@ -92,7 +93,7 @@ class SimulatedDevice:
             self._cuda[name] = ptx, _entry(ptx, part)
         self._run(_kernel(*self._cuda[name]), grid, block, args, shared, name=name)
 
-    def _run(self, kernel, grid, block, args, shared, names=(), name=None) -> None:
+    def _run(self, kernel, grid, block, args, shared, names=(), name=None, reaches=()) -> None:
         init = {}
         if self.fresh:
             maps = {k: self.fresh.bytes_of(a) for k, a in enumerate(args) if isinstance(a, torch.Tensor)}
@@ -104,6 +105,7 @@ class SimulatedDevice:
             shared=shared,
             names=names,
             init=init,
+            reaches=reaches,
             seed=self.seed + len(self.launches),
             limit=self.limit,
         )

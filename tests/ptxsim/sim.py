@@ -11,7 +11,8 @@ import numpy as np
 from . import build
 from .report import Report
 
-GLOBAL_BASE, GUARD = 0x7F00_0000_0000, 4096
+# Beyond the host's own addresses, at which buffers lie that a kernel reaches by addresses in memory.
+GLOBAL_BASE, GUARD = 0x1_0000_0000_0000, 4096
 
 
 class Fault(Exception):  # noqa: N818 (the word of the field)
@@ -94,13 +95,14 @@ class Kernel:
             _library().ptxsim_free(self._handle)
 
     def launch(
-        self, grid, block, *args, shared=0, outputs=(), scratch=(), names=(), init=None, seed=0, limit=10**9
+        self, grid, block, *args, shared=0, outputs=(), scratch=(), names=(), init=None, reaches=(), seed=0, limit=10**9
     ) -> Report:
         """Runs the kernel; arrays and tensors are changed in place.
 
         args: arrays, CPU tensors, numbers, None (null), bytes (structs by value); parameters left out at the end are
         null. outputs: those whose old contents must not be read and that must be written in full; scratch: the
-        former only. init: {position: uint8 map of initialised bytes, updated}. Raises Fault.
+        former only. init: {position: uint8 map of initialised bytes, updated}. reaches: initialised CPU tensors whose
+        addresses the kernel finds in memory. Raises Fault.
         """
         grid, block = _triple(grid), _triple(block)
         threads = block[0] * block[1] * block[2]
@@ -118,7 +120,8 @@ class Kernel:
                 groups.append((start, max(end, a.start + a.bytes), [*members, k]))
             else:
                 groups.append((a.start, a.start + a.bytes, [k]))
-        buffers, addresses, states, at = (_Buffer * max(1, len(groups)))(), {}, [], GLOBAL_BASE
+        reached = _spans(reaches)
+        buffers, addresses, states, at = (_Buffer * max(1, len(groups) + len(reached)))(), {}, [], GLOBAL_BASE
         for n, (start, end, members) in enumerate(groups):
             base = (at + GUARD + 511) // 512 * 512 + arrays[members[0]].offset % 512
             at = base + end - start
@@ -131,8 +134,11 @@ class Kernel:
             name = " / ".join(names[k] if k < len(names) else f"arg{k}" for k in members).encode()
             output = any(id(args[k]) in must_write for k in members)
             buffers[n] = _Buffer(name, base, end - start, start, state.ctypes.data if parts else None, output)
+        for n, (start, end) in enumerate(reached, len(groups)):
+            buffers[n] = _Buffer(f"reached{n - len(groups)}".encode(), start, end - start, start, None, False)
         params = self._pack(args, addresses)
-        launch = _Launch(grid, block, shared, len(params), len(groups), 0, params, buffers, seed, limit)
+        count = len(groups) + len(reached)
+        launch = _Launch(grid, block, shared, len(params), count, 0, params, buffers, seed, limit)
         result = json.loads(_library().ptxsim_launch(self._handle, c.byref(launch)))
         for state, parts in states:
             for low, part in parts:
@@ -161,6 +167,17 @@ class Kernel:
                 raise TypeError(f"parameter {k} of {self.name} has {size} bytes, the argument {len(data)}")
             out[offset : offset + size] = data
         return bytes(out)
+
+
+def _spans(tensors) -> list[tuple[int, int]]:
+    """First and last address of each piece of memory that the tensors span, merged where they overlap."""
+    spans: list[tuple[int, int]] = []
+    for a in sorted((_Array(t) for t in tensors), key=lambda a: a.start):
+        if a.bytes and spans and a.start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], a.start + a.bytes)
+        elif a.bytes:
+            spans.append((a.start, a.start + a.bytes))
+    return spans
 
 
 def _triple(x) -> tuple[int, ...]:

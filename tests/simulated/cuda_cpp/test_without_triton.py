@@ -74,5 +74,5 @@ def test_training_runs_unfused_and_says_why(found):
 
 
 def test_the_status_says_what_is_missing(found):
-    assert found["status"]["cuda"] == "loaded, but training needs Triton, too: pip install triton"
+    assert found["status"]["cuda"] == "loaded, but training and check_weights need Triton, too: pip install triton"
     assert found["status"]["triton"] == "not installed: pip install triton"

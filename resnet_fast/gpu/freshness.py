@@ -1,0 +1,219 @@
+"""Packed filters that follow their weights on the device, whoever writes them: :class:`FilterFollower`.
+
+The staleness guard (:mod:`resnet_fast.chain.guard`) sees what PyTorch counts. Of a GPU it reads no contents, for the
+host would wait; and a CUDA graph asks no guard. So each chain begins with a launch that compares and packs there
+(``kernels/triton_ops/refresh_filters.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import launch
+from ..ops.chain import cuda_unpack
+from . import residual_network, tune
+
+if TYPE_CHECKING:
+    from .._triton.refresh_filters import PackedFilter
+
+__all__ = [
+    "FilterFollower",
+    "RefreshedNetwork",
+    "Sources",
+    "followed",
+    "followed_stages",
+    "follower",
+    "follows",
+    "keep",
+    "measuring",
+]
+
+Sources = Sequence[Tensor | None]  # weight, bias, gamma, beta, mean and variance
+_NOTHING: Sources = (None,) * 5
+
+
+_failed = False
+
+
+def follows() -> bool:
+    """Whether packed filters follow their weights: ``backends.cuda.check_weights``, and Triton can compile here."""
+    return backends.cuda.check_weights and backends.has_triton() and not _failed
+
+
+def follower(filters: Sequence[PackedFilter], dtype: torch.dtype) -> FilterFollower | None:
+    """A follower; None, with a warning, where Triton cannot compile, say without a C compiler: other kernels run."""
+    global _failed
+    try:
+        return FilterFollower(filters, dtype)
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        _failed = True
+        warnings.warn(
+            "resnet_fast: changed weights are seen on GPUs only if PyTorch counts the change (docs/limits.md), for "
+            f"Triton cannot compile the kernel that compares them: {error}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _fingerprints(filters: Tensor) -> Tensor:
+    from .._triton.refresh_filters import tiles
+
+    return torch.zeros(tiles(filters.numel()), dtype=torch.int64, device=filters.device)
+
+
+def followed(
+    packed: Tensor,
+    sources: Sources,
+    added: Sources,
+    eps: tuple[float, float],
+    dtype: torch.dtype,
+    *,
+    folded: bool,
+    deferred: bool,
+) -> PackedFilter:
+    """What :func:`.packing.packed` has just packed in ``dtype``; added: the sources of a layer whose shift is in it."""
+    from .._triton.refresh_filters import PackedFilter, places
+
+    weight = sources[0]
+    assert weight is not None
+    k, c, r, s = weight.shape
+    filters, scale, shift, bias = cuda_unpack(packed, (k, r, s, c), dtype)
+    return PackedFilter(
+        (*sources, *(added[1:] or _NOTHING)),
+        eps,
+        *(filters.view(-1), scale, shift, bias, places(k, r, s, c, dtype), _fingerprints(filters)),
+        folded=folded,
+        deferred=deferred,
+    )
+
+
+def followed_stages(
+    packed: Tensor,
+    found: Sequence[residual_network.Stage],
+    sources: Sequence[Sources],
+    eps: Sequence[float],
+    dtype: torch.dtype,
+    head: tuple[Tensor, Tensor | None] | None,
+) -> list[PackedFilter]:
+    """What :func:`.residual_network.pack` has just packed: each layer, and the head."""
+    from .._triton.refresh_filters import PackedFilter, places
+
+    def floats(begin: int, count: int) -> Tensor:
+        return packed[begin : begin + count]
+
+    listed, end = [], 0
+    for layer, (k, r, s, c), begin, count in residual_network.sections(found, dtype):
+        filters, at = floats(begin, count).view(dtype), begin + count
+        padded = (k, 4, 3, 4) if c == 3 else (k, r, s, c)
+        listed.append(
+            PackedFilter(
+                (*sources[layer], *_NOTHING),
+                (eps[layer], 0.0),
+                *(filters, floats(at, k), floats(at + k, k), None),
+                *(residual_network.arranged(places(*padded, dtype)), _fingerprints(filters)),
+                rounds=dtype == torch.float32,
+            )
+        )
+        end = at + 2 * k
+    if head is not None:
+        weight, bias = head
+        k, c = weight.shape
+        count = k * c * dtype.itemsize // 4
+        filters, shift = floats(end, count).view(dtype), floats(end + count, k)
+        linear = (weight[:, :, None, None], bias, None, None, None, None, *_NOTHING)
+        order = places(k, 1, 1, c, dtype)
+        listed.append(
+            PackedFilter(linear, (0.0, 0.0), filters, None, shift, None, order, _fingerprints(filters)),
+        )
+    return listed
+
+
+class _ThisThread(threading.local):
+    met: list[FilterFollower] | None = None  # collects followers
+    ahead: frozenset[FilterFollower] = frozenset()  # those that a launch has refreshed
+    measures = False
+
+
+_this_thread = _ThisThread()
+
+
+@contextlib.contextmanager
+def _set(**values: Any) -> Iterator[None]:
+    """Context manager: this thread's state."""
+    before = {name: getattr(_this_thread, name) for name in values}
+    vars(_this_thread).update(values)
+    try:
+        yield
+    finally:
+        vars(_this_thread).update(before)
+
+
+def measuring() -> contextlib.AbstractContextManager[None]:
+    """Context manager: this thread measures. Its graphs are gone after it, and what it runs is no part of a network."""
+    return _set(met=None, ahead=frozenset(), measures=True)
+
+
+class FilterFollower:
+    """Refreshes packed filters, by one launch before they are read.
+
+    filters: packed just now, or followed by another instance. dtype: theirs.
+    """
+
+    def __init__(self, filters: Sequence[PackedFilter], dtype: torch.dtype) -> None:
+        from .._triton import refresh_filters as kernel
+
+        self.filters, self.dtype, self._launch = filters, dtype, kernel.refresh_filters
+        # A recorder would take this for steps of a tape, and the tensors outlive inference mode.
+        with launch.unrecorded(), torch.inference_mode(False):
+            self._table, self._tiles = kernel.table(filters, filters[0].filters.device)
+            # Aliases, which do not hold the modules' parameters.
+            self._reaches = tuple(t.detach() for f in filters for t in f.reaches())
+            self._launch(self._table, self._tiles, dtype, self._reaches)
+
+    def refresh(self) -> None:
+        """Launches the check, if none of a whole :class:`RefreshedNetwork` ran before."""
+        if self in _this_thread.ahead:
+            return
+        if _this_thread.met is not None:
+            _this_thread.met.append(self)
+        self._launch(self._table, self._tiles, self.dtype, self._reaches)
+        if tune.capturing():
+            keep(self.filters[0].sources[0], self._table, self._tiles, self._reaches)
+
+
+class RefreshedNetwork:
+    """Calls of a network whose chains are refreshed together, by one launch at its head."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], tuple[FilterFollower, frozenset[FilterFollower]]] = {}
+
+    def run(self, kind: tuple[Any, ...], forward: Callable[[], Tensor]) -> Tensor:
+        """``forward()``; kind: what decides which chains it runs, and how."""
+        made = self._made.get(kind)
+        if made is not None:
+            made[0].refresh()
+            with _set(ahead=made[1]):
+                return forward()
+        with _set(met=[]):
+            y = forward()
+            met = frozenset(_this_thread.met or ())
+        if len(met) > 1 and len({f.dtype for f in met}) == 1 and not tune.capturing():
+            filters = {id(f): f for each in met for f in each.filters}
+            self._made[kind] = FilterFollower([*filters.values()], next(iter(met)).dtype), met
+        return y
+
+
+def keep(weight: Tensor | None, *held: object) -> None:
+    """Keeps what a CUDA graph reads as long as ``weight`` lives: a chain may be packed anew, and the graph replayed."""
+    if not _this_thread.measures:
+        weakref.finalize(weight, tuple, held).atexit = False
