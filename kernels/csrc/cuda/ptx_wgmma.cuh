@@ -92,6 +92,9 @@ __device__ inline void fence_async_proxy() {
 #define RESNET_FAST_OPERANDS_27 RESNET_FAST_OPERANDS_26 ", %104, %105, %106, %107"
 #define RESNET_FAST_OPERANDS_28 RESNET_FAST_OPERANDS_27 ", %108, %109, %110, %111"
 #define RESNET_FAST_OPERANDS_29 RESNET_FAST_OPERANDS_28 ", %112, %113, %114, %115"
+#define RESNET_FAST_OPERANDS_30 RESNET_FAST_OPERANDS_29 ", %116, %117, %118, %119"
+#define RESNET_FAST_OPERANDS_31 RESNET_FAST_OPERANDS_30 ", %120, %121, %122, %123"
+#define RESNET_FAST_OPERANDS_32 RESNET_FAST_OPERANDS_31 ", %124, %125, %126, %127"
 
 #define RESNET_FAST_ACC_1 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define RESNET_FAST_ACC_2 RESNET_FAST_ACC_1, "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
@@ -122,6 +125,9 @@ __device__ inline void fence_async_proxy() {
 #define RESNET_FAST_ACC_27 RESNET_FAST_ACC_26, "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107])
 #define RESNET_FAST_ACC_28 RESNET_FAST_ACC_27, "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111])
 #define RESNET_FAST_ACC_29 RESNET_FAST_ACC_28, "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115])
+#define RESNET_FAST_ACC_30 RESNET_FAST_ACC_29, "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119])
+#define RESNET_FAST_ACC_31 RESNET_FAST_ACC_30, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123])
+#define RESNET_FAST_ACC_32 RESNET_FAST_ACC_31, "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
 // acc = a b [+ acc] over 16 values of k; `accumulate` 0 starts from zero. kTransposedA: a is M-major, a core matrix 8
 // values of k x 16 bytes of rows. Arguments: columns, columns / 8, then the numbers of the operands behind the
@@ -152,9 +158,11 @@ RESNET_FAST_WGMMA_COLUMNS(64, 8, "%32", "%33", "%34", "%35")
 RESNET_FAST_WGMMA_COLUMNS(72, 9, "%36", "%37", "%38", "%39")
 RESNET_FAST_WGMMA_COLUMNS(112, 14, "%56", "%57", "%58", "%59")
 RESNET_FAST_WGMMA_COLUMNS(120, 15, "%60", "%61", "%62", "%63")
+RESNET_FAST_WGMMA_COLUMNS(128, 16, "%64", "%65", "%66", "%67")
 RESNET_FAST_WGMMA_COLUMNS(136, 17, "%68", "%69", "%70", "%71")
 RESNET_FAST_WGMMA_COLUMNS(216, 27, "%108", "%109", "%110", "%111")
 RESNET_FAST_WGMMA_COLUMNS(232, 29, "%116", "%117", "%118", "%119")
+RESNET_FAST_WGMMA_COLUMNS(256, 32, "%128", "%129", "%130", "%131")
 
 #undef RESNET_FAST_WGMMA_COLUMNS
 #undef RESNET_FAST_WGMMA_TYPE

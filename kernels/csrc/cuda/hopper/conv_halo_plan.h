@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "cuda/hopper/plan.h"
+
 namespace resnet_fast::cuda {
 
 // A block computes 64 x warpgroups channels (wgmma's M) of `positions` positions (its N). A k step is one tap and at
@@ -57,11 +59,6 @@ struct HaloPlan {
   int threads, shared;
   int64_t partial_floats, counters;  // split-K workspace: floats, and integers that are zero before and after
 };
-
-constexpr int kMaxShared = 227 * 1024;
-
-// n / d is the upper half of n * inverse_of(d), for 1 < d and n * d < 2^32.
-constexpr uint32_t inverse_of(uint32_t d) { return static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d); }
 
 // Positions of one of the four runs of stride 2, and of all input that a tile reads: with a line and a position before
 // and, for stride 1, the same behind.
