@@ -75,7 +75,7 @@ struct HaloLoad {
   }
 
   __device__ uint32_t input_of(int chunk) const {
-    return input + ((chunk - block.begin) & 1) * kVectors * plane_bytes(kTile.positions, a.pitch, kStride);
+    return input + ((chunk - block.begin) & 1) * kVectors * plane_bytes(kTile.positions, a.pitch, kStride, kChunk);
   }
   __device__ uint32_t stage(int n) const { return filters + n * kFilterBytes; }
 
@@ -101,13 +101,16 @@ struct HaloLoad {
     return (p.image * a.height + row) * a.width + column;
   }
 
-  __device__ void load_input(int chunk) const {
-    const uint32_t to = input_of(chunk) + vector * plane_bytes(kTile.positions, a.pitch, kStride);
+  __device__ void load_input(int chunk) const { load_halo(x, input_of(chunk), chunk); }
+
+  // Copies a chunk of the halo of an image to `memory`.
+  __device__ void load_halo(const T* image, uint32_t memory, int chunk) const {
+    const uint32_t to = memory + vector * plane_bytes(kTile.positions, a.pitch, kStride, kChunk);
     const int channel = chunk * kChunk + vector * 8;
 #pragma unroll 2
     for (int p = first_row; p < halo_positions(kTile.positions, a.pitch, kStride); p += kAtOnce) {
       const int pixel = pixel_at(p);
-      ptx::cp_async(to + p * 16, x + (int64_t{max(pixel, 0)} * a.channels + channel), pixel < 0 ? 0 : 16);
+      ptx::cp_async(to + p * 16, image + (int64_t{max(pixel, 0)} * a.channels + channel), pixel < 0 ? 0 : 16);
     }
   }
 
@@ -157,7 +160,7 @@ __device__ void halo_mainloop(float (&acc)[Load::kTile.positions / 2], Load& loa
   constexpr int kChunk = Load::kChunk, kStride = Load::kStride, kAhead = halo_ahead(kTile);
   const HaloArgs& a = load.a;
   const int steps = 9 * (load.block.end - load.block.begin);
-  const uint32_t plane = plane_bytes(kTile.positions, a.pitch, kStride);
+  const uint32_t plane = plane_bytes(kTile.positions, a.pitch, kStride, kChunk);
   const uint64_t filters = load.filter_descriptor();
   const uint64_t input = ptx::matrix_descriptor(load.input, 128, plane);
   // Step s: tap (ky, kx) of `chunk`, filters in `stage`; the filters of step s + kAhead go to `next_stage`.
