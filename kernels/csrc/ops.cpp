@@ -110,6 +110,18 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "conv1x1_launch(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor(a!) y, "
       "Tensor(b!)? partial, Tensor(c!)? counters, int tile, int[] args) -> ()");
 
+  // The 3x3 convolutions of training on Hopper (cuda/hopper/training/plan.h): tiles and plans as above, for
+  // the forward pass or the data gradient; the launches.
+  m.def("conv_halo_training_tiles() -> int[]");
+  m.def("conv_halo_training_plan(int tile, int[] args, bool gradient) -> int[]");
+  m.def(
+      "conv_halo_stats_launch(Tensor x, Tensor? scale_shift, Tensor weight, Tensor? bias, Tensor(a!) y, "
+      "Tensor(b!)? partial, int tile, int[] args) -> ()");
+  m.def(
+      "conv_halo_gradient_launch(Tensor grad, Tensor? y, Tensor? coefficients, Tensor weight, Tensor? residual, "
+      "Tensor? x, Tensor? scale_shift, Tensor? y1, Tensor? y2, Tensor? stats1, Tensor? stats2, Tensor(a!) dx, "
+      "Tensor(b!)? partial, int tile, int[] args) -> ()");
+
   // PyTorch's current stream on the device of x, and the CUDA graph capture that it takes part in, 0 if none.
   m.def("current_capture(Tensor x) -> int[]");
 

@@ -66,6 +66,7 @@ def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tens
         return y
     if choice == LIBRARY:
         return _library(layer, x, filters, residual)
+    assert isinstance(choice, str)  # the other configurations are of training
     if filters.bias is None:
         raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
     return library.run(choice, layer, x, filters.weight, filters.bias if layer.shifted else None, residual)

@@ -8,7 +8,7 @@ which leave reductions as partial sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from ..ops.conv_autograd import fake_conv
 from ..ops.conv_gradient import convolution_backward
 from ..ops.training import statistics_rows
 from . import tune
+from .candidates.hopper_training import TrainingConfig
 from .candidates.triton import Config
 from .checks import check_algorithm, check_dtype, check_image, check_pixels, check_rows, check_sums, fail
+from .cuda import hopper_training as hopper
 from .layer import Layer, layer_of
 from .tune import LIBRARY, Choice
 
@@ -36,6 +38,17 @@ def _layer(
     layer = layer_of(x.shape, (k, *kernel), stride, padding, x.dtype, residual=added, relu=relu, role=role)
     check_pixels(role, max(layer.pixels, x.shape[0] * x.shape[2] * x.shape[3]))
     return layer
+
+
+def _verified(run: Callable[..., object], layer: Layer, x: Tensor) -> Callable[[Choice], object]:
+    """``run`` for a measurement: kernels that no GPU has run yet are verified first."""
+
+    def trial(choice: Choice) -> object:
+        if isinstance(choice, TrainingConfig):
+            hopper.verify(layer, choice, x.device)
+        return run(choice)
+
+    return trial
 
 
 def convolve(
@@ -72,12 +85,14 @@ def convolve(
     own = packed(weight, x.dtype) if filters is None else filters
 
     def run(choice: Choice) -> tuple[Tensor, PartialStats | None]:
+        operands = (x, scale_shift, own.permute(0, 2, 3, 1), bias, y, stats)
         if isinstance(choice, Config):
-            rows = own.permute(0, 2, 3, 1)
-            return y, forward.conv_bn_stats(layer, choice, x, scale_shift, rows, bias, y, stats)
+            return y, forward.conv_bn_stats(layer, choice, *operands)
+        if isinstance(choice, TrainingConfig):
+            return y, hopper.conv_bn_stats(layer, choice, *operands)
         return forward.aten(layer, x, scale_shift, own, bias, stats)
 
-    return run(tune.tuner(x.device).choose(layer, lambda: [run]))
+    return run(tune.tuner(x.device).choose(layer, lambda: [_verified(run, layer, x)]))
 
 
 def conv_bn_stats(
@@ -232,10 +247,10 @@ def gradients(
         return dy
 
     def data_gradient(choice: Choice, dy: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if isinstance(choice, Config):
-            dx = torch.empty_like(x)
+        if isinstance(choice, Config | TrainingConfig):
+            dx, gradient = torch.empty_like(x), backward if isinstance(choice, Config) else hopper
             operands = (grad, y, coefficients, own.permute(0, 2, 3, 1), residual, x, scale_shift)
-            return dx, backward.data_gradient(data_layer, choice, *operands, reduce, ys, stats, dx)
+            return dx, gradient.data_gradient(data_layer, choice, *operands, reduce, ys, stats, dx)
         result = aten(output_gradient() if dy is None else dy, x, [True, False, False])[0]
         assert result is not None
         result = result.contiguous(memory_format=torch.channels_last)
@@ -258,7 +273,7 @@ def gradients(
     choose = tune.tuner(x.device).choose
     data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
     weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
-    data_choice = choose(data_layer, lambda: [data_gradient]) if need_x else None
+    data_choice = choose(data_layer, lambda: [_verified(data_gradient, data_layer, x)]) if need_x else None
     weight_choice = choose(weight_layer, lambda: [weight_gradient]) if need_weight else None
     dy = output_gradient() if LIBRARY in (data_choice, weight_choice) else None
     grad_x, partial = (None, None) if data_choice is None else data_gradient(data_choice, dy)

@@ -35,10 +35,12 @@ from . import library, shipped, timing
 from .candidates import conv1x1 as conv1x1_configs
 from .candidates import cuda as cuda_configs
 from .candidates import hopper as hopper_configs
+from .candidates import hopper_training as training_configs
 from .candidates import triton as configs
 from .candidates.conv1x1 import Conv1x1Config
 from .candidates.cuda import CudaConfig
 from .candidates.hopper import HopperConfig
+from .candidates.hopper_training import TrainingConfig
 from .candidates.triton import Config
 from .layer import Gpu, Layer, gpu_of
 
@@ -48,6 +50,7 @@ LIBRARY = "library"  # aten's convolution, followed by one fused pass
 # Forms of a chain: one launch a stage, one launch for a convolution and its pooling, one launch a convolution.
 STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
 Choice = Config | CudaConfig | HopperConfig | Conv1x1Config | str
+Choice = Config | CudaConfig | HopperConfig | TrainingConfig | str
 Run = Callable[[Any], object]
 # Returns seconds a call of each candidate, and the exceptions of those that cannot run here.
 Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
@@ -104,6 +107,7 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
     if backend != "triton" and backends.has_cuda_convolution():
         found += hopper_configs.candidates(layer, gpu)
         found += conv1x1_configs.candidates(layer, gpu)
+        found += training_configs.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
         return found
     return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
@@ -274,6 +278,8 @@ def _parse(entry: str | dict[str, int]) -> Choice:
         return HopperConfig(**entry)
     if "conv1x1" in entry:
         return Conv1x1Config(**entry)
+    if "training" in entry:
+        return TrainingConfig(**entry)
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
 
 

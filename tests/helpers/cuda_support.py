@@ -4,9 +4,12 @@ import contextlib
 import re
 from pathlib import Path
 
+import torch
 from ptxsim.device import simulated
 
 from resnet_fast import backends
+
+from . import hopper_training_support
 
 SOURCES = Path(__file__).parents[2] / "kernels/csrc"
 FLAGS = (f"-I{SOURCES}", "-std=c++20", "--expt-relaxed-constexpr")
@@ -39,6 +42,10 @@ def find_cuda(name):
             const {t}*, const {t}*, const float*, const float*, const {t}*, {t}*, float*, int*,
             const __grid_constant__ resnet_fast::cuda::Conv1x1Args);"""
         return source, (*FLAGS, "-arch=sm_90a"), stem
+    if stem in ("conv_halo_stats_kernel", "conv_halo_gradient_kernel"):
+        tile, stride, chunk = int(number) // 6, 1 + int(number) % 6 // 3, 64 >> int(number) % 3
+        dtype, gradient = getattr(torch, dtype), stem == "conv_halo_gradient_kernel"
+        return hopper_training_support.source(dtype, tile, chunk, stride, gradient), (*FLAGS, "-arch=sm_90a"), stem
     if stem == "conv_bn_relu_pool_fwd_kernel":
         source = f"""#include "cuda/stem/conv_bn_relu_pool.cuh"
         template __global__ void resnet_fast::cuda::conv_bn_relu_pool_fwd_kernel<{t}, {number}>(

@@ -129,33 +129,40 @@ __device__ inline void fence_async_proxy() {
 #define RESNET_FAST_ACC_31 RESNET_FAST_ACC_30, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123])
 #define RESNET_FAST_ACC_32 RESNET_FAST_ACC_31, "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
-// acc = a b [+ acc] over 16 values of k; `accumulate` 0 starts from zero. Arguments: columns, columns / 8, then the
-// numbers of the operands behind the accumulators.
+// acc = a b [+ acc] over 16 values of k; `accumulate` 0 starts from zero. kTransposedA: a is M-major, a core matrix 8
+// values of k x 16 bytes of rows. Arguments: columns, columns / 8, then the numbers of the operands behind the
+// accumulators.
 #ifdef RESNET_FAST_WGMMA
-#define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, T, type)                                                \
-  __device__ inline void wgmma(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc, int accumulate, T) {   \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kColumns        \
-                 "k16.f32." type "." type " {" RESNET_FAST_OPERANDS_##groups "}, " a ", " b ", p, 1, 1, 0, 0;\n}" \
-                 : RESNET_FAST_ACC_##groups                                                                       \
-                 : "l"(a_desc), "l"(b_desc), "r"(accumulate)                                                      \
-                 : "memory");                                                                                     \
+#define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, t, T, type)                                                 \
+  template <int kTransposedA = 0>                                                                                     \
+  __device__ void wgmma(float (&d)[kColumns / 2], uint64_t a_desc, uint64_t b_desc, int accumulate, T) {              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kColumns            \
+                 "k16.f32." type "." type " {" RESNET_FAST_OPERANDS_##groups "}, " a ", " b ", p, 1, 1, " t ", 0;\n}" \
+                 : RESNET_FAST_ACC_##groups                                                                           \
+                 : "l"(a_desc), "l"(b_desc), "r"(accumulate), "n"(kTransposedA)                                       \
+                 : "memory");                                                                                         \
   }
 #else
-#define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, T, type) \
-  __device__ inline void wgmma(float (&)[kColumns / 2], uint64_t, uint64_t, int, T) { __trap(); }
+#define RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, t, T, type)          \
+  template <int kTransposedA = 0>                                              \
+  __device__ void wgmma(float (&)[kColumns / 2], uint64_t, uint64_t, int, T) { \
+    __trap();                                                                  \
+  }
 #endif
-#define RESNET_FAST_WGMMA_COLUMNS(kColumns, groups, a, b, p)       \
-  RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, __half, "f16") \
-  RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, __nv_bfloat16, "bf16")
+#define RESNET_FAST_WGMMA_COLUMNS(kColumns, groups, a, b, p, t)       \
+  RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, t, __half, "f16") \
+  RESNET_FAST_WGMMA_TYPE(kColumns, groups, a, b, p, t, __nv_bfloat16, "bf16")
 
-RESNET_FAST_WGMMA_COLUMNS(56, 7, "%28", "%29", "%30")
-RESNET_FAST_WGMMA_COLUMNS(64, 8, "%32", "%33", "%34")
-RESNET_FAST_WGMMA_COLUMNS(112, 14, "%56", "%57", "%58")
-RESNET_FAST_WGMMA_COLUMNS(120, 15, "%60", "%61", "%62")
-RESNET_FAST_WGMMA_COLUMNS(128, 16, "%64", "%65", "%66")
-RESNET_FAST_WGMMA_COLUMNS(216, 27, "%108", "%109", "%110")
-RESNET_FAST_WGMMA_COLUMNS(232, 29, "%116", "%117", "%118")
-RESNET_FAST_WGMMA_COLUMNS(256, 32, "%128", "%129", "%130")
+RESNET_FAST_WGMMA_COLUMNS(56, 7, "%28", "%29", "%30", "%31")
+RESNET_FAST_WGMMA_COLUMNS(64, 8, "%32", "%33", "%34", "%35")
+RESNET_FAST_WGMMA_COLUMNS(72, 9, "%36", "%37", "%38", "%39")
+RESNET_FAST_WGMMA_COLUMNS(112, 14, "%56", "%57", "%58", "%59")
+RESNET_FAST_WGMMA_COLUMNS(120, 15, "%60", "%61", "%62", "%63")
+RESNET_FAST_WGMMA_COLUMNS(128, 16, "%64", "%65", "%66", "%67")
+RESNET_FAST_WGMMA_COLUMNS(136, 17, "%68", "%69", "%70", "%71")
+RESNET_FAST_WGMMA_COLUMNS(216, 27, "%108", "%109", "%110", "%111")
+RESNET_FAST_WGMMA_COLUMNS(232, 29, "%116", "%117", "%118", "%119")
+RESNET_FAST_WGMMA_COLUMNS(256, 32, "%128", "%129", "%130", "%131")
 
 #undef RESNET_FAST_WGMMA_COLUMNS
 #undef RESNET_FAST_WGMMA_TYPE

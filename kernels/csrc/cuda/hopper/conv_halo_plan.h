@@ -73,11 +73,12 @@ constexpr int tap_position(int positions, int pitch, int stride, int ky, int kx)
   const int run = (ky == 1 ? 0 : 2) + (kx == 1 ? 0 : 1);
   return run * run_positions(positions, pitch) + (ky == 0 ? 0 : pitch) + (kx == 0 ? 0 : 1);
 }
-// Bytes from 8 channels of the input to the next 8: an odd multiple of 16, as for the filters below. Vectors of one
-// pixel, which adjacent threads store, fall into different banks.
-constexpr int plane_bytes(int positions, int pitch, int stride) {
-  return (halo_positions(positions, pitch, stride) + 7) / 8 * 128 + 16;
+// Bytes from 8 channels of the input to the next 8, of `chunk` channels. Adjacent threads store the vectors of one
+// pixel, then those of the next: the padding makes eight of them fall into different banks.
+constexpr int plane_bytes(int positions, int pitch, int stride, int chunk) {
+  return (halo_positions(positions, pitch, stride) + 7) / 8 * 128 + 1024 / chunk;
 }
+// The same for filters: an odd multiple of 16.
 constexpr int filter_plane_bytes(HaloTile t) { return t.channels() * 16 + 16; }
 constexpr int filter_bytes(HaloTile t, int chunk) { return chunk / 8 * filter_plane_bytes(t); }
 // Bytes of a position of the output tile, padded by 16: 8 positions fall into different banks.
@@ -85,7 +86,7 @@ constexpr int output_pitch(HaloTile t) { return t.channels() * 2 + 16; }
 
 // The input is double-buffered if a block has more than one chunk.
 constexpr int input_bytes(HaloTile t, const HaloArgs& a) {
-  return (a.chunks > a.splits ? 2 : 1) * (a.chunk / 8) * plane_bytes(t.positions, a.pitch, a.stride);
+  return (a.chunks > a.splits ? 2 : 1) * (a.chunk / 8) * plane_bytes(t.positions, a.pitch, a.stride, a.chunk);
 }
 constexpr int shared_bytes(HaloTile t, const HaloArgs& a) {
   return input_bytes(t, a) + t.stages * filter_bytes(t, a.chunk) + t.positions * output_pitch(t);

@@ -40,6 +40,27 @@ std::vector<int64_t> pack_plan(const Plan& plan) {
   return out;
 }
 
+// Checks that a tensor can be an operand beside x.
+inline void check_operand(const char* op, const Tensor& x, const char* name, const Tensor& tensor, int64_t elements,
+                          ScalarType type) {
+  RESNET_FAST_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ", name,
+                    " is not on the device that x is on");
+  RESNET_FAST_CHECK(tensor.scalar_type() == type, op, ": ", name, " has dtype ", dtype_name(tensor.scalar_type()),
+                    ", want ", type == ScalarType::Int ? "int32" : dtype_name(type));
+  RESNET_FAST_CHECK(tensor.numel() >= elements, op, ": ", name, " has ", tensor.numel(), " elements, want ", elements);
+  RESNET_FAST_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, op, ": ", name,
+                    " is not aligned to 16 bytes");
+}
+
+// Checks that x is on a device that the kernels are compiled for.
+inline void check_device(const char* op, const Tensor& x) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
+  RESNET_FAST_CHECK(major == 9 && minor == 0, op, ": the device has compute capability ", major, ".", minor,
+                    ", want 9.0");
+}
+
 // The tensors of y = [relu](conv2d(x, weight) * scale + shift [+ residual]), and the split-K workspace.
 struct ConvTensors {
   const char* op;
@@ -49,14 +70,7 @@ struct ConvTensors {
   const std::optional<Tensor>&partial, &counters;
 
   void check(const char* name, const Tensor& tensor, int64_t elements, ScalarType type) const {
-    RESNET_FAST_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), op, ": ", name,
-                      " is not on the device that x is on");
-    RESNET_FAST_CHECK(tensor.scalar_type() == type, op, ": ", name, " has dtype ", dtype_name(tensor.scalar_type()),
-                      ", want ", type == ScalarType::Int ? "int32" : dtype_name(type));
-    RESNET_FAST_CHECK(tensor.numel() >= elements, op, ": ", name, " has ", tensor.numel(), " elements, want ",
-                      elements);
-    RESNET_FAST_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, op, ": ", name,
-                      " is not aligned to 16 bytes");
+    check_operand(op, x, name, tensor, elements, type);
   }
 
   // Checks that the tensors hold a convolution of `taps` taps by `plan`.
@@ -84,11 +98,7 @@ struct ConvTensors {
   template <typename Plan>
   void launch(const void* kernel, const Plan& plan) const {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
-    RESNET_FAST_CHECK(major == 9 && minor == 0, op, ": the device has compute capability ", major, ".", minor,
-                      ", want 9.0");
+    check_device(op, x);
     const void *px = x.data_ptr(), *pw = weight.data_ptr(), *pscale = scale.data_ptr(), *pshift = shift.data_ptr();
     const void* presidual = residual ? residual->data_ptr() : nullptr;
     void *py = y.data_ptr(), *ppartial = partial ? partial->data_ptr() : nullptr;
