@@ -5,6 +5,7 @@ Environment: USE_CUDA=0|1 (default: a CUDA toolkit is found), TORCH_CUDA_ARCH_LI
 
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -86,6 +87,17 @@ def extension():
     )
 
 
+def included(source: Path) -> set[Path]:
+    """The file, and the project's headers that it includes, by others too."""
+    found, left = set(), [source]
+    while left:
+        path = left.pop()
+        if path.exists() and path not in found:
+            found.add(path)
+            left += [CSRC / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)]
+    return found
+
+
 def build_arguments() -> dict:
     if compiler() is None:
         warnings.warn(
@@ -98,6 +110,14 @@ def build_arguments() -> dict:
 
     class StampedBuild(BuildExtension):
         """Says beside an extension that is to be installed from which sources it was built."""
+
+        def build_extensions(self) -> None:
+            # A PyTorch without CUDA does not tell ninja which headers a .cu file includes.
+            for source in CSRC.glob("cuda/**/*.cu"):
+                built = Path(self.build_temp, source).with_suffix(".o")
+                if built.exists() and built.stat().st_mtime < max(p.stat().st_mtime for p in included(source)):
+                    built.unlink()
+            super().build_extensions()
 
         def run(self) -> None:
             super().run()

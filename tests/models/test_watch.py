@@ -174,6 +174,16 @@ def test_an_attribute_that_moved_in_its_dict():
     assert not seen.is_valid()
 
 
+def test_a_swap_for_a_view_of_the_same_memory():
+    """It has the same address and as many writes, but other strides."""
+    owner = Owner()
+    owner.conv.weight = nn.Parameter(torch.zeros(3, 2, 3, 3))
+    seen, view = watch(owner), nn.Parameter(owner.conv.weight.data.transpose(2, 3))
+    assert (view.data_ptr(), view._version) == (owner.conv.weight.data_ptr(), owner.conv.weight._version)
+    torch.utils.swap_tensors(owner.conv.weight, view)
+    assert not seen.is_valid()
+
+
 def test_tensors_that_are_read_without_getters():
     """In the releases that the tests run in: else every call is slower, which nothing else would show."""
     assert tensor_state.of(torch.zeros(3)) is not None
