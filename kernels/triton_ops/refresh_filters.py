@@ -82,16 +82,18 @@ def _shift(row, first: tl.constexpr, eps: tl.constexpr, k, mask):
 @triton.jit
 def _fingerprint(row):
     """A hash of a sample of each source: all of up to 512 bytes, else eight pieces of 64 bytes. Never zero."""
-    source, i = tl.arange(0, _SOURCES)[:, None], tl.arange(0, 256)[None, :]
+    # In one dimension: in two, Triton would pass the addresses through shared memory, twice a barrier for each source.
+    place = tl.arange(0, 256 * _SOURCES)
+    source, i = place // 256, place % 256
     address, halves = tl.load(row + source), tl.load(row + _SOURCES + source)
     piece = i // 32
     start = tl.where(piece == 7, halves - 32, halves // 7 * piece // 32 * 32)
     at = tl.where(halves <= 256, i.to(tl.int64), start + i % 32)
     half = tl.load(address.to(tl.pointer_type(tl.int16)) + at, i < halves, 0).to(tl.int64) & 0xFFFF
     # Mixed with its place: halves that trade places change the sum.
-    mixed = (half | (source * 256 + i + 1).to(tl.int64) << 16) * 0x2545F4914F6CDD1D
+    mixed = (half | (place + 1).to(tl.int64) << 16) * 0x2545F4914F6CDD1D
     mixed = (mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85
-    return tl.sum(tl.sum(mixed ^ (mixed >> 32), 1), 0) | 1
+    return tl.sum(mixed ^ (mixed >> 32), 0) | 1
 
 
 @triton.jit

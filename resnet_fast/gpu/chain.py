@@ -203,7 +203,7 @@ class GpuChain:
             self._made[key] = filters
         if filters.follower is not None:
             filters.follower.refresh()
-        if captures:
+        elif captures:
             freshness.keep(self.sources[0][0], *filters.packed)
         return filters
 

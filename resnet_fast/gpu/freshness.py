@@ -181,7 +181,8 @@ class FilterFollower:
             self._launch(self._table, self._tiles, dtype, self._reaches)
 
     def refresh(self) -> None:
-        """Launches the check, if none of a whole :class:`RefreshedNetwork` ran before."""
+        """Launches the check, if none of a whole :class:`RefreshedNetwork` ran before; a captured one keeps all that it
+        reaches."""
         if self in _this_thread.ahead:
             return
         if _this_thread.met is not None:

@@ -237,3 +237,7 @@ def test_no_local_memory_and_enough_blocks():
         sass = gate.inspect_launch(launched, args, meta, arch)
         assert sass.spills == 0
         assert sass.blocks_per_sm >= 4
+        # A tile is stored before its fingerprint is released; samples go through no shared memory but to be summed.
+        release = sass.ptx.index(".release.")
+        assert "bar.sync" in sass.ptx[sass.ptx.rindex("st.global", 0, release) : release]
+        assert sass.ptx.count("st.shared") <= 2
