@@ -11,8 +11,9 @@ from helpers.training_support import assert_trains_as_eager
 from ptxsim.device import simulated
 
 from resnet_fast import backends, blocks, reference
+from resnet_fast.backends.native import extension
 from resnet_fast.gpu import tune
-from resnet_fast.gpu.candidates.hopper_training import TrainingConfig, candidates, computes, plan, tiles
+from resnet_fast.gpu.candidates.hopper_training import TrainingConfig, candidates, computes, instance, plan, tiles
 from resnet_fast.gpu.cuda import hopper_training as hopper
 from resnet_fast.gpu.layer import A100, Gpu, Layer
 
@@ -46,6 +47,8 @@ def test_candidates_on_hopper_alone(role):
         assert not isinstance(among[0], TrainingConfig)
         assert not isinstance(tune.default(layer, H200), TrainingConfig)
         assert not any(isinstance(choice, TrainingConfig) for choice in tune.candidates(layer, A100))
+        for choice in found:  # tapes launch by these names
+            assert extension.kernel(hopper.kernel_name(role, layer.dtype, instance(layer, choice)))
     assert candidates(layer_of("conv_bn_stats", 128, 32, 16, 32, stride=2), H200)
 
 

@@ -12,9 +12,9 @@ namespace resnet_fast::cuda {
 // Kernel kHaloKernels * t + kHaloChunks * r + s: tile t, stride 1 + r, chunks of 64 >> s channels; null if there is
 // none.
 template <typename T>
-const void* stats_kernel(int instance);
+const void* halo_stats_kernel(int instance);
 template <typename T>
-const void* gradient_kernel(int instance);
+const void* halo_gradient_kernel(int instance);
 
 template <typename T, bool kGradient, int kInstance>
 const void* training_instance() {
@@ -37,11 +37,11 @@ const void* training_kernel(int instance, std::integer_sequence<int, kInstance..
 
 #define RESNET_FAST_HALO_TRAINING_KERNELS(T)                                                             \
   template <>                                                                                            \
-  const void* stats_kernel<T>(int instance) {                                                            \
+  const void* halo_stats_kernel<T>(int instance) {                                                       \
     return training_kernel<T, false>(instance, std::make_integer_sequence<int, kHaloTrainingKernels>{}); \
   }                                                                                                      \
   template <>                                                                                            \
-  const void* gradient_kernel<T>(int instance) {                                                         \
+  const void* halo_gradient_kernel<T>(int instance) {                                                    \
     return training_kernel<T, true>(instance, std::make_integer_sequence<int, kHaloTrainingKernels>{});  \
   }
 

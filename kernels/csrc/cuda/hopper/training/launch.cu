@@ -8,9 +8,9 @@
 namespace resnet_fast {
 namespace cuda {
 template <typename T>
-const void* stats_kernel(int instance);
+const void* halo_stats_kernel(int instance);
 template <typename T>
-const void* gradient_kernel(int instance);
+const void* halo_gradient_kernel(int instance);
 }  // namespace cuda
 
 namespace {
@@ -102,7 +102,8 @@ void conv_halo_stats_launch(const Tensor& x, const std::optional<Tensor>& scale_
   const void *py = y.data_ptr(), *ppartial = address(partial);
   void* parameters[] = {&px, &pscale, &pw, &pbias, &py, &ppartial, &a};
   const int instance = instance_of(tile, a);
-  launch(op, x, cuda::stats_kernel<__half>(instance), cuda::stats_kernel<__nv_bfloat16>(instance), plan, parameters);
+  launch(op, x, cuda::halo_stats_kernel<__half>(instance), cuda::halo_stats_kernel<__nv_bfloat16>(instance), plan,
+         parameters);
 }
 
 // The same for the data gradient. channels of args are those of grad, out_channels those of dx.
@@ -145,17 +146,18 @@ void conv_halo_gradient_launch(const Tensor& grad, const std::optional<Tensor>& 
   void* parameters[] = {&pgrad, &py,  &pcoefficients, &pw,      &presidual, &px,       &pscale,
                         &py1,   &py2, &pstats1,       &pstats2, &pdx,       &ppartial, &a};
   const int instance = instance_of(tile, a);
-  launch(op, grad, cuda::gradient_kernel<__half>(instance), cuda::gradient_kernel<__nv_bfloat16>(instance), plan,
-         parameters);
+  launch(op, grad, cuda::halo_gradient_kernel<__half>(instance), cuda::halo_gradient_kernel<__nv_bfloat16>(instance),
+         plan, parameters);
 }
 
 template <typename T>
 void name_instances(const std::string& dtype) {
   for (int i = 0; i < cuda::kHaloTrainingKernels; ++i) {
     const std::string of = "<" + dtype + ", " + std::to_string(i) + ">";
-    if (cuda::stats_kernel<T>(i) != nullptr) name_kernel("conv_halo_stats_kernel" + of, cuda::stats_kernel<T>(i));
-    if (cuda::gradient_kernel<T>(i) != nullptr)
-      name_kernel("conv_halo_gradient_kernel" + of, cuda::gradient_kernel<T>(i));
+    if (cuda::halo_stats_kernel<T>(i) != nullptr)
+      name_kernel("conv_halo_stats_kernel" + of, cuda::halo_stats_kernel<T>(i));
+    if (cuda::halo_gradient_kernel<T>(i) != nullptr)
+      name_kernel("conv_halo_gradient_kernel" + of, cuda::halo_gradient_kernel<T>(i));
   }
 }
 
