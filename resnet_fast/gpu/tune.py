@@ -35,9 +35,11 @@ from . import library, shipped, timing
 from .candidates import cuda as cuda_configs
 from .candidates import hopper as hopper_configs
 from .candidates import triton as configs
+from .candidates import weight_gradient as gradient_configs
 from .candidates.cuda import CudaConfig
 from .candidates.hopper import HopperConfig
 from .candidates.triton import Config
+from .candidates.weight_gradient import GradientConfig
 from .layer import Gpu, Layer, gpu_of
 
 __all__ = ["Tuner", "choices", "tuner", "use"]
@@ -45,7 +47,7 @@ __all__ = ["Tuner", "choices", "tuner", "use"]
 LIBRARY = "library"  # aten's convolution, followed by one fused pass
 # Forms of a chain: one launch a stage, one launch for a convolution and its pooling, one launch a convolution.
 STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
-Choice = Config | CudaConfig | HopperConfig | str
+Choice = Config | CudaConfig | HopperConfig | GradientConfig | str
 Run = Callable[[Any], object]
 # Returns seconds a call of each candidate, and the exceptions of those that cannot run here.
 Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
@@ -101,6 +103,7 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
     # After the others: these have not been timed on a GPU yet, and the first candidate wins a tie.
     if backend != "triton" and backends.has_cuda_convolution():
         found += hopper_configs.candidates(layer, gpu)
+        found += gradient_configs.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
         return found
     return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
@@ -269,6 +272,8 @@ def _parse(entry: str | dict[str, int]) -> Choice:
         return entry
     if "halo" in entry:
         return HopperConfig(**entry)
+    if "gradient" in entry:
+        return GradientConfig(**entry)
     return CudaConfig(**entry) if "tile" in entry else Config(**entry)
 
 

@@ -1,0 +1,321 @@
+// dw[k, tap, c] = sum over p of dy[p, k] [relu](scale x + shift)[p + tap, c], 3x3, NHWC, 16 bits, for sm_90a, where
+// dy = a grad + b (y - mean) + constant or grad.
+//
+// GEMM: M is output channels, N input channels, K positions (weight_gradient_plan.h). dy and x of a tile lie in shared
+// memory as planes of 8 channels, 16 bytes per position: 8 positions of a plane are a core matrix of wgmma with
+// channels contiguous, so all nine taps read one tile of x at nine addresses. dy goes through registers, transposed by
+// ldmatrix: a warp reads it once for the products of its warpgroup, and each warp at a distance of its own.
+//
+// Zeros of dy stand at the padding, and so do zeros of x. A NaN or infinity in either may reach all taps of its
+// channel.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "cuda/hopper/weight_gradient_plan.h"
+#include "cuda/ptx.cuh"
+#include "cuda/ptx_wgmma_registers.cuh"
+
+namespace resnet_fast::cuda {
+
+// A block's tiles: their copies to shared memory and the prologue there. Both go over the same vectors of 16 bytes in
+// the same threads. Adjacent threads take adjacent channels.
+template <typename T, int kIndex>
+struct GradientTiles {
+  static constexpr GradientTile kTile = kGradientTiles[kIndex];
+  const T *grad, *y;
+  const float* coefficients;
+  const T* x;
+  const float* scale_shift;
+  const GradientArgs& a;
+  unsigned char* shared;
+  int row, column;  // first channels of the block
+
+  __device__ float* table() const { return reinterpret_cast<float*>(shared); }
+  // Offsets in shared memory.
+  __device__ int stage(int n) const { return 4 * table_floats(kTile) + n * stage_bytes(kTile, a); }
+  __device__ int y_of(int n) const { return stage(n) + gradient_bytes(kTile, a); }
+  __device__ int x_of(int n) const { return y_of(n) + (a.batch_norm ? gradient_bytes(kTile, a) : 0); }
+
+  struct Pixel {
+    int image, row, column;  // image -1: zeros
+  };
+  // The output pixel `distance` positions behind the first of `line`.
+  __device__ Pixel pixel_behind(int line, int distance) const {
+    const int down = static_cast<int>(__umulhi(static_cast<uint32_t>(distance), a.pitch_inverse));
+    const int at = line + down, along = distance - down * a.pitch;
+    if (distance < 0 || at < 0 || along >= a.out_width) return {-1, 0, 0};
+    const int image = static_cast<int>(__umulhi(static_cast<uint32_t>(at), a.height_inverse));
+    const int down_image = at - image * (a.out_height + 1);
+    return {down_image < a.out_height && image < a.batch ? image : -1, down_image, along};
+  }
+
+  // Calls f with the offset of each vector in the planes of dy and in the tensor, -1 for zeros.
+  template <typename F>
+  __device__ void for_each_gradient(int tile, F f) const {
+    constexpr int kVectors = kTile.rows / 8, kAtOnce = kGradientThreads / kVectors;
+    const int vector = threadIdx.x % kVectors, channel = row + vector * 8;
+    const int line = tile * a.positions / a.pitch, first = tile * a.positions - line * a.pitch;
+    const int plane = vector * gradient_plane_bytes(kTile, a) + margin(kTile, a) * 16;
+#pragma unroll 2
+    for (int p = threadIdx.x / kVectors; p < a.positions; p += kAtOnce) {
+      const Pixel at = pixel_behind(line, first + p);
+      const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
+      const bool zeros = at.image < 0 || channel >= a.out_channels;
+      f(plane + p * 16, zeros ? -1 : int64_t{pixel} * a.out_channels + channel);
+    }
+  }
+
+  // The same for x.
+  template <typename F>
+  __device__ void for_each_input(int tile, F f) const {
+    constexpr int kVectors = kTile.columns / 8, kAtOnce = kGradientThreads / kVectors;
+    const int vector = threadIdx.x % kVectors, channel = column + vector * 8;
+    const int line = tile * a.positions / a.pitch, first = tile * a.positions - line * a.pitch;
+    const int positions = halo_positions(a.positions, a.pitch, a.stride), run = run_positions(a.positions, a.pitch);
+    const int plane = vector * input_plane_bytes(kTile, a);
+#pragma unroll 2
+    for (int p = threadIdx.x / kVectors; p < positions; p += kAtOnce) {
+      int position = p, row_of = 0, column_of = 0;  // parity of row and column
+      if (a.stride == 2) {
+        const int number = (p >= run) + (p >= 2 * run) + (p >= 3 * run);
+        position -= number * run, row_of = number / 2, column_of = number % 2;
+      }
+      const Pixel at = pixel_behind(line - 1, first + position - 1);
+      const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
+      const bool zeros = at.image < 0 || down >= a.height || along >= a.width || channel >= a.channels;
+      const int pixel = (at.image * a.height + down) * a.width + along;
+      f(plane + p * 16, zeros ? -1 : int64_t{pixel} * a.channels + channel);
+    }
+  }
+
+  __device__ void load(int tile, int n) const {
+    const uint32_t to = ptx::smem_address(shared);
+    const auto copy = [&](int at, const T* tensor, int64_t offset) {
+      ptx::cp_async(to + at, offset < 0 ? tensor : tensor + offset, offset < 0 ? 0 : 16);
+    };
+    for_each_gradient(tile, [&](int at, int64_t offset) {
+      copy(stage(n) + at, grad, offset);
+      if (a.batch_norm) copy(y_of(n) + at, y, offset);
+    });
+    for_each_input(tile, [&](int at, int64_t offset) { copy(x_of(n) + at, x, offset); });
+  }
+
+  // Stores the channels' coefficients, and zeros where no tile does: beside dy for the shifted copies, and past x.
+  __device__ void prepare() const {
+    float* to = table();
+    if (a.batch_norm)
+      for (int i = threadIdx.x; i < kTile.rows; i += kGradientThreads) {
+        const int k = row + i;
+        const bool inside = k < a.out_channels;
+        const float slope = inside ? coefficients[a.out_channels + k] : 0;
+        to[i] = inside ? coefficients[k] : 0;
+        to[kTile.rows + i] = slope;
+        // Rounded to float32, far below the rounding of y to 16 bits.
+        to[2 * kTile.rows + i] =
+            inside ? fmaf(-slope, coefficients[3 * a.out_channels + k], coefficients[2 * a.out_channels + k]) : 0;
+      }
+    to += 3 * kTile.rows;
+    if (a.affine)
+      for (int i = threadIdx.x; i < 2 * kTile.columns; i += kGradientThreads) {
+        const int c = column + i % kTile.columns;
+        to[i] = c < a.channels ? scale_shift[i / kTile.columns * a.channels + c] : 0;
+      }
+    const auto clear = [&](int plane, int vectors) {
+      for (int i = threadIdx.x; i < vectors; i += kGradientThreads)
+        *reinterpret_cast<float4*>(shared + plane + i * 16) = {};
+    };
+    const int beside = margin(kTile, a), loaded = halo_positions(a.positions, a.pitch, a.stride);
+    if (beside == 0) return;
+#pragma unroll 1
+    for (int n = 0; n < kTile.stages; ++n) {
+      for (int v = 0; v < kTile.rows / 8; ++v) {
+        const int plane = stage(n) + v * gradient_plane_bytes(kTile, a);
+        clear(plane, beside);
+        clear(plane + (beside + a.positions) * 16, beside);
+      }
+      for (int v = 0; v < kTile.columns / 8; ++v)
+        clear(x_of(n) + v * input_plane_bytes(kTile, a) + loaded * 16, input_positions(kTile, a) - loaded);
+    }
+  }
+
+  struct alignas(16) Vector {
+    vec2_of<T> v[4];
+  };
+  struct alignas(16) Coefficients {
+    float2 v[4];
+  };
+
+  // Replaces grad by dy, and x by [relu](scale x + shift). Zeros stay.
+  __device__ void prologue(int tile, int n) const {
+    if (a.batch_norm) {
+      const float* at_channel = table() + threadIdx.x % (kTile.rows / 8) * 8;
+      const auto slope_g = reinterpret_cast<const Coefficients&>(at_channel[0]);
+      const auto slope_y = reinterpret_cast<const Coefficients&>(at_channel[kTile.rows]);
+      const auto constant = reinterpret_cast<const Coefficients&>(at_channel[2 * kTile.rows]);
+      for_each_gradient(tile, [&](int at, int64_t offset) {
+        if (offset < 0) return;
+        Vector& g = reinterpret_cast<Vector&>(shared[stage(n) + at]);
+        const Vector y = reinterpret_cast<const Vector&>(shared[y_of(n) + at]);
+        Vector dy = g;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 u = widen2(dy.v[i]), v = widen2(y.v[i]);
+          dy.v[i] = round2({fmaf(slope_g.v[i].x, u.x, fmaf(slope_y.v[i].x, v.x, constant.v[i].x)),
+                            fmaf(slope_g.v[i].y, u.y, fmaf(slope_y.v[i].y, v.y, constant.v[i].y))},
+                           T{});
+        }
+        g = dy;
+      });
+    }
+    if (a.affine || a.relu) {
+      const float* at_channel = table() + 3 * kTile.rows + threadIdx.x % (kTile.columns / 8) * 8;
+      Coefficients scale, shift;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scale.v[i] = {1, 1}, shift.v[i] = {};
+      if (a.affine) {
+        scale = reinterpret_cast<const Coefficients&>(at_channel[0]);
+        shift = reinterpret_cast<const Coefficients&>(at_channel[kTile.columns]);
+      }
+      for_each_input(tile, [&](int at, int64_t offset) {
+        if (offset < 0) return;
+        Vector& to = reinterpret_cast<Vector&>(shared[x_of(n) + at]);
+        Vector x = to;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 v = widen2(x.v[i]);
+          x.v[i] = round2({fmaf(scale.v[i].x, v.x, shift.v[i].x), fmaf(scale.v[i].y, v.y, shift.v[i].y)}, T{});
+          if (a.relu) x.v[i] = relu2(x.v[i]);
+        }
+        to = x;
+      });
+    }
+  }
+};
+
+// Adds the products of a tile. rows: the address of this lane's row of a fragment of dy; tap: the distance in
+// bytes of what a product reads in x.
+template <typename T, int kIndex>
+__device__ void multiply_tile(float (&acc)[kGradientTiles[kIndex].products()][kGradientTiles[kIndex].columns / 2],
+                              uint32_t rows, uint64_t input, const int (&tap)[kGradientTiles[kIndex].products()],
+                              int groups) {
+  constexpr GradientTile kTile = kGradientTiles[kIndex];
+  constexpr int kStepBytes = 16 * 16;
+  uint32_t dy[2][kTile.steps][4];
+  const auto load = [&](uint32_t (&to)[kTile.steps][4], int group) {
+#pragma unroll
+    for (int s = 0; s < kTile.steps; ++s)
+      ptx::ldmatrix_transposed<4>(to[s], rows + (group * kTile.steps + s) * kStepBytes);
+  };
+  const auto multiply = [&](const uint32_t (&by)[kTile.steps][4], int group) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < kTile.steps; ++s)
+#pragma unroll
+      for (int i = 0; i < kTile.products(); ++i)
+        ptx::wgmma_transposed(acc[i], by[s],
+                              ptx::advance_descriptor(input, tap[i] + (group * kTile.steps + s) * kStepBytes), T{});
+    ptx::wgmma_commit();
+  };
+  load(dy[0], 0);
+#pragma unroll 1
+  for (int group = 0; group < groups; group += 2) {
+    multiply(dy[0], group);
+    ptx::wgmma_wait<1>();  // the group before has read its fragments
+    load(dy[1], group + 1);
+    multiply(dy[1], group + 1);
+    ptx::wgmma_wait<1>();
+    if (group + 2 < groups) load(dy[0], group + 2);
+  }
+  ptx::wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kTile.products(); ++i) ptx::fence_accumulators(acc[i]);
+}
+
+// grad, y: [batch, out_height, out_width, out_channels]; x: [batch, height, width, channels]; coefficients: a, b,
+// constant and mean, [4, out_channels]; scale_shift: [2, channels]. y, coefficients and scale_shift are null where the
+// arguments say that they are not applied. partial: [splits, out_channels, 3, 3, channels]. A block of grid y `s` sums
+// the s-th share of the tiles.
+template <typename T, int kIndex>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    weight_gradient_kernel(const T* __restrict__ grad, const T* __restrict__ y, const float* __restrict__ coefficients,
+                           const T* __restrict__ x, const float* __restrict__ scale_shift, float* __restrict__ partial,
+                           const __grid_constant__ GradientArgs a) {
+#ifdef RESNET_FAST_WGMMA
+  constexpr GradientTile kTile = kGradientTiles[kIndex];
+  constexpr int kProducts = kTile.products();
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int column_block = static_cast<int>(blockIdx.x) % a.column_blocks;
+  const int row_block = static_cast<int>(blockIdx.x) / a.column_blocks;
+  const GradientTiles<T, kIndex> tiles = {
+      grad, y, coefficients, x, scale_shift, a, shared, row_block * kTile.rows, column_block * kTile.columns};
+  const int split = static_cast<int>(blockIdx.y);
+  const int begin = static_cast<int>(int64_t{a.tiles} * split / a.splits);
+  const int end = static_cast<int>(int64_t{a.tiles} * (split + 1) / a.splits);
+
+  tiles.prepare();
+#pragma unroll
+  for (int s = 0; s < kTile.stages - 1; ++s) {
+    if (begin + s < end) tiles.load(begin + s, s);
+    ptx::cp_async_commit();
+  }
+  __syncthreads();  // all see the coefficients
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
+  const int copy = warp * 16 / kTile.rows, plane = warp * 16 % kTile.rows / 8;
+  // This lane's row of a fragment: 8 channels of a position. The matrices are two planes of 8 positions, then of 8
+  // more.
+  const int distance = margin(kTile, a) - (tap_row(kTile, 1, 0, 0, copy) < 0 ? 0 : copy * a.shift);
+  const uint32_t memory = ptx::smem_address(shared);
+  const uint32_t lane_row =
+      memory + (plane + lane / 8 % 2) * gradient_plane_bytes(kTile, a) + (distance + lane / 16 * 8 + lane % 8) * 16;
+  const uint64_t input = ptx::transposed_descriptor(memory, input_plane_bytes(kTile, a), 128);
+  int tap[kProducts];  // bytes
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i)
+    tap[i] = 16 * tap_position(a.positions, a.pitch, a.stride, tap_row(kTile, a.stride, warpgroup, i, 0),
+                               tap_column(kTile, warpgroup, i));
+
+  float acc[kProducts][kTile.columns / 2];
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i)
+#pragma unroll
+    for (int j = 0; j < kTile.columns / 2; ++j) acc[i][j] = 0;
+
+  int stage = 0, next_stage = kTile.stages - 1;
+#pragma unroll 1
+  for (int tile = begin; tile < end; ++tile) {
+    ptx::cp_async_wait<kTile.stages - 2>();
+    tiles.prologue(tile, stage);
+    ptx::fence_async_proxy();  // this thread's copies and stores, for the wgmma of all
+    // All warps see the tile, and all have finished the products of the tile before.
+    __syncthreads();
+    if (tile + kTile.stages - 1 < end) tiles.load(tile + kTile.stages - 1, next_stage);
+    ptx::cp_async_commit();
+    multiply_tile<T, kIndex>(acc, lane_row + tiles.stage(stage), ptx::advance_descriptor(input, tiles.x_of(stage)), tap,
+                             a.groups);
+    if (++stage == kTile.stages) stage = 0;
+    if (++next_stage == kTile.stages) next_stage = 0;
+  }
+
+#pragma unroll
+  for (int i = 0; i < kProducts; ++i) {
+    const int r = tap_row(kTile, a.stride, warpgroup, i, copy), s = tap_column(kTile, warpgroup, i);
+    if (r < 0) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int k = tiles.row + plane * 8 + lane / 4 + 8 * half;
+      float* to = partial + ((int64_t{split} * a.out_channels + k) * 9 + r * 3 + s) * a.channels;
+#pragma unroll
+      for (int j = 0; j < kTile.columns / 8; ++j) {
+        const int c = tiles.column + 8 * j + lane % 4 * 2;
+        if (k < a.out_channels && c < a.channels)
+          *reinterpret_cast<float2*>(to + c) = {acc[i][4 * j + 2 * half], acc[i][4 * j + 2 * half + 1]};
+      }
+    }
+  }
+#else
+  __trap();  // not sm_90a: the launcher checks the architecture
+#endif
+}
+
+}  // namespace resnet_fast::cuda
