@@ -49,56 +49,67 @@ struct GradientTiles {
     return {down_image < a.out_height && image < a.batch ? image : -1, down_image, along};
   }
 
-  // Calls f with the offset of each vector in the planes of dy and in the tensor, -1 for zeros.
+  struct Start {
+    int line, column;  // where a tile begins
+  };
+  __device__ Start start_of(int tile) const {
+    const int line = tile * a.positions / a.pitch;
+    return {line, tile * a.positions - line * a.pitch};
+  }
+
+  // A thread takes one vector of dy and one of x a step.
+  static constexpr int kRowVectors = kTile.rows / 8, kColumnVectors = kTile.columns / 8;
+  static constexpr int kRowPositions = kGradientThreads / kRowVectors;
+  static constexpr int kColumnPositions = kGradientThreads / kColumnVectors;
+  __device__ int row_steps() const { return (a.positions + kRowPositions - 1) / kRowPositions; }
+  __device__ int column_steps() const {
+    return (halo_positions(a.positions, a.pitch, a.stride) + kColumnPositions - 1) / kColumnPositions;
+  }
+
+  // Calls f with the offsets of a step's vector in the planes of dy and in the tensor, -1 for zeros.
   template <typename F>
-  __device__ void for_each_gradient(int tile, F f) const {
-    constexpr int kVectors = kTile.rows / 8, kAtOnce = kGradientThreads / kVectors;
-    const int vector = threadIdx.x % kVectors, channel = row + vector * 8;
-    const int line = tile * a.positions / a.pitch, first = tile * a.positions - line * a.pitch;
-    const int plane = vector * gradient_plane_bytes(kTile, a) + margin(kTile, a) * 16;
-#pragma unroll 2
-    for (int p = threadIdx.x / kVectors; p < a.positions; p += kAtOnce) {
-      const Pixel at = pixel_behind(line, first + p);
-      const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
-      const bool zeros = at.image < 0 || channel >= a.out_channels;
-      f(plane + p * 16, zeros ? -1 : int64_t{pixel} * a.out_channels + channel);
-    }
+  __device__ void gradient_step(Start start, int step, F f) const {
+    const int vector = threadIdx.x % kRowVectors, channel = row + vector * 8;
+    const int p = threadIdx.x / kRowVectors + step * kRowPositions;
+    if (p >= a.positions) return;
+    const Pixel at = pixel_behind(start.line, start.column + p);
+    const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
+    const bool zeros = at.image < 0 || channel >= a.out_channels;
+    f(vector * gradient_plane_bytes(kTile, a) + (margin(kTile, a) + p) * 16,
+      zeros ? -1 : int64_t{pixel} * a.out_channels + channel);
   }
 
   // The same for x.
   template <typename F>
-  __device__ void for_each_input(int tile, F f) const {
-    constexpr int kVectors = kTile.columns / 8, kAtOnce = kGradientThreads / kVectors;
-    const int vector = threadIdx.x % kVectors, channel = column + vector * 8;
-    const int line = tile * a.positions / a.pitch, first = tile * a.positions - line * a.pitch;
-    const int positions = halo_positions(a.positions, a.pitch, a.stride), run = run_positions(a.positions, a.pitch);
-    const int plane = vector * input_plane_bytes(kTile, a);
-#pragma unroll 2
-    for (int p = threadIdx.x / kVectors; p < positions; p += kAtOnce) {
-      int position = p, row_of = 0, column_of = 0;  // parity of row and column
-      if (a.stride == 2) {
-        const int number = (p >= run) + (p >= 2 * run) + (p >= 3 * run);
-        position -= number * run, row_of = number / 2, column_of = number % 2;
-      }
-      const Pixel at = pixel_behind(line - 1, first + position - 1);
-      const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
-      const bool zeros = at.image < 0 || down >= a.height || along >= a.width || channel >= a.channels;
-      const int pixel = (at.image * a.height + down) * a.width + along;
-      f(plane + p * 16, zeros ? -1 : int64_t{pixel} * a.channels + channel);
+  __device__ void input_step(Start start, int step, F f) const {
+    const int vector = threadIdx.x % kColumnVectors, channel = column + vector * 8;
+    const int p = threadIdx.x / kColumnVectors + step * kColumnPositions;
+    if (p >= halo_positions(a.positions, a.pitch, a.stride)) return;
+    int position = p, row_of = 0, column_of = 0;  // parity of row and column
+    if (a.stride == 2) {
+      const int run = run_positions(a.positions, a.pitch);
+      const int number = (p >= run) + (p >= 2 * run) + (p >= 3 * run);
+      position -= number * run, row_of = number / 2, column_of = number % 2;
     }
+    const Pixel at = pixel_behind(start.line - 1, start.column + position - 1);
+    const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
+    const bool zeros = at.image < 0 || down >= a.height || along >= a.width || channel >= a.channels;
+    const int pixel = (at.image * a.height + down) * a.width + along;
+    f(vector * input_plane_bytes(kTile, a) + p * 16, zeros ? -1 : int64_t{pixel} * a.channels + channel);
   }
 
-  __device__ void load(int tile, int n) const {
+  __device__ void load_step(Start start, int n, int step) const {
     const uint32_t to = ptx::smem_address(shared);
     const auto copy = [&](int at, const T* tensor, int64_t offset) {
       ptx::cp_async(to + at, offset < 0 ? tensor : tensor + offset, offset < 0 ? 0 : 16);
     };
-    for_each_gradient(tile, [&](int at, int64_t offset) {
+    gradient_step(start, step, [&](int at, int64_t offset) {
       copy(stage(n) + at, grad, offset);
       if (a.batch_norm) copy(y_of(n) + at, y, offset);
     });
-    for_each_input(tile, [&](int at, int64_t offset) { copy(x_of(n) + at, x, offset); });
+    input_step(start, step, [&](int at, int64_t offset) { copy(x_of(n) + at, x, offset); });
   }
+  __device__ int load_steps() const { return max(row_steps(), column_steps()); }
 
   // Stores the channels' coefficients, and zeros where no tile does: beside dy for the shifted copies, and past x.
   __device__ void prepare() const {
@@ -147,12 +158,13 @@ struct GradientTiles {
 
   // Replaces grad by dy, and x by [relu](scale x + shift). Zeros stay.
   __device__ void prologue(int tile, int n) const {
+    const Start start = start_of(tile);
     if (a.batch_norm) {
       const float* at_channel = table() + threadIdx.x % (kTile.rows / 8) * 8;
       const auto slope_g = reinterpret_cast<const Coefficients&>(at_channel[0]);
       const auto slope_y = reinterpret_cast<const Coefficients&>(at_channel[kTile.rows]);
       const auto constant = reinterpret_cast<const Coefficients&>(at_channel[2 * kTile.rows]);
-      for_each_gradient(tile, [&](int at, int64_t offset) {
+      const auto apply = [&](int at, int64_t offset) {
         if (offset < 0) return;
         Vector& g = reinterpret_cast<Vector&>(shared[stage(n) + at]);
         const Vector y = reinterpret_cast<const Vector&>(shared[y_of(n) + at]);
@@ -165,7 +177,9 @@ struct GradientTiles {
                            T{});
         }
         g = dy;
-      });
+      };
+#pragma unroll 2
+      for (int step = 0; step < row_steps(); ++step) gradient_step(start, step, apply);
     }
     if (a.affine || a.relu) {
       const float* at_channel = table() + 3 * kTile.rows + threadIdx.x % (kTile.columns / 8) * 8;
@@ -176,7 +190,7 @@ struct GradientTiles {
         scale = reinterpret_cast<const Coefficients&>(at_channel[0]);
         shift = reinterpret_cast<const Coefficients&>(at_channel[kTile.columns]);
       }
-      for_each_input(tile, [&](int at, int64_t offset) {
+      const auto apply = [&](int at, int64_t offset) {
         if (offset < 0) return;
         Vector& to = reinterpret_cast<Vector&>(shared[x_of(n) + at]);
         Vector x = to;
@@ -187,17 +201,19 @@ struct GradientTiles {
           if (a.relu) x.v[i] = relu2(x.v[i]);
         }
         to = x;
-      });
+      };
+#pragma unroll 2
+      for (int step = 0; step < column_steps(); ++step) input_step(start, step, apply);
     }
   }
 };
 
-// Adds the products of a tile. rows: the address of this lane's row of a fragment of dy; tap: the distance in
-// bytes of what a product reads in x.
-template <typename T, int kIndex>
+// Adds the products of a tile. rows: the address of this lane's row of a fragment of dy; tap: the distance in bytes of
+// what a product reads in x; between: called for each group, while its products run.
+template <typename T, int kIndex, typename F>
 __device__ void multiply_tile(float (&acc)[kGradientTiles[kIndex].products()][kGradientTiles[kIndex].columns / 2],
                               uint32_t rows, uint64_t input, const int (&tap)[kGradientTiles[kIndex].products()],
-                              int groups) {
+                              int groups, F between) {
   constexpr GradientTile kTile = kGradientTiles[kIndex];
   constexpr int kStepBytes = 16 * 16;
   uint32_t dy[2][kTile.steps][4];
@@ -220,9 +236,11 @@ __device__ void multiply_tile(float (&acc)[kGradientTiles[kIndex].products()][kG
 #pragma unroll 1
   for (int group = 0; group < groups; group += 2) {
     multiply(dy[0], group);
+    between(group);
     ptx::wgmma_wait<1>();  // the group before has read its fragments
     load(dy[1], group + 1);
     multiply(dy[1], group + 1);
+    between(group + 1);
     ptx::wgmma_wait<1>();
     if (group + 2 < groups) load(dy[0], group + 2);
   }
@@ -255,7 +273,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   tiles.prepare();
 #pragma unroll
   for (int s = 0; s < kTile.stages - 1; ++s) {
-    if (begin + s < end) tiles.load(begin + s, s);
+    if (begin + s < end)
+      for (int step = 0; step < tiles.load_steps(); ++step) tiles.load_step(tiles.start_of(begin + s), s, step);
     ptx::cp_async_commit();
   }
   __syncthreads();  // all see the coefficients
@@ -289,10 +308,14 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     ptx::fence_async_proxy();  // this thread's copies and stores, for the wgmma of all
     // All warps see the tile, and all have finished the products of the tile before.
     __syncthreads();
-    if (tile + kTile.stages - 1 < end) tiles.load(tile + kTile.stages - 1, next_stage);
-    ptx::cp_async_commit();
+    const int ahead = tile + kTile.stages - 1, steps = ahead < end ? tiles.load_steps() : 0;
+    const auto start = tiles.start_of(ahead);
     multiply_tile<T, kIndex>(acc, lane_row + tiles.stage(stage), ptx::advance_descriptor(input, tiles.x_of(stage)), tap,
-                             a.groups);
+                             a.groups, [&](int group) {
+                               if (group < steps) tiles.load_step(start, next_stage, group);
+                             });
+    for (int step = a.groups; step < steps; ++step) tiles.load_step(start, next_stage, step);
+    ptx::cp_async_commit();
     if (++stage == kTile.stages) stage = 0;
     if (++next_stage == kTile.stages) next_stage = 0;
   }
