@@ -62,8 +62,7 @@ std::vector<int64_t> weight_gradient_plan(int64_t tile, const std::vector<int64_
   RESNET_FAST_CHECK(a.positions >= 1, "weight_gradient: positions is ", a.positions, ", want at least 1");
   if (!cuda::supports(t, a)) return {};
   const GradientPlan plan = cuda::plan_gradient(t, a);
-  if (plan.args.splits != a.splits || a.splits > 65535 || plan.shared > cuda::kMaxShared || plan.blocks > INT32_MAX)
-    return {};
+  if (!plan.fits || plan.args.splits != a.splits || a.splits > 65535 || plan.blocks > INT32_MAX) return {};
   std::vector<int64_t> out = {plan.blocks, cuda::kGradientThreads, plan.shared, plan.partial_floats, 0};
   uint32_t fields[kGradientArgs];
   std::memcpy(fields, &plan.args, sizeof fields);
@@ -81,6 +80,7 @@ void weight_gradient_launch(const Tensor& grad, const std::optional<Tensor>& y,
   RESNET_FAST_CHECK(cuda::supports(t, given), "weight_gradient: tile ", tile, " cannot compute this convolution");
   const GradientPlan plan = cuda::plan_gradient(t, given);
   const GradientArgs& a = plan.args;
+  RESNET_FAST_CHECK(plan.fits, "weight_gradient: tile ", tile, " does not hold ", a.positions, " positions");
   const auto holds = [&](const char* name, const Tensor& tensor, ScalarType dtype, int64_t elements) {
     RESNET_FAST_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "weight_gradient: ", name,
                       " is not on the device that x is on");

@@ -57,59 +57,61 @@ struct GradientTiles {
     return {line, tile * a.positions - line * a.pitch};
   }
 
-  // A thread takes one vector of dy and one of x a step.
+  // A thread takes a vector of dy and one of x a step.
   static constexpr int kRowVectors = kTile.rows / 8, kColumnVectors = kTile.columns / 8;
   static constexpr int kRowPositions = kGradientThreads / kRowVectors;
   static constexpr int kColumnPositions = kGradientThreads / kColumnVectors;
-  __device__ int row_steps() const { return (a.positions + kRowPositions - 1) / kRowPositions; }
-  __device__ int column_steps() const {
-    return (halo_positions(a.positions, a.pitch, a.stride) + kColumnPositions - 1) / kColumnPositions;
+
+  // Offsets of the first vectors in the planes.
+  __device__ int row_vector() const {
+    return threadIdx.x % kRowVectors * gradient_plane_bytes(kTile, a) +
+           (margin(kTile, a) + threadIdx.x / kRowVectors) * 16;
+  }
+  __device__ int column_vector() const {
+    return threadIdx.x % kColumnVectors * input_plane_bytes(kTile, a) + threadIdx.x / kColumnVectors * 16;
   }
 
-  // Calls f with the offsets of a step's vector in the planes of dy and in the tensor, -1 for zeros.
-  template <typename F>
-  __device__ void gradient_step(Start start, int step, F f) const {
-    const int vector = threadIdx.x % kRowVectors, channel = row + vector * 8;
-    const int p = threadIdx.x / kRowVectors + step * kRowPositions;
-    if (p >= a.positions) return;
-    const Pixel at = pixel_behind(start.line, start.column + p);
-    const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
-    const bool zeros = at.image < 0 || channel >= a.out_channels;
-    f(vector * gradient_plane_bytes(kTile, a) + (margin(kTile, a) + p) * 16,
-      zeros ? -1 : int64_t{pixel} * a.out_channels + channel);
-  }
+  // A bit a step: whether the vector is one of the tensor. The others are zeros, before the prologue and behind it.
+  struct Valid {
+    uint32_t rows, columns;
+  };
 
-  // The same for x.
-  template <typename F>
-  __device__ void input_step(Start start, int step, F f) const {
-    const int vector = threadIdx.x % kColumnVectors, channel = column + vector * 8;
-    const int p = threadIdx.x / kColumnVectors + step * kColumnPositions;
-    if (p >= halo_positions(a.positions, a.pitch, a.stride)) return;
-    int position = p, row_of = 0, column_of = 0;  // parity of row and column
-    if (a.stride == 2) {
-      const int run = run_positions(a.positions, a.pitch);
-      const int number = (p >= run) + (p >= 2 * run) + (p >= 3 * run);
-      position -= number * run, row_of = number / 2, column_of = number % 2;
+  __device__ void load_step(Start start, int n, int step, Valid& valid) const {
+    const uint32_t to = ptx::smem_address(shared) + stage(n);
+    if (const int p = threadIdx.x / kRowVectors + step * kRowPositions; p < a.positions) {
+      const int channel = row + threadIdx.x % kRowVectors * 8;
+      const Pixel at = pixel_behind(start.line, start.column + p);
+      const bool inside = at.image >= 0 && channel < a.out_channels;
+      const int pixel = inside ? (at.image * a.out_height + at.row) * a.out_width + at.column : 0;
+      const int64_t offset = int64_t{pixel} * a.out_channels + (inside ? channel : 0);
+      const uint32_t planes = to + row_vector() + step * kRowPositions * 16;
+      ptx::cp_async(planes, grad + offset, inside ? 16 : 0);
+      if (a.batch_norm) ptx::cp_async(planes + gradient_bytes(kTile, a), y + offset, inside ? 16 : 0);
+      valid.rows |= static_cast<uint32_t>(inside) << step;
     }
-    const Pixel at = pixel_behind(start.line - 1, start.column + position - 1);
-    const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
-    const bool zeros = at.image < 0 || down >= a.height || along >= a.width || channel >= a.channels;
-    const int pixel = (at.image * a.height + down) * a.width + along;
-    f(vector * input_plane_bytes(kTile, a) + p * 16, zeros ? -1 : int64_t{pixel} * a.channels + channel);
+    const int positions = halo_positions(a.positions, a.pitch, a.stride);
+    if (const int p = threadIdx.x / kColumnVectors + step * kColumnPositions; p < positions) {
+      int position = p, row_of = 0, column_of = 0;  // parity of row and column
+      if (a.stride == 2) {
+        const int run = run_positions(a.positions, a.pitch);
+        const int number = (p >= run) + (p >= 2 * run) + (p >= 3 * run);
+        position -= number * run, row_of = number / 2, column_of = number % 2;
+      }
+      const int channel = column + threadIdx.x % kColumnVectors * 8;
+      const Pixel at = pixel_behind(start.line - 1, start.column + position - 1);
+      const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
+      const bool inside = at.image >= 0 && down < a.height && along < a.width && channel < a.channels;
+      const int pixel = inside ? (at.image * a.height + down) * a.width + along : 0;
+      const int64_t offset = int64_t{pixel} * a.channels + (inside ? channel : 0);
+      ptx::cp_async(to + x_of(0) - stage(0) + column_vector() + step * kColumnPositions * 16, x + offset,
+                    inside ? 16 : 0);
+      valid.columns |= static_cast<uint32_t>(inside) << step;
+    }
   }
+  __device__ int load_steps() const { return max(row_steps(kTile, a), column_steps(kTile, a)); }
 
-  __device__ void load_step(Start start, int n, int step) const {
-    const uint32_t to = ptx::smem_address(shared);
-    const auto copy = [&](int at, const T* tensor, int64_t offset) {
-      ptx::cp_async(to + at, offset < 0 ? tensor : tensor + offset, offset < 0 ? 0 : 16);
-    };
-    gradient_step(start, step, [&](int at, int64_t offset) {
-      copy(stage(n) + at, grad, offset);
-      if (a.batch_norm) copy(y_of(n) + at, y, offset);
-    });
-    input_step(start, step, [&](int at, int64_t offset) { copy(x_of(n) + at, x, offset); });
-  }
-  __device__ int load_steps() const { return max(row_steps(), column_steps()); }
+  // Where the table holds channel i: of all vectors the first halves, then the second ones, free of bank conflicts.
+  __device__ static int table_place(int i, int channels) { return i / 4 % 2 * (channels / 2) + i / 8 * 4 + i % 4; }
 
   // Stores the channels' coefficients, and zeros where no tile does: beside dy for the shifted copies, and past x.
   __device__ void prepare() const {
@@ -119,17 +121,21 @@ struct GradientTiles {
         const int k = row + i;
         const bool inside = k < a.out_channels;
         const float slope = inside ? coefficients[a.out_channels + k] : 0;
-        to[i] = inside ? coefficients[k] : 0;
-        to[kTile.rows + i] = slope;
+        const int at = table_place(i, kTile.rows);
+        to[at] = inside ? coefficients[k] : 0;
+        to[kTile.rows + at] = slope;
         // Rounded to float32, far below the rounding of y to 16 bits.
-        to[2 * kTile.rows + i] =
+        to[2 * kTile.rows + at] =
             inside ? fmaf(-slope, coefficients[3 * a.out_channels + k], coefficients[2 * a.out_channels + k]) : 0;
       }
     to += 3 * kTile.rows;
-    if (a.affine)
+    if (a.affine || a.relu)
       for (int i = threadIdx.x; i < 2 * kTile.columns; i += kGradientThreads) {
         const int c = column + i % kTile.columns;
-        to[i] = c < a.channels ? scale_shift[i / kTile.columns * a.channels + c] : 0;
+        to[i / kTile.columns * kTile.columns + table_place(i % kTile.columns, kTile.columns)] =
+            !a.affine        ? i < kTile.columns
+            : c < a.channels ? scale_shift[i / kTile.columns * a.channels + c]
+                             : 0;
       }
     const auto clear = [&](int plane, int vectors) {
       for (int i = threadIdx.x; i < vectors; i += kGradientThreads)
@@ -149,61 +155,60 @@ struct GradientTiles {
     }
   }
 
-  struct alignas(16) Vector {
-    vec2_of<T> v[4];
-  };
-  struct alignas(16) Coefficients {
-    float2 v[4];
+  // Of a vector's channels, from the table.
+  struct Coefficients {
+    float v[8];
+    __device__ Coefficients(const float* at, int vector, int channels) {
+      const float4 halves[2] = {reinterpret_cast<const float4*>(at)[vector],
+                                reinterpret_cast<const float4*>(at + channels / 2)[vector]};
+      v[0] = halves[0].x, v[1] = halves[0].y, v[2] = halves[0].z, v[3] = halves[0].w;
+      v[4] = halves[1].x, v[5] = halves[1].y, v[6] = halves[1].z, v[7] = halves[1].w;
+    }
   };
 
-  // Replaces grad by dy, and x by [relu](scale x + shift). Zeros stay.
-  __device__ void prologue(int tile, int n) const {
-    const Start start = start_of(tile);
+  __device__ static float2 pair(uint32_t bits) { return widen2(reinterpret_cast<const vec2_of<T>&>(bits)); }
+
+  // Replaces grad by dy, and x by [relu](scale x + shift).
+  __device__ void prologue(int n, Valid valid) const {
     if (a.batch_norm) {
-      const float* at_channel = table() + threadIdx.x % (kTile.rows / 8) * 8;
-      const auto slope_g = reinterpret_cast<const Coefficients&>(at_channel[0]);
-      const auto slope_y = reinterpret_cast<const Coefficients&>(at_channel[kTile.rows]);
-      const auto constant = reinterpret_cast<const Coefficients&>(at_channel[2 * kTile.rows]);
-      const auto apply = [&](int at, int64_t offset) {
-        if (offset < 0) return;
-        Vector& g = reinterpret_cast<Vector&>(shared[stage(n) + at]);
-        const Vector y = reinterpret_cast<const Vector&>(shared[y_of(n) + at]);
-        Vector dy = g;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 u = widen2(dy.v[i]), v = widen2(y.v[i]);
-          dy.v[i] = round2({fmaf(slope_g.v[i].x, u.x, fmaf(slope_y.v[i].x, v.x, constant.v[i].x)),
-                            fmaf(slope_g.v[i].y, u.y, fmaf(slope_y.v[i].y, v.y, constant.v[i].y))},
-                           T{});
-        }
-        g = dy;
-      };
+      const int vector = threadIdx.x % kRowVectors;
+      const Coefficients slope_g(table(), vector, kTile.rows), slope_y(table() + kTile.rows, vector, kTile.rows);
+      const Coefficients constant(table() + 2 * kTile.rows, vector, kTile.rows);
+      unsigned char* to = shared + stage(n) + row_vector();
 #pragma unroll 2
-      for (int step = 0; step < row_steps(); ++step) gradient_step(start, step, apply);
+      for (uint32_t left = valid.rows; left != 0; left >>= 1, to += kRowPositions * 16) {
+        if (left % 2 == 0) continue;
+        uint4 g = *reinterpret_cast<const uint4*>(to);
+        const uint4 y_vector = *reinterpret_cast<const uint4*>(to + gradient_bytes(kTile, a));
+        const auto apply = [&](uint32_t& bits, uint32_t y_bits, int i) {
+          const float2 u = pair(bits), v = pair(y_bits);
+          bits = narrow2(fmaf(slope_g.v[i], u.x, fmaf(slope_y.v[i], v.x, constant.v[i])),
+                         fmaf(slope_g.v[i + 1], u.y, fmaf(slope_y.v[i + 1], v.y, constant.v[i + 1])), T{});
+        };
+        apply(g.x, y_vector.x, 0), apply(g.y, y_vector.y, 2), apply(g.z, y_vector.z, 4), apply(g.w, y_vector.w, 6);
+        *reinterpret_cast<uint4*>(to) = g;
+      }
     }
     if (a.affine || a.relu) {
-      const float* at_channel = table() + 3 * kTile.rows + threadIdx.x % (kTile.columns / 8) * 8;
-      Coefficients scale, shift;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scale.v[i] = {1, 1}, shift.v[i] = {};
-      if (a.affine) {
-        scale = reinterpret_cast<const Coefficients&>(at_channel[0]);
-        shift = reinterpret_cast<const Coefficients&>(at_channel[kTile.columns]);
-      }
-      const auto apply = [&](int at, int64_t offset) {
-        if (offset < 0) return;
-        Vector& to = reinterpret_cast<Vector&>(shared[x_of(n) + at]);
-        Vector x = to;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 v = widen2(x.v[i]);
-          x.v[i] = round2({fmaf(scale.v[i].x, v.x, shift.v[i].x), fmaf(scale.v[i].y, v.y, shift.v[i].y)}, T{});
-          if (a.relu) x.v[i] = relu2(x.v[i]);
-        }
-        to = x;
-      };
+      const int vector = threadIdx.x % kColumnVectors;
+      const float* at = table() + 3 * kTile.rows;
+      const Coefficients scale(at, vector, kTile.columns), shift(at + kTile.columns, vector, kTile.columns);
+      unsigned char* to = shared + x_of(n) + column_vector();
 #pragma unroll 2
-      for (int step = 0; step < column_steps(); ++step) input_step(start, step, apply);
+      for (uint32_t left = valid.columns; left != 0; left >>= 1, to += kColumnPositions * 16) {
+        if (left % 2 == 0) continue;
+        uint4 v = *reinterpret_cast<const uint4*>(to);
+        const auto apply = [&](uint32_t& bits, int i) {
+          const float2 u = pair(bits);
+          bits = narrow2(fmaf(scale.v[i], u.x, shift.v[i]), fmaf(scale.v[i + 1], u.y, shift.v[i + 1]), T{});
+          if (a.relu) {
+            const vec2_of<T> z = relu2(reinterpret_cast<const vec2_of<T>&>(bits));
+            bits = reinterpret_cast<const uint32_t&>(z);
+          }
+        };
+        apply(v.x, 0), apply(v.y, 2), apply(v.z, 4), apply(v.w, 6);
+        *reinterpret_cast<uint4*>(to) = v;
+      }
     }
   }
 };
@@ -271,10 +276,12 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const int end = static_cast<int>(int64_t{a.tiles} * (split + 1) / a.splits);
 
   tiles.prepare();
+  const int load_steps = tiles.load_steps();
+  typename GradientTiles<T, kIndex>::Valid valid[kTile.stages - 1] = {};
 #pragma unroll
   for (int s = 0; s < kTile.stages - 1; ++s) {
     if (begin + s < end)
-      for (int step = 0; step < tiles.load_steps(); ++step) tiles.load_step(tiles.start_of(begin + s), s, step);
+      for (int step = 0; step < load_steps; ++step) tiles.load_step(tiles.start_of(begin + s), s, step, valid[s]);
     ptx::cp_async_commit();
   }
   __syncthreads();  // all see the coefficients
@@ -304,18 +311,22 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 #pragma unroll 1
   for (int tile = begin; tile < end; ++tile) {
     ptx::cp_async_wait<kTile.stages - 2>();
-    tiles.prologue(tile, stage);
+    tiles.prologue(stage, valid[0]);
     ptx::fence_async_proxy();  // this thread's copies and stores, for the wgmma of all
     // All warps see the tile, and all have finished the products of the tile before.
     __syncthreads();
-    const int ahead = tile + kTile.stages - 1, steps = ahead < end ? tiles.load_steps() : 0;
+    const int ahead = tile + kTile.stages - 1, steps = ahead < end ? load_steps : 0;
     const auto start = tiles.start_of(ahead);
+    typename GradientTiles<T, kIndex>::Valid loaded = {};
     multiply_tile<T, kIndex>(acc, lane_row + tiles.stage(stage), ptx::advance_descriptor(input, tiles.x_of(stage)), tap,
                              a.groups, [&](int group) {
-                               if (group < steps) tiles.load_step(start, next_stage, group);
+                               if (group < steps) tiles.load_step(start, next_stage, group, loaded);
                              });
-    for (int step = a.groups; step < steps; ++step) tiles.load_step(start, next_stage, step);
+    for (int step = a.groups; step < steps; ++step) tiles.load_step(start, next_stage, step, loaded);
     ptx::cp_async_commit();
+#pragma unroll
+    for (int s = 0; s + 2 < kTile.stages; ++s) valid[s] = valid[s + 1];
+    valid[kTile.stages - 2] = loaded;
     if (++stage == kTile.stages) stage = 0;
     if (++next_stage == kTile.stages) next_stage = 0;
   }

@@ -56,6 +56,7 @@ struct GradientPlan {
   int64_t blocks;  // grid x; y is splits
   int shared;
   int64_t partial_floats;
+  bool fits;  // shared memory and masks
 };
 
 // Positions between the first copy of the rows and the last that is of use: zeros as many stand on both sides of dy.
@@ -73,17 +74,19 @@ constexpr int tap_row(GradientTile t, int stride, int warpgroup, int product, in
 }
 constexpr int tap_column(GradientTile t, int warpgroup, int product) { return t.copies() == 1 ? product : warpgroup; }
 
-// Bytes of 8 channels of a tile of dy, and of x: odd multiples of 16, so that vectors of one pixel, which adjacent
-// threads store, fall into different banks. Two copies read the lone row of taps a line past the halo.
+// Bytes of a plane of `positions`, one of `planes`. Adjacent threads store to all planes of a position, then of the
+// next: 8 of them to different banks.
+constexpr int plane_of(int positions, int planes) { return (positions + 7) / 8 * 128 + 128 / planes; }
 constexpr int gradient_plane_bytes(GradientTile t, const GradientArgs& a) {
-  return (a.positions + 2 * margin(t, a) + 7) / 8 * 128 + 16;
+  return plane_of(a.positions + 2 * margin(t, a), t.rows / 8);
 }
+// Two copies read the lone row of taps a line past the halo.
 constexpr int input_positions(GradientTile t, const GradientArgs& a) {
   const int past = t.copies() == 2 && a.stride == 1 ? a.shift : 0;
   return halo_positions(a.positions, a.pitch, a.stride) + past;
 }
 constexpr int input_plane_bytes(GradientTile t, const GradientArgs& a) {
-  return (input_positions(t, a) + 7) / 8 * 128 + 16;
+  return plane_of(input_positions(t, a), t.columns / 8);
 }
 // A stage is the planes of dy, those of y where dy is computed from it, and those of x.
 constexpr int gradient_bytes(GradientTile t, const GradientArgs& a) { return t.rows / 8 * gradient_plane_bytes(t, a); }
@@ -95,6 +98,17 @@ constexpr int table_floats(GradientTile t) { return 3 * t.rows + 2 * t.columns; 
 constexpr int gradient_shared_bytes(GradientTile t, const GradientArgs& a) {
   return 4 * table_floats(t) + t.stages * stage_bytes(t, a);
 }
+
+// A thread copies a vector of dy and one of x a step. Masks of 32 bits tell which vectors are no zeros.
+constexpr int row_steps(GradientTile t, const GradientArgs& a) {
+  const int at_once = kGradientThreads / (t.rows / 8);
+  return (a.positions + at_once - 1) / at_once;
+}
+constexpr int column_steps(GradientTile t, const GradientArgs& a) {
+  const int at_once = kGradientThreads / (t.columns / 8);
+  return (halo_positions(a.positions, a.pitch, a.stride) + at_once - 1) / at_once;
+}
+constexpr int kMostSteps = 32;
 
 // Whether a tile can compute the weight gradient of a 3x3 convolution of padding 1, stride 1 or 2, with 16-bit elements
 // and aligned operands. The last bounds keep division by multiplication exact and numbers of positions below 2^31.
@@ -123,7 +137,9 @@ constexpr GradientPlan plan_gradient(GradientTile t, GradientArgs a) {
   a.pitch_inverse = inverse_of(static_cast<uint32_t>(a.pitch));
   a.height_inverse = inverse_of(static_cast<uint32_t>(a.out_height + 1));
   const int64_t blocks = int64_t{a.column_blocks} * ((a.out_channels + t.rows - 1) / t.rows);
-  return {a, blocks, gradient_shared_bytes(t, a), int64_t{a.splits} * a.out_channels * 9 * a.channels};
+  const int shared = gradient_shared_bytes(t, a);
+  const bool fits = shared <= kMaxShared && row_steps(t, a) <= kMostSteps && column_steps(t, a) <= kMostSteps;
+  return {a, blocks, shared, int64_t{a.splits} * a.out_channels * 9 * a.channels, fits};
 }
 
 }  // namespace resnet_fast::cuda
