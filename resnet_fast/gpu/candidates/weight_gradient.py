@@ -78,7 +78,7 @@ def plan(layer: Layer, config: GradientConfig, affine: bool = True, batch_norm: 
     if not computes(layer):
         return None
     sizes = (layer.batch, layer.height, layer.width, layer.channels, layer.out_channels, layer.stride[0])
-    args = [*sizes, int(affine), int(layer.relu), int(batch_norm), config.positions, config.splits, *([0] * 9)]
+    args = [*sizes, int(affine), int(layer.relu), int(batch_norm), config.positions, config.splits, *([0] * 17)]
     return Plan.of(torch.ops.resnet_fast.weight_gradient_plan(config.gradient, args))
 
 

@@ -77,8 +77,8 @@ def test_positions_of_a_tile():
             fields = [f for f in _FIELDS.split()]
             a = dict(zip(fields, plan(layer, config).args, strict=True))
             tile = tiles()[config.gradient]
-            copies = {64: 0, 32: 1, 16: 2}[tile.rows]
-            assert a["positions"] + copies * a["shift"] == a["groups"] * 16 * tile.steps
+            assert a["margin"] == a["shift"] * {64: 0, 32: 1, 16: 2}[tile.rows]
+            assert a["positions"] + a["margin"] == a["groups"] * 16 * tile.steps
             assert a["groups"] % 2 == 0
             lines = layer.batch * (a["out_height"] + 1)
             assert a["tiles"] * a["positions"] >= lines * a["pitch"] > (a["tiles"] - 1) * a["positions"]
@@ -91,7 +91,8 @@ def test_positions_of_a_tile():
 
 
 _FIELDS = "batch height width channels out_channels stride affine relu batch_norm positions splits out_height out_width "
-_FIELDS += "pitch tiles shift groups column_blocks pitch_inverse height_inverse"
+_FIELDS += "pitch tiles shift groups column_blocks margin halo run row_plane column_plane y_at x_at stage pitch_inverse "
+_FIELDS += "height_inverse"
 
 
 def test_a_choice_is_kept(tmp_path):

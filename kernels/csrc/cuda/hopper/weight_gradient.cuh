@@ -32,18 +32,17 @@ struct GradientTiles {
 
   __device__ float* table() const { return reinterpret_cast<float*>(shared); }
   // Offsets in shared memory.
-  __device__ int stage(int n) const { return 4 * table_floats(kTile) + n * stage_bytes(kTile, a); }
-  __device__ int y_of(int n) const { return stage(n) + gradient_bytes(kTile, a); }
-  __device__ int x_of(int n) const { return y_of(n) + (a.batch_norm ? gradient_bytes(kTile, a) : 0); }
+  __device__ int stage(int n) const { return 4 * table_floats(kTile) + n * a.stage; }
+  __device__ int x_of(int n) const { return stage(n) + a.x_at; }
 
   struct Pixel {
     int image, row, column;  // image -1: zeros
   };
-  // The output pixel `distance` positions behind the first of `line`.
+  // The output pixel `distance` >= 0 positions behind the first of `line`.
   __device__ Pixel pixel_behind(int line, int distance) const {
     const int down = static_cast<int>(__umulhi(static_cast<uint32_t>(distance), a.pitch_inverse));
     const int at = line + down, along = distance - down * a.pitch;
-    if (distance < 0 || at < 0 || along >= a.out_width) return {-1, 0, 0};
+    if (at < 0 || along >= a.out_width) return {-1, 0, 0};
     const int image = static_cast<int>(__umulhi(static_cast<uint32_t>(at), a.height_inverse));
     const int down_image = at - image * (a.out_height + 1);
     return {down_image < a.out_height && image < a.batch ? image : -1, down_image, along};
@@ -64,11 +63,10 @@ struct GradientTiles {
 
   // Offsets of the first vectors in the planes.
   __device__ int row_vector() const {
-    return threadIdx.x % kRowVectors * gradient_plane_bytes(kTile, a) +
-           (margin(kTile, a) + threadIdx.x / kRowVectors) * 16;
+    return threadIdx.x % kRowVectors * a.row_plane + (a.margin + threadIdx.x / kRowVectors) * 16;
   }
   __device__ int column_vector() const {
-    return threadIdx.x % kColumnVectors * input_plane_bytes(kTile, a) + threadIdx.x / kColumnVectors * 16;
+    return threadIdx.x % kColumnVectors * a.column_plane + threadIdx.x / kColumnVectors * 16;
   }
 
   // A bit a step: whether the vector is one of the tensor. The others are zeros, before the prologue and behind it.
@@ -86,29 +84,25 @@ struct GradientTiles {
       const int64_t offset = int64_t{pixel} * a.out_channels + (inside ? channel : 0);
       const uint32_t planes = to + row_vector() + step * kRowPositions * 16;
       ptx::cp_async(planes, grad + offset, inside ? 16 : 0);
-      if (a.batch_norm) ptx::cp_async(planes + gradient_bytes(kTile, a), y + offset, inside ? 16 : 0);
+      if (a.batch_norm) ptx::cp_async(planes + a.y_at, y + offset, inside ? 16 : 0);
       valid.rows |= static_cast<uint32_t>(inside) << step;
     }
-    const int positions = halo_positions(a.positions, a.pitch, a.stride);
-    if (const int p = threadIdx.x / kColumnVectors + step * kColumnPositions; p < positions) {
+    if (const int p = threadIdx.x / kColumnVectors + step * kColumnPositions; p < a.halo) {
       int position = p, row_of = 0, column_of = 0;  // parity of row and column
       if (a.stride == 2) {
-        const int run = run_positions(a.positions, a.pitch);
-        const int number = (p >= run) + (p >= 2 * run) + (p >= 3 * run);
-        position -= number * run, row_of = number / 2, column_of = number % 2;
+        const int number = (p >= a.run) + (p >= 2 * a.run) + (p >= 3 * a.run);
+        position -= number * a.run, row_of = number / 2, column_of = number % 2;
       }
       const int channel = column + threadIdx.x % kColumnVectors * 8;
-      const Pixel at = pixel_behind(start.line - 1, start.column + position - 1);
+      const Pixel at = pixel_behind(start.line - 2, start.column + position + a.pitch - 1);
       const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
       const bool inside = at.image >= 0 && down < a.height && along < a.width && channel < a.channels;
       const int pixel = inside ? (at.image * a.height + down) * a.width + along : 0;
       const int64_t offset = int64_t{pixel} * a.channels + (inside ? channel : 0);
-      ptx::cp_async(to + x_of(0) - stage(0) + column_vector() + step * kColumnPositions * 16, x + offset,
-                    inside ? 16 : 0);
+      ptx::cp_async(to + a.x_at + column_vector() + step * kColumnPositions * 16, x + offset, inside ? 16 : 0);
       valid.columns |= static_cast<uint32_t>(inside) << step;
     }
   }
-  __device__ int load_steps() const { return max(row_steps(kTile, a), column_steps(kTile, a)); }
 
   // Where the table holds channel i: of all vectors the first halves, then the second ones, free of bank conflicts.
   __device__ static int table_place(int i, int channels) { return i / 4 % 2 * (channels / 2) + i / 8 * 4 + i % 4; }
@@ -141,17 +135,16 @@ struct GradientTiles {
       for (int i = threadIdx.x; i < vectors; i += kGradientThreads)
         *reinterpret_cast<float4*>(shared + plane + i * 16) = {};
     };
-    const int beside = margin(kTile, a), loaded = halo_positions(a.positions, a.pitch, a.stride);
-    if (beside == 0) return;
+    if (a.margin == 0) return;
 #pragma unroll 1
     for (int n = 0; n < kTile.stages; ++n) {
       for (int v = 0; v < kTile.rows / 8; ++v) {
-        const int plane = stage(n) + v * gradient_plane_bytes(kTile, a);
-        clear(plane, beside);
-        clear(plane + (beside + a.positions) * 16, beside);
+        const int plane = stage(n) + v * a.row_plane;
+        clear(plane, a.margin);
+        clear(plane + (a.margin + a.positions) * 16, a.margin);
       }
       for (int v = 0; v < kTile.columns / 8; ++v)
-        clear(x_of(n) + v * input_plane_bytes(kTile, a) + loaded * 16, input_positions(kTile, a) - loaded);
+        clear(x_of(n) + v * a.column_plane + a.halo * 16, past_halo(kTile, a));
     }
   }
 
@@ -179,7 +172,7 @@ struct GradientTiles {
       for (uint32_t left = valid.rows; left != 0; left >>= 1, to += kRowPositions * 16) {
         if (left % 2 == 0) continue;
         uint4 g = *reinterpret_cast<const uint4*>(to);
-        const uint4 y_vector = *reinterpret_cast<const uint4*>(to + gradient_bytes(kTile, a));
+        const uint4 y_vector = *reinterpret_cast<const uint4*>(to + a.y_at);
         const auto apply = [&](uint32_t& bits, uint32_t y_bits, int i) {
           const float2 u = pair(bits), v = pair(y_bits);
           bits = narrow2(fmaf(slope_g.v[i], u.x, fmaf(slope_y.v[i], v.x, constant.v[i])),
@@ -276,12 +269,12 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const int end = static_cast<int>(int64_t{a.tiles} * (split + 1) / a.splits);
 
   tiles.prepare();
-  const int load_steps = tiles.load_steps();
+  const int every = load_steps(kTile, a);
   typename GradientTiles<T, kIndex>::Valid valid[kTile.stages - 1] = {};
 #pragma unroll
   for (int s = 0; s < kTile.stages - 1; ++s) {
     if (begin + s < end)
-      for (int step = 0; step < load_steps; ++step) tiles.load_step(tiles.start_of(begin + s), s, step, valid[s]);
+      for (int step = 0; step < every; ++step) tiles.load_step(tiles.start_of(begin + s), s, step, valid[s]);
     ptx::cp_async_commit();
   }
   __syncthreads();  // all see the coefficients
@@ -290,11 +283,10 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const int copy = warp * 16 / kTile.rows, plane = warp * 16 % kTile.rows / 8;
   // This lane's row of a fragment: 8 channels of a position. The matrices are two planes of 8 positions, then of 8
   // more.
-  const int distance = margin(kTile, a) - (tap_row(kTile, 1, 0, 0, copy) < 0 ? 0 : copy * a.shift);
+  const int distance = a.margin - (tap_row(kTile, 1, 0, 0, copy) < 0 ? 0 : copy * a.shift);
   const uint32_t memory = ptx::smem_address(shared);
-  const uint32_t lane_row =
-      memory + (plane + lane / 8 % 2) * gradient_plane_bytes(kTile, a) + (distance + lane / 16 * 8 + lane % 8) * 16;
-  const uint64_t input = ptx::transposed_descriptor(memory, input_plane_bytes(kTile, a), 128);
+  const uint32_t lane_row = memory + (plane + lane / 8 % 2) * a.row_plane + (distance + lane / 16 * 8 + lane % 8) * 16;
+  const uint64_t input = ptx::transposed_descriptor(memory, a.column_plane, 128);
   int tap[kProducts];  // bytes
 #pragma unroll
   for (int i = 0; i < kProducts; ++i)
@@ -315,7 +307,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     ptx::fence_async_proxy();  // this thread's copies and stores, for the wgmma of all
     // All warps see the tile, and all have finished the products of the tile before.
     __syncthreads();
-    const int ahead = tile + kTile.stages - 1, steps = ahead < end ? load_steps : 0;
+    const int ahead = tile + kTile.stages - 1, steps = ahead < end ? every : 0;
     const auto start = tiles.start_of(ahead);
     typename GradientTiles<T, kIndex>::Valid loaded = {};
     multiply_tile<T, kIndex>(acc, lane_row + tiles.stage(stage), ptx::advance_descriptor(input, tiles.x_of(stage)), tap,

@@ -46,6 +46,10 @@ struct GradientArgs {
   int32_t shift;  // from a copy of the rows to the next, in positions
   int32_t groups;  // of a tile; even
   int32_t column_blocks;  // blocks along the input channels
+  int32_t margin;  // positions of zeros on both sides of dy
+  int32_t halo, run;  // positions of x that a tile loads; with stride 2 four runs of these
+  int32_t row_plane, column_plane;  // bytes of 8 channels of dy and of x
+  int32_t y_at, x_at, stage;  // bytes to the planes of y and of x in a stage, and to the next stage
   uint32_t pitch_inverse, height_inverse;  // to divide by pitch and by out_height + 1
 };
 
@@ -59,11 +63,6 @@ struct GradientPlan {
   bool fits;  // shared memory and masks
 };
 
-// Positions between the first copy of the rows and the last that is of use: zeros as many stand on both sides of dy.
-constexpr int margin(GradientTile t, const GradientArgs& a) {
-  return (t.copies() == 1 ? 0 : t.copies() == 2 ? 1 : 2) * a.shift;
-}
-
 // Rows of taps that product `i` of a warpgroup gives, by copy; -1: none. Copies are one position of the same run apart:
 // with stride 2 taps of rows 0 and 2.
 constexpr int tap_row(GradientTile t, int stride, int warpgroup, int product, int copy) {
@@ -74,39 +73,25 @@ constexpr int tap_row(GradientTile t, int stride, int warpgroup, int product, in
 }
 constexpr int tap_column(GradientTile t, int warpgroup, int product) { return t.copies() == 1 ? product : warpgroup; }
 
+// Positions of x behind the halo that products with zeros of dy read: two copies read the lone row of taps a line
+// further.
+constexpr int past_halo(GradientTile t, const GradientArgs& a) {
+  return t.copies() == 2 && a.stride == 1 ? a.shift : 0;
+}
 // Bytes of a plane of `positions`, one of `planes`. Adjacent threads store to all planes of a position, then of the
 // next: 8 of them to different banks.
 constexpr int plane_of(int positions, int planes) { return (positions + 7) / 8 * 128 + 128 / planes; }
-constexpr int gradient_plane_bytes(GradientTile t, const GradientArgs& a) {
-  return plane_of(a.positions + 2 * margin(t, a), t.rows / 8);
-}
-// Two copies read the lone row of taps a line past the halo.
-constexpr int input_positions(GradientTile t, const GradientArgs& a) {
-  const int past = t.copies() == 2 && a.stride == 1 ? a.shift : 0;
-  return halo_positions(a.positions, a.pitch, a.stride) + past;
-}
-constexpr int input_plane_bytes(GradientTile t, const GradientArgs& a) {
-  return plane_of(input_positions(t, a), t.columns / 8);
-}
-// A stage is the planes of dy, those of y where dy is computed from it, and those of x.
-constexpr int gradient_bytes(GradientTile t, const GradientArgs& a) { return t.rows / 8 * gradient_plane_bytes(t, a); }
-constexpr int stage_bytes(GradientTile t, const GradientArgs& a) {
-  return (a.batch_norm ? 2 : 1) * gradient_bytes(t, a) + t.columns / 8 * input_plane_bytes(t, a);
-}
 // In front of the stages: a, b, and constant - b * mean of each row; scale and shift of each column.
 constexpr int table_floats(GradientTile t) { return 3 * t.rows + 2 * t.columns; }
-constexpr int gradient_shared_bytes(GradientTile t, const GradientArgs& a) {
-  return 4 * table_floats(t) + t.stages * stage_bytes(t, a);
-}
 
 // A thread copies a vector of dy and one of x a step. Masks of 32 bits tell which vectors are no zeros.
-constexpr int row_steps(GradientTile t, const GradientArgs& a) {
-  const int at_once = kGradientThreads / (t.rows / 8);
-  return (a.positions + at_once - 1) / at_once;
+constexpr int steps_of(int positions, int channels) {
+  const int at_once = kGradientThreads / (channels / 8);
+  return (positions + at_once - 1) / at_once;
 }
-constexpr int column_steps(GradientTile t, const GradientArgs& a) {
-  const int at_once = kGradientThreads / (t.columns / 8);
-  return (halo_positions(a.positions, a.pitch, a.stride) + at_once - 1) / at_once;
+constexpr int load_steps(GradientTile t, const GradientArgs& a) {
+  const int rows = steps_of(a.positions, t.rows), columns = steps_of(a.halo, t.columns);
+  return rows > columns ? rows : columns;
 }
 constexpr int kMostSteps = 32;
 
@@ -127,9 +112,17 @@ constexpr GradientPlan plan_gradient(GradientTile t, GradientArgs a) {
   a.out_width = (a.width - 1) / a.stride + 1;
   a.pitch = a.out_width + 1;
   a.shift = a.pitch;
-  const int group = 16 * t.steps, least = a.positions + margin(t, a);
-  a.groups = (least + 2 * group - 1) / (2 * group) * 2;
-  a.positions = a.groups * group - margin(t, a);
+  a.margin = (t.copies() == 1 ? 0 : t.copies() == 2 ? 1 : 2) * a.shift;
+  const int group = 16 * t.steps;
+  a.groups = (a.positions + a.margin + 2 * group - 1) / (2 * group) * 2;
+  a.positions = a.groups * group - a.margin;
+  a.halo = halo_positions(a.positions, a.pitch, a.stride);
+  a.run = run_positions(a.positions, a.pitch);
+  a.row_plane = plane_of(a.positions + 2 * a.margin, t.rows / 8);
+  a.column_plane = plane_of(a.halo + past_halo(t, a), t.columns / 8);
+  a.y_at = t.rows / 8 * a.row_plane;
+  a.x_at = (a.batch_norm ? 2 : 1) * a.y_at;
+  a.stage = a.x_at + t.columns / 8 * a.column_plane;
   const int64_t all = int64_t{a.batch} * (a.out_height + 1) * a.pitch;
   a.tiles = static_cast<int32_t>((all + a.positions - 1) / a.positions);
   if (a.splits > a.tiles) a.splits = a.tiles;
@@ -137,8 +130,8 @@ constexpr GradientPlan plan_gradient(GradientTile t, GradientArgs a) {
   a.pitch_inverse = inverse_of(static_cast<uint32_t>(a.pitch));
   a.height_inverse = inverse_of(static_cast<uint32_t>(a.out_height + 1));
   const int64_t blocks = int64_t{a.column_blocks} * ((a.out_channels + t.rows - 1) / t.rows);
-  const int shared = gradient_shared_bytes(t, a);
-  const bool fits = shared <= kMaxShared && row_steps(t, a) <= kMostSteps && column_steps(t, a) <= kMostSteps;
+  const int shared = 4 * table_floats(t) + t.stages * a.stage;
+  const bool fits = shared <= kMaxShared && load_steps(t, a) <= kMostSteps;
   return {a, blocks, shared, int64_t{a.splits} * a.out_channels * 9 * a.channels, fits};
 }
 
