@@ -36,16 +36,22 @@ struct GradientTiles {
   __device__ int x_of(int n) const { return stage(n) + a.x_at; }
 
   struct Pixel {
-    int image, row, column;  // image -1: zeros
+    bool inside;  // an output pixel; otherwise zeros stand here
+    int image, row, column;
   };
-  // The output pixel `distance` >= 0 positions behind the first of `line`.
+  // What lies `distance` >= 0 positions behind the first of `line`. Without branches: lanes differ.
   __device__ Pixel pixel_behind(int line, int distance) const {
     const int down = static_cast<int>(__umulhi(static_cast<uint32_t>(distance), a.pitch_inverse));
     const int at = line + down, along = distance - down * a.pitch;
-    if (at < 0 || along >= a.out_width) return {-1, 0, 0};
     const int image = static_cast<int>(__umulhi(static_cast<uint32_t>(at), a.height_inverse));
-    const int down_image = at - image * (a.out_height + 1);
-    return {down_image < a.out_height && image < a.batch ? image : -1, down_image, along};
+    const int row_of = at - image * (a.out_height + 1);
+    const bool inside = (at >= 0) & (along < a.out_width) & (row_of < a.out_height) & (image < a.batch);
+    return {inside, image, row_of, along};
+  }
+  // The offset of a vector, 0 if it is not of the tensor. Pixels are fewer than 2^31.
+  __device__ static uint64_t offset_of(bool inside, int pixel, int channels, int channel) {
+    return uint64_t{inside ? static_cast<uint32_t>(pixel) : 0} * static_cast<uint32_t>(channels) +
+           (inside ? static_cast<uint32_t>(channel) : 0);
   }
 
   struct Start {
@@ -79,9 +85,9 @@ struct GradientTiles {
     if (const int p = threadIdx.x / kRowVectors + step * kRowPositions; p < a.positions) {
       const int channel = row + threadIdx.x % kRowVectors * 8;
       const Pixel at = pixel_behind(start.line, start.column + p);
-      const bool inside = at.image >= 0 && channel < a.out_channels;
-      const int pixel = inside ? (at.image * a.out_height + at.row) * a.out_width + at.column : 0;
-      const int64_t offset = int64_t{pixel} * a.out_channels + (inside ? channel : 0);
+      const bool inside = at.inside & (channel < a.out_channels);
+      const int pixel = (at.image * a.out_height + at.row) * a.out_width + at.column;
+      const uint64_t offset = offset_of(inside, pixel, a.out_channels, channel);
       const uint32_t planes = to + row_vector() + step * kRowPositions * 16;
       ptx::cp_async(planes, grad + offset, inside ? 16 : 0);
       if (a.batch_norm) ptx::cp_async(planes + a.y_at, y + offset, inside ? 16 : 0);
@@ -96,9 +102,8 @@ struct GradientTiles {
       const int channel = column + threadIdx.x % kColumnVectors * 8;
       const Pixel at = pixel_behind(start.line - 2, start.column + position + a.pitch - 1);
       const int down = at.row * a.stride + row_of, along = at.column * a.stride + column_of;
-      const bool inside = at.image >= 0 && down < a.height && along < a.width && channel < a.channels;
-      const int pixel = inside ? (at.image * a.height + down) * a.width + along : 0;
-      const int64_t offset = int64_t{pixel} * a.channels + (inside ? channel : 0);
+      const bool inside = at.inside & (down < a.height) & (along < a.width) & (channel < a.channels);
+      const uint64_t offset = offset_of(inside, (at.image * a.height + down) * a.width + along, a.channels, channel);
       ptx::cp_async(to + a.x_at + column_vector() + step * kColumnPositions * 16, x + offset, inside ? 16 : 0);
       valid.columns |= static_cast<uint32_t>(inside) << step;
     }
