@@ -57,9 +57,11 @@ _STARTS: dict[type, Callable[..., None]] = {
 
 def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
     """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``; images in channels_last."""
-    if isinstance(choice, Config | CudaConfig | HopperConfig):
+    if not isinstance(choice, str):
+        start = _STARTS.get(type(choice))
+        if start is None:
+            raise RuntimeError(f"conv_bn_relu: {choice} computes weight gradients, want another kernel")
         y = empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
-        start = _STARTS[type(choice)]
         start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)
         return y
     if choice == LIBRARY:

@@ -20,13 +20,18 @@ __all__ = ["GradientConfig", "candidates", "computes", "plan", "tiles"]
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of ``weight_gradient_tiles``: output and input channels of a block; products are issued for 16 ``steps``
-    positions at once."""
+    """A row of ``weight_gradient_tiles``: output and input channels of a block; a warpgroup issues the products of 16
+    ``steps`` positions at once."""
 
     rows: int
     columns: int
     steps: int
     stages: int
+
+    @property
+    def parts(self) -> int:
+        """Parts of a tile's positions: a warpgroup each, or one of which the warpgroups share the taps."""
+        return 1 if self.rows == 64 else 3
 
     @property
     def products(self) -> int:
@@ -85,16 +90,17 @@ def plan(layer: Layer, config: GradientConfig, affine: bool = True, batch_norm: 
 def estimate(layer: Layer, config: GradientConfig, gpu: Gpu) -> float:
     """Clocks of the busiest multiprocessor, computed: no such kernel has been timed. For ranking only.
 
-    A product of 64 rows takes half a clock a column, and a group of them no less than the 60 of its latency; a vector of
-    the prologue 0.4 clocks (50 instructions); reads of the second-level cache its share of 2800 bytes a clock.
+    A product of 64 rows takes half a clock a column, and a group of them no less than the 60 of its latency; a vector
+    of the prologue 0.4 clocks (50 instructions); reads of the second-level cache its share of 2800 bytes a clock.
     """
     made, tile = plan(layer, config), tiles()[config.gradient]
     assert made is not None
     rounds = math.ceil(made.blocks * config.splits / gpu.multiprocessors)
     positions, groups = made.args[_POSITIONS], made.args[_GROUPS]
+    clocks = tile.steps * tile.parts * tile.products * tile.columns / 2
     count = -(-made.args[_TILES] // config.splits)
     bandwidth = 2800 / gpu.multiprocessors
-    multiply = groups * max(60, tile.steps * tile.products * tile.columns / 2)
+    multiply = groups * max(60, clocks)
     halo = layer.stride[0] ** 2 * positions + 2 * (layer.out_width + 1)
     vectors = tile.rows // 8 * positions, tile.columns // 8 * halo
     cached = 16 * (2 * vectors[0] + vectors[1]) / bandwidth
@@ -102,7 +108,7 @@ def estimate(layer: Layer, config: GradientConfig, gpu: Gpu) -> float:
     return rounds * (count * (max(multiply + 0.4 * sum(vectors), cached) + 500) + partial + 1500)
 
 
-_POSITION_COUNTS = (128, 256, 512)
+_POSITION_COUNTS = (120, 250, 500)
 
 
 def candidates(layer: Layer, gpu: Gpu, most: int = 3) -> list[GradientConfig]:
@@ -110,7 +116,7 @@ def candidates(layer: Layer, gpu: Gpu, most: int = 3) -> list[GradientConfig]:
     if gpu.family != 90 or not computes(layer):
         return []
     found = []
-    for i, tile in enumerate(tiles()):
+    for i in range(len(tiles())):
         for positions in _POSITION_COUNTS:
             whole = plan(layer, GradientConfig(i, positions, 1))
             if whole is None or whole.shared > gpu.shared:

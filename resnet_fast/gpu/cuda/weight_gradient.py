@@ -89,7 +89,9 @@ def verify(layer: Layer, config: GradientConfig, device: torch.device) -> None:
 def _launcher(tile: int) -> Any:
     def start(grid: tuple[int, ...], block: tuple[int, ...], shared: int, args: tuple[Any, ...]) -> None:
         *tensors, packed = args
-        torch.ops.resnet_fast.weight_gradient_launch(*tensors, tile, list(struct.unpack(f"{len(packed) // 4}I", packed)))
+        torch.ops.resnet_fast.weight_gradient_launch(
+            *tensors, tile, list(struct.unpack(f"{len(packed) // 4}I", packed))
+        )
 
     return start
 

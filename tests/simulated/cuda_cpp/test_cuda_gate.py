@@ -85,7 +85,7 @@ def test_hopper_weight_gradients():
     for k in found:
         tile = gradient_configs.tiles()[k.values[0]]
         what = f"{k.dtype} {tile}: {k.registers} registers, {dict(k.opcodes.most_common(8))}"
-        products = 2 * tile.steps * tile.products // 3  # of a warpgroup
+        products = 2 * tile.steps * tile.products * tile.parts // 3  # of a warpgroup
         assert k.count("HGMMA") == products, what
         assert sum(n for name, n in k.main_loop.items() if name.startswith("HGMMA")) == products, what
         assert k.count("HMMA") == 0, what

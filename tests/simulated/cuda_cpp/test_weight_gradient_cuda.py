@@ -100,7 +100,8 @@ def test_exact_on_integers(device, tile, stride):
         for positions, splits in ((32, 1), (100, 1), (32, 3)):
             config = GradientConfig(tile, positions, splits)
             if plan(layer, config) is None:
-                assert splits > 1  # fewer tiles than splits
+                # Fewer tiles than splits, or four runs of x that do not fit shared memory.
+                assert splits > 1 or (stride, positions) == (2, 100)
                 continue
             check(layer, config)
 
@@ -173,8 +174,8 @@ def test_traffic(device, tile):
 def test_every_statement_that_orders_is_needed():
     """Several tiles a block: without a wait, barrier or fence there is a fault or a wrong result.
 
-    But the two waits for fragments, with the commit that the first counts: to the simulator the next fragments have other
-    registers, which ptxas may give the same place."""
+    But the two waits for fragments, with the commit that the first counts: to the simulator the next fragments have
+    other registers, which ptxas may give the same place."""
     layer, config = make_layer(2, 16, 9, 7, 16), GradientConfig(2, 32, 1)
     given = operands(layer, whole)
     expected = reference(layer, *formed(layer, *given))

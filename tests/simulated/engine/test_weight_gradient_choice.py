@@ -8,6 +8,7 @@ import torch
 from helpers.cuda_support import cuda_device
 from helpers.support import channels_last
 
+from resnet_fast import ops as package_ops
 from resnet_fast.gpu import training_operators, tune
 from resnet_fast.gpu.candidates import weight_gradient as gradient_configs
 from resnet_fast.gpu.candidates.weight_gradient import GradientConfig, candidates, computes, plan, tiles
@@ -74,11 +75,10 @@ def test_positions_of_a_tile():
     """Groups are whole and even, no position is lost, and division by multiplication is exact where it is used."""
     for layer in LAYERS:
         for config in candidates(layer, H200):
-            fields = [f for f in _FIELDS.split()]
-            a = dict(zip(fields, plan(layer, config).args, strict=True))
+            a = dict(zip(_FIELDS.split(), plan(layer, config).args, strict=True))
             tile = tiles()[config.gradient]
             assert a["margin"] == a["shift"] * {64: 0, 32: 1, 16: 2}[tile.rows]
-            assert a["positions"] + a["margin"] == a["groups"] * 16 * tile.steps
+            assert a["positions"] + a["margin"] == a["groups"] * 16 * tile.steps * tile.parts
             assert a["groups"] % 2 == 0
             lines = layer.batch * (a["out_height"] + 1)
             assert a["tiles"] * a["positions"] >= lines * a["pitch"] > (a["tiles"] - 1) * a["positions"]
@@ -90,8 +90,12 @@ def test_positions_of_a_tile():
                 assert torch.equal(numbers * inverse >> 32, numbers // by)
 
 
-_FIELDS = "batch height width channels out_channels stride affine relu batch_norm positions splits out_height out_width "
-_FIELDS += "pitch tiles shift groups column_blocks margin halo run row_plane column_plane y_at x_at stage pitch_inverse "
+_FIELDS = (
+    "batch height width channels out_channels stride affine relu batch_norm positions splits out_height out_width "
+)
+_FIELDS += (
+    "pitch tiles shift groups column_blocks margin halo run row_plane column_plane y_at x_at stage pitch_inverse "
+)
 _FIELDS += "height_inverse"
 
 
@@ -204,5 +208,8 @@ def test_wrong_configurations(config, words):
         gradient_configs.plan(LAYERS[0], config)
     assert plan(LAYERS[0], GradientConfig(0, 4096, 1)) is None  # shared memory
     assert plan(layer_of(1, 4, 16, 16), GradientConfig(0, 128, 2)) is None  # one tile is not split
+    words = r"conv_bn_relu: wgmma gradient .* computes weight gradients"
+    with pytest.raises(RuntimeError, match=words), cuda_device(), tune.use(GradientConfig(0, 128, 1)):
+        package_ops.conv_bn_relu(torch.ones(1, 16, 4, 4).half(), torch.ones(16, 16, 3, 3).half(), padding=1)
     with pytest.raises(RuntimeError, match=r"weight_gradient: wgmma gradient 16x16 of 32 split 1 cannot compute"):
         hopper.weight_gradient(LAYERS[-1], GradientConfig(4, 32, 1), *[torch.zeros(1)] * 6)

@@ -252,6 +252,25 @@ __device__ void multiply_tile(float (&acc)[kGradientTiles[kIndex].products()][kG
   for (int i = 0; i < kTile.products(); ++i) ptx::fence_accumulators(acc[i]);
 }
 
+// Adds the accumulators of the warpgroups in fixed order. Returns whether this warpgroup holds the sum.
+template <typename T, int kIndex>
+__device__ bool reduce_parts(float (&acc)[kGradientTiles[kIndex].products()][kGradientTiles[kIndex].columns / 2],
+                             unsigned char* shared) {
+  constexpr int kEach = kGradientTiles[kIndex].columns / 2, kCount = kGradientTiles[kIndex].accumulators();
+  const int warpgroup = threadIdx.x / 128;
+  float* sums = reinterpret_cast<float*>(shared) + threadIdx.x % 128;
+  __syncthreads();  // all have read their tiles
+  if (warpgroup > 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[((warpgroup - 1) * kCount + i) * 128] = acc[i / kEach][i % kEach];
+  }
+  __syncthreads();
+  if (warpgroup > 0) return false;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) acc[i / kEach][i % kEach] += sums[i * 128] + sums[(kCount + i) * 128];
+  return true;
+}
+
 // grad, y: [batch, out_height, out_width, out_channels]; x: [batch, height, width, channels]; coefficients: a, b,
 // constant and mean, [4, out_channels]; scale_shift: [2, channels]. y, coefficients and scale_shift are null where the
 // arguments say that they are not applied. partial: [splits, out_channels, 3, 3, channels]. A block of grid y `s` sums
@@ -292,11 +311,13 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   const uint32_t memory = ptx::smem_address(shared);
   const uint32_t lane_row = memory + (plane + lane / 8 % 2) * a.row_plane + (distance + lane / 16 * 8 + lane % 8) * 16;
   const uint64_t input = ptx::transposed_descriptor(memory, a.column_plane, 128);
-  int tap[kProducts];  // bytes
+  // Bytes to this warpgroup's part of the positions, and to the taps of its products.
+  const int part = kTile.parts() == 1 ? 0 : warpgroup * a.groups * kTile.steps * 256;
+  int tap[kProducts];
 #pragma unroll
   for (int i = 0; i < kProducts; ++i)
-    tap[i] = 16 * tap_position(a.positions, a.pitch, a.stride, tap_row(kTile, a.stride, warpgroup, i, 0),
-                               tap_column(kTile, warpgroup, i));
+    tap[i] = part + 16 * tap_position(a.positions, a.pitch, a.stride, tap_row(kTile, a.stride, warpgroup, i, 0),
+                                      tap_column(i));
 
   float acc[kProducts][kTile.columns / 2];
 #pragma unroll
@@ -315,11 +336,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     const int ahead = tile + kTile.stages - 1, steps = ahead < end ? every : 0;
     const auto start = tiles.start_of(ahead);
     typename GradientTiles<T, kIndex>::Valid loaded = {};
-    multiply_tile<T, kIndex>(acc, lane_row + tiles.stage(stage), ptx::advance_descriptor(input, tiles.x_of(stage)), tap,
-                             a.groups, [&](int group) {
-                               if (group < steps) tiles.load_step(start, next_stage, group, loaded);
+    multiply_tile<T, kIndex>(acc, lane_row + part + tiles.stage(stage),
+                             ptx::advance_descriptor(input, tiles.x_of(stage)), tap, a.groups, [&](int group) {
+                               for (int step = group; step < steps; step += a.groups)
+                                 tiles.load_step(start, next_stage, step, loaded);
                              });
-    for (int step = a.groups; step < steps; ++step) tiles.load_step(start, next_stage, step, loaded);
     ptx::cp_async_commit();
 #pragma unroll
     for (int s = 0; s + 2 < kTile.stages; ++s) valid[s] = valid[s + 1];
@@ -328,9 +349,11 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     if (++next_stage == kTile.stages) next_stage = 0;
   }
 
+  if constexpr (kTile.parts() > 1)
+    if (!reduce_parts<T, kIndex>(acc, shared)) return;
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) {
-    const int r = tap_row(kTile, a.stride, warpgroup, i, copy), s = tap_column(kTile, warpgroup, i);
+    const int r = tap_row(kTile, a.stride, warpgroup, i, copy), s = tap_column(i);
     if (r < 0) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -13,25 +13,29 @@
 namespace resnet_fast::cuda {
 
 // A block sums dy[p, k] x[p + tap, c] for `rows` channels k, `columns` channels c and all nine taps. wgmma's M is 64:
-// with fewer rows it holds them 64 / rows times, each shifted by a line, so that one product serves that many taps. A
-// group is the products of `steps` times 16 positions, issued together. The pipeline holds `stages` tiles.
+// with fewer rows it holds them 64 / rows times, each shifted by a line, so that one product serves that many taps.
+// Three warpgroups share the taps, one row of them each, or with copies the positions, so that dy is read once. A group
+// is the products of 16 `steps` positions, issued together. The pipeline holds `stages` tiles.
 struct GradientTile {
   int rows, columns, steps, stages;
 
   constexpr int copies() const { return 64 / rows; }
+  constexpr int parts() const { return copies() == 1 ? 1 : 3; }  // of a tile's positions, a warpgroup each
   // Products a warpgroup issues for 16 positions.
-  constexpr int products() const { return copies() == 1 ? 3 : copies() == 2 ? 2 : 1; }
+  constexpr int products() const { return copies() == 2 ? 6 : 3; }
+  constexpr int accumulators() const { return products() * columns / 2; }  // of a thread
 };
 
 constexpr GradientTile kGradientTiles[] = {
     {64, 64, 1, 2},  // 96 accumulators a thread
     {64, 32, 1, 2},  // from 32 to 64 channels
-    {32, 32, 2, 3}, {32, 16, 2, 3},  // from 16 to 32 channels
-    {16, 16, 4, 3},  // stride 1 alone: of four copies three are of use
+    {32, 32, 1, 3},  // 96 accumulators a thread
+    {32, 16, 1, 3},  // from 16 to 32 channels
+    {16, 16, 2, 3},  // stride 1 alone: of four copies three are of use
 };
 constexpr int kGradientTileCount = sizeof(kGradientTiles) / sizeof(kGradientTiles[0]);
 
-constexpr int kGradientThreads = 384;  // three warpgroups, which share the taps
+constexpr int kGradientThreads = 384;
 
 // Arguments of the kernel, by value. All are 32-bit integers: Python passes them as a list.
 struct GradientArgs {
@@ -44,7 +48,7 @@ struct GradientArgs {
   int32_t pitch;  // positions of a line: out_width + 1
   int32_t tiles;
   int32_t shift;  // from a copy of the rows to the next, in positions
-  int32_t groups;  // of a tile; even
+  int32_t groups;  // of a warpgroup in a tile; even
   int32_t column_blocks;  // blocks along the input channels
   int32_t margin;  // positions of zeros on both sides of dy
   int32_t halo, run;  // positions of x that a tile loads; with stride 2 four runs of these
@@ -63,15 +67,15 @@ struct GradientPlan {
   bool fits;  // shared memory and masks
 };
 
-// Rows of taps that product `i` of a warpgroup gives, by copy; -1: none. Copies are one position of the same run apart:
-// with stride 2 taps of rows 0 and 2.
+// Row and column of the tap that a product of a warpgroup gives, by copy; row -1: none. Copies are a line of the same
+// run apart: with stride 2 taps of rows 0 and 2.
 constexpr int tap_row(GradientTile t, int stride, int warpgroup, int product, int copy) {
   if (t.copies() == 1) return warpgroup;
   if (t.copies() == 4) return copy < 3 ? copy : -1;
-  if (product == 0) return copy * stride;
+  if (product < 3) return copy * stride;
   return copy == 0 ? 3 - stride : -1;
 }
-constexpr int tap_column(GradientTile t, int warpgroup, int product) { return t.copies() == 1 ? product : warpgroup; }
+constexpr int tap_column(int product) { return product % 3; }
 
 // Positions of x behind the halo that products with zeros of dy read: two copies read the lone row of taps a line
 // further.
@@ -113,7 +117,7 @@ constexpr GradientPlan plan_gradient(GradientTile t, GradientArgs a) {
   a.pitch = a.out_width + 1;
   a.shift = a.pitch;
   a.margin = (t.copies() == 1 ? 0 : t.copies() == 2 ? 1 : 2) * a.shift;
-  const int group = 16 * t.steps;
+  const int group = 16 * t.steps * t.parts();
   a.groups = (a.positions + a.margin + 2 * group - 1) / (2 * group) * 2;
   a.positions = a.groups * group - a.margin;
   a.halo = halo_positions(a.positions, a.pitch, a.stride);
@@ -130,7 +134,8 @@ constexpr GradientPlan plan_gradient(GradientTile t, GradientArgs a) {
   a.pitch_inverse = inverse_of(static_cast<uint32_t>(a.pitch));
   a.height_inverse = inverse_of(static_cast<uint32_t>(a.out_height + 1));
   const int64_t blocks = int64_t{a.column_blocks} * ((a.out_channels + t.rows - 1) / t.rows);
-  const int shared = 4 * table_floats(t) + t.stages * a.stage;
+  const int sums = 4 * (t.parts() - 1) * 128 * t.accumulators();  // of two warpgroups, once the tiles are done
+  const int tiles = 4 * table_floats(t) + t.stages * a.stage, shared = tiles > sums ? tiles : sums;
   const bool fits = shared <= kMaxShared && load_steps(t, a) <= kMostSteps;
   return {a, blocks, shared, int64_t{a.splits} * a.out_channels * 9 * a.channels, fits};
 }
