@@ -122,6 +122,14 @@ STABLE_TORCH_LIBRARY(resnet_fast, m) {
       "Tensor? x, Tensor? scale_shift, Tensor? y1, Tensor? y2, Tensor? stats1, Tensor? stats2, Tensor(a!) dx, "
       "Tensor(b!)? partial, int tile, int[] args) -> ()");
 
+  // The weight gradient of 3x3 convolutions of 16 bits on Hopper (cuda/hopper/weight_gradient_plan.h); a tile is its
+  // rows, columns, steps and stages. partial: float32 [splits, K, 3, 3, C].
+  m.def("weight_gradient_tiles() -> int[]");
+  m.def("weight_gradient_plan(int tile, int[] args) -> int[]");
+  m.def(
+      "weight_gradient_launch(Tensor grad, Tensor? y, Tensor? coefficients, Tensor x, Tensor? scale_shift, "
+      "Tensor(a!) partial, int tile, int[] args) -> ()");
+
   // PyTorch's current stream on the device of x, and the CUDA graph capture that it takes part in, 0 if none.
   m.def("current_capture(Tensor x) -> int[]");
 

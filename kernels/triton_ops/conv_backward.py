@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from resnet_fast.gpu.candidates.triton import Config
     from resnet_fast.gpu.layer import Layer
 
-__all__ = ["data_gradient", "weight_gradient"]
+__all__ = ["data_gradient", "reduce_split_k", "weight_gradient"]
 
 
 @triton.jit
@@ -239,16 +239,19 @@ def _reduce_split_k_kernel(
     stride_r,
     stride_s,
     WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds the slices of the split sum in order, from [K, R, S, C] to the layout of the filters."""
+    """Adds the slices of the split sum in fixed order, ROWS at a time, from [K, R, S, C] to the filters' layout."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     i = tl.program_id(0).to(index) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(0, splits):
-        acc += tl.load(partial + split * elements.to(tl.int64) + i, i < elements, 0.0)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, splits, ROWS):
+        split = first + tl.arange(0, ROWS)
+        at = split.to(tl.int64)[:, None] * elements + i[None, :]
+        acc += tl.load(partial + at, (split < splits)[:, None] & (i < elements)[None, :], 0.0)
     to = filter_offsets(i, channels, height, width, stride_k, stride_c, stride_r, stride_s)
-    tl.store(out + to, acc.to(out.dtype.element_ty), i < elements)
+    tl.store(out + to, tl.sum(acc, 0).to(out.dtype.element_ty), i < elements)
 
 
 def data_gradient(
@@ -321,12 +324,23 @@ def weight_gradient(
         RELU=layer.relu,
         SPLIT_K=splits,
     )
-    elements, block = dw.numel(), 1024
+    reduce_split_k(partial, dw)
+
+
+def reduce_split_k(partial: Tensor, dw: Tensor) -> None:
+    """Writes the sum of ``partial``, float32 ``[splits, K * R * S * C]``, to dw, ``[K, C, R, S]`` in any layout.
+
+    The order of the sum depends on the number of splits alone.
+    """
+    splits, elements = partial.shape
+    # Few elements have many splits: their loads are in flight together.
+    rows, block = (64, 64) if splits > 8 else (4, 512)
     launch.launch(
         _reduce_split_k_kernel,
         (triton.cdiv(elements, block),),
         (partial, dw, elements, splits, *strides(dw)),
         WIDE=is_wide(dw),
+        ROWS=rows,
         BLOCK=block,
         num_warps=4,
     )

@@ -59,14 +59,15 @@ _STARTS: dict[type, Callable[..., None]] = {
 
 def run(layer: Layer, choice: Choice, x: Tensor, filters: Filter, residual: Tensor | None) -> Tensor:
     """``[relu](conv2d(x, weight) * scale + shift [+ residual])`` by ``choice``; images in channels_last."""
-    if isinstance(choice, Config | CudaConfig | HopperConfig | Conv1x1Config):
+    if not isinstance(choice, str):
+        start = _STARTS.get(type(choice))
+        if start is None:
+            raise RuntimeError(f"conv_bn_relu: {choice} is a kernel of training, want one of inference")
         y = empty_image(x, layer.out_channels, layer.out_height, layer.out_width)
-        start = _STARTS[type(choice)]
         start(layer, choice, x, filters.weight, filters.scale, filters.shift, residual, y)
         return y
     if choice == LIBRARY:
         return _library(layer, x, filters, residual)
-    assert isinstance(choice, str)  # the other configurations are of training
     if filters.bias is None:
         raise RuntimeError(f"{choice} wants filters that hold batch norm's scale")
     return library.run(choice, layer, x, filters.weight, filters.bias if layer.shifted else None, residual)

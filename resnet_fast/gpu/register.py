@@ -35,7 +35,14 @@ _LAUNCHES = (
 
 # The files that have launchers of the extension's kernels; the first is for whole networks.
 _NETWORK = "residual_network"
-_LAUNCHERS = ("cuda.conv", "cuda.stem", "cuda.avg_pool", "cuda.hopper", "cuda.hopper_training")
+_LAUNCHERS = (
+    "cuda.conv",
+    "cuda.stem",
+    "cuda.avg_pool",
+    "cuda.hopper",
+    "cuda.hopper_training",
+    "cuda.weight_gradient",
+)
 
 
 def _lazily(module: str, name: str) -> Callable[..., Any]:

@@ -25,8 +25,10 @@ from ..ops.training import statistics_rows
 from . import tune
 from .candidates.hopper_training import TrainingConfig
 from .candidates.triton import Config
+from .candidates.weight_gradient import GradientConfig
 from .checks import check_algorithm, check_dtype, check_image, check_pixels, check_rows, check_sums, fail
 from .cuda import hopper_training as hopper
+from .cuda import weight_gradient as hopper_weight
 from .layer import Layer, layer_of
 from .tune import LIBRARY, Choice
 
@@ -46,6 +48,8 @@ def _verified(run: Callable[..., object], layer: Layer, x: Tensor) -> Callable[[
     def trial(choice: Choice) -> object:
         if isinstance(choice, TrainingConfig):
             hopper.verify(layer, choice, x.device)
+        if isinstance(choice, GradientConfig):
+            hopper_weight.verify(layer, choice, x.device)
         return run(choice)
 
     return trial
@@ -265,6 +269,11 @@ def gradients(
             dw = torch.empty_like(weight)
             backward.weight_gradient(weight_layer, choice, grad, y, coefficients, x, scale_shift, dw)
             return dw
+        if isinstance(choice, GradientConfig):
+            dw = torch.empty_like(weight)
+            output = (grad, y, coefficients) if dy is None else (dy, None, None)
+            hopper_weight.weight_gradient(weight_layer, choice, *output, x, scale_shift, dw)
+            return dw
         image = forward.activation(x, scale_shift, relu)
         result = aten(output_gradient() if dy is None else dy, image, [False, True, False])[1]
         assert result is not None
@@ -274,7 +283,7 @@ def gradients(
     data_layer = _layer(x, weight, stride, padding, residual is not None, relu, "data gradient")
     weight_layer = _layer(x, weight, stride, padding, False, relu, "weight gradient")
     data_choice = choose(data_layer, lambda: [_verified(data_gradient, data_layer, x)]) if need_x else None
-    weight_choice = choose(weight_layer, lambda: [weight_gradient]) if need_weight else None
+    weight_choice = choose(weight_layer, lambda: [_verified(weight_gradient, weight_layer, x)]) if need_weight else None
     dy = output_gradient() if LIBRARY in (data_choice, weight_choice) else None
     grad_x, partial = (None, None) if data_choice is None else data_gradient(data_choice, dy)
     return grad_x, None if weight_choice is None else weight_gradient(weight_choice, dy), partial

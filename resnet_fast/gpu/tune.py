@@ -37,11 +37,13 @@ from .candidates import cuda as cuda_configs
 from .candidates import hopper as hopper_configs
 from .candidates import hopper_training as training_configs
 from .candidates import triton as configs
+from .candidates import weight_gradient as gradient_configs
 from .candidates.conv1x1 import Conv1x1Config
 from .candidates.cuda import CudaConfig
 from .candidates.hopper import HopperConfig
 from .candidates.hopper_training import TrainingConfig
 from .candidates.triton import Config
+from .candidates.weight_gradient import GradientConfig
 from .layer import Gpu, Layer, gpu_of
 
 __all__ = ["Tuner", "choices", "tuner", "use"]
@@ -49,11 +51,18 @@ __all__ = ["Tuner", "choices", "tuner", "use"]
 LIBRARY = "library"  # aten's convolution, followed by one fused pass
 # Forms of a chain: one launch a stage, one launch for a convolution and its pooling, one launch a convolution.
 STAGES, POOLED, LAYERS = "stages", "pooled", "layers"
-Choice = Config | CudaConfig | HopperConfig | Conv1x1Config | str
-Choice = Config | CudaConfig | HopperConfig | TrainingConfig | str
+Choice = Config | CudaConfig | HopperConfig | Conv1x1Config | TrainingConfig | GradientConfig | str
 Run = Callable[[Any], object]
 # Returns seconds a call of each candidate, and the exceptions of those that cannot run here.
 Measure = Callable[[Mapping[Any, Sequence[Callable[[], object]]]], tuple[dict[Any, float], dict[Any, Exception]]]
+# Configurations by the field that the entries of a cache file have of none of the others; Triton's have neither.
+_KINDS: dict[str, Any] = {
+    "tile": CudaConfig,
+    "halo": HopperConfig,
+    "conv1x1": Conv1x1Config,
+    "training": TrainingConfig,
+    "gradient": GradientConfig,
+}
 _LIBRARIES = (library.CUDNN, library.CUBLASLT)
 # A candidate must be faster than an earlier one by this much: the model's favourite is first, and noise should not
 # decide.
@@ -105,9 +114,8 @@ def candidates(layer: Layer, gpu: Gpu, backend: str = "auto") -> list[Choice]:
         found += cuda_configs.candidates(layer, gpu)
     # After the others: these have not been timed on a GPU yet, and the first candidate wins a tie.
     if backend != "triton" and backends.has_cuda_convolution():
-        found += hopper_configs.candidates(layer, gpu)
-        found += conv1x1_configs.candidates(layer, gpu)
-        found += training_configs.candidates(layer, gpu)
+        for kind in (hopper_configs, conv1x1_configs, training_configs, gradient_configs):
+            found += kind.candidates(layer, gpu)
     if backend in ("cuda", "triton"):
         return found
     return [*found, *(library.candidates(layer) if layer.folded else ()), LIBRARY]
@@ -274,13 +282,8 @@ def _parse(entry: str | dict[str, int]) -> Choice:
         if entry not in (LIBRARY, *_LIBRARIES, STAGES, POOLED, LAYERS):
             raise ValueError(f"unknown choice {entry!r}")
         return entry
-    if "halo" in entry:
-        return HopperConfig(**entry)
-    if "conv1x1" in entry:
-        return Conv1x1Config(**entry)
-    if "training" in entry:
-        return TrainingConfig(**entry)
-    return CudaConfig(**entry) if "tile" in entry else Config(**entry)
+    kinds = (kind for field, kind in _KINDS.items() if field in entry)
+    return next(kinds, Config)(**entry)
 
 
 def capturing() -> bool:

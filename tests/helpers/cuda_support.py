@@ -46,6 +46,12 @@ def find_cuda(name):
         tile, stride, chunk = int(number) // 6, 1 + int(number) % 6 // 3, 64 >> int(number) % 3
         dtype, gradient = getattr(torch, dtype), stem == "conv_halo_gradient_kernel"
         return hopper_training_support.source(dtype, tile, chunk, stride, gradient), (*FLAGS, "-arch=sm_90a"), stem
+    if stem == "weight_gradient_kernel":
+        source = f"""#include "cuda/hopper/weight_gradient.cuh"
+        template __global__ void resnet_fast::cuda::weight_gradient_kernel<{t}, {number}>(
+            const {t}*, const {t}*, const float*, const {t}*, const float*, float*,
+            const __grid_constant__ resnet_fast::cuda::GradientArgs);"""
+        return source, (*FLAGS, "-arch=sm_90a"), stem
     if stem == "conv_bn_relu_pool_fwd_kernel":
         source = f"""#include "cuda/stem/conv_bn_relu_pool.cuh"
         template __global__ void resnet_fast::cuda::conv_bn_relu_pool_fwd_kernel<{t}, {number}>(

@@ -8,6 +8,7 @@ from helpers import cuda_gate as gate
 
 from resnet_fast.gpu.candidates import conv1x1 as conv1x1_configs
 from resnet_fast.gpu.candidates import hopper as hopper_configs
+from resnet_fast.gpu.candidates import weight_gradient as gradient_configs
 from resnet_fast.gpu.candidates.cuda import tiles
 
 ARCHS = (80, 90, 100)
@@ -93,7 +94,29 @@ def test_hopper_1x1_convolutions():
         assert k.count("STG.128") > 0, what
 
 
-@pytest.mark.parametrize("stem", ["conv_halo_fwd_kernel", "conv1x1_fwd_kernel"])
+def test_hopper_weight_gradients():
+    """As above; fragments come by ldmatrix, vectors of the prologue whole, and two groups are a turn of the loop."""
+    found = [k for k in gate.kernels() if k.stem == "weight_gradient_kernel" and k.arch == 90]
+    expected = set(itertools.product(("float16", "bfloat16"), range(len(gradient_configs.tiles()))))
+    assert {(k.dtype, *k.values) for k in found} == expected
+    for k in found:
+        tile = gradient_configs.tiles()[k.values[0]]
+        what = f"{k.dtype} {tile}: {k.registers} registers, {dict(k.opcodes.most_common(8))}"
+        products = 2 * tile.steps * tile.products * tile.parts // 3  # of a warpgroup
+        assert k.count("HGMMA") == products, what
+        assert sum(n for name, n in k.main_loop.items() if name.startswith("HGMMA")) == products, what
+        assert k.count("HMMA") == 0, what
+        assert 12 * -(-k.registers * 32 // 256) * 256 <= 65536, what
+        assert k.shared == 1024, what
+        assert k.count("LDSM") >= 2 * tile.steps, what
+        assert k.count("LDGSTS.128") > 0, what
+        assert k.count("LDS.128") >= 10, what
+        assert k.count("STS.128") >= 2, what
+        others = k.main_loop.total() - products
+        print(f"{what}; {others / products:.1f} beside each product in the code of the loop")
+
+
+@pytest.mark.parametrize("stem", ["conv_halo_fwd_kernel", "conv1x1_fwd_kernel", "weight_gradient_kernel"])
 @pytest.mark.parametrize("arch", [80, 100])
 def test_other_architectures_hold_no_wgmma(arch, stem):
     found = [k for k in gate.kernels() if k.stem == stem and k.arch == arch]

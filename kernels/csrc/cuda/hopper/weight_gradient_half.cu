@@ -1,0 +1,5 @@
+#include "cuda/hopper/weight_gradient_instances.cuh"
+
+namespace resnet_fast::cuda {
+RESNET_FAST_GRADIENT_KERNELS(__half)
+}  // namespace resnet_fast::cuda
