@@ -87,7 +87,8 @@ def chart(found: list[Curve], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "curves"  # the same file for the same runs
+    # The same file for the same runs, and a small one.
+    matplotlib.rcParams.update({"svg.hashsalt": "curves", "svg.fonttype": "none"})
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for panel, column, label in zip(
         panels, ("train_loss", "test_accuracy"), ("training loss", "test accuracy"), strict=True
