@@ -69,6 +69,9 @@ def extension():
         # torch leaves this unset where it was itself built without CUDA.
         cpp_extension.CUDA_HOME = home
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";").split(";")
+        if {"9.0", "9.0a"} <= {arch.removesuffix("+PTX") for arch in archs}:
+            sys.exit("setup.py: TORCH_CUDA_ARCH_LIST has 9.0 and 9.0a, want one: kernels by wgmma are in 9.0a alone")
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
             nvcc.append("-DRESNET_FAST_SM90A")  # wgmma exists there alone
         sources += sorted(CSRC.glob("cuda/**/*.cu"))

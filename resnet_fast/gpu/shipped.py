@@ -16,7 +16,7 @@ import torch
 
 from .. import backends
 
-__all__ = ["FOLDER", "current", "export", "load", "status"]
+__all__ = ["FOLDER", "current", "export", "kernels", "load", "status"]
 
 FOLDER = Path(__file__).parent / "choices"
 
@@ -32,17 +32,34 @@ def current() -> dict[str, str]:
     def release(version: str) -> str:
         return ".".join(version.split(".")[:2])
 
-    def digest(tiles: object) -> str:
-        return hashlib.sha256(str(tiles).encode()).hexdigest()[:12]
+    def digest(*tiles: object) -> str:
+        return hashlib.sha256(" ".join(map(str, tiles)).encode()).hexdigest()[:12]
 
-    built = backends.has_cuda_convolution()
+    def built(*families: str) -> str:
+        if not backends.has_cuda_convolution():
+            return "none built"
+        return digest(*(list(getattr(torch.ops.resnet_fast, f"{family}_tiles")()) for family in families))
+
     return {
         "torch": release(torch.__version__),
         "triton": release(backends.triton_version()),
         "cudnn": str((torch.backends.cudnn.version() or 0) // 100),
         "triton_tiles": digest(configs.tables()),
-        "cuda_tiles": digest(list(torch.ops.resnet_fast.conv_bn_relu_tiles())) if built else "none built",
+        "cuda_tiles": built("conv_bn_relu"),
+        "hopper_tiles": built("conv_halo", "conv1x1", "conv_halo_training", "weight_gradient"),
     }
+
+
+def kernels() -> str:
+    """A digest of all lists of tiles: choices are their numbers."""
+    tiles = [value for name, value in current().items() if name.endswith("_tiles")]
+    return hashlib.sha256(" ".join(tiles).encode()).hexdigest()[:8]
+
+
+def _is_current(found: dict[str, str]) -> bool:
+    """Whether what a file states holds here. One that was measured before there were tiles for Hopper states none."""
+    here = current()
+    return all(found.get(name, here[name] if name == "hopper_tiles" else None) == value for name, value in here.items())
 
 
 def load(gpu: str) -> dict[str, Any]:
@@ -51,7 +68,7 @@ def load(gpu: str) -> dict[str, Any]:
     if not file.exists():
         return {}
     content = json.loads(file.read_text())
-    return content["choices"] if content["versions"] == current() else {}
+    return content["choices"] if _is_current(content["versions"]) else {}
 
 
 def status(gpu: str) -> str:
@@ -61,7 +78,7 @@ def status(gpu: str) -> str:
         return "none for this GPU: measured at the first call of a shape"
     content = json.loads(file.read_text())
     found, wanted = content["versions"], current()
-    if found == wanted:
+    if _is_current(found):
         return f"{len(content['choices'])} of {content['date']}"
     differ = [f"{name} {found.get(name)} (here {wanted[name]})" for name in wanted if found.get(name) != wanted[name]]
     return f"not current, made with {', '.join(differ)}: measured anew at the first call of a shape"

@@ -98,7 +98,7 @@ def interleaved(
                 except torch.AcceleratorError:
                     raise
                 except errors as error:
-                    refused[name] = error
+                    refused[name] = error.with_traceback(None)  # which would keep the operands alive
         finally:
             if collects:
                 gc.enable()

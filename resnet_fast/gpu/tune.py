@@ -88,9 +88,9 @@ def use(choice: Choice) -> Iterator[None]:
 
 
 def cache_file(name: str) -> Path:
-    """The cache file: choices depend on the GPU, and on the versions of PyTorch and Triton."""
+    """The cache file: choices depend on the GPU, on the versions of PyTorch and Triton, and on the lists of tiles."""
     folder = os.environ.get("RESNET_FAST_CACHE") or Path.home() / ".cache" / "resnet_fast"
-    versions = f"torch{torch.__version__}-triton{backends.triton_version()}"
+    versions = f"torch{torch.__version__}-triton{backends.triton_version()}-kernels{shipped.kernels()}"
     return Path(folder) / f"gpu-{re.sub(r'[^A-Za-z0-9.+-]+', '_', f'{name}-{versions}')}.json"
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from resnet_fast import ops
 from resnet_fast.gpu import convolution as layers
-from resnet_fast.gpu import timing, tune
+from resnet_fast.gpu import tape, timing, tune
 from resnet_fast.gpu.candidates import conv1x1, hopper
 from resnet_fast.gpu.layer import Layer, gpu_of
 
@@ -129,3 +129,27 @@ def test_times_beside_cudnn(gpu, stage):
     )
     assert refused == {}
     assert set(seconds) == set(calls)
+
+
+@torch.no_grad()
+def test_a_tape_of_layers_that_share_a_kernel(gpu):
+    """Its shared memory is enough for the layer that needs most, whichever was launched last."""
+    config = conv1x1.Conv1x1Config(0)
+    both = [layer_of(2, (14, 14), c, 64, torch.float16, 1) for c in (1024, 64)]
+    large, small = (conv1x1.plan(layer, config).shared for layer in both)
+    assert large > small
+    cases = [integers(gpu, 2, (14, 14), c, 64, torch.float16, 1) for c in (1024, 64)]
+    inputs = [t for x, residual, _, _ in cases for t in (x, residual)]
+
+    scale, shift = torch.ones(64, device=gpu), torch.zeros(64, device=gpu)
+    filters = [layers.Filter(weight.permute(0, 2, 3, 1).contiguous(), scale, shift) for _, _, weight, _ in cases]
+
+    def run():
+        images = zip(both, filters, inputs[::2], inputs[1::2], strict=True)
+        return [layers.run(layer, config, x, own, residual) for layer, own, x, residual in images]
+
+    run()
+    outputs, made = tape.record(inputs, run)
+    assert isinstance(made, tape.Tape), made
+    for found in (outputs, made.run(inputs), run(), made.run(inputs)):
+        assert all(torch.equal(y.cpu(), case[3]) for y, case in zip(found, cases, strict=True))

@@ -4,6 +4,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
 #include <vector>
 
 namespace resnet_fast {
@@ -44,16 +47,29 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+void allow_shared_memory(const char* op, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  check_result(op, "launch", cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  if (!allowed.insert({kernel, device}).second) return;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 most - static_cast<int>(attributes.sharedSizeBytes));
+  if (error != cudaSuccess) allowed.erase({kernel, device});
+  check_result(op, "launch", error);
+}
+
 void launch_kernel(const char* op, const void* kernel, dim3 grid, int threads, void** parameters, int shared,
                    cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  // Over 48 KB of dynamic shared memory is opt-in.
-  if (shared > 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), parameters,
-                             static_cast<size_t>(shared), stream);
-  RESNET_FAST_CHECK(error == cudaSuccess, op, ": launch failed: ", cudaGetErrorString(error));
-  check_launch(op);
+  if (shared > 0) allow_shared_memory(op, kernel);
+  check_result(op, "launch",
+               cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), parameters,
+                                static_cast<size_t>(shared), stream));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) { m.impl("cuda_stream", TORCH_BOX(&cuda_stream)); }

@@ -48,22 +48,16 @@ void launch_on_gpu(const Launch& l, void** parameters, void* stream) {
                       static_cast<int>(error));
     return;
   }
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(l.function), dim3(l.grid[0], l.grid[1], l.grid[2]),
-                       dim3(l.threads), parameters, l.shared, static_cast<cudaStream_t>(stream));
-  RESNET_FAST_CHECK(error == cudaSuccess, "run_tape: launch failed: ", cudaGetErrorString(error));
+  check_result("run_tape", "launch",
+               cudaLaunchKernel(reinterpret_cast<const void*>(l.function), dim3(l.grid[0], l.grid[1], l.grid[2]),
+                                dim3(l.threads), parameters, l.shared, static_cast<cudaStream_t>(stream)));
 }
 
 void prepare_on_gpu(const Tape& tape) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(tape.device));
   for (const Step& step : tape.steps) {
-    if (!step.launches || step.launch.driver || step.launch.shared <= 48 * 1024) continue;
-    // Over 48 KB of dynamic shared memory is opt-in.
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(step.launch.function),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(step.launch.shared));
-    RESNET_FAST_CHECK(error == cudaSuccess, "tape: ", step.launch.shared,
-                      " bytes of shared memory a block: ", cudaGetErrorString(error));
+    if (!step.launches || step.launch.driver || step.launch.shared == 0) continue;
+    allow_shared_memory("tape", reinterpret_cast<const void*>(step.launch.function));
   }
 }
 

@@ -54,7 +54,7 @@ def conv_bn_relu(
     kernel, made = _plan(layer, config)
     partial = counters = None
     if config.splits > 1:
-        partial = torch.empty(made.partial_floats, device=x.device)
+        partial = torch.empty(made.partial_floats, dtype=torch.float32, device=x.device)
         counters = counters_of(x, made.counters)
     launch.cuda_launch(
         kernel,
@@ -76,8 +76,10 @@ def verify(layer: Layer, config: HopperConfig | Conv1x1Config, device: torch.dev
     Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
     """
 
+    generator = torch.Generator(device).manual_seed(0)  # not the user's
+
     def whole(most: int, *shape: int) -> Tensor:
-        return torch.randint(-most, most + 1, shape, device=device).to(layer.dtype)
+        return torch.randint(-most, most + 1, shape, device=device, generator=generator).to(layer.dtype)
 
     x = whole(2, layer.batch, layer.height, layer.width, layer.channels)
     weight = whole(1, layer.out_channels, *layer.kernel, layer.channels)
@@ -85,12 +87,13 @@ def verify(layer: Layer, config: HopperConfig | Conv1x1Config, device: torch.dev
         layer.batch, layer.out_height, layer.out_width, layer.out_channels, dtype=layer.dtype, device=device
     )
     residual = whole(9, *y.shape) if layer.residual else None
-    scale, shift = torch.ones(layer.out_channels, device=device), torch.arange(layer.out_channels, device=device) % 5.0
+    scale, shift = torch.arange(2 * layer.out_channels, device=device, dtype=torch.float32).view(2, -1)
+    scale, shift = scale % 2 + 1, shift % 5
     images = [None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual, y)]
     conv_bn_relu(layer, config, images[0], weight, scale, shift, images[1], images[2])  # type: ignore[arg-type]
     operands = x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double()
     exact = F.conv2d(*operands, None, layer.stride, layer.padding)
-    exact = exact.permute(0, 2, 3, 1) + shift + (0 if residual is None else residual)
+    exact = exact.round().permute(0, 2, 3, 1) * scale + shift + (0 if residual is None else residual)
     if not torch.equal(y, (exact.relu() if layer.relu else exact).to(layer.dtype)):
         raise RuntimeError(f"{config} computes {layer} wrongly on {device}")
 

@@ -68,7 +68,8 @@ def conv_bn_stats(
     partial = None
     if stats:
         partial = torch.empty(parts(made), 2, layer.out_channels, dtype=torch.float32, device=x.device)
-    _start(layer, config, made, (x, scale_shift, weight, bias), y, partial)
+    shift = None if bias is None else bias.float()
+    _start(layer, config, made, (x, scale_shift, weight, shift), y, partial)
     return None if partial is None else PartialStats(partial, layer.pixels, tile_pixels(made), None)
 
 
@@ -109,45 +110,79 @@ def verify(layer: Layer, config: TrainingConfig, device: torch.device) -> None:
     Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
     """
 
+    generator = torch.Generator(device).manual_seed(0)  # not the user's
+
     def whole(most: int, *shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.randint(-most, most + 1, shape, device=device).to(dtype)
+        return torch.randint(-most, most + 1, shape, device=device, generator=generator).to(dtype)
 
     def image(channels: int, height: int, width: int) -> Tensor:
         return whole(2, layer.batch, height, width, channels).permute(0, 3, 1, 2)
 
-    def columns(t: Tensor) -> Tensor:
-        return t.double()[:, :, None, None]
+    def check(what: str, found: Tensor, exact: Tensor) -> None:
+        if not torch.equal(found.double(), exact.round().to(layer.dtype).double()):
+            raise RuntimeError(f"{config} computes {what} of {layer} wrongly on {device}")
 
-    c, k = layer.channels, layer.out_channels
-    x, weight = image(c, layer.height, layer.width), whole(1, k, 3, 3, c)
-    filters, (scale, shift) = (
-        weight.permute(0, 3, 1, 2).double(),
-        columns(affine := whole(1, 2, c, dtype=torch.float32)),
-    )
-    activation = scale * x + shift
+    def check_sums(what: str, found: Tensor, exact: Tensor) -> None:
+        # In float32: rounded, and added in another order. Sums of squares are of one sign.
+        if not torch.allclose(found, exact, rtol=1e-4, atol=1e-2 * layer.pixels**0.5):
+            raise RuntimeError(f"{config} computes {what} of {layer} wrongly on {device}")
+
+    x, weight = image(layer.channels, layer.height, layer.width), whole(1, layer.out_channels, 3, 3, layer.channels)
+    affine = whole(1, 2, layer.channels, dtype=torch.float32)
     if layer.role == "conv_bn_stats":
-        found = image(k, layer.out_height, layer.out_width)
-        partial = conv_bn_stats(layer, config, x, affine, weight, None, found, True)
-        exact = F.conv2d(activation.relu() if layer.relu else activation, filters, None, layer.stride, 1)
-        assert partial is not None
-        sums = partial.partial[:, 0].double()
-        counts = (layer.pixels - torch.arange(len(sums), device=device) * partial.rows).clamp(max=partial.rows)
-        sums, wanted = (sums * counts[:, None]).sum(0), found.double().sum((0, 2, 3))
+        found = image(layer.out_channels, layer.out_height, layer.out_width)
+        for scale_shift, bias in ((affine, None), (None, whole(2, layer.out_channels))):
+            partial = conv_bn_stats(layer, config, x, scale_shift, weight, bias, found, True)
+            assert partial is not None
+            activation = _activation(x, scale_shift, layer.relu)
+            filters = weight.permute(0, 3, 1, 2).double()
+            check("y", found, F.conv2d(activation, filters, None if bias is None else bias.double(), layer.stride, 1))
+            means, squares = partial.partial.double().unbind(1)
+            counts = (layer.pixels - torch.arange(len(means), device=device) * partial.rows).clamp(max=partial.rows)
+            wanted = found.double()
+            mean = wanted.mean((0, 2, 3))
+            check_sums("sums", (means * counts[:, None]).sum(0), wanted.sum((0, 2, 3)))
+            moved = (squares + counts[:, None] * (means - mean) ** 2).sum(0)
+            check_sums("M2", moved, ((wanted - mean[:, None, None]) ** 2).sum((0, 2, 3)))
+        return
+    grad, y = (image(layer.out_channels, layer.height, layer.width) for _ in range(2))
+    residual, y2 = (image(layer.channels, layer.height, layer.width) for _ in range(2))
+    coefficients, found = whole(1, 4, layer.out_channels, dtype=torch.float32), torch.empty_like(x)
+    stats = torch.zeros(2, layer.channels, dtype=torch.float32, device=device)
+    forms: tuple[tuple[Any, ...], ...] = (
+        (y, coefficients, residual, affine, [x, y2], True),
+        (None, None, None, None, [x], True),
+        (y, coefficients, None, None, [], False),
+    )
+    for own, rows, added, scale_shift, ys, sums in forms:
+        operands = (grad, own, rows, weight, added, x, scale_shift, sums, ys, [stats] * len(ys), found)
+        parted = data_gradient(layer, config, *operands)
+        exact = F.conv_transpose2d(_output_gradient(grad, own, rows), weight.permute(0, 3, 1, 2).double(), None, 1, 1)
+        exact = exact if added is None else exact + added
+        if sums and (layer.relu or scale_shift is None):
+            exact = torch.where(_activation(x, scale_shift, False) > 0, exact, 0)
+        check("dx", found, exact)
+        if parted is not None:
+            for row, factor in enumerate((torch.ones_like(x), *ys)):
+                check_sums("sums", parted[:, row].double().sum(0), (found.double() * factor).sum((0, 2, 3)))
+
+
+def _activation(x: Tensor, scale_shift: Tensor | None, relu: bool) -> Tensor:
+    """``[relu](scale * x + shift)`` in float64."""
+    if scale_shift is None:
+        affine = x.double()
     else:
-        grad, y, residual = (image(n, layer.height, layer.width) for n in (k, k, c))
-        coefficients = whole(1, 4, k, dtype=torch.float32)
-        a, b, constant, mean = columns(coefficients)
-        found = torch.empty_like(x)
-        operands = (grad, y, coefficients, weight, residual, x, affine)
-        parted = data_gradient(layer, config, *operands, True, [x], [torch.zeros(2, c, device=device)], found)
-        assert parted is not None
-        dy = a * grad + b * (y - mean) + constant
-        exact = F.conv_transpose2d(dy, filters, None, 1, 1) + residual
-        exact = torch.where(activation > 0, exact, 0) if layer.relu else exact
-        sums, wanted = parted[:, 1].double().sum(0), (found.double() * x).sum((0, 2, 3))
-    near = torch.allclose(sums, wanted, rtol=1e-4, atol=1e-2 * layer.pixels**0.5)
-    if not (near and torch.equal(found.double(), exact.to(layer.dtype).double())):
-        raise RuntimeError(f"{config} computes {layer} wrongly on {device}")
+        scale, shift = scale_shift.double()[:, :, None, None]
+        affine = scale * x + shift
+    return affine.relu() if relu else affine
+
+
+def _output_gradient(grad: Tensor, y: Tensor | None, coefficients: Tensor | None) -> Tensor:
+    """``a * grad + b * (y - mean) + constant`` in float64."""
+    if y is None or coefficients is None:
+        return grad.double()
+    a, b, constant, mean = coefficients.double()[:, :, None, None]
+    return a * grad + b * (y - mean) + constant
 
 
 def _launcher(role: str, tile: int) -> Any:

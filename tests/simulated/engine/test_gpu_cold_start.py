@@ -132,7 +132,7 @@ def test_choices_that_come_with_the_package(monkeypatch, tmp_path):
     assert tuner.choose(LAYER, pytest.fail) == tune.LIBRARY
 
 
-@pytest.mark.parametrize("what", ["torch", "triton", "cudnn", "triton_tiles", "cuda_tiles"])
+@pytest.mark.parametrize("what", ["torch", "triton", "cudnn", "triton_tiles", "cuda_tiles", "hopper_tiles"])
 def test_choices_of_other_versions_are_left_alone(monkeypatch, tmp_path, what):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     file = tmp_path / "NVIDIA_A100.json"
@@ -142,6 +142,17 @@ def test_choices_of_other_versions_are_left_alone(monkeypatch, tmp_path, what):
     file.write_text(json.dumps(content))
     assert shipped.load("NVIDIA A100") == {}
     assert f"not current, made with {what} 0.1 (here " in shipped.status("NVIDIA A100")
+
+
+def test_choices_from_before_there_were_tiles_for_hopper(monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    file = tmp_path / "NVIDIA_A100.json"
+    shipped.export("NVIDIA A100", {tune._key(LAYER, "auto"): "cudnn"}, file, "2026-11-27")
+    content = json.loads(file.read_text())
+    del content["versions"]["hopper_tiles"]
+    file.write_text(json.dumps(content))
+    assert len(shipped.load("NVIDIA A100")) == 1
+    assert shipped.status("NVIDIA A100") == "1 of 2026-11-27"
 
 
 @pytest.mark.parametrize("file", sorted(shipped.FOLDER.glob("*.json")), ids=lambda file: file.stem)

@@ -10,7 +10,7 @@ from helpers.stage_support import add_kernels
 from helpers.support import computing, randomize_
 
 from resnet_fast import backends, blocks
-from resnet_fast.gpu import library, tune
+from resnet_fast.gpu import library, shipped, tune
 from resnet_fast.gpu.candidates.cuda import CudaConfig
 from resnet_fast.gpu.candidates.triton import Config
 from resnet_fast.gpu.layer import A100, Layer
@@ -229,3 +229,6 @@ def test_the_file_names_gpu_and_versions(monkeypatch, tmp_path):
     assert file.parent == tmp_path
     assert file.name.startswith("gpu-NVIDIA_A100-SXM4-80GB-torch2")
     assert "triton3" in file.name
+    # Choices are numbers of tiles: a build with other tiles has a file of its own.
+    monkeypatch.setattr(shipped, "current", lambda: {"triton_tiles": "0.1", "cuda_tiles": "none built"})
+    assert tune.cache_file("NVIDIA A100-SXM4-80GB") != file

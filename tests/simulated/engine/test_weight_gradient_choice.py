@@ -208,7 +208,7 @@ def test_wrong_configurations(config, words):
         gradient_configs.plan(LAYERS[0], config)
     assert plan(LAYERS[0], GradientConfig(0, 4096, 1)) is None  # shared memory
     assert plan(layer_of(1, 4, 16, 16), GradientConfig(0, 128, 2)) is None  # one tile is not split
-    words = r"conv_bn_relu: wgmma gradient .* computes weight gradients"
+    words = r"conv_bn_relu: wgmma gradient .* is a kernel of training"
     with pytest.raises(RuntimeError, match=words), cuda_device(), tune.use(GradientConfig(0, 128, 1)):
         package_ops.conv_bn_relu(torch.ones(1, 16, 4, 4).half(), torch.ones(16, 16, 3, 3).half(), padding=1)
     with pytest.raises(RuntimeError, match=r"weight_gradient: wgmma gradient 16x16 of 32 split 1 cannot compute"):

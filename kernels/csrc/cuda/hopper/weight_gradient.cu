@@ -81,6 +81,8 @@ void weight_gradient_launch(const Tensor& grad, const std::optional<Tensor>& y,
   const GradientPlan plan = cuda::plan_gradient(t, given);
   const GradientArgs& a = plan.args;
   RESNET_FAST_CHECK(plan.fits, "weight_gradient: tile ", tile, " does not hold ", a.positions, " positions");
+  RESNET_FAST_CHECK(a.splits <= 65535 && plan.blocks <= INT32_MAX, "weight_gradient: splits is ", a.splits, " for ",
+                    plan.blocks, " blocks, want at most 65535 and 2147483647");
   const auto holds = [&](const char* name, const Tensor& tensor, ScalarType dtype, int64_t elements) {
     RESNET_FAST_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "weight_gradient: ", name,
                       " is not on the device that x is on");
