@@ -1,4 +1,5 @@
-// The memory and the version counter of the tensor behind a Python object, in 12 ns: PyTorch's getters take 110.
+// The memory, the sizes and strides and the version counter of the tensor behind a Python object, in 21 ns for a
+// filter: PyTorch's getters of memory and version alone take 110.
 #pragma once
 
 #include <Python.h>
@@ -6,7 +7,7 @@
 
 #include <cstdint>
 
-// What a tensor was, in four words of a snapshot.
+// What a tensor was, in five words of a snapshot.
 struct TensorState {
   // The field of the Python object that holds its at::Tensor, a single pointer: what a handle points to. It stays where
   // it is as long as the object lives.
@@ -14,6 +15,7 @@ struct TensorState {
   const void* impl;  // what the field held: torch.utils.swap_tensors exchanges it
   void* data;
   int64_t version;
+  uint64_t geometry;  // a hash of sizes and strides: `t.data = t.data.t()` keeps memory and version
 
   bool is_current() const;
 };

@@ -79,7 +79,7 @@ def hooks_reason(parts: list[nn.Module]) -> str | None:
 
 def _extent(t: Tensor) -> tuple[int, int] | None:
     """Address and bytes from the first element to the last, of a dense tensor on the CPU; else None."""
-    if backends.kind(t) != "cpu" or t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
+    if backends.kind(t) != "cpu" or not tensor_state.is_strided(t) or type(t) not in (Tensor, nn.Parameter):
         return None
     last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), (last + 1) * t.element_size() if t.numel() else 0
@@ -87,7 +87,7 @@ def _extent(t: Tensor) -> tuple[int, int] | None:
 
 def _storage(t: Tensor) -> int | None:
     """The address of the storage that a tensor shares with its views, or None."""
-    if t.layout != torch.strided or type(t) not in (Tensor, nn.Parameter):
+    if not tensor_state.is_strided(t) or type(t) not in (Tensor, nn.Parameter):
         return None
     return t.untyped_storage().data_ptr() or None
 
@@ -206,12 +206,12 @@ def refresh(model: nn.Module) -> None:
 class StalenessGuard:
     """Snapshot of modules as they were packed: their children, settings, hooks, methods, and their tensors' contents.
 
-    Contents are compared by PyTorch's version counter (``Tensor._version``), by the address of the memory, and on CPUs
-    by a fingerprint, a copy of a sample: all of a tensor of up to 512 bytes, eight pieces of 64 bytes of a larger one.
-    The fingerprint shows writes that PyTorch does not count: by fused optimizers, collectives, other processes and
-    libraries. On other devices reading it would make the host wait; :func:`touched` and optimizer steps invalidate the
-    guard there, and a kernel compares (:mod:`resnet_fast.gpu.freshness`). Tensors made or moved in inference mode have
-    no version counter: shape and strides are compared.
+    Contents are compared by PyTorch's version counter (``Tensor._version``), by the address of the memory, by shape and
+    strides, and on CPUs by a fingerprint, a copy of a sample: all of a tensor of up to 512 bytes, eight pieces of 64
+    bytes of a larger one. The fingerprint shows writes that PyTorch does not count: by fused optimizers, collectives,
+    other processes and libraries. On other devices reading it would make the host wait; :func:`touched` and optimizer
+    steps invalidate the guard there, and a kernel compares (:mod:`resnet_fast.gpu.freshness`). Tensors made or moved in
+    inference mode have no version counter, sparse ones nothing but that.
 
     Without ``contents``, only the identity, class, dtype, device and shape of tensors are compared; without ``kinds``,
     only their identity. All else is compared by identity: setting an attribute to an equal value may cost one packing
@@ -313,7 +313,6 @@ class StalenessGuard:
     def _add_tensors(
         self, was: _Snapshot, tensors: list[Tensor], contents: bool, kinds: bool, outside: patches.Surroundings
     ) -> None:
-        uncounted = [t for t in tensors if contents and t.is_inference()]
         # Aliases keep the memory alive: a new tensor must not get the old address.
         self._aliases = [t.detach() for t in tensors if contents]
         states = {t: state for t in tensors if contents and (state := tensor_state.of(t))}
@@ -321,18 +320,19 @@ class StalenessGuard:
         was.held += states
         was.words.frombytes(b"".join(states.values()))
         others = [t for t in tensors if contents and t not in states]
-        methods = [t.data_ptr for t in others] + [t.stride for t in uncounted if t.dim() > 1]
+        strided = [t for t in others if tensor_state.is_strided(t)]
+        methods = [method for t in strided for method in (t.data_ptr, t.stride)]
         was.count(methods)
         was.add(*chain.from_iterable((method, method()) for method in methods))
         if contents:
             # A tensor moved in inference mode has kept a version, which counts changes outside of inference mode.
             asked: list[tuple[Any, Sequence[Any]]] = [
-                (_VERSION, [t for t in others if not t.is_inference() or tensor_state.has_version(t)])
+                (_VERSION, [t for t in others if not t.is_inference() or tensor_state.has_version(t)]),
+                (_SHAPE, strided),
             ]
-            # In place, in the same memory, only shape and strides can change.
-            asked += [(_SHAPE, uncounted)]
         else:
-            asked = [(kind, tensors) for kind in _KIND if kinds]
+            shaped = [t for t in tensors if not t.is_nested]
+            asked = [(kind, shaped if kind is _SHAPE else tensors) for kind in _KIND if kinds]
         asked.append((_CELL, [cell for cell in outside.cells if cell != CellType()]))
         asked += [(part, outside.functions) for part in _CODE]
         was.count(asked)

@@ -1,4 +1,4 @@
-"""What a staleness guard compares of a tensor: its memory, its version, and a sample of its contents."""
+"""What a staleness guard compares of a tensor: its memory, geometry and version, and a sample of its contents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils import swap_tensors
 
 from ..backends.native import extension
 
-__all__ = ["has_version", "of", "samples"]
+__all__ = ["has_version", "is_strided", "of", "samples"]
 
 _LINE = 64  # bytes of a cache line
 
@@ -28,9 +29,14 @@ def has_version(t: Tensor) -> bool:
         return False
 
 
+def is_strided(t: Tensor) -> bool:
+    """Whether ``t`` has an address and strides."""
+    return t.layout == torch.strided and not t.is_nested
+
+
 def of(t: Tensor) -> bytes | None:
-    """Where C++ finds the memory and the version of ``t`` again, and what they are; None: ask Python's getters."""
-    if type(t) not in (Tensor, nn.Parameter) or not has_version(t) or not _is_reliable():
+    """Where C++ finds memory, version, sizes and strides of ``t`` again, and what they are; None: ask the getters."""
+    if type(t) not in (Tensor, nn.Parameter) or not is_strided(t) or not has_version(t) or not _is_reliable():
         return None
     state: bytes | None = extension.tensor_state(t, *_description(t))
     return state
@@ -42,8 +48,15 @@ def _description(t: Tensor) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _is_reliable() -> bool:
-    """Tries whether, in this release of PyTorch, C++ sees a write, new memory and a swap of tensors."""
+    """Whether, in this release of PyTorch, C++ sees a write, new memory and a swap of tensors.
 
+    Tried in a thread of its own, which the caller's modes and transforms (FakeTensorMode, torch.func) do not reach.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try).result()
+
+
+def _try() -> bool:
     def is_seen(change: Callable[[Tensor], Any]) -> bool:
         t = nn.Parameter(torch.zeros(1, device="cpu"))
         before = _description(t)
@@ -52,7 +65,7 @@ def _is_reliable() -> bool:
         old, new = (extension.tensor_state(t, *described) for described in (before, _description(t)))
         return was is not None and old is None and new is not None
 
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         other = nn.Parameter(torch.zeros(1, device="cpu"))
         write, move, swap = Tensor.zero_, lambda t: setattr(t, "data", other.data), lambda t: swap_tensors(t, other)
         return is_seen(write) and is_seen(move) and is_seen(swap)

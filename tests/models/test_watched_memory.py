@@ -1,4 +1,4 @@
-"""Which bytes of a tensor ``StalenessGuard`` compares at every check, where PyTorch does not see them change."""
+"""How ``StalenessGuard`` reads tensors, and which bytes it compares where PyTorch does not see them change."""
 
 import itertools
 
@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
+from resnet_fast.backends.native import extension
+from resnet_fast.chain import tensor_state
 from resnet_fast.chain.guard import StalenessGuard
 
 
@@ -53,3 +56,65 @@ def test_a_change_of_all_bytes_alike():
             assert not seen.is_valid()
         memory[:] = 0
         assert seen.is_valid()
+
+
+def test_tensors_that_are_read_without_getters():
+    """In the releases that the tests run in: else every call is slower, which nothing else would show."""
+    assert tensor_state.of(torch.zeros(3)) is not None
+    assert tensor_state.of(nn.Parameter(torch.zeros(2, 3).t())) is not None
+    assert tensor_state.of(nn.Buffer(torch.zeros(3))) is not None
+    with torch.inference_mode():
+        assert tensor_state.of(torch.zeros(3)) is None
+
+
+@pytest.fixture
+def asked_anew():
+    tensor_state._is_reliable.cache_clear()
+    yield
+    tensor_state._is_reliable.cache_clear()
+
+
+def test_a_mode_does_not_change_how_tensors_are_read(asked_anew):
+    """Whether C++ can read them is found out once, wherever it is asked first."""
+    t = torch.zeros(3)
+    with FakeTensorMode():
+        assert tensor_state.of(t) is not None
+    tensor_state._is_reliable.cache_clear()
+
+    def ask(x):
+        assert tensor_state.of(t) is not None
+        return x.sum()
+
+    torch.func.grad(ask)(torch.zeros(3))
+    assert tensor_state._is_reliable()
+
+
+WITHOUT_ADDRESSES = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse|The PyTorch API of nested")
+@pytest.mark.parametrize("make", WITHOUT_ADDRESSES.values(), ids=WITHOUT_ADDRESSES)
+def test_tensors_without_addresses(make):
+    owner = nn.Module()
+    owner.register_buffer("other", make())
+    seen = [StalenessGuard([owner], contents=contents) for contents in (True, False)]
+    assert all(w.is_valid() for w in seen)
+    owner.other.mul_(2)
+    assert [w.is_valid() for w in seen] == [False, True]
+    seen = [StalenessGuard([owner], contents=contents) for contents in (True, False)]
+    owner.other = make()
+    assert [w.is_valid() for w in seen] == [False, False]
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_tensors_that_are_not_found(wrong):
+    t = torch.zeros(3)
+    right = [t._cdata, torch._C.TensorBase.__basicsize__, t.data_ptr(), t._version]
+    assert extension.tensor_state(t, *right) is not None
+    for value in (0, right[wrong] + 1) if wrong != 1 else (0, 8, 16):
+        described = [*right[:wrong], value, *right[wrong + 1 :]]
+        assert described == right or extension.tensor_state(t, *described) is None

@@ -175,13 +175,60 @@ def test_gradients_leave_before_the_backward_ends(process_group, monkeypatch):
     assert events[-1].startswith("bucket")
 
 
-def test_a_cut_ends_with_its_wrapper(process_group):
-    model, x = resnet_fast.CifarResNet(1).train(), torch.randn(2, 3, 8, 8)
+def change_modes(model):
+    model.eval().train()
+
+
+def evaluate(model):
+    model.eval()(torch.randn(2, 3, 8, 8))
+    model.train()
+
+
+def set_eps(model):
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps = float(str(m.eps))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [change_modes, evaluate, set_eps, resnet_fast.refresh, lambda _: None],
+    ids=["modes", "an evaluation", "eps", "refresh", "nothing"],
+)
+def test_checkpointing_finds_the_same_cuts(process_group, between):
+    """Whatever happens between the forward and the backward, which runs the chain again without its wrapper."""
+    model = Checkpointed(False).train()
     joined = DistributedDataParallel(model)
-    assert functions(model(x)) == 1
-    assert functions(joined(x)) == functions(model(x)) == 3
+    y = joined(torch.randn(2, 3, 8, 8))
     del joined
-    assert functions(model(x)) == 1
+    between(model.model)
+    y.sum().backward()
+    assert functions(model.model(torch.randn(2, 3, 8, 8))) == 3
+
+
+class Calling(nn.Module):
+    """Calls ``other``, which it does not hold, as another thread may in the meantime."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.layer, self.others = nn.Linear(1, 1), [other]
+
+    def forward(self, x):
+        return self.others[0](x)
+
+
+def test_a_cut_is_made_where_the_wrapper_holds_the_chain(process_group):
+    model, x = resnet_fast.CifarResNet(1).train(), torch.randn(2, 3, 8, 8)
+    assert functions(DistributedDataParallel(Calling(model))(x)) == functions(model(x)) == 1
+    assert functions(DistributedDataParallel(model)(x)) == functions(model(x)) == 3
+
+
+def test_no_cut_is_made_in_a_backward(process_group, monkeypatch):
+    """A step of another model in another thread: its wrapper is active while this model's checkpoint runs again."""
+    model = resnet_fast.CifarResNet(1).train()
+    y = checkpoint(model, torch.randn(2, 3, 8, 8), use_reentrant=False)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", DistributedDataParallel(model))
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -10,12 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
+import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...ops.spec import ConvSpec
 from .layers import block_ends
 
-__all__ = ["GradientSender", "stages"]
+__all__ = ["is_cut", "stages"]
 
 # What DistributedDataParallel sends at once, by default.
 BUCKET_BYTES = 25 * 2**20
@@ -43,19 +45,25 @@ def stages(specs: Sequence[ConvSpec], sizes: Sequence[int]) -> list[list[ConvSpe
     ]
 
 
-class GradientSender:
-    """The DistributedDataParallel that sends a chain's gradients, if any."""
+# The first layers of chains that are cut.
+_cut: weakref.WeakSet[nn.Conv2d] = weakref.WeakSet()
 
-    def __init__(self) -> None:
-        self._module: weakref.ref[DistributedDataParallel] | None = None
 
-    def exists(self) -> bool:
-        """Whether the chain was called inside of one, which still lives.
+def is_cut(first: nn.Conv2d) -> bool:
+    """Whether the chain that begins with ``first`` was ever called inside of a DistributedDataParallel that holds it.
 
-        Checkpointing calls again from the backward, outside of it, and must find the same cuts.
-        """
-        # Not public; TorchDynamo reads it, too. Without it chains stay whole.
-        active = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if active is not None:
-            self._module = weakref.ref(active)
-        return self._module is not None and self._module() is not None
+    A cut stays, whatever becomes of the recording or the wrapper: checkpointing calls the chain again in the backward,
+    outside of the wrapper, and must find the same cuts. For the same reason no call in a backward makes a cut. Only a
+    chain first cut between a checkpointed forward and its backward differs: PyTorch raises ``CheckpointError``.
+    """
+    if first in _cut:
+        return True
+    # Not public; TorchDynamo reads it, too. Without it chains stay whole.
+    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if active is None or torch._C._current_graph_task_id() != -1:
+        return False
+    # All threads share the attribute: the wrapper may be that of another model.
+    if all(p is not first.weight for p in active.parameters()):
+        return False
+    _cut.add(first)
+    return True

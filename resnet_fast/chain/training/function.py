@@ -21,7 +21,7 @@ from ...ops.spec import ConvSpec, encode
 from ..guard import StalenessGuard
 from ..sync_batch_norm import group_of, is_synchronized
 from . import operator as train_chain  # noqa: F401  (registers the operator)
-from .cuts import GradientSender, stages
+from .cuts import is_cut, stages
 from .layers import SAVED, TENSORS, Layer, SavedTensors, counts, dense, layers_of, unpacked
 from .passes import Passes
 from .running_statistics import Running, RunningStatistics, buffer_memory, held
@@ -50,7 +50,6 @@ class Program:
         self.layers = layers_of(specs, self.eps, self.normalized, self.batch)
         self.statistics = RunningStatistics(norms, self.batch)
         self.passes = Passes(self.layers)
-        self._sender = GradientSender()
 
     def _connect(self) -> Passes:
         """The passes, among the processes that there are now: they may have met after the recording."""
@@ -99,7 +98,7 @@ class Program:
 
     def _parts(self) -> Sequence[Program]:
         """The program, or under DistributedDataParallel those of its stages."""
-        if torch.compiler.is_compiling() or not self._sender.exists():
+        if torch.compiler.is_compiling() or not is_cut(self.pairs[0][0]):
             return (self,)
         if self._stages is None:
             cut, pairs = stages(self.specs, [conv.weight.nbytes for conv, _ in self.pairs]), iter(self.pairs)

@@ -14,8 +14,8 @@ from benchmarks.gpu import host
 from benchmarks.gpu.host import Nothing
 from resnet_fast import backends, blocks, reference
 from resnet_fast.backends import launch
+from resnet_fast.chain.training import function
 from resnet_fast.chain.training import operator as train_chain
-from resnet_fast.chain.training.cuts import GradientSender
 from resnet_fast.gpu import tune
 from resnet_fast.gpu.recorder import Launch
 from resnet_fast.gpu.tape import Tape, Tapes
@@ -138,7 +138,7 @@ def test_a_network(simulated_device):
 def test_a_chain_cut_into_stages(simulated_device, monkeypatch):
     """As under DistributedDataParallel: two tapes a stage, which together compute what those of the chain do."""
     cut = randomize_(blocks.Stage(blocks.BasicBlock(8, 8), blocks.BasicBlock(8, 16, 2))).train()
-    monkeypatch.setattr(GradientSender, "exists", lambda self: True)
+    monkeypatch.setattr(function, "is_cut", lambda first: True)
     names = check_replay(cut, simulated_device, (2, 8, 4, 4), passes=4)
     assert [len(p.layers) for p in programs(cut)] == [2, 3]
     # One a stage: that of the whole chain reduces the gradient in between as a convolution writes it.
