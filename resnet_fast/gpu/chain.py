@@ -62,7 +62,7 @@ class GpuChain:
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
         """The chain on ``x``; pool: window, stride and padding of max pooling that :meth:`pools` accepts."""
-        return self.tapes.run(x, (*self._key(x), tuple(pool)), lambda: self._run(x, pool))
+        return self.tapes.run(x, (*self._key(x), self._ahead(), tuple(pool)), lambda: self._run(x, pool))
 
     def _run(self, x: Tensor, pool: Sequence[int]) -> Tensor:
         if pool:
@@ -74,7 +74,7 @@ class GpuChain:
         self, x: Tensor, stages: tuple[residual_network.Stage, ...], head: tuple[Tensor, Tensor | None]
     ) -> Tensor:
         """:meth:`run_stages` with a head, replayed."""
-        return self.tapes.run(x, (*self._key(x), "scores"), lambda: self.run_stages(x, stages, head))
+        return self.tapes.run(x, (*self._key(x), self._ahead(), "scores"), lambda: self.run_stages(x, stages, head))
 
     def run_layers(self, x: Tensor) -> Tensor:
         """One launch a convolution. Caches the steps that the operator ``conv_chain`` derives at each call."""
@@ -219,6 +219,10 @@ class GpuChain:
 
     def _key(self, x: Tensor) -> Key:
         return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced(), freshness.follows()
+
+    def _ahead(self) -> frozenset[freshness.FilterFollower | None]:
+        """What decides, beside :meth:`_key`, whether a tape checks the filters."""
+        return freshness.ahead([filters.follower for filters in [*self._made.values()]])
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
         """For each layer, whether batch norm's scale may be folded into its filters."""

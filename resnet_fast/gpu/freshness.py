@@ -12,7 +12,7 @@ import subprocess
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "FilterFollower",
     "RefreshedNetwork",
     "Sources",
+    "ahead",
     "followed",
     "followed_stages",
     "follower",
@@ -161,6 +162,11 @@ def _set(**values: Any) -> Iterator[None]:
 def measuring() -> contextlib.AbstractContextManager[None]:
     """Context manager: this thread measures. Its graphs are gone after it, and what it runs is no part of a network."""
     return _set(met=None, ahead=frozenset(), measures=True)
+
+
+def ahead(followers: Iterable[FilterFollower | None]) -> frozenset[FilterFollower | None]:
+    """Those of ``followers`` that a launch for a whole network has refreshed: what is recorded now does not launch them."""
+    return _this_thread.ahead and _this_thread.ahead.intersection(followers)
 
 
 class FilterFollower:

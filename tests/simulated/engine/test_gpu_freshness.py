@@ -1,5 +1,6 @@
 """Weights that change behind PyTorch's back while a chain runs on a GPU: calls, tapes and captures follow them."""
 
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -147,6 +148,27 @@ def test_two_sizes_share_filters(simulated_device):
     change(model)
     outs = [model(x) for x in inputs]
     assert all(torch.equal(y, packed_anew(model, x)) for x, y in zip(inputs, outs, strict=True))
+
+
+@torch.no_grad()
+def test_tapes_of_chains_that_a_network_has_refreshed(simulated_device):
+    """They have no check of their own: the same chains called alone need other tapes, and the network these."""
+    first, second = block(), randomize_(blocks.BasicBlock(16, 16)).eval()
+    network, x = freshness.RefreshedNetwork(), torch.randn(1, 8, 4, 4)
+
+    def forward():
+        return network.run((), lambda: second(first(x)))
+
+    for call, checks in ((forward, [5, 1, 1, 1]), (lambda: first(x), [1, 1, 1]), (forward, [1])):
+        for wanted in checks:
+            change(first)
+            names(simulated_device)
+            y = call()
+            assert names(simulated_device).count(REFRESH) == wanted
+            copied = copy.deepcopy(torch.nn.Sequential(first, second))  # packs anew
+            assert torch.equal(y, copied(x) if call is forward else copied[0](x))
+    assert len(tapes_of(first)) == 2
+    assert len(tapes_of(second)) == 1
 
 
 @torch.no_grad()
