@@ -56,7 +56,9 @@ def follower(filters: Sequence[PackedFilter], dtype: torch.dtype) -> FilterFollo
     global _failed
     try:
         return FilterFollower(filters, dtype)
-    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors that say nothing of the compiler
+        raise
+    except _refusals() as error:
         _failed = True
         warnings.warn(
             "resnet_fast: changed weights are seen on GPUs only if PyTorch counts the change (docs/limits.md), for "
@@ -64,6 +66,13 @@ def follower(filters: Sequence[PackedFilter], dtype: torch.dtype) -> FilterFollo
             stacklevel=2,
         )
         return None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Triton raises where it, its assembler or a C compiler cannot compile, or its driver not load."""
+    from triton.errors import TritonError
+
+    return TritonError, RuntimeError, OSError, ImportError, subprocess.CalledProcessError
 
 
 def _fingerprints(filters: Tensor) -> Tensor:
@@ -165,7 +174,7 @@ def measuring() -> contextlib.AbstractContextManager[None]:
 
 
 def ahead(followers: Iterable[FilterFollower | None]) -> frozenset[FilterFollower | None]:
-    """Those of ``followers`` that a launch for a whole network has refreshed: what is recorded now does not launch them."""
+    """Those of ``followers`` that a launch for a whole network has refreshed: they launch nothing now."""
     return _this_thread.ahead and _this_thread.ahead.intersection(followers)
 
 

@@ -1,5 +1,6 @@
 """Weights that change behind PyTorch's back while a chain runs on a GPU: calls, tapes and captures follow them."""
 
+import ast
 import copy
 import gc
 import weakref
@@ -198,23 +199,71 @@ def test_without_triton_only_what_pytorch_counts(monkeypatch):
         assert not torch.equal(model(x), before)
 
 
+def ptxas_error():
+    """An assembler older than the GPU."""
+    from triton.runtime.errors import PTXASError
+
+    return PTXASError("no such target")
+
+
+def compilation_error():
+    from triton.compiler.errors import CompilationError
+
+    return CompilationError("", ast.Pass(lineno=1, col_offset=0), "no such target")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [lambda: RuntimeError("no C compiler"), ptxas_error, compilation_error],
+    ids=["C compiler", "ptxas", "compiler"],
+)
 @torch.no_grad()
-def test_where_triton_cannot_compile(monkeypatch):
-    """No C compiler, say: what runs without Triton runs, and a warning says what it lacks."""
+def test_where_triton_cannot_compile(monkeypatch, error):
+    """What runs without Triton runs, and a warning says what it lacks."""
     model, x = block(), torch.randn(1, 8, 4, 4)
     monkeypatch.setattr(freshness, "_failed", False)
-    with simulated(find_cuda=find_cuda) as device:
+    with simulated(find_cuda=find_cuda) as device, backends.use("cuda"):
+        monkeypatch.setattr(device, "triton", raising(error()))
+        with pytest.warns(UserWarning, match=r"only if PyTorch counts the change(?s:.*)no (C compiler|such target)"):
+            before = model(x)
+        assert torch.equal(model(x), before)
+        model[0].conv1.weight.mul_(1.5)
+        assert not torch.equal(model(x), before)
 
-        def fail(*_):
-            raise RuntimeError("no C compiler")
 
-        monkeypatch.setattr(device, "triton", fail)
-        with backends.use("cuda"):
-            with pytest.warns(UserWarning, match=r"only if PyTorch counts the change.*no C compiler"):
-                before = model(x)
-            assert torch.equal(model(x), before)
-            model[0].conv1.weight.mul_(1.5)
-            assert not torch.equal(model(x), before)
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+@torch.no_grad()
+def test_an_error_of_the_device_is_no_error_of_the_compiler(monkeypatch, error):
+    model, x = block(), torch.randn(1, 8, 4, 4)
+    with simulated(find_cuda=find_cuda) as device, backends.use("cuda"):
+        with monkeypatch.context() as context:
+            context.setattr(device, "triton", raising(error("out of memory")))
+            with pytest.raises(error, match="out of memory"):
+                model(x)
+        before = model(x)
+        change(model)
+        assert not torch.equal(model(x), before)
+
+
+@torch.no_grad()
+def test_a_copied_attribute_is_no_network_of_the_copy(simulated_device):
+    """As in replicas of DataParallel: they have other weights, and the tapes of the first would answer with its own."""
+    model = randomize_(resnet_fast.CifarResNet(1)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    before = [model(x) for _ in range(3)][-1]
+    replica = model._replicate_for_data_parallel()
+    replica._modules = {**replica._modules, "fc": randomize_(torch.nn.Linear(64, 10))}
+    y = replica(x)
+    assert torch.allclose(y, replica.fc(model.flat_features(x)), atol=1e-6)
+    assert not torch.equal(y, before)
+    assert torch.equal(model(x), before)
 
 
 @torch.inference_mode()
