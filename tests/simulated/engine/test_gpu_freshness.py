@@ -252,20 +252,6 @@ def test_an_error_of_the_device_is_no_error_of_the_compiler(monkeypatch, error):
         assert not torch.equal(model(x), before)
 
 
-@torch.no_grad()
-def test_a_copied_attribute_is_no_network_of_the_copy(simulated_device):
-    """As in replicas of DataParallel: they have other weights, and the tapes of the first would answer with its own."""
-    model = randomize_(resnet_fast.CifarResNet(1)).eval()
-    x = torch.randn(1, 3, 8, 8)
-    before = [model(x) for _ in range(3)][-1]
-    replica = model._replicate_for_data_parallel()
-    replica._modules = {**replica._modules, "fc": randomize_(torch.nn.Linear(64, 10))}
-    y = replica(x)
-    assert torch.allclose(y, replica.fc(model.flat_features(x)), atol=1e-6)
-    assert not torch.equal(y, before)
-    assert torch.equal(model(x), before)
-
-
 @torch.inference_mode()
 def test_inference_mode(simulated_device):
     """With weights made in it, of which PyTorch counts nothing."""
