@@ -22,6 +22,7 @@ from .. import backends
 from ..backends import launch
 from ..ops.chain import cuda_unpack
 from . import residual_network, tune
+from .tape import Tapes
 
 if TYPE_CHECKING:
     from .._triton.refresh_filters import PackedFilter
@@ -36,6 +37,7 @@ __all__ = [
     "follower",
     "follows",
     "keep",
+    "latest",
     "measuring",
 ]
 
@@ -51,9 +53,17 @@ def follows() -> bool:
     return backends.cuda.check_weights and backends.has_triton() and not _failed
 
 
-def follower(filters: Sequence[PackedFilter], dtype: torch.dtype) -> FilterFollower | None:
-    """A follower; None, with a warning, where Triton cannot compile, say without a C compiler: other kernels run."""
+def follower(
+    filters: Sequence[PackedFilter], dtype: torch.dtype, others: Iterable[FilterFollower | None] = ()
+) -> FilterFollower | None:
+    """A follower, of ``others`` the one of these filters.
+
+    None, with a warning, where Triton cannot compile, say without a C compiler: other kernels run.
+    """
     global _failed
+    for other in others:
+        if other is not None and [*map(id, other.filters)] == [*map(id, filters)]:
+            return other
     try:
         return FilterFollower(filters, dtype)
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors that say nothing of the compiler
@@ -188,6 +198,7 @@ class FilterFollower:
         from .._triton import refresh_filters as kernel
 
         self.filters, self.dtype, self._launch = filters, dtype, kernel.refresh_filters
+        self._kept = False
         # A recorder would take this for steps of a tape, and the tensors outlive inference mode.
         with launch.unrecorded(), torch.inference_mode(False):
             self._table, self._tiles = kernel.table(filters, filters[0].filters.device)
@@ -203,8 +214,8 @@ class FilterFollower:
         if _this_thread.met is not None:
             _this_thread.met.append(self)
         self._launch(self._table, self._tiles, self.dtype, self._reaches)
-        if tune.capturing():
-            keep(self.filters[0].sources[0], self._table, self._tiles, self._reaches)
+        if tune.capturing() and not self._kept:
+            self._kept = keep(self.filters[0].sources[0], self._table, self._tiles, self._reaches)
 
 
 class RefreshedNetwork:
@@ -224,12 +235,27 @@ class RefreshedNetwork:
             y = forward()
             met = frozenset(_this_thread.met or ())
         if len(met) > 1 and len({f.dtype for f in met}) == 1 and not tune.capturing():
-            filters = {id(f): f for each in met for f in each.filters}
-            self._made[kind] = FilterFollower([*filters.values()], next(iter(met)).dtype), met
+            found = next((made for made in [*self._made.values()] if made[1] == met), None)
+            if found is None:
+                filters = {id(f): f for each in met for f in each.filters}
+                found = FilterFollower([*filters.values()], next(iter(met)).dtype), met
+            latest(self._made, kind, found)
         return y
 
 
-def keep(weight: Tensor | None, *held: object) -> None:
-    """Keeps what a CUDA graph reads as long as ``weight`` lives: a chain may be packed anew, and the graph replayed."""
-    if not _this_thread.measures:
-        weakref.finalize(weight, tuple, held).atexit = False
+def latest(made: dict[Any, Any], kind: Any, value: Any) -> None:
+    """Adds to what is made for each kind of inputs; drops the earliest, as :class:`Tapes` does."""
+    made[kind] = value
+    if len(made) > Tapes.MOST:
+        made.pop(next(iter(made)), None)
+
+
+def keep(weight: Tensor | None, *held: object) -> bool:
+    """Keeps what a CUDA graph reads as long as ``weight`` lives: a chain may be packed anew, and the graph replayed.
+
+    Returns whether it does: not what is measured.
+    """
+    if _this_thread.measures:
+        return False
+    weakref.finalize(weight, tuple, held).atexit = False
+    return True

@@ -18,7 +18,7 @@ from ptxsim.device import simulated
 import resnet_fast
 from resnet_fast import backends, blocks
 from resnet_fast.gpu import freshness, tune
-from resnet_fast.gpu.tape import Tape
+from resnet_fast.gpu.tape import Tape, Tapes
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,30 @@ def test_two_sizes_share_filters(simulated_device):
         model(x)
     change(model)
     outs = [model(x) for x in inputs]
+    first, second = model._chain.gpu._made.values()
+    assert first.follower is second.follower
     assert all(torch.equal(y, packed_anew(model, x)) for x, y in zip(inputs, outs, strict=True))
+
+
+@torch.no_grad()
+def test_as_many_sizes_as_tapes_are_kept(simulated_device, monkeypatch):
+    """A size that comes back after others follows as before."""
+    monkeypatch.setattr(Tapes, "MOST", 2)
+    monkeypatch.setattr(backends.cuda, "replay", False)
+    first, second, network = block(), block(), freshness.RefreshedNetwork()
+    second[0] = randomize_(blocks.BasicBlock(16, 16)).eval()
+
+    def run(x):
+        return network.run(x.shape, lambda: second(first(x)))
+
+    for size in (2, 3, 4, 5, 2):
+        x = torch.randn(1, 8, size, size)
+        run(x)
+        change(first)
+        y = run(x)
+        assert torch.equal(y, copy.deepcopy(second)(copy.deepcopy(first)(x)))
+        assert max(len(network._made), len(first._chain.gpu._made)) <= 2
+    assert len({id(following) for following, _ in network._made.values()}) == 1
 
 
 @torch.no_grad()
@@ -302,7 +325,7 @@ def test_a_capture_without_a_call_before_it_packs_within_the_graph(simulated_dev
     capturing(monkeypatch, True)
     model(x)
     gpu = model._chain.gpu
-    assert (gpu._made, gpu._packed, gpu._steps) == ({}, {}, {})
+    assert (gpu._made, gpu._packed) == ({}, {})
     capturing(monkeypatch, False)
     before = model(x)
     assert len(gpu._made) == 1
@@ -317,8 +340,11 @@ def test_a_capture_without_a_call_before_it_packs_within_the_graph(simulated_dev
     assert not torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("check", [True, False], ids=["compared", "not compared"])
 @torch.no_grad()
-def test_what_is_measured_is_not_kept(simulated_device, monkeypatch):
+def test_what_is_measured_is_not_kept(simulated_device, monkeypatch, check):
+    """And what is captured twice is kept once."""
+    monkeypatch.setattr(backends.cuda, "check_weights", check)
     model, x = block(), torch.randn(1, 8, 4, 4)
     model(x)
     gpu = model._chain.gpu
@@ -329,5 +355,6 @@ def test_what_is_measured_is_not_kept(simulated_device, monkeypatch):
     monkeypatch.setattr(tune, "tuner", lambda device: tuner())
     gpu._first_is_fastest(x, "chain", {"layers": lambda: gpu.run_layers(x)})
     assert kept == []
-    gpu.run_layers(x)
-    assert len(kept) == 1
+    for _ in range(2):
+        gpu.run_layers(x)
+        assert len(kept) == 1
