@@ -199,12 +199,13 @@ class FilterFollower:
 
         self.filters, self.dtype, self._launch = filters, dtype, kernel.refresh_filters
         self._kept = False
+        self._streams: set[torch.cuda.Stream] = set()  # that launched it
         # A recorder would take this for steps of a tape, and the tensors outlive inference mode.
         with launch.unrecorded(), torch.inference_mode(False):
             self._table, self._tiles = kernel.table(filters, filters[0].filters.device)
             # Aliases, which do not hold the modules' parameters.
             self._reaches = tuple(t.detach() for f in filters for t in f.reaches())
-            self._launch(self._table, self._tiles, dtype, self._reaches)
+            self._run()
 
     def refresh(self) -> None:
         """Launches the check, if none of a whole :class:`RefreshedNetwork` ran before; a captured one keeps all that it
@@ -213,9 +214,24 @@ class FilterFollower:
             return
         if _this_thread.met is not None:
             _this_thread.met.append(self)
-        self._launch(self._table, self._tiles, self.dtype, self._reaches)
+        self._run()
         if tune.capturing() and not self._kept:
             self._kept = keep(self.filters[0].sources[0], self._table, self._tiles, self._reaches)
+
+    def _run(self) -> None:
+        stream = _stream(self._table)
+        if stream is not None and stream not in self._streams:
+            self._streams.add(stream)
+            # A launch may still wait there when all this is dropped and its memory is free to the stream that packed.
+            with launch.unrecorded():
+                for t in (self._table, self._tiles, *(t for f in self.filters for t in (f.filters, f.fingerprints))):
+                    t.record_stream(stream)  # of the whole storage; nothing on the stream that allocated it
+        self._launch(self._table, self._tiles, self.dtype, self._reaches)
+
+
+def _stream(t: Tensor) -> torch.cuda.Stream | None:
+    """The stream whose launches outlast the host's references; none captures, for :func:`keep` holds those."""
+    return torch.cuda.current_stream(t.device) if t.is_cuda and not tune.capturing() else None
 
 
 class RefreshedNetwork:

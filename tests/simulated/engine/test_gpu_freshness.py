@@ -340,6 +340,23 @@ def test_a_capture_without_a_call_before_it_packs_within_the_graph(simulated_dev
     assert not torch.equal(model(x), before)
 
 
+@torch.no_grad()
+def test_memory_stays_with_every_stream_that_writes_it(simulated_device, monkeypatch):
+    """A check that waits on another stream than that of packing writes after the host has dropped the chain."""
+    found = {"packs": [], "other": []}
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: found[stream].append(t.untyped_storage()))
+    model, x = block(), torch.randn(1, 8, 4, 4)
+    for current in ("packs", "other", "other", None, "other", "packs"):
+        monkeypatch.setattr(freshness, "_stream", lambda t, stream=current: stream)
+        model(x)
+    (filters,) = model._chain.gpu._made.values()
+    following = filters.follower
+    written = [following._table, *filters.packed, *(f.fingerprints for f in following.filters)]
+    for storages in found.values():
+        assert {t.untyped_storage()._cdata for t in written} <= {storage._cdata for storage in storages}
+        assert len(storages) == 2 + 2 * len(filters.packed)
+
+
 @pytest.mark.parametrize("check", [True, False], ids=["compared", "not compared"])
 @torch.no_grad()
 def test_what_is_measured_is_not_kept(simulated_device, monkeypatch, check):
