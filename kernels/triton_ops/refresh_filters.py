@@ -6,6 +6,9 @@ as :mod:`resnet_fast.gpu.packing` and :mod:`resnet_fast.gpu.residual_network` co
 all filters of a chain, ordered by the stream: the host waits for nothing, and tapes and CUDA graphs hold it like any
 launch.
 
+Sources are read from the L2 cache: a multiprocessor's own may hold lines from before a write that nothing orders, and a
+new fingerprint would name old filters.
+
 A program owns a tile of one packed filter and the fingerprint under which that tile was packed. All programs of a
 filter take the same sample, so they decide alike, and none waits for another. Programs of two streams that find a
 change at once store the same bytes; one that finds it packed has acquired what the other released.
@@ -52,9 +55,9 @@ _KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # as _load tel
 @triton.jit
 def _load(address, kind, offset, mask):
     """Elements of a tensor whose dtype is known at run time only, in float64."""
-    half = tl.load(address.to(tl.pointer_type(tl.float16)) + offset, mask & (kind == 1), 0.0)
-    brain = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask & (kind == 2), 0.0)
-    single = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask & (kind == 3), 0.0)
+    half = tl.load(address.to(tl.pointer_type(tl.float16)) + offset, mask & (kind == 1), 0.0, cache_modifier=".cg")
+    brain = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offset, mask & (kind == 2), 0.0, cache_modifier=".cg")
+    single = tl.load(address.to(tl.pointer_type(tl.float32)) + offset, mask & (kind == 3), 0.0, cache_modifier=".cg")
     return tl.where(kind == 1, half.to(tl.float32), tl.where(kind == 2, brain.to(tl.float32), single)).to(tl.float64)
 
 
@@ -89,7 +92,8 @@ def _fingerprint(row):
     piece = i // 32
     start = tl.where(piece == 7, halves - 32, halves // 7 * piece // 32 * 32)
     at = tl.where(halves <= 256, i.to(tl.int64), start + i % 32)
-    half = tl.load(address.to(tl.pointer_type(tl.int16)) + at, i < halves, 0).to(tl.int64) & 0xFFFF
+    sampled = address.to(tl.pointer_type(tl.int16)) + at
+    half = tl.load(sampled, i < halves, 0, cache_modifier=".cg").to(tl.int64) & 0xFFFF
     # Mixed with its place: halves that trade places change the sum.
     mixed = (half | (place + 1).to(tl.int64) << 16) * 0x2545F4914F6CDD1D
     mixed = (mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,18 @@ __all__ = ["GpuChain"]
 Key = tuple[Any, ...]  # shape and dtype of the input, and the switches that decide
 
 
-class _Filters(NamedTuple):
-    """Packed tensors for inputs of a kind, the specs with a GPU's flags, and what keeps the tensors fresh."""
+@dataclass(eq=False)
+class _Filters:
+    """Packed tensors for inputs of a kind and the specs with a GPU's flags.
+
+    follower: keeps the tensors fresh. steps: of the operator ``conv_chain``. kept: by :func:`.freshness.keep`.
+    """
 
     packed: list[Tensor]
     specs: Sequence[ConvSpec]
-    follower: freshness.FilterFollower | None
+    follower: freshness.FilterFollower | None = None
+    steps: list[Any] | None = None
+    kept: bool = False
 
 
 class GpuChain:
@@ -55,14 +62,13 @@ class GpuChain:
         # By layer, folded, dtype, and whether they follow their weights.
         self._packed: dict[tuple[int, bool, torch.dtype, bool], tuple[Tensor, PackedFilter | None]] = {}
         self._made: dict[Key, _Filters] = {}
-        self._steps: dict[Key, list[Any]] = {}
         self._foldable: dict[torch.dtype, list[bool]] = {}
         self._packing = threading.RLock()
         self.tapes = Tapes()
 
     def run(self, x: Tensor, pool: Sequence[int] = ()) -> Tensor:
         """The chain on ``x``; pool: window, stride and padding of max pooling that :meth:`pools` accepts."""
-        return self.tapes.run(x, (*self._key(x), tuple(pool)), lambda: self._run(x, pool))
+        return self.tapes.run(x, (*self._key(x), self._ahead(), tuple(pool)), lambda: self._run(x, pool))
 
     def _run(self, x: Tensor, pool: Sequence[int]) -> Tensor:
         if pool:
@@ -74,16 +80,16 @@ class GpuChain:
         self, x: Tensor, stages: tuple[residual_network.Stage, ...], head: tuple[Tensor, Tensor | None]
     ) -> Tensor:
         """:meth:`run_stages` with a head, replayed."""
-        return self.tapes.run(x, (*self._key(x), "scores"), lambda: self.run_stages(x, stages, head))
+        return self.tapes.run(x, (*self._key(x), self._ahead(), "scores"), lambda: self.run_stages(x, stages, head))
 
     def run_layers(self, x: Tensor) -> Tensor:
         """One launch a convolution. Caches the steps that the operator ``conv_chain`` derives at each call."""
-        key, filters = self._key(x), self._planned(x)
-        planned = self._steps.get(key)
+        filters = self._planned(x)
+        planned = filters.steps
         if planned is None:
             planned = steps(x, filters.packed, filters.specs)
             if not tune.capturing():
-                self._steps[key] = planned
+                filters.steps = planned
         return run_steps(x, planned)
 
     def run_stages(
@@ -97,7 +103,7 @@ class GpuChain:
 
         def pack() -> _Filters:
             filters = [self._plain(i, x.dtype) for i in range(len(self.sources))]
-            return _Filters([residual_network.pack(stages, filters, x.dtype, head)], self.specs, None)
+            return _Filters([residual_network.pack(stages, filters, x.dtype, head)], self.specs)
 
         def follow(filters: _Filters) -> list[PackedFilter]:
             return freshness.followed_stages(filters.packed[0], stages, self.sources, self.eps, x.dtype, head)
@@ -179,7 +185,7 @@ class GpuChain:
             flagged = specs()
             pairs = [self._filter(i, x.dtype, bool(spec.flags & FOLDED)) for i, spec in enumerate(flagged)]
             followed.extend(filters for _, filters in pairs if filters is not None)
-            return _Filters([packed for packed, _ in pairs], flagged, None)
+            return _Filters([packed for packed, _ in pairs], flagged)
 
         return self._fresh(key, x, pack, lambda _: followed)
 
@@ -197,14 +203,14 @@ class GpuChain:
         filters, captures = self._made.get(key), tune.capturing()
         if filters is None:
             with self._packing, torch.no_grad():
-                filters = pack() if captures else self._made.get(key) or self._make(x, pack, follow)
-            if captures:
-                return filters
-            self._made[key] = filters
+                if captures:
+                    return pack()
+                filters = self._made.get(key) or self._make(x, pack, follow)
+                freshness.latest(self._made, key, filters)
         if filters.follower is not None:
             filters.follower.refresh()
-        elif captures:
-            freshness.keep(self.sources[0][0], *filters.packed)
+        elif captures and not filters.kept:
+            filters.kept = freshness.keep(self.sources[0][0], *filters.packed)
         return filters
 
     def _make(
@@ -212,13 +218,18 @@ class GpuChain:
     ) -> _Filters:
         filters = pack()
         if freshness.follows():
-            filters = filters._replace(follower=freshness.follower(follow(filters), x.dtype))
+            others = [other.follower for other in self._made.values()]
+            filters.follower = freshness.follower(follow(filters), x.dtype, others)
         if x.is_cuda:  # other streams may read it from now on
             torch.cuda.current_stream(x.device).synchronize()
         return filters
 
     def _key(self, x: Tensor) -> Key:
         return x.shape, x.dtype, backends.selected(), precision(x.dtype), tune.forced(), freshness.follows()
+
+    def _ahead(self) -> frozenset[freshness.FilterFollower | None]:
+        """What decides, beside :meth:`_key`, whether a tape checks the filters."""
+        return freshness.ahead([filters.follower for filters in [*self._made.values()]])
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
         """For each layer, whether batch norm's scale may be folded into its filters."""

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from .. import backends
 from ..backends import launch
 from ..ops.chain import cuda_unpack
 from . import residual_network, tune
+from .tape import Tapes
 
 if TYPE_CHECKING:
     from .._triton.refresh_filters import PackedFilter
@@ -30,11 +31,13 @@ __all__ = [
     "FilterFollower",
     "RefreshedNetwork",
     "Sources",
+    "ahead",
     "followed",
     "followed_stages",
     "follower",
     "follows",
     "keep",
+    "latest",
     "measuring",
 ]
 
@@ -50,12 +53,22 @@ def follows() -> bool:
     return backends.cuda.check_weights and backends.has_triton() and not _failed
 
 
-def follower(filters: Sequence[PackedFilter], dtype: torch.dtype) -> FilterFollower | None:
-    """A follower; None, with a warning, where Triton cannot compile, say without a C compiler: other kernels run."""
+def follower(
+    filters: Sequence[PackedFilter], dtype: torch.dtype, others: Iterable[FilterFollower | None] = ()
+) -> FilterFollower | None:
+    """A follower, of ``others`` the one of these filters.
+
+    None, with a warning, where Triton cannot compile, say without a C compiler: other kernels run.
+    """
     global _failed
+    for other in others:
+        if other is not None and [*map(id, other.filters)] == [*map(id, filters)]:
+            return other
     try:
         return FilterFollower(filters, dtype)
-    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors that say nothing of the compiler
+        raise
+    except _refusals() as error:
         _failed = True
         warnings.warn(
             "resnet_fast: changed weights are seen on GPUs only if PyTorch counts the change (docs/limits.md), for "
@@ -63,6 +76,13 @@ def follower(filters: Sequence[PackedFilter], dtype: torch.dtype) -> FilterFollo
             stacklevel=2,
         )
         return None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Triton raises where it, its assembler or a C compiler cannot compile, or its driver not load."""
+    from triton.errors import TritonError
+
+    return TritonError, RuntimeError, OSError, ImportError, subprocess.CalledProcessError
 
 
 def _fingerprints(filters: Tensor) -> Tensor:
@@ -163,6 +183,11 @@ def measuring() -> contextlib.AbstractContextManager[None]:
     return _set(met=None, ahead=frozenset(), measures=True)
 
 
+def ahead(followers: Iterable[FilterFollower | None]) -> frozenset[FilterFollower | None]:
+    """Those of ``followers`` that a launch for a whole network has refreshed: they launch nothing now."""
+    return _this_thread.ahead and _this_thread.ahead.intersection(followers)
+
+
 class FilterFollower:
     """Refreshes packed filters, by one launch before they are read.
 
@@ -173,12 +198,14 @@ class FilterFollower:
         from .._triton import refresh_filters as kernel
 
         self.filters, self.dtype, self._launch = filters, dtype, kernel.refresh_filters
+        self._kept = False
+        self._streams: set[torch.cuda.Stream] = set()  # that launched it
         # A recorder would take this for steps of a tape, and the tensors outlive inference mode.
         with launch.unrecorded(), torch.inference_mode(False):
             self._table, self._tiles = kernel.table(filters, filters[0].filters.device)
             # Aliases, which do not hold the modules' parameters.
             self._reaches = tuple(t.detach() for f in filters for t in f.reaches())
-            self._launch(self._table, self._tiles, dtype, self._reaches)
+            self._run()
 
     def refresh(self) -> None:
         """Launches the check, if none of a whole :class:`RefreshedNetwork` ran before; a captured one keeps all that it
@@ -187,9 +214,24 @@ class FilterFollower:
             return
         if _this_thread.met is not None:
             _this_thread.met.append(self)
+        self._run()
+        if tune.capturing() and not self._kept:
+            self._kept = keep(self.filters[0].sources[0], self._table, self._tiles, self._reaches)
+
+    def _run(self) -> None:
+        stream = _stream(self._table)
+        if stream is not None and stream not in self._streams:
+            self._streams.add(stream)
+            # A launch may still wait there when all this is dropped and its memory is free to the stream that packed.
+            with launch.unrecorded():
+                for t in (self._table, self._tiles, *(t for f in self.filters for t in (f.filters, f.fingerprints))):
+                    t.record_stream(stream)  # of the whole storage; nothing on the stream that allocated it
         self._launch(self._table, self._tiles, self.dtype, self._reaches)
-        if tune.capturing():
-            keep(self.filters[0].sources[0], self._table, self._tiles, self._reaches)
+
+
+def _stream(t: Tensor) -> torch.cuda.Stream | None:
+    """The stream whose launches outlast the host's references; none captures, for :func:`keep` holds those."""
+    return torch.cuda.current_stream(t.device) if t.is_cuda and not tune.capturing() else None
 
 
 class RefreshedNetwork:
@@ -209,12 +251,27 @@ class RefreshedNetwork:
             y = forward()
             met = frozenset(_this_thread.met or ())
         if len(met) > 1 and len({f.dtype for f in met}) == 1 and not tune.capturing():
-            filters = {id(f): f for each in met for f in each.filters}
-            self._made[kind] = FilterFollower([*filters.values()], next(iter(met)).dtype), met
+            found = next((made for made in [*self._made.values()] if made[1] == met), None)
+            if found is None:
+                filters = {id(f): f for each in met for f in each.filters}
+                found = FilterFollower([*filters.values()], next(iter(met)).dtype), met
+            latest(self._made, kind, found)
         return y
 
 
-def keep(weight: Tensor | None, *held: object) -> None:
-    """Keeps what a CUDA graph reads as long as ``weight`` lives: a chain may be packed anew, and the graph replayed."""
-    if not _this_thread.measures:
-        weakref.finalize(weight, tuple, held).atexit = False
+def latest(made: dict[Any, Any], kind: Any, value: Any) -> None:
+    """Adds to what is made for each kind of inputs; drops the earliest, as :class:`Tapes` does."""
+    made[kind] = value
+    if len(made) > Tapes.MOST:
+        made.pop(next(iter(made)), None)
+
+
+def keep(weight: Tensor | None, *held: object) -> bool:
+    """Keeps what a CUDA graph reads as long as ``weight`` lives: a chain may be packed anew, and the graph replayed.
+
+    Returns whether it does: not what is measured.
+    """
+    if _this_thread.measures:
+        return False
+    weakref.finalize(weight, tuple, held).atexit = False
+    return True

@@ -68,6 +68,6 @@ class Replayed(nn.Module):
             return super().forward(x)
         if backends.kind(x) != "cuda" or self.training or torch.is_grad_enabled():
             return super().forward(x)
-        if self._network is None:
+        if self._network is None or self._network.model is not self:  # a replica of DataParallel's copies attributes
             self._network = Network(self)
         return self._network.run(x, super().forward)

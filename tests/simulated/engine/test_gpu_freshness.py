@@ -1,5 +1,7 @@
 """Weights that change behind PyTorch's back while a chain runs on a GPU: calls, tapes and captures follow them."""
 
+import ast
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from ptxsim.device import simulated
 import resnet_fast
 from resnet_fast import backends, blocks
 from resnet_fast.gpu import freshness, tune
-from resnet_fast.gpu.tape import Tape
+from resnet_fast.gpu.tape import Tape, Tapes
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +148,51 @@ def test_two_sizes_share_filters(simulated_device):
         model(x)
     change(model)
     outs = [model(x) for x in inputs]
+    first, second = model._chain.gpu._made.values()
+    assert first.follower is second.follower
     assert all(torch.equal(y, packed_anew(model, x)) for x, y in zip(inputs, outs, strict=True))
+
+
+@torch.no_grad()
+def test_as_many_sizes_as_tapes_are_kept(simulated_device, monkeypatch):
+    """A size that comes back after others follows as before."""
+    monkeypatch.setattr(Tapes, "MOST", 2)
+    monkeypatch.setattr(backends.cuda, "replay", False)
+    first, second, network = block(), block(), freshness.RefreshedNetwork()
+    second[0] = randomize_(blocks.BasicBlock(16, 16)).eval()
+
+    def run(x):
+        return network.run(x.shape, lambda: second(first(x)))
+
+    for size in (2, 3, 4, 5, 2):
+        x = torch.randn(1, 8, size, size)
+        run(x)
+        change(first)
+        y = run(x)
+        assert torch.equal(y, copy.deepcopy(second)(copy.deepcopy(first)(x)))
+        assert max(len(network._made), len(first._chain.gpu._made)) <= 2
+    assert len({id(following) for following, _ in network._made.values()}) == 1
+
+
+@torch.no_grad()
+def test_tapes_of_chains_that_a_network_has_refreshed(simulated_device):
+    """They have no check of their own: the same chains called alone need other tapes, and the network these."""
+    first, second = block(), randomize_(blocks.BasicBlock(16, 16)).eval()
+    network, x = freshness.RefreshedNetwork(), torch.randn(1, 8, 4, 4)
+
+    def forward():
+        return network.run((), lambda: second(first(x)))
+
+    for call, checks in ((forward, [5, 1, 1, 1]), (lambda: first(x), [1, 1, 1]), (forward, [1])):
+        for wanted in checks:
+            change(first)
+            names(simulated_device)
+            y = call()
+            assert names(simulated_device).count(REFRESH) == wanted
+            copied = copy.deepcopy(torch.nn.Sequential(first, second))  # packs anew
+            assert torch.equal(y, copied(x) if call is forward else copied[0](x))
+    assert len(tapes_of(first)) == 2
+    assert len(tapes_of(second)) == 1
 
 
 @torch.no_grad()
@@ -176,23 +222,57 @@ def test_without_triton_only_what_pytorch_counts(monkeypatch):
         assert not torch.equal(model(x), before)
 
 
+def ptxas_error():
+    """An assembler older than the GPU."""
+    from triton.runtime.errors import PTXASError
+
+    return PTXASError("no such target")
+
+
+def compilation_error():
+    from triton.compiler.errors import CompilationError
+
+    return CompilationError("", ast.Pass(lineno=1, col_offset=0), "no such target")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [lambda: RuntimeError("no C compiler"), ptxas_error, compilation_error],
+    ids=["C compiler", "ptxas", "compiler"],
+)
 @torch.no_grad()
-def test_where_triton_cannot_compile(monkeypatch):
-    """No C compiler, say: what runs without Triton runs, and a warning says what it lacks."""
+def test_where_triton_cannot_compile(monkeypatch, error):
+    """What runs without Triton runs, and a warning says what it lacks."""
     model, x = block(), torch.randn(1, 8, 4, 4)
     monkeypatch.setattr(freshness, "_failed", False)
-    with simulated(find_cuda=find_cuda) as device:
+    with simulated(find_cuda=find_cuda) as device, backends.use("cuda"):
+        monkeypatch.setattr(device, "triton", raising(error()))
+        with pytest.warns(UserWarning, match=r"only if PyTorch counts the change(?s:.*)no (C compiler|such target)"):
+            before = model(x)
+        assert torch.equal(model(x), before)
+        model[0].conv1.weight.mul_(1.5)
+        assert not torch.equal(model(x), before)
 
-        def fail(*_):
-            raise RuntimeError("no C compiler")
 
-        monkeypatch.setattr(device, "triton", fail)
-        with backends.use("cuda"):
-            with pytest.warns(UserWarning, match=r"only if PyTorch counts the change.*no C compiler"):
-                before = model(x)
-            assert torch.equal(model(x), before)
-            model[0].conv1.weight.mul_(1.5)
-            assert not torch.equal(model(x), before)
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+@torch.no_grad()
+def test_an_error_of_the_device_is_no_error_of_the_compiler(monkeypatch, error):
+    model, x = block(), torch.randn(1, 8, 4, 4)
+    with simulated(find_cuda=find_cuda) as device, backends.use("cuda"):
+        with monkeypatch.context() as context:
+            context.setattr(device, "triton", raising(error("out of memory")))
+            with pytest.raises(error, match="out of memory"):
+                model(x)
+        before = model(x)
+        change(model)
+        assert not torch.equal(model(x), before)
 
 
 @torch.inference_mode()
@@ -245,7 +325,7 @@ def test_a_capture_without_a_call_before_it_packs_within_the_graph(simulated_dev
     capturing(monkeypatch, True)
     model(x)
     gpu = model._chain.gpu
-    assert (gpu._made, gpu._packed, gpu._steps) == ({}, {}, {})
+    assert (gpu._made, gpu._packed) == ({}, {})
     capturing(monkeypatch, False)
     before = model(x)
     assert len(gpu._made) == 1
@@ -261,7 +341,27 @@ def test_a_capture_without_a_call_before_it_packs_within_the_graph(simulated_dev
 
 
 @torch.no_grad()
-def test_what_is_measured_is_not_kept(simulated_device, monkeypatch):
+def test_memory_stays_with_every_stream_that_writes_it(simulated_device, monkeypatch):
+    """A check that waits on another stream than that of packing writes after the host has dropped the chain."""
+    found = {"packs": [], "other": []}
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: found[stream].append(t.untyped_storage()))
+    model, x = block(), torch.randn(1, 8, 4, 4)
+    for current in ("packs", "other", "other", None, "other", "packs"):
+        monkeypatch.setattr(freshness, "_stream", lambda t, stream=current: stream)
+        model(x)
+    (filters,) = model._chain.gpu._made.values()
+    following = filters.follower
+    written = [following._table, *filters.packed, *(f.fingerprints for f in following.filters)]
+    for storages in found.values():
+        assert {t.untyped_storage()._cdata for t in written} <= {storage._cdata for storage in storages}
+        assert len(storages) == 2 + 2 * len(filters.packed)
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["compared", "not compared"])
+@torch.no_grad()
+def test_what_is_measured_is_not_kept(simulated_device, monkeypatch, check):
+    """And what is captured twice is kept once."""
+    monkeypatch.setattr(backends.cuda, "check_weights", check)
     model, x = block(), torch.randn(1, 8, 4, 4)
     model(x)
     gpu = model._chain.gpu
@@ -272,5 +372,6 @@ def test_what_is_measured_is_not_kept(simulated_device, monkeypatch):
     monkeypatch.setattr(tune, "tuner", lambda device: tuner())
     gpu._first_is_fastest(x, "chain", {"layers": lambda: gpu.run_layers(x)})
     assert kept == []
-    gpu.run_layers(x)
-    assert len(kept) == 1
+    for _ in range(2):
+        gpu.run_layers(x)
+        assert len(kept) == 1

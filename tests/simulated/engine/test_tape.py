@@ -189,6 +189,26 @@ def test_what_ends_the_tape_of_a_network():
         assert model.fc.weight.grad is not None
 
 
+@torch.no_grad()
+def test_a_replica_has_a_network_of_its_own():
+    """DataParallel copies attributes, the network among them: its tapes would answer with the first's weights."""
+    model = randomize_(resnet_fast.models.ResNet([1, 1, 1, 1], 7)).eval()
+    x = torch.randn(1, 3, 33, 33)
+    with launch.use_device(Nothing()):
+        for _ in range(3):
+            model(x)
+        assert [type(t) for t in model._network.tapes.found.values()] == [Tape]
+        replica, calls = model._replicate_for_data_parallel(), []
+        replica.fc = nn.Linear(512, 7)
+        replica.fc.register_forward_hook(lambda *_: calls.append(1))
+        for count in range(1, 5):
+            replica(x)
+            assert len(calls) == count
+        owned = model._network
+        model(x)
+        assert model._network is owned
+
+
 def test_other_inputs_have_tapes_of_their_own(simulated_device):
     block = randomize_(blocks.BasicBlock(8, 8)).eval()
     for count, shape in enumerate([(1, 8, 4, 4), (2, 8, 4, 4), (1, 8, 5, 3)], 1):

@@ -1,5 +1,7 @@
 """Packed filters refreshed on the simulated device: bits of the host's packing, no store where nothing changed."""
 
+import re
+
 import pytest
 import torch
 from helpers import triton_gate as gate
@@ -241,3 +243,6 @@ def test_no_local_memory_and_enough_blocks():
         release = sass.ptx.index(".release.")
         assert "bar.sync" in sass.ptx[sass.ptx.rindex("st.global", 0, release) : release]
         assert sass.ptx.count("st.shared") <= 2
+        # Sources, unlike the table's 64-bit words, are read past the multiprocessor's own cache.
+        loads = set(re.findall(r"ld\.global\S*", sass.ptx))
+        assert loads == {"ld.global.b64", "ld.global.cg.b16", "ld.global.cg.b32"}
