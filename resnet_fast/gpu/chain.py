@@ -229,7 +229,7 @@ class GpuChain:
 
     def _ahead(self) -> frozenset[freshness.FilterFollower | None]:
         """What decides, beside :meth:`_key`, whether a tape checks the filters."""
-        return freshness.ahead([filters.follower for filters in [*self._made.values()]])
+        return freshness.ahead(filters.follower for filters in [*self._made.values()])
 
     def _folds(self, dtype: torch.dtype) -> list[bool]:
         """For each layer, whether batch norm's scale may be folded into its filters."""
