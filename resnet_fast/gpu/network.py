@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .. import backends
 from ..chain.executor import ChainExecutor, autocast_dtype
 from ..chain.guard import StalenessGuard, hooks_reason
-from .freshness import RefreshedNetwork
 from .tape import Tapes
 
 __all__ = ["Network", "Replayed"]
@@ -27,8 +26,13 @@ class Network(ChainExecutor):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._guard: StalenessGuard | None = None
-        self.tapes, self._refreshed = Tapes(), RefreshedNetwork()
         self._known = False  # whether the code of every module is known
+        self._record_anew()
+
+    def _record_anew(self) -> None:
+        from .freshness import RefreshedNetwork  # which imports the tuner: this module is imported with the models
+
+        self.tapes, self._refreshed = Tapes(), RefreshedNetwork()
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -46,7 +50,7 @@ class Network(ChainExecutor):
     def _is_valid(self) -> bool:
         if self._guard is None or not self._guard.is_valid():
             modules = list(self.model.modules())
-            self.tapes, self._refreshed = Tapes(), RefreshedNetwork()
+            self._record_anew()
             # The guard compares what matters of the many simple layers anyway: open the others alone.
             self._guard = StalenessGuard(modules, {m: () for m in modules if type(m) not in _SIMPLE})
             self._known = hooks_reason(modules) is None and all(_is_known(m) and not m.training for m in modules)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import cuda_gate
 from helpers.stage_support import EagerStage, FastStage, add_kernels, input_of
-from helpers.support import twins
+from helpers.support import computing, twins
 from ptxsim.sass import ARCHS, SHARED_BLOCK
 
 from resnet_fast.gpu import residual_network
@@ -32,7 +32,7 @@ def launch(device, monkeypatch, kernel):
     x = input_of(kernel, kernel.images, dtype)
     with torch.no_grad():
         y = fast(x)
-    ((_, report),) = device.launches
+    ((_, report),) = computing(device)
     convolutions = [m.weight for m in fast.modules() if isinstance(m, torch.nn.Conv2d)]
     # Of a batch norm a scale and a shift in float32.
     filters = sum(w.nbytes + 8 * w.shape[0] for w in convolutions)
