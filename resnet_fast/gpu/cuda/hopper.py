@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..candidates.hopper import KERNELS, HopperConfig, instance, plan, tiles
 from ..layer import Layer
 from .conv import counters_of
 
-__all__ = ["conv_bn_relu", "kernel_name", "verify"]
+__all__ = ["conv_bn_relu", "kernel_name", "small_integers", "verify"]
 
 
 def kernel_name(stem: str, dtype: torch.dtype, number: int) -> str:
@@ -69,6 +70,16 @@ def conv_bn_relu(
     )
 
 
+def small_integers(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``draw(most, *shape)``: integers from -most to most, from a generator of their own, not the user's."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(most: int, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randint(-most, most + 1, shape, device=device, generator=generator).to(dtype)
+
+    return draw
+
+
 @functools.cache
 def verify(layer: Layer, config: HopperConfig | Conv1x1Config, device: torch.device) -> None:
     """Raises RuntimeError unless ``config`` computes ``layer`` exactly on small integers, whose sums are exact.
@@ -76,11 +87,7 @@ def verify(layer: Layer, config: HopperConfig | Conv1x1Config, device: torch.dev
     Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
     """
 
-    generator = torch.Generator(device).manual_seed(0)  # not the user's
-
-    def whole(most: int, *shape: int) -> Tensor:
-        return torch.randint(-most, most + 1, shape, device=device, generator=generator).to(layer.dtype)
-
+    whole = small_integers(device, layer.dtype)
     x = whole(2, layer.batch, layer.height, layer.width, layer.channels)
     weight = whole(1, layer.out_channels, *layer.kernel, layer.channels)
     y = torch.empty(

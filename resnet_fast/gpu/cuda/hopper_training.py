@@ -15,6 +15,7 @@ from ..candidates.cuda import Plan
 from ..candidates.hopper import KERNELS
 from ..candidates.hopper_training import TrainingConfig, instance, parts, plan, tile_pixels, tiles
 from ..layer import Layer
+from .hopper import small_integers
 
 if TYPE_CHECKING:
     from ..._triton.finalize import PartialStats
@@ -110,10 +111,7 @@ def verify(layer: Layer, config: TrainingConfig, device: torch.device) -> None:
     Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
     """
 
-    generator = torch.Generator(device).manual_seed(0)  # not the user's
-
-    def whole(most: int, *shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.randint(-most, most + 1, shape, device=device, generator=generator).to(dtype)
+    whole = small_integers(device, layer.dtype)
 
     def image(channels: int, height: int, width: int) -> Tensor:
         return whole(2, layer.batch, height, width, channels).permute(0, 3, 1, 2)

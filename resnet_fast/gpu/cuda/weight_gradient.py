@@ -12,6 +12,7 @@ from torch import Tensor
 from ...backends import launch
 from ..candidates.weight_gradient import GradientConfig, plan, tiles
 from ..layer import Layer
+from .hopper import small_integers
 
 __all__ = ["kernel_name", "verify", "weight_gradient"]
 
@@ -61,10 +62,7 @@ def verify(layer: Layer, config: GradientConfig, device: torch.device) -> None:
     Runs once for each, before a measurement: no GPU has run these kernels in a release's tests.
     """
 
-    generator = torch.Generator(device).manual_seed(0)  # not the user's
-
-    def whole(most: int, *shape: int, dtype: torch.dtype = layer.dtype) -> Tensor:
-        return torch.randint(-most, most + 1, shape, device=device, generator=generator).to(dtype)
+    whole = small_integers(device, layer.dtype)
 
     def image(channels: int, height: int, width: int) -> Tensor:
         return whole(2, layer.batch, height, width, channels).permute(0, 3, 1, 2)

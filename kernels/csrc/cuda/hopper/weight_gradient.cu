@@ -1,15 +1,9 @@
 // Launcher of weight_gradient, of 3x3 convolutions on Hopper; its tiles and geometry for the tuner.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
-#include <optional>
-#include <vector>
-
+#include "cuda/hopper/launcher.h"
 #include "cuda/hopper/weight_gradient_plan.h"
 #include "cuda/kernel_names.h"
-#include "cuda/launch.h"
 
 namespace resnet_fast {
 namespace cuda {
@@ -24,19 +18,7 @@ using cuda::GradientPlan;
 using cuda::GradientTile;
 using cuda::kGradientArgs;
 
-GradientArgs unpack(const std::vector<int64_t>& args) {
-  RESNET_FAST_CHECK(args.size() == kGradientArgs, "weight_gradient: args has ", args.size(), " integers, want ",
-                    kGradientArgs);
-  uint32_t fields[kGradientArgs];
-  for (int i = 0; i < kGradientArgs; ++i) {
-    fields[i] = static_cast<uint32_t>(args[i]);
-    RESNET_FAST_CHECK(fields[i] == args[i], "weight_gradient: args has ", args[i], ", want 0 to 4294967295");
-  }
-  GradientArgs a;
-  static_assert(sizeof a == sizeof fields);
-  std::memcpy(&a, fields, sizeof a);
-  return a;
-}
+constexpr const char* kOp = "weight_gradient";
 
 const GradientTile& tile_of(int64_t tile) {
   RESNET_FAST_CHECK(tile >= 0 && tile < cuda::kGradientTileCount, "weight_gradient: tile is ", tile, ", want 0 to ",
@@ -57,7 +39,7 @@ std::vector<int64_t> weight_gradient_tiles() {
 // [blocks, threads, shared, partial_floats, 0, completed args]; empty if the tile cannot compute it.
 std::vector<int64_t> weight_gradient_plan(int64_t tile, const std::vector<int64_t>& args) {
   const GradientTile& t = tile_of(tile);
-  const GradientArgs a = unpack(args);
+  const GradientArgs a = unpack_args<GradientArgs>(kOp, args);
   RESNET_FAST_CHECK(a.splits >= 1, "weight_gradient: splits is ", a.splits, ", want at least 1");
   RESNET_FAST_CHECK(a.positions >= 1, "weight_gradient: positions is ", a.positions, ", want at least 1");
   if (!cuda::supports(t, a)) return {};
@@ -76,7 +58,7 @@ void weight_gradient_launch(const Tensor& grad, const std::optional<Tensor>& y,
                             const std::optional<Tensor>& scale_shift, Tensor partial, int64_t tile,
                             const std::vector<int64_t>& args) {
   const GradientTile& t = tile_of(tile);
-  const GradientArgs given = unpack(args);
+  const GradientArgs given = unpack_args<GradientArgs>(kOp, args);
   RESNET_FAST_CHECK(cuda::supports(t, given), "weight_gradient: tile ", tile, " cannot compute this convolution");
   const GradientPlan plan = cuda::plan_gradient(t, given);
   const GradientArgs& a = plan.args;
@@ -84,14 +66,7 @@ void weight_gradient_launch(const Tensor& grad, const std::optional<Tensor>& y,
   RESNET_FAST_CHECK(a.splits <= 65535 && plan.blocks <= INT32_MAX, "weight_gradient: splits is ", a.splits, " for ",
                     plan.blocks, " blocks, want at most 65535 and 2147483647");
   const auto holds = [&](const char* name, const Tensor& tensor, ScalarType dtype, int64_t elements) {
-    RESNET_FAST_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "weight_gradient: ", name,
-                      " is not on the device that x is on");
-    RESNET_FAST_CHECK(tensor.scalar_type() == dtype, "weight_gradient: ", name, " has dtype ",
-                      dtype_name(tensor.scalar_type()), ", want ", dtype_name(dtype));
-    RESNET_FAST_CHECK(tensor.numel() >= elements, "weight_gradient: ", name, " has ", tensor.numel(),
-                      " elements, want ", elements);
-    RESNET_FAST_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, "weight_gradient: ", name,
-                      " is not aligned to 16 bytes");
+    check_operand(kOp, x, name, tensor, elements, dtype);
   };
   const void* kernel = nullptr;
   switch (x.scalar_type()) {
@@ -115,17 +90,13 @@ void weight_gradient_launch(const Tensor& grad, const std::optional<Tensor>& y,
   if (a.affine) holds("scale_shift", *scale_shift, ScalarType::Float, int64_t{2} * a.channels);
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
-  RESNET_FAST_CHECK(major == 9 && minor == 0, "weight_gradient: the device has compute capability ", major, ".", minor,
-                    ", want 9.0");
+  check_device(kOp, x);
   const void *pgrad = grad.data_ptr(), *py = a.batch_norm ? y->data_ptr() : nullptr, *px = x.data_ptr();
   const void* pcoefficients = a.batch_norm ? coefficients->data_ptr() : nullptr;
   const void* pscale_shift = a.affine ? scale_shift->data_ptr() : nullptr;
   void* ppartial = partial.data_ptr();
   void* parameters[] = {&pgrad, &py, &pcoefficients, &px, &pscale_shift, &ppartial, const_cast<GradientArgs*>(&a)};
-  launch_kernel("weight_gradient", kernel, dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.splits)),
+  launch_kernel(kOp, kernel, dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(a.splits)),
                 cuda::kGradientThreads, parameters, plan.shared, current_stream(x));
 }
 
